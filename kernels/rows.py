@@ -1,0 +1,83 @@
+"""Row order for grouped matmuls: tokens to expert-sorted rows and back, by gathers only.
+
+A router sends each of T tokens to k experts: T*k assignments. ``sort_by_expert`` puts the
+assignments in expert order; ``gather_rows`` and ``combine_rows`` move activations there and
+back. Both are permutations with repetition, so their gradients are gathers as well; XLA would
+derive scatters, which run one element at a time on a CPU.
+
+Axes: T tokens, k experts a token, R = T*k rows, D hidden, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+class RowOrder(NamedTuple):
+    """The expert order of the T*k assignments of a batch.
+
+    token: (R,) the token that each sorted row comes from.
+    position: (T, k) the sorted row of each assignment.
+    group_sizes: (E,) rows of each expert; they sum to R.
+    """
+
+    token: Int[Array, " R"]
+    position: Int[Array, "T k"]
+    group_sizes: Int[Array, " E"]
+
+
+def sort_by_expert(experts: Int[Array, "T k"], num_experts: int) -> RowOrder:
+    """Stable order of the assignments by expert index (values in 0..num_experts-1)."""
+    tokens, top_k = experts.shape
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    position = jnp.argsort(order, stable=True).reshape(tokens, top_k)
+    group_sizes = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
+    return RowOrder((order // top_k).astype(jnp.int32), position.astype(jnp.int32), group_sizes)
+
+
+@jax.custom_vjp
+def gather_rows(x: Float[Array, "T D"], order: RowOrder) -> Float[Array, "R D"]:
+    """Each token's activation, once for each expert that it goes to, in expert order."""
+    return x[order.token]
+
+
+def _gather_fwd(x, order):
+    return x[order.token], order
+
+
+def _gather_bwd(order, d_rows):
+    return d_rows[order.position].sum(axis=1).astype(d_rows.dtype), _no_gradient(order)
+
+
+gather_rows.defvjp(_gather_fwd, _gather_bwd)
+
+
+@jax.custom_vjp
+def combine_rows(rows: Float[Array, "R D"], weights: Float[Array, "T k"], order: RowOrder) -> Float[Array, "T D"]:
+    """The weighted sum of each token's k expert outputs, in float32."""
+    return (rows[order.position].astype(jnp.float32) * weights[:, :, None]).sum(axis=1)
+
+
+def _combine_fwd(rows, weights, order):
+    return combine_rows(rows, weights, order), (rows, weights, order)
+
+
+def _combine_bwd(residual, d_out):
+    rows, weights, order = residual
+    d_weights = (rows[order.position].astype(jnp.float32) * d_out[:, None, :]).sum(axis=-1)
+    row_weight = jnp.zeros(rows.shape[0], weights.dtype).at[order.position.reshape(-1)].set(weights.reshape(-1))
+    d_rows = (d_out[order.token] * row_weight[:, None]).astype(rows.dtype)
+    return d_rows, d_weights.astype(weights.dtype), _no_gradient(order)
+
+
+combine_rows.defvjp(_combine_fwd, _combine_bwd)
+
+
+def _no_gradient(order: RowOrder) -> RowOrder:
+    return RowOrder(*(np.zeros(a.shape, jax.dtypes.float0) for a in order))
