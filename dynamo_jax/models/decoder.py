@@ -43,19 +43,35 @@ class ExpertWeights(NamedTuple):
     down: Float[Array, "E F D"]
 
 
-# (layer index, inputs (N, D), routing, that layer's float weights) -> (outputs (N, D), anything)
-ExpertsFn = Callable[[int, Array, Routing, ExpertWeights], tuple[Array, Any]]
+# (layer index, inputs (N, D), routing, that layer's float weights) -> (outputs (N, D), anything).
+# The weights are None in a model whose experts are stored elsewhere, quantized.
+ExpertsFn = Callable[[int, Array, Routing, ExpertWeights | None], tuple[Array, Any]]
 
 
-def float_experts(layer: int, x: Array, routing: Routing, weights: ExpertWeights) -> tuple[Array, Routing]:
-    """The experts in floating point; what it returns beside the outputs is the routing."""
-    del layer
+def expert_outputs(x: Float[Array, "N D"], routing: Routing, weights: ExpertWeights) -> Float[Array, "N D"]:
+    """The gate-weighted sum of each token's experts."""
     order = sort_by_expert(routing.experts, weights.gate.shape[0])
     rows = gather_rows(x, order)
     gate, up, down = (w.astype(x.dtype) for w in weights)
     hidden = jax.nn.silu(grouped_matmul(rows, gate.swapaxes(1, 2), order.group_sizes))
     hidden = hidden * grouped_matmul(rows, up.swapaxes(1, 2), order.group_sizes)
-    return combine_rows(grouped_matmul(hidden, down, order.group_sizes), routing.gates, order).astype(x.dtype), routing
+    return combine_rows(grouped_matmul(hidden, down, order.group_sizes), routing.gates, order).astype(x.dtype)
+
+
+def float_experts(layer: int, x: Array, routing: Routing, weights: ExpertWeights | None) -> tuple[Array, Routing]:
+    """The model's own float experts; what it returns beside the outputs is the routing."""
+    if weights is None:
+        raise ValueError(f"layer {layer} has no float experts: pass experts= from dynamo_jax.runtime.switch")
+    return expert_outputs(x, routing, weights), routing
+
+
+def routing_counts(routings: list[Routing], batch: int, num_experts: int) -> Float[Array, "B L E"]:
+    """Tokens of each sequence that went to each expert."""
+    per_layer = [
+        jax.vmap(lambda e: jnp.bincount(e.reshape(-1), length=num_experts))(r.experts.reshape(batch, -1))
+        for r in routings
+    ]
+    return jnp.stack(per_layer, axis=1)
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
@@ -114,16 +130,18 @@ class Attention(nnx.Module):
 class Layer(nnx.Module):
     """One residual block: attention, then the mixture of experts."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, with_experts: bool = True):
         shape = (config.num_experts, config.intermediate_size, config.hidden_size)
         self.config = config
         self.attention_norm = nnx.Param(jnp.ones(config.hidden_size))
         self.attention = Attention(config, rngs=rngs)
         self.experts_norm = nnx.Param(jnp.ones(config.hidden_size))
         self.router = _normal(rngs, (config.hidden_size, config.num_experts), config)
-        self.gate = _normal(rngs, shape, config)
-        self.up = _normal(rngs, shape, config)
-        self.down = _normal(rngs, shape, config)
+        self.with_experts = with_experts
+        if with_experts:
+            self.gate = _normal(rngs, shape, config)
+            self.up = _normal(rngs, shape, config)
+            self.down = _normal(rngs, shape, config)
 
     def __call__(self, x: Float[Array, "B T D"], index: int, experts: ExpertsFn) -> tuple[Array, Any]:
         eps = self.config.rms_norm_eps
@@ -133,17 +151,20 @@ class Layer(nnx.Module):
         out, aux = experts(index, flat, routing, self.expert_weights())
         return x + out.reshape(x.shape), aux
 
-    def expert_weights(self) -> ExpertWeights:
+    def expert_weights(self) -> ExpertWeights | None:
+        if not self.with_experts:
+            return None
         return ExpertWeights(self.gate[...], self.up[...], self.down[...])
 
 
 class Decoder(nnx.Module):
-    """Token ids to next-token logits. Parameters are float32 or bfloat16; see ``__call__``."""
+    """Token ids to next-token logits. Parameters are float32 or bfloat16; ``with_experts=False`` leaves
+    the expert weights out, for a model whose experts are quantized."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, with_experts: bool = True):
         self.config = config
         self.embed = _normal(rngs, (config.vocab_size, config.hidden_size), config)
-        self.layers = nnx.List([Layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List([Layer(config, rngs=rngs, with_experts=with_experts) for _ in range(config.num_hidden_layers)])
         self.norm = nnx.Param(jnp.ones(config.hidden_size))
         if not config.tie_word_embeddings:
             self.head = _normal(rngs, (config.vocab_size, config.hidden_size), config)
@@ -182,8 +203,10 @@ def parameters(model: Decoder) -> dict[str, Array]:
 
 
 def with_parameters(config: ModelConfig, arrays: dict[str, Array]) -> Decoder:
-    """The decoder that has exactly these parameters; usable under jit."""
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    """The decoder that has exactly these parameters; usable under jit. Without any expert weight among
+    them it is a decoder whose experts come from elsewhere."""
+    with_experts = any(name in arrays for name in expert_parameter_names(config))
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), with_experts=with_experts))
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     expected = {".".join(map(str, path)): variable.shape for path, variable in flat}
@@ -192,3 +215,7 @@ def with_parameters(config: ModelConfig, arrays: dict[str, Array]) -> Decoder:
         raise ValueError("parameters do not fit the configuration: " + ", ".join(f"{n} {s}" for n, s in wrong[:6]))
     filled = [(path, variable.replace(arrays[".".join(map(str, path))])) for path, variable in flat]
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def expert_parameter_names(config: ModelConfig) -> list[str]:
+    return [f"layers.{layer}.{part}" for layer in range(config.num_hidden_layers) for part in ExpertWeights._fields]

@@ -1,0 +1,127 @@
+"""Streaming statistics of one dataset: what each expert and channel did, as sums over tokens.
+
+Every field is a sum in float32, so merging two batches is addition, and a mask of zeros leaves a
+padded token out. g is the gate of a routed token, x the expert's input, h its hidden channels,
+y its output: see docs/design.md for why each sum is kept.
+
+Axes: L layers, E experts, F channels, D hidden, W widths (2, 3, 4, 8), N tokens, R = N*k rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dynamo_jax.kernels.grouped_matmul import grouped_matmul
+from dynamo_jax.kernels.rows import combine_rows, gather_rows, sort_by_expert
+from dynamo_jax.models.decoder import Decoder, ExpertWeights, Routing, expert_outputs, routing_counts
+from dynamo_jax.models.loss import next_token_nll
+
+
+class Statistics(NamedTuple):
+    """Sums over the tokens of a dataset; the leading axis is the layer once all layers are stacked."""
+
+    tokens: Float[Array, " L"]  # tokens seen
+    counts: Float[Array, "L E"]  # tokens routed to the expert
+    gate: Float[Array, "L E"]  # sum of g
+    gate_sq: Float[Array, "L E"]  # sum of g^2
+    input_energy: Float[Array, "L E D"]  # sum of g^2 x_d^2
+    hidden_energy: Float[Array, "L E F"]  # sum of g^2 h_f^2
+    up_gain: Float[Array, "L E F"]  # sum of g^2 (dh_f/d up_f)^2
+    gate_gain: Float[Array, "L E F"]  # sum of g^2 (dh_f/d gate_f)^2
+    output_energy: Float[Array, "L E"]  # sum of g^2 |y|^2
+    errors: Float[Array, "L E W"]  # sum of g^2 |y - y at width|^2; W is 0 where nothing was measured
+
+
+def observe_experts(
+    x: Float[Array, "N D"],
+    routing: Routing,
+    weights: ExpertWeights,
+    candidates: list[ExpertWeights],
+    mask: Float[Array, " N"],
+) -> tuple[Float[Array, "N D"], Statistics]:
+    """One layer's outputs and sums; ``candidates`` are the same experts at each width to be measured."""
+    num_experts = weights.gate.shape[0]
+    order = sort_by_expert(routing.experts, num_experts)
+    rows = gather_rows(x, order)
+    expert = jnp.searchsorted(jnp.cumsum(order.group_sizes), jnp.arange(rows.shape[0]), side="right")
+    gates = jnp.zeros(rows.shape[0]).at[order.position.reshape(-1)].set(routing.gates.reshape(-1))
+    row_mask = mask[order.token]
+    g2 = (gates**2 * row_mask)[:, None]
+
+    def total(values: Float[Array, "R *S"]) -> Float[Array, "E *S"]:
+        return jax.ops.segment_sum(values, expert, num_experts, indices_are_sorted=True)
+
+    def run(w: ExpertWeights) -> tuple[Array, Array, Array, Array]:
+        a = grouped_matmul(rows, w.gate.astype(x.dtype).swapaxes(1, 2), order.group_sizes)
+        u = grouped_matmul(rows, w.up.astype(x.dtype).swapaxes(1, 2), order.group_sizes)
+        h = jax.nn.silu(a) * u
+        return a, u, h, grouped_matmul(h, w.down.astype(x.dtype), order.group_sizes)
+
+    a, u, h, y = run(weights)
+    sigmoid = jax.nn.sigmoid(a)
+    silu_slope = sigmoid * (1 + a * (1 - sigmoid))
+    errors = [total(g2[:, 0] * jnp.sum((run(w)[3] - y) ** 2, axis=1)) for w in candidates]
+    sums = Statistics(
+        tokens=mask.sum(),
+        counts=total(row_mask),
+        gate=total(gates * row_mask),
+        gate_sq=total(g2[:, 0]),
+        input_energy=total(g2 * rows**2),
+        hidden_energy=total(g2 * h**2),
+        up_gain=total(g2 * jax.nn.silu(a) ** 2),
+        gate_gain=total(g2 * (u * silu_slope) ** 2),
+        output_energy=total(g2[:, 0] * jnp.sum(y**2, axis=1)),
+        errors=jnp.stack(errors, axis=-1) if errors else jnp.zeros((num_experts, 0)),
+    )
+    return combine_rows(y, routing.gates, order).astype(x.dtype), sums
+
+
+def observe(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+    weights: list[ExpertWeights],
+    candidates: list[list[ExpertWeights]],
+) -> tuple[Statistics, Float[Array, "B L E"]]:
+    """Sums of one batch over all layers, and each sequence's routed tokens.
+
+    weights, candidates: one entry a layer (candidates may be []). mask: 1 for a token that counts.
+    """
+
+    def experts(layer: int, x: Array, routing: Routing, _: ExpertWeights | None) -> tuple[Array, Any]:
+        measured = candidates[layer] if candidates else []
+        out, sums = observe_experts(x, routing, weights[layer], measured, mask.reshape(-1))
+        return out, (sums, routing)
+
+    _, layers = model.hidden_states(tokens, experts=experts)
+    sums, routings = zip(*layers)
+    counts = routing_counts(list(routings), tokens.shape[0], model.config.num_experts)
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *sums), counts
+
+
+def output_sensitivity(
+    model: Decoder, tokens: Int[Array, "B T1"], mask: Float[Array, "B T"]
+) -> Float[Array, " L"]:
+    """Sum over tokens of |d loss / d (expert output of layer l)|^2, the loss being each sequence's summed
+    next-token negative log-likelihood. One backward pass."""
+    config = model.config
+
+    def loss(shifts: list[Array]) -> Array:
+        def experts(layer: int, x: Array, routing: Routing, weights: ExpertWeights | None) -> tuple[Array, None]:
+            assert weights is not None
+            return expert_outputs(x, routing, weights) + shifts[layer], None
+
+        hidden, _ = model.hidden_states(tokens[:, :-1], experts=experts)
+        return jnp.sum(next_token_nll(hidden, model.head_weights(), tokens[:, 1:]) * mask)
+
+    zero = jnp.zeros((mask.size, config.hidden_size))
+    gradients = jax.grad(loss)([zero] * config.num_hidden_layers)
+    return jnp.stack([jnp.sum(g**2) for g in gradients])
+
+
+def merge(a: Statistics, b: Statistics) -> Statistics:
+    return jax.tree.map(jnp.add, a, b)

@@ -1,0 +1,239 @@
+"""Perplexity over token windows, row by row, with paired standard errors.
+
+Each window of T + 1 tokens predicts T of them; the token count of a row is exact. The first
+``adaptation_windows`` of a text are what monitor and adaptation see, and no row counts them; nor the
+windows that calibration used, where the text is the calibrated one. Bytes are those of
+the experts; attention and embeddings are the same in every row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dynamo_jax.data import token_windows
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
+from dynamo_jax.pipeline import Progress, batches, digest, no_progress
+from dynamo_jax.precision.plan import Plan
+from dynamo_jax.quant.rtn import round_to_nearest, rtn_bits_per_weight
+from dynamo_jax.runtime.adapt import adapt
+from dynamo_jax.runtime.monitor import Verdict, judge
+from dynamo_jax.runtime.quantized import QuantizedModel
+from dynamo_jax.runtime.store import base_planes, page_counts, variant_of
+from dynamo_jax.runtime.switch import float_step, switched_step
+
+StepFn = Callable[[Array], tuple[Array, Array]]  # tokens (B, T1) -> losses (B,), counts (B, L, E)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """window and batch in tokens and windows; limit: windows of a dataset at most, None for all."""
+
+    window: int = 256
+    batch_size: int = 8
+    adaptation_windows: int = 8
+    limit: int | None = None
+
+
+class Losses(NamedTuple):
+    """nll: (S,) summed nats a window; counts: (L, E) routed tokens."""
+
+    nll: Float[np.ndarray, " S"]
+    counts: Float[np.ndarray, "L E"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table. difference: nll minus the reference row's, with its standard error."""
+
+    dataset: str
+    kind: str  # known | novel
+    variant: str
+    bits_per_weight: float
+    bytes_per_token: float
+    tokens: int
+    nll: float
+    perplexity: float
+    reference: str | None = None
+    difference: float | None = None
+    standard_error: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class Dataset(NamedTuple):
+    """Windows to judge and adapt on, and windows to evaluate on."""
+
+    name: str
+    kind: str
+    first: Int[np.ndarray, "S T1"]
+    rest: Int[np.ndarray, "S T1"]
+
+
+def run_windows(step: StepFn, windows: Int[np.ndarray, "S T1"], batch_size: int) -> Losses:
+    """Losses of all windows in batches of one shape."""
+    nll, counts = [], 0.0
+    for tokens, mask in batches(windows, batch_size):
+        losses, routed = step(jnp.asarray(tokens))
+        real = mask[:, 0] > 0
+        nll.append(np.asarray(losses, np.float64)[real])
+        counts = counts + np.asarray(routed, np.float64)[real].sum(axis=0)
+    return Losses(np.concatenate(nll), np.asarray(counts))
+
+
+def make_row(
+    data: Dataset, variant: str, losses: Losses, bits: float, bytes_per_token: float, reference: tuple[str, Losses] | None
+) -> Row:
+    """A row; the difference to ``reference`` is paired by window."""
+    tokens = data.rest[:, 1:].size
+    nll = float(losses.nll.sum() / tokens)
+    difference = error = None
+    if reference is not None:
+        per_window = (losses.nll - reference[1].nll) / (data.rest.shape[1] - 1)
+        difference = float(per_window.mean())
+        error = float(per_window.std(ddof=1) / math.sqrt(len(per_window))) if len(per_window) > 1 else None
+    return Row(
+        dataset=data.name,
+        kind=data.kind,
+        variant=variant,
+        bits_per_weight=bits,
+        bytes_per_token=bytes_per_token,
+        tokens=tokens,
+        nll=nll,
+        perplexity=math.exp(min(nll, 700.0)),
+        reference=reference[0] if reference else None,
+        difference=difference,
+        standard_error=error,
+    )
+
+
+def float_parameters(model: Decoder, rtn_bits: int | None = None, group_size: int = 64) -> dict[str, Array]:
+    """Float32 parameters, the experts rounded to nearest at ``rtn_bits`` if given."""
+    params = {name: a.astype(jnp.float32) for name, a in parameters(model).items()}
+    if rtn_bits is not None:
+        for name in expert_parameter_names(model.config):
+            params[name] = round_to_nearest(params[name], rtn_bits, group_size)
+    return params
+
+
+def evaluate_float(
+    config: ModelConfig, params: dict[str, Array], data: Dataset, batch_size: int
+) -> Losses:
+    return run_windows(lambda tokens: float_step(config, params, tokens), data.rest, batch_size)
+
+
+def float_row(
+    config: ModelConfig, data: Dataset, variant: str, losses: Losses, bits: float, reference: tuple[str, Losses] | None
+) -> Row:
+    """A row of a model whose experts all have ``bits`` bits a weight: a token reads its top-k experts."""
+    active = config.num_expert_weights * config.num_experts_per_tok / config.num_experts
+    return make_row(data, variant, losses, bits, active * bits / 8, reference)
+
+
+UNIFORM = {"bf16": None, "rtn4": 4, "rtn3": 3, "rtn2": 2}
+
+
+def evaluate_uniform(
+    model: Decoder, data: list[Dataset], config: EvalConfig, group_size: int = 64, names: tuple[str, ...] = tuple(UNIFORM),
+    progress: Progress = no_progress,
+) -> list[Row]:
+    """Rows of the unquantized model and of all experts rounded to nearest."""
+    rows: list[Row] = []
+    first: dict[str, tuple[str, Losses]] = {}
+    for index, name in enumerate(names):
+        rtn_bits = UNIFORM[name]
+        params = float_parameters(model, rtn_bits, group_size)
+        bits = 16.0 if rtn_bits is None else rtn_bits_per_weight(rtn_bits, group_size)
+        for dataset in data:
+            losses = evaluate_float(model.config, params, dataset, config.batch_size)
+            rows.append(float_row(model.config, dataset, name, losses, bits, first.get(dataset.name)))
+            first.setdefault(dataset.name, (name, losses))
+        progress("evaluate uniform", index + 1, len(names))
+    return rows
+
+
+class Adaptation(NamedTuple):
+    """What the monitor said of a dataset and the plan that its auto variant used."""
+
+    verdict: Verdict
+    plan: Plan
+
+
+def evaluate_quantized(
+    model: QuantizedModel,
+    data: list[Dataset],
+    config: EvalConfig,
+    variants: tuple[str, ...] = ("baseline", "auto"),
+    progress: Progress = no_progress,
+) -> tuple[list[Row], dict[str, Adaptation]]:
+    """Rows of the baseline, and of what the run time makes of it when the monitor finds novel data.
+
+    Both variants are branches of one compiled program; evaluating the second is a switch.
+    """
+    base = base_planes(model.store)
+    capacity = page_counts(model.plan)
+    baseline = variant_of(model.store, model.plan, capacity)
+    params = {name: a.astype(jnp.float32) for name, a in model.parameters.items()}
+    rows, adaptations = [], {}
+    for index, dataset in enumerate(data):
+        plan, pages = model.plan, baseline
+        if "auto" in variants:
+            adaptations[dataset.name] = found = choose_plan(model, dataset.first)
+            if found.plan is not model.plan:
+                plan, pages = found.plan, variant_of(model.store, found.plan, capacity)
+        reference: tuple[str, Losses] | None = None
+        for name in variants:
+            number = {"baseline": 0, "auto": 1}[name]
+
+            def step(tokens: Array, number: int = number, pages: Any = pages) -> tuple[Array, Array]:
+                return switched_step(model.config, params, base, (baseline, pages), jnp.asarray(number), tokens)
+
+            losses = run_windows(step, dataset.rest, config.batch_size)
+            used = plan if name == "auto" else model.plan
+            read = used.bytes_per_token(losses.counts, dataset.rest[:, 1:].size)
+            rows.append(make_row(dataset, name, losses, used.bits_per_weight(), read, reference))
+            reference = reference or (name, losses)
+        progress("evaluate quantized", index + 1, len(data))
+    return rows, adaptations
+
+
+def choose_plan(model: QuantizedModel, first: Int[np.ndarray, "S T1"]) -> Adaptation:
+    """What the run time does after the first windows: keep the baseline on data that it knows, else adapt."""
+    base, pages = base_planes(model.store), variant_of(model.store, model.plan)
+    params = {name: a.astype(jnp.float32) for name, a in model.parameters.items()}
+    losses = run_windows(
+        lambda tokens: switched_step(model.config, params, base, (pages,), jnp.asarray(0), tokens), first, len(first)
+    )
+    verdict = judge(losses.counts, model.knowledge.signatures(), model.knowledge.threshold)
+    return Adaptation(verdict, adapt(model, first) if verdict.novel else model.plan)
+
+
+def make_dataset(
+    name: str, kind: str, text: str, tokenizer: Any, config: EvalConfig, calibrated: int = 0
+) -> Dataset:
+    """Windows of a text: ``calibrated`` ones left out, then those for adaptation, then those that rows count.
+
+    A text with few windows gives half of them to adaptation.
+    """
+    windows = token_windows(text, tokenizer, config.window, name)[calibrated:]
+    if len(windows) < 2:
+        raise ValueError(
+            f"{name}: {len(windows)} windows of {config.window} tokens are left after {calibrated} used in "
+            "calibration; evaluation needs two, one to adapt on and one to count"
+        )
+    first = min(config.adaptation_windows, len(windows) // 2)
+    return Dataset(name, kind, windows[:first], windows[first:][: config.limit])
+
+
+def calibrated_windows(model: QuantizedModel, name: str, text: str, config: EvalConfig) -> int:
+    """How many leading windows of this text calibration used; 0 unless it is the text that it used."""
+    known_digest, used = model.knowledge.calibrated.get(name, ("", 0))
+    return -(-used * model.window // config.window) if known_digest == digest(text) else 0

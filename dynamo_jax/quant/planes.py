@@ -1,0 +1,119 @@
+"""Nested quantization: one set of planes that serves 2, 3, 4 and 8 bits.
+
+Each refinement plane codes the residual of the planes before it with a scale of its own. The base
+scale decides how well all widths do: a small one suits 2 bits, a large one leaves the finer planes
+no clipped tails. It is searched for each group over fractions of the group's largest weight,
+minimizing the sum over 2, 3 and 4 bits of the squared error relative to the best that any
+candidate reaches at that width. Arrays in, planes out; no model in sight.
+
+Convention and storage: kernels.layout.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, RATIO_UNIT, WIDTHS, ZERO_POINT, scaled
+from dynamo_jax.quant.packing import pack
+
+BASE_FRACTIONS = tuple(np.linspace(0.3, 0.7, 17).tolist())  # base scale over the group's largest weight
+TAIL_FRACTIONS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # 8-bit plane's scale over the one that reaches all residuals
+
+
+class Planes(NamedTuple):
+    """Host arrays of one weight array (..., D): codes by width (packed), base scales, ratios by level."""
+
+    codes: dict[int, np.ndarray]
+    scales: np.ndarray
+    ratios: dict[int, np.ndarray]
+
+
+class _Quantized(NamedTuple):
+    codes: dict[int, Array]
+    scale: Array
+    ratios: dict[int, Array]
+    errors: dict[int, Array]
+
+
+def _plane(residual: Array, step: Array, level: int) -> Array:
+    top = 2 ** PLANE_BITS[level] - 1
+    return jnp.clip(jnp.round(residual / step + ZERO_POINT[level]), 0, top)
+
+
+def _ratio(step: Array, base: Array, level: int) -> Array:
+    return jnp.clip(jnp.round(step / (base * RATIO_UNIT[level])), 1, 255)
+
+
+def _quantize_groups(w: Float[Array, "*S g"], fraction: float) -> _Quantized:
+    """All planes of each group for one candidate of the base scale; errors are sums of squares a group."""
+    largest = jnp.abs(w).max(axis=-1, keepdims=True)
+    base = (largest * fraction).astype(jnp.bfloat16).astype(jnp.float32)
+    base = jnp.where(base == 0, 1.0, base)
+    codes = {2: _plane(w, base, 2)}
+    value = (codes[2] - ZERO_POINT[2]) * base
+    ratios, errors = {}, {2: jnp.sum((w - value) ** 2, axis=-1)}
+    for level in LEVELS:
+        residual = w - value
+        if level == 8:
+            reach = jnp.abs(residual).max(axis=-1, keepdims=True) / ZERO_POINT[8]
+            steps = [reach * f for f in TAIL_FRACTIONS]
+        else:  # the sign's best step is twice the mean size of the residual
+            steps = [2 * jnp.abs(residual).mean(axis=-1, keepdims=True)]
+        best = None
+        for step in steps:
+            ratio = _ratio(step, base, level)
+            step = ratio * RATIO_UNIT[level] * base
+            code = _plane(residual, step, level)
+            left = residual - (code - ZERO_POINT[level]) * step
+            candidate = (jnp.sum(left**2, axis=-1), ratio, code, w - left)
+            best = candidate if best is None else _better(candidate, best)
+        errors[level], ratios[level], codes[level], value = best
+    return _Quantized(codes, base, ratios, errors)
+
+
+def _better(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Group by group, the candidate with the smaller error (the first entry)."""
+    take = a[0] < b[0]
+    return tuple(jnp.where(take if x.ndim == take.ndim else take[..., None], x, y) for x, y in zip(a, b))
+
+
+@jax.jit
+def _search(w: Float[Array, "*S g"]) -> _Quantized:
+    errors = jax.lax.map(lambda f: _quantize_groups(w, f).errors, jnp.asarray(BASE_FRACTIONS))
+    relative = sum(errors[b] / jnp.maximum(errors[b].min(axis=0), 1e-30) for b in (2, 3, 4))
+    fraction = jnp.asarray(BASE_FRACTIONS)[jnp.argmin(relative, axis=0)]
+    return _quantize_groups(w, fraction[..., None])
+
+
+def quantize(w: Float[Array, "*S D"], group_size: int) -> Planes:
+    """Planes of ``w`` with groups of ``group_size`` along the last axis; NaN or infinity is an error."""
+    size = w.shape[-1]
+    if size % group_size or group_size % 8:
+        raise ValueError(f"last axis {size} must be a multiple of group_size {group_size}, and that of 8")
+    w32 = jnp.asarray(w, jnp.float32)
+    if not bool(jnp.isfinite(w32).all()):
+        raise ValueError("weights to quantize hold NaN or infinity")
+    found = _search(w32.reshape(*w.shape[:-1], size // group_size, group_size))
+    codes = {b: pack(np.asarray(c, np.uint8).reshape(w.shape), PLANE_BITS[b]) for b, c in found.codes.items()}
+    ratios = {b: np.asarray(r, np.uint8)[..., 0] for b, r in found.ratios.items()}
+    return Planes(codes, np.asarray(found.scale.astype(jnp.bfloat16))[..., 0], ratios)
+
+
+def dequantize(planes: Planes, width: int) -> Float[Array, "*S D"]:
+    """The float32 weights that reading ``planes`` up to ``width`` gives."""
+    if width not in WIDTHS:
+        raise ValueError(f"width {width} is not one of {WIDTHS}")
+    base = jnp.asarray(planes.scales).astype(jnp.float32)
+    value = scaled(jnp.asarray(planes.codes[2]), base, 2)
+    for level in LEVELS:
+        if level <= width:
+            step = base * jnp.asarray(planes.ratios[level]).astype(jnp.float32) * RATIO_UNIT[level]
+            value = value + scaled(jnp.asarray(planes.codes[level]), step, level)
+    return value
+
+

@@ -1,0 +1,87 @@
+"""A plan for novel data, from a window of its own tokens: no labels, no gradients.
+
+One forward pass gives the channel energies of the new data; with the planes' own weight errors they
+predict each block's error at each width. The known datasets' mean is the prior, worth
+``PRIOR_TOKENS`` tokens, so that a short window cannot overturn it. The same number of refinement
+pages as in the baseline then goes where it lowers the loss most, and in no window are more bytes read.
+
+Axes: L layers, E experts, N channel blocks, D hidden, W widths, S windows, T tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dynamo_jax.analysis.significance import block_errors
+from dynamo_jax.analysis.statistics import Statistics, observe
+from dynamo_jax.kernels.layout import WIDTHS
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.decoder import ExpertWeights, with_parameters
+from dynamo_jax.precision.allocate import reallocate
+from dynamo_jax.precision.plan import Plan
+from dynamo_jax.quant.planes import Planes, dequantize
+from dynamo_jax.runtime.quantized import QuantizedModel
+from dynamo_jax.runtime.store import page_counts
+
+PRIOR_TOKENS = 1024
+READ_MARGIN = 0.005  # of the read budget, kept free: windows are a sample of the data to come
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _observe(
+    config: ModelConfig, parameters: dict[str, Array], weights: list[ExpertWeights], tokens: Int[Array, "B T"]
+) -> tuple[Statistics, Float[Array, "B L E"]]:
+    model = with_parameters(config, parameters)
+    return observe(model, tokens, jnp.ones(tokens.shape), weights, [])
+
+
+def predicted_block_errors(
+    store: Planes, stats: Statistics, channel_block: int, full: Float[Array, "L E P F D"]
+) -> Float[np.ndarray, "L E N W"]:
+    """Summed squared output error of each block at each width, from channel energies; ``full`` is the
+    weights that the planes stand for (the 8-bit ones where no others are kept)."""
+    down = full[:, :, 2]
+    per_width = []
+    for width in WIDTHS:
+        deltas = (dequantize(store, width) - full).swapaxes(1, 2)
+        per_width.append(block_errors(stats, down, deltas, channel_block))
+    return np.stack(per_width, axis=-1)
+
+
+def adapt(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> Plan:
+    """The plan for data like ``windows``: the baseline's page counts, placed anew.
+
+    Its stored bytes equal the baseline's at most, and so do the bytes read a token under the routing
+    of the windows.
+    """
+    if len(windows) == 0:
+        raise ValueError("no tokens to adapt to")
+    plan, known = model.plan, model.knowledge
+    full = dequantize(model.store, 8)
+    weights = [ExpertWeights(*layer.swapaxes(0, 1)) for layer in full]
+    stats, counts = _observe(model.config, model.parameters, weights, jnp.asarray(windows[:, :-1]))
+    tokens = windows[:, 1:].size
+
+    predicted = predicted_block_errors(model.store, stats, plan.channel_block, full) / tokens
+    seen = predicted * known.correction[:, :, None, :] * known.loss_per_error[:, None, None, None]
+    share = tokens / (tokens + PRIOR_TOKENS)
+    errors = share * seen + (1 - share) * known.block_errors
+
+    routed = np.asarray(counts, np.float64)  # each window's own routing bounds the bytes: a mean would not carry over
+    read = routed[:, :, :, None, None] / windows[0, 1:].size * plan.block_costs()
+    read = np.broadcast_to(read, (len(windows), *errors.shape)).reshape(len(windows), -1)
+    budgets = np.array([plan.bytes_per_token(c, windows[0, 1:].size) for c in routed])
+    least = read.reshape(len(windows), -1, len(WIDTHS))[:, :, 0].sum(axis=1)
+    budgets = np.maximum(budgets * (1 - READ_MARGIN), least)
+    widths = reallocate(errors.reshape(-1, len(WIDTHS)), page_counts(plan), read, budgets)
+    return Plan(
+        widths=widths.reshape(plan.widths.shape).astype(np.int8),
+        channel_block=plan.channel_block,
+        group_size=plan.group_size,
+        hidden_size=plan.hidden_size,
+    )

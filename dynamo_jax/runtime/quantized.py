@@ -1,0 +1,58 @@
+"""A quantized model as one value: parameters, planes, plan, and what calibration knew.
+
+Axes: S known datasets, L layers, E experts, N channel blocks, W widths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import tokenizers
+from jaxtyping import Array, Float
+
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.precision.plan import Plan
+from dynamo_jax.quant.planes import Planes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Knowledge:
+    """What calibration on the known datasets left behind for run time.
+
+    counts: routed tokens a dataset, layer and expert: the signatures that the monitor compares with.
+    threshold: divergence in bits above which data is novel.
+    loss_per_error: nats a token for each unit of mean squared expert-output error, by layer.
+    block_errors: predicted nats a token for each block and width, mean over the known datasets.
+    correction: measured over predicted error for each expert and width.
+    calibrated: each dataset's text digest and the number of windows that calibration used.
+    tokens: calibration tokens of all datasets together.
+    """
+
+    names: tuple[str, ...]
+    counts: Float[np.ndarray, "S L E"]
+    threshold: float
+    loss_per_error: Float[np.ndarray, " L"]
+    block_errors: Float[np.ndarray, "L E N W"]
+    correction: Float[np.ndarray, "L E W"]
+    calibrated: dict[str, tuple[str, int]]
+    tokens: int
+
+    def signatures(self) -> dict[str, Float[np.ndarray, "L E"]]:
+        return dict(zip(self.names, self.counts))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizedModel:
+    """Everything that ``dynamo-jax quantize`` writes and ``eval`` loads.
+
+    parameters: all but the expert weights, by dotted name. store: planes of all experts, host memory.
+    """
+
+    config: ModelConfig
+    parameters: dict[str, Array]
+    tokenizer: tokenizers.Tokenizer
+    store: Planes
+    plan: Plan
+    window: int
+    knowledge: Knowledge

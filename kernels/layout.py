@@ -1,0 +1,102 @@
+"""The stored form of mixed-precision experts: nested planes, pages and page tables.
+
+A weight is the sum of the planes that are read, each with one convention, w = (q - z) * s:
+
+    2 bits: W2 = (q2 - 1.5) * s2            q2 in 0..3,  s2 bfloat16
+    3 bits: W3 = W2 + (q3 - 0.5) * s3       q3 in 0..1,  s3 = s2 * ratio3 * unit3
+    4 bits: W4 = W3 + (q4 - 0.5) * s4       q4 in 0..1,  s4 = s2 * ratio4 * unit4
+    8 bits: W8 = W4 + (q8 - 7.5) * s8       q8 in 0..15, s8 = s2 * ratio8 * unit8
+
+Zero points are the constants above, so nothing is stored for them; ratios are uint8. One scale
+serves ``group_size`` neighbouring weights along D. All three projections are channel-major, (F, D):
+a channel block is ``channel_block`` rows of gate, up and down together, so its precision touches no
+other block. Codes are packed along D, first weight in the lowest bits.
+
+The base plane of every block is always there. Refinement planes lie in pools of pages, a page being
+one plane of one block; a page table says which page holds the plane of (layer, expert, block), -1
+where the variant does not have it. A pool without pages costs nothing at run time.
+
+Axes: L layers, E experts, P=3 projections, F channels, N channel blocks an expert, C channels a
+block, D hidden, G groups along D, Q pages of a pool.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, Int, UInt8
+
+WIDTHS = (2, 3, 4, 8)
+LEVELS = (3, 4, 8)  # refinement levels, named by the width that they reach
+PLANE_BITS = {2: 2, 3: 1, 4: 1, 8: 4}
+ZERO_POINT = {2: 1.5, 3: 0.5, 4: 0.5, 8: 7.5}
+RATIO_UNIT = {3: 1 / 255, 4: 1 / 510, 8: 1 / 1020}
+PROJECTIONS = 3  # gate, up, down
+
+
+class BasePlanes(NamedTuple):
+    """Two bits of every expert weight. codes: (L, E, P, F, D/4) uint8; scales: (L, E, P, F, G) bfloat16."""
+
+    codes: UInt8[Array, "L E P F D4"]
+    scales: BFloat16[Array, "L E P F G"]
+
+
+class PagePool(NamedTuple):
+    """The resident pages of one refinement level and where they belong.
+
+    codes: (Q, P, C, D*bits/8) uint8; ratios: (Q, P, C, G) uint8; table: (L, E, N) page index or -1.
+    """
+
+    codes: UInt8[Array, "Q P C Dp"]
+    ratios: UInt8[Array, "Q P C G"]
+    table: Int[Array, "L E N"]
+
+
+Variant = dict[int, PagePool]  # refinement level -> its pages
+
+
+def block_bytes(width: int, channel_block: int, hidden_size: int, group_size: int) -> int:
+    """Bytes stored and read for one channel block at ``width``: codes, base scales and ratios."""
+    weights = PROJECTIONS * channel_block * hidden_size
+    levels = [b for b in WIDTHS if b <= width]
+    scale_bytes = 2 + len(levels) - 1
+    return sum(weights * PLANE_BITS[b] // 8 for b in levels) + weights // group_size * scale_bytes
+
+
+def unpack(codes: UInt8[Array, "*S Dp"], bits: int) -> UInt8[Array, "*S D"]:
+    """The codes of ``bits`` bits in each byte, lowest bits first."""
+    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)
+    parts = (codes[..., None] >> shifts) & jnp.uint8(2**bits - 1)
+    return parts.reshape(*codes.shape[:-1], -1)
+
+
+def scaled(codes: UInt8[Array, "*S Dp"], scales: Float[Array, "*S G"], level: int) -> Float[Array, "*S D"]:
+    """One plane's share of the weights, float32."""
+    q = unpack(codes, PLANE_BITS[level]).astype(jnp.float32) - ZERO_POINT[level]
+    grouped = q.reshape(*scales.shape, -1) * scales[..., None]
+    return grouped.reshape(q.shape)
+
+
+def dequantize_layer(base: BasePlanes, variant: Variant, layer: int) -> Float[Array, "P E F D"]:
+    """The float32 weights of one layer's experts at the variant's precision, gate, up and down first."""
+    scales = base.scales[layer].astype(jnp.float32)
+    weights = scaled(base.codes[layer], scales, 2)
+    for level in LEVELS:
+        pool = variant[level]
+        if pool.codes.shape[0] == 0:
+            continue
+        table = pool.table[layer]  # (E, N)
+        channels = pool.codes.shape[2]
+        page = jnp.maximum(table, 0)
+        # (E, N, P, C, ..) -> (E, P, N*C, ..): a page lies beside its block's base plane
+        codes, ratios = (_beside(a[page]) for a in (pool.codes, pool.ratios))
+        present = jnp.repeat(table >= 0, channels, axis=1)[:, None, :, None]
+        step = scales * ratios.astype(jnp.float32) * RATIO_UNIT[level]
+        weights = weights + jnp.where(present, scaled(codes, step, level), 0.0)
+    return weights.swapaxes(0, 1)
+
+
+def _beside(pages: Array) -> Array:
+    experts, blocks, projections, channels, last = pages.shape
+    return pages.swapaxes(1, 2).reshape(experts, projections, blocks * channels, last)
