@@ -88,9 +88,7 @@ def debian_documents(root: Path) -> dict[str, list[str]]:
         pages = [page_text(_read(p)) for p in _files(root, handbook.format(f"{code}-{code.upper()}"))]
         pages += [manual_text(_read(p)) for p in _files(root, f"x-manpages-{code}/**/*.gz", "share/doc")]
         kinds[kind] = pages
-    kinds["german"] += [
-        _read(p) for p in _files(root, "x-fortunes-de/usr/share/games/fortunes/de/*") if not p.suffix
-    ]
+    kinds["german"] += [_read(p) for p in _files(root, "x-fortunes-de/usr/share/games/fortunes/de/*") if not p.suffix]
     return kinds
 
 

@@ -19,10 +19,24 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-MINUS, PLUS_MINUS, TIMES, ELLIPSIS = "\N{MINUS SIGN}", "\N{PLUS-MINUS SIGN}", "\N{MULTIPLICATION SIGN}", "\N{HORIZONTAL ELLIPSIS}"
+MINUS, PLUS_MINUS, TIMES, ELLIPSIS = (
+    "\N{MINUS SIGN}",
+    "\N{PLUS-MINUS SIGN}",
+    "\N{MULTIPLICATION SIGN}",
+    "\N{HORIZONTAL ELLIPSIS}",
+)
+SPACE = "\N{NO-BREAK SPACE}"
 MISSING = "missing"  # how a number that is not there is written
 
-SEQUENTIAL = ("#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")  # viridis, its darkest end cut
+SEQUENTIAL = (
+    "#46327e",
+    "#365c8d",
+    "#277f8e",
+    "#1fa187",
+    "#4ac16d",
+    "#a0da39",
+    "#fde725",
+)  # viridis, its darkest end cut
 MORE, LESS = "#1b9150", "#8f4fb0"  # of ColorBrewer's PRGn
 WIDTH = 1040  # pixels of the page that a chart may fill
 CHARACTER = 6.4  # pixels of one, in a label
@@ -42,6 +56,7 @@ h2 { font-size: 1.25rem; margin: 2.6rem 0 .5rem; padding-top: .7rem; border-top:
 h3 { font-size: .95rem; margin: 1rem 0 .15rem; overflow-wrap: anywhere; }
 p { max-width: 80ch; } .lead { font-size: 1.15rem; margin: 0 0 1rem; } .soft, figcaption { color: var(--soft); }
 nav { font-size: .9rem; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin-top: 1.2rem; } a { color: inherit; }
+.key { display: inline-flex; align-items: center; gap: .3rem; margin-right: 1.4rem; font-size: .88rem; }
 ul.findings { list-style: none; padding: 0; margin: 0; }
 ul.findings li { padding: .35rem .8rem; border-left: 4px solid var(--line); margin: .35rem 0; background: var(--panel);
   overflow-wrap: anywhere; }
@@ -50,17 +65,21 @@ figure { margin: 1rem 0 1.6rem; } figcaption { font-size: .88rem; max-width: 95c
 .plot { overflow-x: auto; } .beside { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; align-items: flex-start; }
 svg { display: block; max-width: 100%; height: auto; font-size: 11px; }
 svg text { fill: var(--soft); } svg text.ink, svg text.label { fill: var(--ink); } svg text.label { font-size: 12px; }
-svg text.on-dark { fill: #fff; } svg text.on-light { fill: #111; } svg .cell text { font-size: 10px; pointer-events: none; }
+svg text.on-dark { fill: #fff; } svg text.on-light { fill: #111; }
+svg .cell text { font-size: 10px; pointer-events: none; }
+h3 + svg { margin-bottom: .6rem; }
 svg .line { stroke: var(--line); } svg .zero { stroke: var(--soft); }
-.rtn { --mark: var(--rtn); } .baseline { --mark: var(--ink); } .auto { --mark: var(--auto); } .plain { --mark: var(--soft); }
+.rtn { --mark: var(--rtn); } .baseline { --mark: var(--ink); } .auto { --mark: var(--auto); }
 .better { --mark: var(--better); } .worse { --mark: var(--worse); } .noise, .same, .unknown { --mark: var(--soft); }
 svg .mark { fill: var(--mark, var(--ink)); stroke: var(--mark, var(--ink)); }
-.reading { color: var(--mark); white-space: nowrap; } .better.reading, .worse.reading { font-weight: 600; }
+table.wide td.word:last-child { color: var(--mark); white-space: nowrap; }
+tr.auto td.word { font-weight: 600; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .22rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; } td.word, th.word { text-align: left; overflow-wrap: anywhere; }
 thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
-tr.group th { text-align: left; background: var(--panel); padding-top: .45rem; } tbody td.word:first-child { padding-left: 1.6rem; }
+tr.group th { text-align: left; background: var(--panel); padding-top: .45rem; }
+table.wide td.word:first-child { padding-left: 1.6rem; }
 table.matrix td { text-align: center; border: 2px solid var(--paper); } table.matrix th { border: 0; font-weight: 400; }
 table.wide { width: 100%; }
 pre { background: var(--panel); padding: .7rem 1rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -177,7 +196,7 @@ class LogColours(NamedTuple):
         marks = []
         for tick in log_ticks(self.low, self.high):
             x = 10 + width * math.log(tick / self.low) / math.log(self.high / self.low)
-            marks += [_line(x, 16, x, 20, "zero"), _words(x, 31, f"{tick:.2g}", "middle")]
+            marks += [_line(x, 16, x, 20, "zero"), _words(x, 31, number(tick, ".2g"), "middle")]
         gray = _box(width + 130, 4, 12, 12, NO_DATA.style()) + _words(width + 147, 14, "zero, or no tokens seen")
         return svg(width + 290, 36, f"colour scale, {unit}", *bars, *marks, _words(width + 18, 14, unit), gray)
 
@@ -234,7 +253,7 @@ def heat_map(
     left, top = 54, 18
     wide = max(3.0, min(22.0, (WIDTH - left - 90) / max(experts, 1)))
     high = max(8.0, min(16.0, wide))
-    every = next(n for n in (1, 2, 4, 8, 16, 32, 64, 10**9) if n * wide >= 26)
+    every = next(n for n in (1, 2, 4, 8, 16, 32, 64, 10**9) if n * wide >= 40)
     parts = []
     for e in range(0, experts, every):
         parts.append(_words(left + (e + 0.5) * wide, 12, f"expert {e}" if e == 0 else str(e), "middle"))
@@ -249,7 +268,9 @@ def heat_map(
             if look.label and wide >= 9:
                 x = left + e * wide + (wide - gap) / 2
                 cell += _words(x, y + high / 2 + 3, look.label, "middle", look.label_class())
-            parts.append(element("g", element("title", text(f"layer {i}, expert {e}: {title(i, e)}")), cell, class_="cell"))
+            parts.append(
+                element("g", element("title", text(f"layer {i}, expert {e}: {title(i, e)}")), cell, class_="cell")
+            )
     room = CHARACTER * max((len(n) for n in notes), default=0) + 12
     return svg(max(left + experts * wide + room, 160), top + layers * high + 2, label, *parts)
 
@@ -356,7 +377,10 @@ def range_chart(rows: Sequence[tuple[str, Sequence[float]]], caption: str, width
             continue
         a, b, c, d, e = map(axis.at, quantiles)
         words = [_line(a, y, e, y, "zero", 1.5), _box(b, y - 6, d - b, 12, "fill:var(--rtn)")]
-        words += [element("circle", cx=c, cy=y, r=4.5, class_="mark"), _words(e + 8, y + 4, number(quantiles[2], ".3g"))]
+        words += [
+            element("circle", cx=c, cy=y, r=4.5, class_="mark"),
+            _words(e + 8, y + 4, number(quantiles[2], ".3g")),
+        ]
         title = "median {2:.3g}, quartiles {1:.3g} and {3:.3g}, 5% and 95% {0:.3g} and {4:.3g}".format(*quantiles)
         parts.append(element("g", element("title", text(f"{name}: {title}")), *words))
     bottom = 6 + lane * len(rows)
@@ -372,5 +396,8 @@ def bar_chart(rows: Sequence[tuple[str, float, str, str]], label: str, width: fl
     for i, (name, value, words, colour) in enumerate(rows):
         y, length = lane * i, max(value, 0.0) / most * (width - left - room) if math.isfinite(value) else 0.0
         parts.append(_row_label(left - 8, y + 10, name))
-        parts += [_box(left, y + 2, length, 16, f"fill:{colour}"), _words(left + length + 6, y + 14, words, class_="ink")]
+        parts += [
+            _box(left, y + 2, length, 16, f"fill:{colour}"),
+            _words(left + length + 6, y + 14, words, class_="ink"),
+        ]
     return svg(width, lane * len(rows) + 2, label, *parts)

@@ -52,7 +52,10 @@ def save(folder: Path, model: QuantizedModel) -> None:
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(
-                partial, args=ocp.args.Composite(arrays=ocp.args.StandardSave(_arrays(model)), meta=ocp.args.JsonSave(_meta(model)))
+                partial,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave(_arrays(model)), meta=ocp.args.JsonSave(_meta(model))
+                ),
             )
         old = folder.parent / f".{folder.name}.old-{os.getpid()}"
         if folder.exists():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -72,3 +74,13 @@ def tokenizer_from_texts(paths: list[Path], vocab_size: int) -> tokenizers.Token
     )
     tokenizer.train([str(p) for p in paths], trainer)
     return tokenizer
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write under a temporary name beside ``path`` and rename, so that no half file stays."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

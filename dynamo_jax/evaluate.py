@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dynamo_jax.data import token_windows
+from dynamo_jax.kernels.layout import Variant
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
 from dynamo_jax.pipeline import Progress, batches, digest, no_progress
@@ -90,7 +91,12 @@ def run_windows(step: StepFn, windows: Int[np.ndarray, "S T1"], batch_size: int)
 
 
 def make_row(
-    data: Dataset, variant: str, losses: Losses, bits: float, bytes_per_token: float, reference: tuple[str, Losses] | None
+    data: Dataset,
+    variant: str,
+    losses: Losses,
+    bits: float,
+    bytes_per_token: float,
+    reference: tuple[str, Losses] | None,
 ) -> Row:
     """A row; the difference to ``reference`` is paired by window."""
     tokens = data.rest[:, 1:].size
@@ -124,9 +130,7 @@ def float_parameters(model: Decoder, rtn_bits: int | None = None, group_size: in
     return params
 
 
-def evaluate_float(
-    config: ModelConfig, params: dict[str, Array], data: Dataset, batch_size: int
-) -> Losses:
+def evaluate_float(config: ModelConfig, params: dict[str, Array], data: Dataset, batch_size: int) -> Losses:
     return run_windows(lambda tokens: float_step(config, params, tokens), data.rest, batch_size)
 
 
@@ -142,7 +146,11 @@ UNIFORM = {"bf16": None, "rtn4": 4, "rtn3": 3, "rtn2": 2}
 
 
 def evaluate_uniform(
-    model: Decoder, data: list[Dataset], config: EvalConfig, group_size: int = 64, names: tuple[str, ...] = tuple(UNIFORM),
+    model: Decoder,
+    data: list[Dataset],
+    config: EvalConfig,
+    group_size: int = 64,
+    names: tuple[str, ...] = tuple(UNIFORM),
     progress: Progress = no_progress,
 ) -> list[Row]:
     """Rows of the unquantized model and of all experts rounded to nearest."""
@@ -160,6 +168,9 @@ def evaluate_uniform(
     return rows
 
 
+VARIANTS = ("baseline", "auto")
+
+
 class Adaptation(NamedTuple):
     """What the monitor said of a dataset and the plan that its auto variant used."""
 
@@ -171,31 +182,24 @@ def evaluate_quantized(
     model: QuantizedModel,
     data: list[Dataset],
     config: EvalConfig,
-    variants: tuple[str, ...] = ("baseline", "auto"),
+    variants: tuple[str, ...] = VARIANTS,
     progress: Progress = no_progress,
 ) -> tuple[list[Row], dict[str, Adaptation]]:
     """Rows of the baseline, and of what the run time makes of it when the monitor finds novel data.
 
     Both variants are branches of one compiled program; evaluating the second is a switch.
     """
-    base = base_planes(model.store)
     capacity = page_counts(model.plan)
-    baseline = variant_of(model.store, model.plan, capacity)
-    params = {name: a.astype(jnp.float32) for name, a in model.parameters.items()}
     rows, adaptations = [], {}
     for index, dataset in enumerate(data):
-        plan, pages = model.plan, baseline
+        plan = model.plan
         if "auto" in variants:
-            adaptations[dataset.name] = found = choose_plan(model, dataset.first)
-            if found.plan is not model.plan:
-                plan, pages = found.plan, variant_of(model.store, found.plan, capacity)
+            adaptations[dataset.name] = found = choose_plan(model, dataset.first, config.batch_size)
+            plan = found.plan
+        pages = variant_of(model.store, plan, capacity)
         reference: tuple[str, Losses] | None = None
         for name in variants:
-            number = {"baseline": 0, "auto": 1}[name]
-
-            def step(tokens: Array, number: int = number, pages: Any = pages) -> tuple[Array, Array]:
-                return switched_step(model.config, params, base, (baseline, pages), jnp.asarray(number), tokens)
-
+            step = variant_step(model, pages, VARIANTS.index(name))
             losses = run_windows(step, dataset.rest, config.batch_size)
             used = plan if name == "auto" else model.plan
             read = used.bytes_per_token(losses.counts, dataset.rest[:, 1:].size)
@@ -205,20 +209,29 @@ def evaluate_quantized(
     return rows, adaptations
 
 
-def choose_plan(model: QuantizedModel, first: Int[np.ndarray, "S T1"]) -> Adaptation:
+def choose_plan(model: QuantizedModel, first: Int[np.ndarray, "S T1"], batch_size: int) -> Adaptation:
     """What the run time does after the first windows: keep the baseline on data that it knows, else adapt."""
-    base, pages = base_planes(model.store), variant_of(model.store, model.plan)
-    params = {name: a.astype(jnp.float32) for name, a in model.parameters.items()}
-    losses = run_windows(
-        lambda tokens: switched_step(model.config, params, base, (pages,), jnp.asarray(0), tokens), first, len(first)
+    step = baseline_step(model)
+    verdict = judge(
+        run_windows(step, first, batch_size).counts, model.knowledge.signatures(), model.knowledge.threshold
     )
-    verdict = judge(losses.counts, model.knowledge.signatures(), model.knowledge.threshold)
     return Adaptation(verdict, adapt(model, first) if verdict.novel else model.plan)
 
 
-def make_dataset(
-    name: str, kind: str, text: str, tokenizer: Any, config: EvalConfig, calibrated: int = 0
-) -> Dataset:
+def baseline_step(model: QuantizedModel) -> StepFn:
+    """One batch at the baseline, by the same compiled program that two variants use."""
+    return variant_step(model, variant_of(model.store, model.plan), 0)
+
+
+def variant_step(model: QuantizedModel, adapted: Variant, number: int) -> StepFn:
+    """One batch at variant ``number``: 0 is the baseline, 1 the adapted one. Changing it compiles nothing."""
+    base, baseline = base_planes(model.store), variant_of(model.store, model.plan)
+    params = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in model.parameters.items()}
+    index = jnp.asarray(number)
+    return lambda tokens: switched_step(model.config, params, base, (baseline, adapted), index, tokens)
+
+
+def make_dataset(name: str, kind: str, text: str, tokenizer: Any, config: EvalConfig, calibrated: int = 0) -> Dataset:
     """Windows of a text: ``calibrated`` ones left out, then those for adaptation, then those that rows count.
 
     A text with few windows gives half of them to adaptation.

@@ -206,9 +206,7 @@ def quantize(
     store = quantize_experts(layers, config.group_size)
     progress("quantize planes", 1, 1)
     candidates = candidate_weights(store)
-    analyses = {
-        name: analyze(model, candidates, w, config.batch_size, name, progress) for name, w in windows.items()
-    }
+    analyses = {name: analyze(model, candidates, w, config.batch_size, name, progress) for name, w in windows.items()}
     progress("allocate", 0, 1)
     plan = baseline_plan(list(analyses.values()), config, model.config)
     full = jnp.stack([jnp.stack(w, axis=1) for w in layers]).astype(jnp.float32)
@@ -233,6 +231,8 @@ def check_shapes(model: ModelConfig, config: QuantizeConfig) -> None:
     if model.intermediate_size % config.channel_block:
         raise ValueError(f"channel_block {config.channel_block} does not divide the {model.intermediate_size} channels")
     if model.hidden_size % config.group_size or config.group_size % 8:
-        raise ValueError(f"group_size {config.group_size} does not divide the hidden size {model.hidden_size} in eights")
+        raise ValueError(
+            f"group_size {config.group_size} does not divide the hidden size {model.hidden_size} in eights"
+        )
     if config.window > model.max_position_embeddings:
         raise ValueError(f"window {config.window} is past the model's {model.max_position_embeddings} positions")

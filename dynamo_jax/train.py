@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +25,8 @@ from jaxtyping import Array, Float, Int
 from dynamo_jax.data import tokenizer_from_texts
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, Routing, float_experts, parameters, with_parameters
-from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.models.huggingface import load_tokenizer, save_checkpoint
+from dynamo_jax.models.loss import next_token_nll
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,13 +127,17 @@ def train(config: TrainConfig, corpus: Path, run: Path, log: Callable[[str], Non
 
     @jax.jit
     def step_fn(params, opt_state, batch):
-        grad_fn = jax.value_and_grad(lambda p: loss_and_metrics(with_parameters(config.model, p), batch, config), has_aux=True)
+        grad_fn = jax.value_and_grad(
+            lambda p: loss_and_metrics(with_parameters(config.model, p), batch, config), has_aux=True
+        )
         (_, metrics), grads = grad_fn(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, metrics
 
     opt_state = optimizer.init(params)
-    with ocp.CheckpointManager((run / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
+    with ocp.CheckpointManager(
+        (run / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
+    ) as manager:
         first = 0
         if (newest := manager.latest_step()) is not None:
             restored = manager.restore(newest, args=ocp.args.StandardRestore({"params": params, "opt": opt_state}))
@@ -145,7 +148,12 @@ def train(config: TrainConfig, corpus: Path, run: Path, log: Callable[[str], Non
             params, opt_state, metrics = step_fn(params, opt_state, sample_batch(config, tokens, step))
             if (step + 1) % config.log_every == 0:
                 rate = (step + 1 - first) * config.batch_size * config.window / (time.perf_counter() - begin)
-                log(json.dumps({"step": step + 1, "tokens_per_s": round(rate)} | {k: round(float(v), 4) for k, v in metrics.items()}))
+                log(
+                    json.dumps(
+                        {"step": step + 1, "tokens_per_s": round(rate)}
+                        | {k: round(float(v), 4) for k, v in metrics.items()}
+                    )
+                )
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 manager.save(step + 1, args=ocp.args.StandardSave({"params": params, "opt": opt_state}))
                 manager.wait_until_finished()

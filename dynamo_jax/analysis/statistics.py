@@ -52,7 +52,7 @@ def observe_experts(
     row_mask = mask[order.token]
     g2 = (gates**2 * row_mask)[:, None]
 
-    def total(values: Float[Array, "R *S"]) -> Float[Array, "E *S"]:
+    def total(values: Float[Array, R * S]) -> Float[Array, E * S]:
         return jax.ops.segment_sum(values, expert, num_experts, indices_are_sorted=True)
 
     def run(w: ExpertWeights) -> tuple[Array, Array, Array, Array]:
@@ -103,9 +103,7 @@ def observe(
     return jax.tree.map(lambda *parts: jnp.stack(parts), *sums), counts
 
 
-def output_sensitivity(
-    model: Decoder, tokens: Int[Array, "B T1"], mask: Float[Array, "B T"]
-) -> Float[Array, " L"]:
+def output_sensitivity(model: Decoder, tokens: Int[Array, "B T1"], mask: Float[Array, "B T"]) -> Float[Array, " L"]:
     """Sum over tokens of |d loss / d (expert output of layer l)|^2, the loss being each sequence's summed
     next-token negative log-likelihood. One backward pass."""
     config = model.config

@@ -31,7 +31,10 @@ class ModelConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        for name, part in (("num_attention_heads", self.hidden_size), ("num_key_value_heads", self.num_attention_heads)):
+        for name, part in (
+            ("num_attention_heads", self.hidden_size),
+            ("num_key_value_heads", self.num_attention_heads),
+        ):
             if part % getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} does not divide {part}")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:

@@ -164,7 +164,9 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, with_experts: bool = True):
         self.config = config
         self.embed = _normal(rngs, (config.vocab_size, config.hidden_size), config)
-        self.layers = nnx.List([Layer(config, rngs=rngs, with_experts=with_experts) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List(
+            [Layer(config, rngs=rngs, with_experts=with_experts) for _ in range(config.num_hidden_layers)]
+        )
         self.norm = nnx.Param(jnp.ones(config.hidden_size))
         if not config.tie_word_embeddings:
             self.head = _normal(rngs, (config.vocab_size, config.hidden_size), config)

@@ -21,9 +21,7 @@ RELATIVE_GAP = 1e-4
 TIME_LIMIT_S = 20.0
 
 
-def allocate(
-    errors: Float[np.ndarray, "I W"], costs: Float[np.ndarray, "I W"], budget: float
-) -> Int[np.ndarray, " I"]:
+def allocate(errors: Float[np.ndarray, "I W"], costs: Float[np.ndarray, "I W"], budget: float) -> Int[np.ndarray, " I"]:
     """The widths with the least summed error whose summed costs stay within ``budget``."""
     least = float(costs.min(axis=1).sum())
     if budget < least:

@@ -115,5 +115,3 @@ def dequantize(planes: Planes, width: int) -> Float[Array, "*S D"]:
             step = base * jnp.asarray(planes.ratios[level]).astype(jnp.float32) * RATIO_UNIT[level]
             value = value + scaled(jnp.asarray(planes.codes[level]), step, level)
     return value
-
-

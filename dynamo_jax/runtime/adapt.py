@@ -63,8 +63,9 @@ def adapt(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> Plan:
         raise ValueError("no tokens to adapt to")
     plan, known = model.plan, model.knowledge
     full = dequantize(model.store, 8)
+    params = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in model.parameters.items()}
     weights = [ExpertWeights(*layer.swapaxes(0, 1)) for layer in full]
-    stats, counts = _observe(model.config, model.parameters, weights, jnp.asarray(windows[:, :-1]))
+    stats, counts = _observe(model.config, params, weights, jnp.asarray(windows[:, :-1]))
     tokens = windows[:, 1:].size
 
     predicted = predicted_block_errors(model.store, stats, plan.channel_block, full) / tokens

@@ -1,0 +1,1 @@
+"""The bundled model's files: an ordinary Hugging Face checkpoint and its model card."""
