@@ -48,7 +48,7 @@ STYLE = """
   --line: #363d45; --panel: #1d2228; --none: #4a525b; --better: #56b4e9; --worse: #f08a3c; --auto: #2fc09a;
   --rtn: #8a939c; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Helvetica, Arial,
+body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.5 system-ui, "Segoe UI", Helvetica, Arial,
   sans-serif; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 main { max-width: 1100px; margin: 0 auto; padding: 28px 28px 60px; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .5rem; overflow-wrap: anywhere; }
@@ -85,8 +85,9 @@ table.matrix td { text-align: center; border: 2px solid var(--paper); } table.ma
 table.wide { width: 100%; }
 pre { background: var(--panel); padding: .7rem 1rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 @media screen and (max-width: 760px) { main { padding: 16px; } .plot svg { max-width: none; } }
-@media print { body { font-size: 10pt; } table { font-size: 8pt; } th, td { padding: .15rem .35rem; } main { max-width: none; padding: 0; } nav { display: none; } h2, h3 {
-  break-after: avoid; } figure.whole, tbody, svg, li { break-inside: avoid; } }
+@media print { html { font-size: 12px; } table { font-size: .85rem; } th, td { padding: .15rem .4rem; }
+  main { max-width: none; padding: 0; } nav { display: none; } h2, h3 { break-after: avoid; }
+  figure.whole, tbody, svg, li { break-inside: avoid; } }
 """
 
 
@@ -191,15 +192,15 @@ class LogColours(NamedTuple):
         """A colour bar with numbers."""
         width, parts = 300, 60
         bars = [
-            _box(10 + i * width / parts, 4, width / parts + 0.5, 12, f"fill:{sequential((i + 0.5) / parts)}")
+            _box(24 + i * width / parts, 4, width / parts + 0.5, 12, f"fill:{sequential((i + 0.5) / parts)}")
             for i in range(parts)
         ]
         marks = []
         for tick in log_ticks(self.low, self.high):
-            x = 10 + width * math.log(tick / self.low) / math.log(self.high / self.low)
+            x = 24 + width * math.log(tick / self.low) / math.log(self.high / self.low)
             marks += [_line(x, 16, x, 20, "zero"), _words(x, 31, number(tick, ".2g"), "middle")]
-        gray = _box(width + 130, 4, 12, 12, NO_DATA.style()) + _words(width + 147, 14, "zero, or no tokens seen")
-        return svg(width + 290, 36, f"colour scale, {unit}", *bars, *marks, _words(width + 18, 14, unit), gray)
+        gray = _box(width + 144, 4, 12, 12, NO_DATA.style()) + _words(width + 161, 14, "zero, or no tokens seen")
+        return svg(width + 304, 36, f"colour scale, {unit}", *bars, *marks, _words(width + 32, 14, unit), gray)
 
 
 def log_colours(arrays: Sequence[np.ndarray], decades: float = 5.0) -> LogColours:
@@ -258,13 +259,15 @@ def heat_map(
     parts = []
     for e in range(0, experts, every):
         parts.append(_words(left + (e + 0.5) * wide, 12, f"expert {e}" if e == 0 else str(e), "middle"))
+    down = 1 if high >= 11 else 2  # rows to a label
     for i in range(layers):
         y = top + i * high
-        parts.append(_words(left - 6, y + high - 4, f"layer {i}" if i == 0 else str(i), "end"))
-        parts.extend(_words(left + experts * wide + 8, y + high - 4, note) for note in notes[i : i + 1])
+        if i % down == 0:
+            parts.append(_words(left - 6, y + high / 2 + 4, f"layer {i}" if i == 0 else str(i), "end"))
+            parts.extend(_words(left + experts * wide + 8, y + high / 2 + 4, note) for note in notes[i : i + 1])
         for e in range(experts):
             look = paint(float(values[i, e]))
-            gap = 1.0 if wide > 6 else 0.0
+            gap = 1.0 if wide >= 9 else 0.0
             cell = _box(left + e * wide, y, wide - gap, high - gap, look.style())
             if look.label and wide >= 9:
                 x = left + e * wide + (wide - gap) / 2
@@ -365,10 +368,13 @@ def _lollipop(mark: Mark, axis: _Axis, y: float) -> str:
     return element("g", element("title", text(mark.title)), *parts, class_=mark.series)
 
 
-def range_chart(rows: Sequence[tuple[str, Sequence[float]]], caption: str, width: float = 640) -> str:
-    """Five quantiles a row: a line between the outer, a box between the inner ones, a dot in the middle."""
+def range_chart(rows: Sequence[tuple[str, Sequence[float]]], start: float, caption: str, width: float = 640) -> str:
+    """Five quantiles a row: a line between the outer, a box between the inner ones, a dot in the middle.
+
+    ``start``: a number that the axis shows in any case.
+    """
     left, lane = _left_margin([name for name, _ in rows]), 26
-    axis = _axis([v for _, quantiles in rows for v in quantiles], left, width - 60)
+    axis = _axis([start, *(v for _, quantiles in rows for v in quantiles)], left, width - 60)
     parts = []
     for i, (name, quantiles) in enumerate(rows):
         y = 6 + lane * (i + 0.5)

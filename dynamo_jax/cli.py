@@ -175,14 +175,14 @@ def evaluate(
             for n, k, t in kinds
         ]
         with progress_bar() as progress:
-            rows, adaptations = job.evaluate_quantized(quantized, data, settings, names, progress)
+            rows, adaptations = job.evaluate_quantized(quantized, data, settings, names, progress=progress)
     else:
         decoder, tokenizer = load_float(model)
         names = check_variants(variant or ["bf16"], list(job.UNIFORM), "an unquantized model")
         check_window(window, decoder.config.max_position_embeddings)
         data = [job.make_dataset(n, k, t, tokenizer, settings) for n, k, t in kinds]
         with progress_bar() as progress:
-            rows = job.evaluate_uniform(decoder, data, settings, names=names, progress=progress)
+            rows, _ = job.evaluate_uniform(decoder, data, settings, names=names, progress=progress)
         adaptations = {}
     print_rows(rows)
     for name, found in adaptations.items():

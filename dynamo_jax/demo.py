@@ -140,8 +140,8 @@ def compute(config: DemoConfig, texts: Path, progress: Progress = no_progress) -
         for n, t in known.items()
     ]
     data += [make_dataset(n, "novel", t, tokenizer, config.evaluate) for n, t in novel.items()]
-    rows = evaluate_uniform(model, data, config.evaluate, config.quantize.group_size, progress=progress)
-    switched, adaptations = evaluate_quantized(quantized, data, config.evaluate, progress=progress)
+    rows, floats = evaluate_uniform(model, data, config.evaluate, config.quantize.group_size, progress=progress)
+    switched, adaptations = evaluate_quantized(quantized, data, config.evaluate, references=floats, progress=progress)
     order = {d.name: i for i, d in enumerate(data)}
     rows = sorted(rows + switched, key=lambda r: order[r.dataset])
     return DemoResult(rows, quantized, adaptations, analyses), model

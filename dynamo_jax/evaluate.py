@@ -70,6 +70,9 @@ class Row:
         return dataclasses.asdict(self)
 
 
+Reference = tuple[str, Losses]  # a row's variant and what it lost, for paired differences
+
+
 class Dataset(NamedTuple):
     """Windows to judge and adapt on, and windows to evaluate on."""
 
@@ -96,7 +99,7 @@ def make_row(
     losses: Losses,
     bits: float,
     bytes_per_token: float,
-    reference: tuple[str, Losses] | None,
+    reference: Reference | None,
 ) -> Row:
     """A row; the difference to ``reference`` is paired by window."""
     tokens = data.rest[:, 1:].size
@@ -135,7 +138,7 @@ def evaluate_float(config: ModelConfig, params: dict[str, Array], data: Dataset,
 
 
 def float_row(
-    config: ModelConfig, data: Dataset, variant: str, losses: Losses, bits: float, reference: tuple[str, Losses] | None
+    config: ModelConfig, data: Dataset, variant: str, losses: Losses, bits: float, reference: Reference | None
 ) -> Row:
     """A row of a model whose experts all have ``bits`` bits a weight: a token reads its top-k experts."""
     active = config.num_expert_weights * config.num_experts_per_tok / config.num_experts
@@ -152,10 +155,10 @@ def evaluate_uniform(
     group_size: int = 64,
     names: tuple[str, ...] = tuple(UNIFORM),
     progress: Progress = no_progress,
-) -> list[Row]:
-    """Rows of the unquantized model and of all experts rounded to nearest."""
+) -> tuple[list[Row], dict[str, Reference]]:
+    """Rows of the unquantized model and of all experts rounded to nearest, and each dataset's first losses."""
     rows: list[Row] = []
-    first: dict[str, tuple[str, Losses]] = {}
+    first: dict[str, Reference] = {}
     for index, name in enumerate(names):
         rtn_bits = UNIFORM[name]
         params = float_parameters(model, rtn_bits, group_size)
@@ -165,7 +168,7 @@ def evaluate_uniform(
             rows.append(float_row(model.config, dataset, name, losses, bits, first.get(dataset.name)))
             first.setdefault(dataset.name, (name, losses))
         progress("evaluate uniform", index + 1, len(names))
-    return rows
+    return rows, first
 
 
 VARIANTS = ("baseline", "auto")
@@ -183,11 +186,13 @@ def evaluate_quantized(
     data: list[Dataset],
     config: EvalConfig,
     variants: tuple[str, ...] = VARIANTS,
+    references: dict[str, Reference] | None = None,
     progress: Progress = no_progress,
 ) -> tuple[list[Row], dict[str, Adaptation]]:
     """Rows of the baseline, and of what the run time makes of it when the monitor finds novel data.
 
-    Both variants are branches of one compiled program; evaluating the second is a switch.
+    Both variants are branches of one compiled program; evaluating the second is a switch. A row's
+    difference is to the row before it, the first one's to ``references`` (by dataset) if given.
     """
     capacity = page_counts(model.plan)
     rows, adaptations = [], {}
@@ -197,14 +202,14 @@ def evaluate_quantized(
             adaptations[dataset.name] = found = choose_plan(model, dataset.first, config.batch_size)
             plan = found.plan
         pages = variant_of(model.store, plan, capacity)
-        reference: tuple[str, Losses] | None = None
+        reference = (references or {}).get(dataset.name)
         for name in variants:
             step = variant_step(model, pages, VARIANTS.index(name))
             losses = run_windows(step, dataset.rest, config.batch_size)
             used = plan if name == "auto" else model.plan
             read = used.bytes_per_token(losses.counts, dataset.rest[:, 1:].size)
             rows.append(make_row(dataset, name, losses, used.bits_per_weight(), read, reference))
-            reference = reference or (name, losses)
+            reference = (name, losses)
         progress("evaluate quantized", index + 1, len(data))
     return rows, adaptations
 

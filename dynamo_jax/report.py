@@ -472,14 +472,12 @@ def significance_section(content: ReportContent) -> str:
     colours = charts.log_colours(list(maps.values()))
     parts = [colours.legend("nats a token")]
     for name, values in maps.items():
-        values = np.asarray(values, np.float64)
-        label = f"significance of experts on {name}"
-        parts.append(element("h3", text(name)))
-        parts.append(
-            charts.heat_map(
-                values, colours.paint, lambda i, e, v=values: f"{number(float(v[i, e]), '.3g')} nats a token", label
-            )
-        )
+
+        def title(i: int, e: int, values: np.ndarray = values) -> str:
+            return f"{number(float(values[i, e]), '.3g')} nats a token"
+
+        grid = charts.heat_map(values, colours.paint, title, f"significance of experts on {name}")
+        parts += [element("h3", text(name)), grid]
     caption = (
         "Significance of each expert: predicted loss, nats a token, when that expert alone is rounded to 2 bits. A row "
         "is a layer, a column an expert, brighter is more significant. The colour scale is logarithmic and serves all "
@@ -533,7 +531,7 @@ def bits_section(content: ReportContent) -> str:
         "the layer's mean width, scales not counted.",
         legend,
         grid,
-    ) + figure(f"How many of the {bits.size} experts have each width.", charts.bar_chart(bars, "experts by width"))
+    ) + figure(f"Experts of each width, of {bits.size} in all layers.", charts.bar_chart(bars, "experts by width"))
 
 
 def adapted_section(content: ReportContent) -> str:
@@ -560,9 +558,8 @@ def _change_maps(content: ReportContent) -> str:
             return f"{number(float(change[i, e]), '+.2f')} bits, from {base[i, e]:.0f} to blocks: {', '.join(counts)}"
 
         notes = [f"{number(float(row.mean()), '+.2f')}" for row in change]
-        parts.append(element("h3", text(name)))
         grid = charts.heat_map(change, lambda v: charts.diverging(v, limit), title, f"change of bits on {name}", notes)
-        parts.append(grid)
+        parts += [element("h3", text(name)), grid]
     caption = (
         "Change of each expert's mean bits, adapted plan minus baseline: green with a plus has gained pages, purple "
         "with a minus has lost some. The number to the right is the layer's mean change. One colour scale serves all."
@@ -598,7 +595,7 @@ def _concentration(significance: dict[str, np.ndarray]) -> str:
         f"is all alike, {blocks} is all in one block; the further right, the more widths by block can gain. Dot and "
         "number: median over experts; box: quartiles; line: 5% to 95%."
     )
-    return figure(caption, charts.range_chart(rows, f"largest block {TIMES} the mean block"))
+    return figure(caption, charts.range_chart(rows, 1.0, f"largest block {TIMES} the mean block"))
 
 
 def monitor_section(content: ReportContent) -> str:
@@ -612,7 +609,15 @@ def monitor_section(content: ReportContent) -> str:
             )
             line = [name, kind.get(name, "not stated"), nearest, "novel" if novel else "known", right]
             lines.append([*line, number(divergence, ".4f"), number(share, ".2f")])
-        head = ["dataset", "it is", "nearest known", "verdict", "verdict is", "divergence, bits", "over threshold"]
+        head = [
+            "dataset",
+            "it is",
+            "nearest known",
+            "verdict",
+            "verdict is",
+            "divergence, bits",
+            "divergence / threshold",
+        ]
         caption = (
             "What the monitor said after the first windows of each dataset: Jensen-Shannon divergence of its routing "
             "from that of the nearest known dataset, bits, mean over layers. Past the threshold of "

@@ -1,0 +1,160 @@
+"""Adaptation, evaluation and the checkpoint, on the bundled model and text made here."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from dynamo_jax import checkpoint
+from dynamo_jax.evaluate import (
+    EvalConfig,
+    calibrated_windows,
+    evaluate_quantized,
+    evaluate_uniform,
+    make_dataset,
+)
+from dynamo_jax.pipeline import QuantizeConfig, quantize
+from dynamo_jax.runtime.adapt import adapt
+from dynamo_jax.runtime.store import page_counts
+
+SETTINGS = QuantizeConfig(bits=3.0, calibration_windows=4, window=64, batch_size=4, adaptation_windows=2)
+EVAL = EvalConfig(window=64, batch_size=4, adaptation_windows=4, limit=4)
+
+
+@pytest.fixture(scope="module")
+def quantized(bundled, texts):
+    model, tokenizer = bundled
+    return quantize(model, tokenizer, {"code": texts["code"], "sums": texts["sums"]}, SETTINGS)[0]
+
+
+@pytest.fixture(scope="module")
+def novel(quantized, texts):
+    return make_dataset("verse", "novel", texts["verse"], quantized.tokenizer, EVAL)
+
+
+def test_the_baseline_meets_its_budget_and_gives_each_expert_one_width(quantized):
+    assert quantized.plan.bits_per_weight() <= SETTINGS.bits
+    assert (quantized.plan.widths == quantized.plan.widths[:, :, :1]).all()
+
+
+def test_adaptation_keeps_the_stored_bytes_and_the_bytes_read_in_each_window(quantized, novel):
+    plan = adapt(quantized, novel.first)
+    before, after = page_counts(quantized.plan), page_counts(plan)
+    assert all(after[level] <= before[level] for level in before)
+    assert plan.stored_bytes() <= quantized.plan.stored_bytes()
+    assert not (plan.widths == quantized.plan.widths).all()
+
+
+def test_adaptation_is_a_function_of_the_window(quantized, novel):
+    np.testing.assert_array_equal(adapt(quantized, novel.first).widths, adapt(quantized, novel.first).widths)
+
+
+def test_adaptation_to_no_tokens_is_an_error(quantized, novel):
+    with pytest.raises(ValueError, match="no tokens"):
+        adapt(quantized, novel.first[:0])
+
+
+def test_rows_count_exactly_the_tokens_after_the_adaptation_windows(quantized, novel):
+    rows, _ = evaluate_quantized(quantized, [novel], EVAL)
+    assert [r.variant for r in rows] == ["baseline", "auto"]
+    assert all(r.tokens == 4 * 64 for r in rows)
+    np.testing.assert_array_equal(novel.rest[0, 0], novel.first[-1, -1])  # neighbours share one token
+
+
+def test_evaluating_every_dataset_and_variant_again_compiles_nothing(quantized, novel, compilations):
+    evaluate_quantized(quantized, [novel], EVAL)
+    with compilations() as count:
+        evaluate_quantized(quantized, [novel], EVAL)
+    assert count.compiled == 0
+
+
+def test_a_model_in_bfloat16_reads_two_bytes_a_weight(bundled, novel):
+    model, _ = bundled
+    rows, losses = evaluate_uniform(model, [novel], EVAL, names=("bf16", "rtn2"))
+    config = model.config
+    per_expert = 3 * config.intermediate_size * config.hidden_size
+    assert rows[0].bytes_per_token == 2 * per_expert * config.num_experts_per_tok * config.num_hidden_layers
+    assert losses["verse"][0] == "bf16"
+    assert rows[1].difference == pytest.approx(rows[1].nll - rows[0].nll, abs=1e-9)
+
+
+def test_a_loaded_checkpoint_gives_exactly_the_same_rows(quantized, novel, tmp_path):
+    checkpoint.save(tmp_path / "model", quantized)
+    loaded = checkpoint.load(tmp_path / "model")
+    before, after = (evaluate_quantized(m, [novel], EVAL)[0] for m in (quantized, loaded))
+    assert before == after
+    assert loaded.knowledge.threshold == quantized.knowledge.threshold
+    assert loaded.tokenizer.to_str() == quantized.tokenizer.to_str()
+
+
+def test_saving_again_replaces_the_checkpoint_and_leaves_nothing_else(quantized, tmp_path):
+    checkpoint.save(tmp_path / "model", quantized)
+    checkpoint.save(tmp_path / "model", quantized)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_with_other_things_is_left_alone(quantized, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else"):
+        checkpoint.save(tmp_path, quantized)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_failed_save_leaves_the_earlier_checkpoint_whole(quantized, tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "model", quantized)
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path / "model", quantized)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert checkpoint.load(tmp_path / "model").plan.stored_bytes() == quantized.plan.stored_bytes()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove meta", "not json", "remove data"])
+def test_a_damaged_checkpoint_is_an_error_that_names_it(quantized, tmp_path, damage):
+    folder = tmp_path / "model"
+    checkpoint.save(folder, quantized)
+    largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    if damage == "truncate":
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    elif damage == "remove data":
+        largest.unlink()
+    elif damage == "remove meta":
+        shutil.rmtree(folder / "meta")
+    else:
+        (folder / "meta" / "metadata").write_text("{")
+    with pytest.raises(ValueError, match=str(folder)):
+        checkpoint.load(folder)
+
+
+def test_calibration_windows_are_recognized_only_in_the_calibrated_text(quantized, texts):
+    assert calibrated_windows(quantized, "code", texts["code"], EVAL) == SETTINGS.calibration_windows
+    assert calibrated_windows(quantized, "code", texts["verse"], EVAL) == 0
+    assert calibrated_windows(quantized, "verse", texts["verse"], EVAL) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 1.9}, "too small: the least is 2.25"),
+        ({"bits": 2.2}, "too small"),
+        ({"channel_block": 24}, "channel_block 24 does not divide"),
+        ({"group_size": 100}, "group_size 100"),
+        ({"window": 100_000}, "positions"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(bundled, texts, change, message):
+    model, tokenizer = bundled
+    settings = QuantizeConfig(**{**SETTINGS.__dict__, **change})
+    with pytest.raises(ValueError, match=message):
+        quantize(model, tokenizer, {"code": texts["code"]}, settings)
+
+
+def test_no_known_dataset_is_an_error(bundled):
+    with pytest.raises(ValueError, match="no known dataset"):
+        quantize(*bundled, {}, SETTINGS)
