@@ -1,0 +1,19 @@
+"""The Colab notebook runs from its first to its last cell."""
+
+from __future__ import annotations
+
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+FOLDER = pathlib.Path(__file__).parent.parent / "colab"
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda p: p.name)
+def test_the_notebook_runs_and_is_stored_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    ran = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    assert "novel=True" in str(ran.cells[-3].outputs)
