@@ -1,9 +1,10 @@
-"""Grouped matmul in plain XLA with work in proportion to the rows.
+"""Grouped matmul in plain XLA for CPUs, with work in proportion to the rows.
 
-The rows are cut into blocks of fixed size that each belong to one expert: an expert with r rows
-fills ceil(r / block) blocks, so at most one partly empty block an expert is wasted and all
-shapes are static (ceil(R / block) + E blocks). One batched matmul multiplies each block by its
-expert's weights. The gradient is written out, since the derived one scatters.
+Forward: a loop over experts slices each expert's weights once; an inner loop multiplies its rows in
+blocks of fixed size. Rows are sorted, so a block is a slice; what a last block computes past its
+expert's rows is overwritten by the next expert. No row is gathered, and an expert without rows costs
+one slice. Backward: all blocks at once in batched products, since there each weight gradient sums over
+blocks; the gradient is written out, because the derived one scatters.
 
 Axes: R rows, K contraction, N output, E experts, B blocks, M rows a block.
 """
@@ -69,11 +70,32 @@ def from_blocks(blocks: Float[Array, "B M N"], layout: BlockLayout) -> Float[Arr
     return flat.at[layout.place].get(mode="fill", fill_value=0)
 
 
+def _multiply_groups(
+    x: Float[Array, "R K"], w: Float[Array, "E K N"], group_sizes: Int[Array, " E"], block: int
+) -> Float[Array, "R N"]:
+    rows = x.shape[0]
+    end = jnp.cumsum(group_sizes)
+    start = end - group_sizes
+    padded = jnp.pad(x, ((0, block), (0, 0)))
+
+    def expert_rows(expert: Array, out: Array) -> Array:
+        weights = w[expert]
+
+        def one_block(index: Array, out: Array) -> Array:
+            first = start[expert] + index * block
+            product = jax.lax.dynamic_slice_in_dim(padded, first, block) @ weights
+            return jax.lax.dynamic_update_slice_in_dim(out, product, first, axis=0)
+
+        return jax.lax.fori_loop(0, -(-group_sizes[expert] // block), one_block, out)
+
+    out = jnp.zeros((rows + block, w.shape[2]), x.dtype)
+    out = jax.lax.fori_loop(0, w.shape[0], expert_rows, out)[:rows]
+    return jnp.where(jnp.arange(rows)[:, None] < end[-1], out, 0)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _grouped(x, w, group_sizes, block):
-    # XLA accumulates bfloat16 in float32 by itself; its CPU backend has no batched dot of mixed types.
-    layout = block_layout(group_sizes, x.shape[0], block)
-    return from_blocks(jnp.einsum("bmk,bkn->bmn", to_blocks(x, layout), w[layout.expert]), layout)
+    return _multiply_groups(x, w, group_sizes, block)
 
 
 def _grouped_fwd(x, w, group_sizes, block):
@@ -101,5 +123,7 @@ _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 def grouped_matmul_xla(
     x: Float[Array, "R K"], w: Float[Array, "E K N"], group_sizes: Int[Array, " E"], block: int | None = None
 ) -> Float[Array, "R N"]:
-    """Row r of group e times w[e], accumulated in float32, returned in x's dtype."""
+    """Row r of group e times w[e], in x's dtype; rows past the last group are zero."""
+    if x.shape[0] == 0:
+        return jnp.zeros((0, w.shape[2]), x.dtype)
     return _grouped(x, w, group_sizes, block or rows_per_block(x.shape[0], w.shape[0]))
