@@ -1,0 +1,123 @@
+"""The decoder's invariants: causality, permutations that change nothing, edge sizes, exact gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dynamo_jax.models.attention import attend
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters, with_parameters
+from dynamo_jax.models.loss import CHUNK_ROWS, next_token_nll
+
+CONFIG = ModelConfig(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_experts=5,
+    num_experts_per_tok=2,
+    max_position_embeddings=32,
+    initializer_range=0.2,
+)
+TOKENS = jax.random.randint(jax.random.key(0), (2, 12), 0, 50)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Decoder(CONFIG, rngs=nnx.Rngs(0))
+
+
+def test_a_later_token_changes_no_earlier_logit(model):
+    before, _ = model(TOKENS)
+    after, _ = model(TOKENS.at[:, 7].add(1) % 50)
+    np.testing.assert_allclose(before[:, :7], after[:, :7], atol=1e-5)
+    assert not np.allclose(before[:, 7:], after[:, 7:], atol=1e-3)
+
+
+def test_sequences_of_a_batch_do_not_see_each_other(model):
+    both, _ = model(TOKENS)
+    np.testing.assert_allclose(both[1:], model(TOKENS[1:])[0], atol=1e-5)
+
+
+def test_reordering_an_experts_channels_changes_nothing(model):
+    arrays, order = parameters(model), np.random.default_rng(0).permutation(16)
+    for part in ("gate", "up", "down"):
+        name = f"layers.1.{part}"
+        arrays[name] = arrays[name].at[3].set(arrays[name][3][order])
+    np.testing.assert_allclose(model(TOKENS)[0], with_parameters(CONFIG, arrays)(TOKENS)[0], atol=1e-5)
+
+
+def test_reordering_experts_with_their_router_columns_changes_nothing(model):
+    arrays, order = parameters(model), np.random.default_rng(0).permutation(5)
+    for part in ("gate", "up", "down"):
+        arrays[f"layers.0.{part}"] = arrays[f"layers.0.{part}"][order]
+    arrays["layers.0.router"] = arrays["layers.0.router"][:, order]
+    np.testing.assert_allclose(model(TOKENS)[0], with_parameters(CONFIG, arrays)(TOKENS)[0], atol=1e-5)
+
+
+def test_parameters_and_with_parameters_are_inverse(model):
+    arrays = parameters(model)
+    again = parameters(with_parameters(CONFIG, arrays))
+    assert arrays.keys() == again.keys() and all((arrays[n] == again[n]).all() for n in arrays)
+
+
+def test_a_wrong_parameter_is_named(model):
+    arrays = parameters(model)
+    arrays["layers.0.router"] = arrays["layers.0.router"][:, :3]
+    with pytest.raises(ValueError, match=r"layers.0.router \(32, 3\)"):
+        with_parameters(CONFIG, arrays)
+
+
+def test_a_model_without_experts_says_what_it_needs(model):
+    rest = {n: a for n, a in parameters(model).items() if n not in expert_parameter_names(CONFIG)}
+    with pytest.raises(ValueError, match="layer 0 has no float experts"):
+        with_parameters(CONFIG, rest)(TOKENS)
+
+
+@pytest.mark.parametrize("change", [{"num_experts": 1, "num_experts_per_tok": 1}, {"num_experts_per_tok": 5}])
+def test_one_expert_or_all_experts(change):
+    model = Decoder(dataclasses.replace(CONFIG, **change), rngs=nnx.Rngs(0))
+    assert np.isfinite(model(TOKENS[:1, :1])[0]).all()  # one token, too
+
+
+@pytest.mark.parametrize("change", [{"num_experts_per_tok": 6}, {"num_attention_heads": 5}, {"num_key_value_heads": 3}])
+def test_sizes_that_cannot_work_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_bfloat16_is_close_to_float32(model):
+    full, half = model(TOKENS)[0], model(TOKENS, dtype=jnp.bfloat16)[0]
+    assert float(jnp.linalg.norm(full - half) / jnp.linalg.norm(full)) < 0.1
+
+
+def test_attention_and_its_gradient_equal_the_plain_formula():
+    keys = jax.random.split(jax.random.key(1), 3)
+    q = jax.random.normal(keys[0], (2, 9, 4, 8))
+    k, v = (jax.random.normal(key, (2, 9, 2, 8)) for key in keys[1:])
+
+    def plain(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    np.testing.assert_allclose(attend(q, k, v), plain(q, k, v), atol=1e-5)
+    got = jax.grad(lambda *a: jnp.sum(jnp.sin(attend(*a))), argnums=(0, 1, 2))(q, k, v)
+    want = jax.grad(lambda *a: jnp.sum(jnp.sin(plain(*a))), argnums=(0, 1, 2))(q, k, v)
+    for g, t in zip(got, want):
+        np.testing.assert_allclose(g, t, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 7, CHUNK_ROWS + 3])
+def test_the_chunked_loss_equals_log_softmax(rows):
+    hidden = jax.random.normal(jax.random.key(0), (1, rows, 8))
+    head = jax.random.normal(jax.random.key(1), (11, 8))
+    targets = jax.random.randint(jax.random.key(2), (1, rows), 0, 11)
+    want = -jax.nn.log_softmax(hidden @ head.T)[0, jnp.arange(rows), targets[0]]
+    np.testing.assert_allclose(next_token_nll(hidden, head, targets)[0], want, rtol=1e-4, atol=1e-5)
