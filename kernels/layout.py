@@ -68,7 +68,7 @@ def unpack(codes: UInt8[Array, "*S Dp"], bits: int) -> UInt8[Array, "*S D"]:
     """The codes of ``bits`` bits in each byte, lowest bits first."""
     shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)
     parts = (codes[..., None] >> shifts) & jnp.uint8(2**bits - 1)
-    return parts.reshape(*codes.shape[:-1], -1)
+    return parts.reshape(*codes.shape[:-1], codes.shape[-1] * (8 // bits))
 
 
 def scaled(codes: UInt8[Array, "*S Dp"], scales: Float[Array, "*S G"], level: int) -> Float[Array, "*S D"]:

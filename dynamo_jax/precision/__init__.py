@@ -1,0 +1,1 @@
+"""Plans, their bytes, and allocation."""

@@ -1,0 +1,1 @@
+"""Quantization of plain arrays: rounding, nested planes, packing."""

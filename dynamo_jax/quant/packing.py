@@ -13,7 +13,7 @@ def pack(codes: UInt8[np.ndarray, "*S D"], bits: int) -> UInt8[np.ndarray, "*S D
         raise ValueError(f"last axis {codes.shape[-1]} is not a multiple of {per_byte}, the {bits}-bit codes in a byte")
     if codes.size and int(codes.max()) >= 2**bits:
         raise ValueError(f"code {int(codes.max())} does not fit {bits} bits")
-    parts = codes.reshape(*codes.shape[:-1], -1, per_byte)
+    parts = codes.reshape(*codes.shape[:-1], codes.shape[-1] // per_byte, per_byte)
     packed = np.zeros(parts.shape[:-1], np.uint8)
     for i in range(per_byte):
         packed |= (parts[..., i] << (i * bits)).astype(np.uint8)

@@ -1,0 +1,1 @@
+"""Variants, switching, the shift monitor and adaptation."""
