@@ -29,11 +29,12 @@ from dynamo_jax.evaluate import (
     evaluate_uniform,
     make_dataset,
 )
+from dynamo_jax.findings import ReportContent
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import Decoder
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
 from dynamo_jax.pipeline import Analysis, Progress, QuantizeConfig, layer_weights, no_progress, quantize
-from dynamo_jax.report import ReportContent, write_report
+from dynamo_jax.report import write_report
 from dynamo_jax.runtime.monitor import routing_divergence
 from dynamo_jax.runtime.quantized import QuantizedModel
 

@@ -46,7 +46,7 @@ def test_a_text_that_cannot_be_read_is_named(tmp_path, name, content, message):
 
 
 def test_a_missing_text_is_named(tmp_path):
-    with pytest.raises(ValueError, match="none.txt: no such file"):
+    with pytest.raises(ValueError, match=r"none\.txt: no such file"):
         read_text(tmp_path / "none.txt")
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_jax import charts
-from dynamo_jax.report import (
+from dynamo_jax.findings import (
     ReportContent,
     block_concentration,
     byte_text,
@@ -24,10 +24,9 @@ from dynamo_jax.report import (
     moved_pages,
     rank_correlation,
     reading,
-    render,
     span,
-    write_report,
 )
+from dynamo_jax.report import render, write_report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
