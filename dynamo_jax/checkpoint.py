@@ -7,10 +7,12 @@ beside its place and renamed when whole, so a killed process or a full disk leav
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +75,8 @@ def load(folder: Path) -> QuantizedModel:
         raise ValueError(f"{folder}: no such folder")
     if not is_checkpoint(folder):
         raise ValueError(f"{folder}: not a {NAME} (no meta/ and arrays/)")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that shardings are taken from the file
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with _quiet_orbax(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             meta = checkpointer.restore(folder, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
             if meta.get("name") != NAME or meta.get("format") != FORMAT:
                 raise ValueError(f"format {meta.get('format')!r} of {meta.get('name')!r}; this version reads {FORMAT}")
@@ -84,6 +85,18 @@ def load(folder: Path) -> QuantizedModel:
     except Exception as error:  # tensorstore and orbax raise many types on damage
         message = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise ValueError(f"{folder}: damaged or incomplete checkpoint: {message}") from error
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Orbax warns through absl that it takes shardings from the file, which is what we want."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _arrays(model: QuantizedModel) -> dict[str, Any]:

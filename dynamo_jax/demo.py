@@ -150,6 +150,8 @@ def compute(config: DemoConfig, texts: Path, progress: Progress = no_progress) -
 
 def run(config: DemoConfig, texts: Path, out: Path, command: str, progress: Progress = no_progress) -> DemoResult:
     """The demo with its files: ``out``/checkpoint, report.html and results.json."""
+    if out.is_dir() and (other := {p.name for p in out.iterdir()} - {"checkpoint", "report.html", "results.json"}):
+        raise ValueError(f"{out}: exists and holds something else ({min(other)}); choose another --out")
     checkpoint.check_free(out / "checkpoint")
     begin = time.perf_counter()
     result, model = compute(config, texts, progress)
@@ -161,12 +163,17 @@ def run(config: DemoConfig, texts: Path, out: Path, command: str, progress: Prog
     return result
 
 
+def mean_divergence(pairs: list[tuple[np.ndarray, np.ndarray]], layer: int) -> float:
+    """Mean routing divergence of one layer, bits; 0 where there is only one dataset."""
+    values = [float(routing_divergence(a[layer : layer + 1], b[layer : layer + 1])) for a, b in pairs]
+    return float(np.mean(values)) if values else 0.0
+
+
 def report_content(result: DemoResult, model: Decoder, command: str, seconds: float) -> ReportContent:
     config, plan, known = model.config, result.model.plan, result.model.knowledge
     down = np.stack([np.asarray(layer_weights(model, i).down, np.float32) for i in range(config.num_hidden_layers)])
     blocks = (config.num_hidden_layers, config.num_experts, -1, plan.channel_block)
     pairs = [(a, b) for i, a in enumerate(known.counts) for b in known.counts[i + 1 :]]
-    layers = range(config.num_hidden_layers)
     return ReportContent(
         model="tiny-moe",
         facts={
@@ -185,10 +192,8 @@ def report_content(result: DemoResult, model: Decoder, command: str, seconds: fl
         },
         baseline_bits=plan.widths[:, :, 0],
         adapted_bits={n: a.plan.widths for n, a in result.adaptations.items() if a.plan is not plan},
-        verdicts={n: tuple(a.verdict) for n, a in result.adaptations.items()},
+        verdicts={n: (a.verdict.nearest, a.verdict.divergence, a.verdict.novel) for n, a in result.adaptations.items()},
         threshold=known.threshold,
-        routing_divergence=[
-            float(np.mean([routing_divergence(a[i : i + 1], b[i : i + 1]) for a, b in pairs] or [0.0])) for i in layers
-        ],
+        routing_divergence=[mean_divergence(pairs, i) for i in range(config.num_hidden_layers)],
         command=command,
     )

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from dynamo_jax.analysis.significance import (
@@ -73,7 +74,7 @@ class Analysis(NamedTuple):
     def expert_significance(self) -> Float[np.ndarray, "L E W"]:
         return expert_significance(self.stats, self.sensitivity)
 
-    def channel_significance(self, down: Float[Array, "L E F D"]) -> Float[np.ndarray, "L E F"]:
+    def channel_significance(self, down: Float[ArrayLike, "L E F D"]) -> Float[np.ndarray, "L E F"]:
         return channel_significance(self.stats, down)
 
 

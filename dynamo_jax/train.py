@@ -56,7 +56,9 @@ def token_files(config: TrainConfig, corpus: Path, run: Path) -> list[np.ndarray
     if missing := [str(p) for p in texts.values() if not p.is_file()]:
         raise ValueError(f"no such file: {', '.join(missing)}")
     if not (run / "tokenizer.json").exists():
-        tokenizer_from_texts(list(texts.values()), config.model.vocab_size).save(str(run / "tokenizer.json"))
+        partial = run / "tokenizer.partial"
+        tokenizer_from_texts(list(texts.values()), config.model.vocab_size).save(str(partial))
+        partial.rename(run / "tokenizer.json")
     tokenizer = load_tokenizer(run)
     tokens = []
     for kind, path in texts.items():
@@ -64,7 +66,9 @@ def token_files(config: TrainConfig, corpus: Path, run: Path) -> list[np.ndarray
         if not file.exists():
             documents = path.read_text(encoding="utf-8").split("\n\n")
             chunks = tokenizer.encode_batch(["\n\n".join(documents[i : i + 64]) for i in range(0, len(documents), 64)])
-            np.save(file, np.concatenate([np.asarray(c.ids, np.uint16) for c in chunks]))
+            partial = run / "tokens.partial.npy"
+            np.save(partial, np.concatenate([np.asarray(c.ids, np.uint16) for c in chunks]))
+            partial.rename(file)  # a killed process leaves no half file under the final name
         tokens.append(np.load(file, mmap_mode="r"))
     return tokens
 

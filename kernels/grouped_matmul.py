@@ -6,13 +6,15 @@ grouped kernels there but to every expert times every row on a CPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 from jaxtyping import Array, Float, Int
 
 from dynamo_jax.kernels.reference import grouped_matmul_reference
 from dynamo_jax.kernels.xla import grouped_matmul_xla
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "reference": grouped_matmul_reference,
     "xla": grouped_matmul_xla,
     "ragged_dot": jax.lax.ragged_dot,

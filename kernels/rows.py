@@ -80,4 +80,4 @@ combine_rows.defvjp(_combine_fwd, _combine_bwd)
 
 
 def _no_gradient(order: RowOrder) -> RowOrder:
-    return RowOrder(*(np.zeros(a.shape, jax.dtypes.float0) for a in order))
+    return jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), order)

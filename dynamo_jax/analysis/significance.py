@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from dynamo_jax.analysis.statistics import Statistics
 
 
-def expert_significance(stats: Statistics, sensitivity: Float[Array, " L"]) -> Float[np.ndarray, "L E W"]:
+def expert_significance(stats: Statistics, sensitivity: Float[ArrayLike, " L"]) -> Float[np.ndarray, "L E W"]:
     """Predicted loss, nats a token, when one expert alone is quantized to each width.
 
     ``sensitivity``: the sum of ``output_sensitivity`` over the same tokens.
@@ -25,22 +26,22 @@ def expert_significance(stats: Statistics, sensitivity: Float[Array, " L"]) -> F
     return np.asarray(stats.errors) * loss_per_error(stats, sensitivity)[:, None, None]
 
 
-def loss_per_error(stats: Statistics, sensitivity: Float[Array, " L"]) -> Float[np.ndarray, " L"]:
+def loss_per_error(stats: Statistics, sensitivity: Float[ArrayLike, " L"]) -> Float[np.ndarray, " L"]:
     """Nats a token for each unit of summed squared output error, by layer."""
     tokens = np.asarray(stats.tokens, np.float64)
     hidden_size = stats.input_energy.shape[-1]
     return 0.5 * np.asarray(sensitivity, np.float64) / tokens / hidden_size / tokens
 
 
-def channel_significance(stats: Statistics, down: Float[Array, "L E F D"]) -> Float[np.ndarray, "L E F"]:
+def channel_significance(stats: Statistics, down: Float[ArrayLike, "L E F D"]) -> Float[np.ndarray, "L E F"]:
     """Mean over tokens of g^2 h_f^2 times |down_f|^2: the output energy that goes through the channel."""
-    energy = stats.hidden_energy * jnp.sum(down.astype(jnp.float32) ** 2, axis=-1)
+    energy = stats.hidden_energy * jnp.sum(jnp.asarray(down, jnp.float32) ** 2, axis=-1)
     return np.asarray(energy / stats.tokens[:, None, None])
 
 
 def block_errors(
     stats: Statistics,
-    down: Float[Array, "L E F D"],
+    down: Float[ArrayLike, "L E F D"],
     deltas: Float[Array, "L P E F D"],
     channel_block: int,
 ) -> Float[np.ndarray, "L E N"]:
@@ -51,7 +52,7 @@ def block_errors(
     """
     gate, up, down_error = deltas[:, 0], deltas[:, 1], deltas[:, 2]
     input_sq = stats.input_energy / jnp.maximum(stats.gate_sq, 1e-30)[..., None]
-    reach = jnp.sum(down.astype(jnp.float32) ** 2, axis=-1)
+    reach = jnp.sum(jnp.asarray(down, jnp.float32) ** 2, axis=-1)
     through_gate = stats.gate_gain * jnp.einsum("lefd,led->lef", gate**2, input_sq)
     through_up = stats.up_gain * jnp.einsum("lefd,led->lef", up**2, input_sq)
     direct = stats.hidden_energy * jnp.sum(down_error**2, axis=-1)

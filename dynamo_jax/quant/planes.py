@@ -49,7 +49,7 @@ def _ratio(step: Array, base: Array, level: int) -> Array:
     return jnp.clip(jnp.round(step / (base * RATIO_UNIT[level])), 1, 255)
 
 
-def _quantize_groups(w: Float[Array, "*S g"], fraction: float) -> _Quantized:
+def _quantize_groups(w: Float[Array, "*S g"], fraction: Float[Array, ...]) -> _Quantized:
     """All planes of each group for one candidate of the base scale; errors are sums of squares a group."""
     largest = jnp.abs(w).max(axis=-1, keepdims=True)
     base = (largest * fraction).astype(jnp.bfloat16).astype(jnp.float32)
@@ -64,7 +64,7 @@ def _quantize_groups(w: Float[Array, "*S g"], fraction: float) -> _Quantized:
             steps = [reach * f for f in TAIL_FRACTIONS]
         else:  # the sign's best step is twice the mean size of the residual
             steps = [2 * jnp.abs(residual).mean(axis=-1, keepdims=True)]
-        best = None
+        best: tuple[Array, ...] | None = None
         for step in steps:
             ratio = _ratio(step, base, level)
             step = ratio * RATIO_UNIT[level] * base
@@ -72,6 +72,7 @@ def _quantize_groups(w: Float[Array, "*S g"], fraction: float) -> _Quantized:
             left = residual - (code - ZERO_POINT[level]) * step
             candidate = (jnp.sum(left**2, axis=-1), ratio, code, w - left)
             best = candidate if best is None else _better(candidate, best)
+        assert best is not None
         errors[level], ratios[level], codes[level], value = best
     return _Quantized(codes, base, ratios, errors)
 
