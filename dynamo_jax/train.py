@@ -52,6 +52,8 @@ class TrainConfig:
 
 def token_files(config: TrainConfig, corpus: Path, run: Path) -> list[np.ndarray]:
     """The tokens of each kind's KIND.train.txt, made once and then memory-mapped from the run's folder."""
+    if config.model.vocab_size > 2**16:
+        raise ValueError(f"vocab_size {config.model.vocab_size} is past the 65536 that token files hold")
     texts = {kind: corpus / f"{kind}.train.txt" for kind in config.corpus}
     if missing := [str(p) for p in texts.values() if not p.is_file()]:
         raise ValueError(f"no such file: {', '.join(missing)}")
