@@ -32,7 +32,7 @@ def read_text(path: str | Path) -> str:
 
 def _jsonl_texts(path: Path, text: str) -> list[str]:
     texts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a JSON string
         if not line.strip():
             continue
         try:

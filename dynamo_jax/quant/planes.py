@@ -4,7 +4,8 @@ Each refinement plane codes the residual of the planes before it with a scale of
 scale decides how well all widths do: a small one suits 2 bits, a large one leaves the finer planes
 no clipped tails. It is searched for each group over fractions of the group's largest weight,
 minimizing the sum over 2, 3 and 4 bits of the squared error relative to the best that any
-candidate reaches at that width. Arrays in, planes out; no model in sight.
+candidate reaches at that width. A group of zeros has scale 0 and stays exactly zero at every width.
+Arrays in, planes out; no model in sight.
 
 Convention and storage: kernels.layout.
 """
@@ -23,6 +24,7 @@ from dynamo_jax.quant.packing import pack
 
 BASE_FRACTIONS = tuple(np.linspace(0.3, 0.7, 17).tolist())  # base scale over the group's largest weight
 TAIL_FRACTIONS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # 8-bit plane's scale over the one that reaches all residuals
+SMALLEST_SCALE = 1e-32  # below it float32 steps would underflow, and the group is zero
 
 
 class Planes(NamedTuple):
@@ -42,18 +44,23 @@ class _Quantized(NamedTuple):
 
 def _plane(residual: Array, step: Array, level: int) -> Array:
     top = 2 ** PLANE_BITS[level] - 1
-    return jnp.clip(jnp.round(residual / step + ZERO_POINT[level]), 0, top)
+    return jnp.clip(jnp.round(_over(residual, step) + ZERO_POINT[level]), 0, top)
 
 
 def _ratio(step: Array, base: Array, level: int) -> Array:
-    return jnp.clip(jnp.round(step / (base * RATIO_UNIT[level])), 1, 255)
+    return jnp.clip(jnp.round(_over(step, base * RATIO_UNIT[level])), 1, 255)
+
+
+def _over(a: Array, scale: Array) -> Array:
+    """a / scale; a scale of zero, that of a group of zeros, leaves ``a`` finite."""
+    return a / jnp.where(scale == 0, 1.0, scale)
 
 
 def _quantize_groups(w: Float[Array, "*S g"], fraction: Float[Array, ...]) -> _Quantized:
     """All planes of each group for one candidate of the base scale; errors are sums of squares a group."""
     largest = jnp.abs(w).max(axis=-1, keepdims=True)
     base = (largest * fraction).astype(jnp.bfloat16).astype(jnp.float32)
-    base = jnp.where(base == 0, 1.0, base)
+    base = jnp.where(base < SMALLEST_SCALE, 0.0, base)
     codes = {2: _plane(w, base, 2)}
     value = (codes[2] - ZERO_POINT[2]) * base
     ratios, errors = {}, {2: jnp.sum((w - value) ** 2, axis=-1)}

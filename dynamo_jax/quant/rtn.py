@@ -1,6 +1,6 @@
 """Round to nearest on a uniform asymmetric grid a group: the field's plain baseline.
 
-w = (q - z) * s with s = (max - min) / (2^bits - 1), z the rounded offset; s and z stored in bfloat16.
+w = (q - z) * s with s = (max - min) / (2^bits - 1), z the rounded offset; s stored in bfloat16, z in a byte.
 No clipping search, no calibration (as in "RTN" rows of GPTQ, arXiv 2210.17323).
 """
 
@@ -19,7 +19,7 @@ def round_to_nearest(w: Float[Array, "*S D"], bits: int, group_size: int) -> Flo
     high = jnp.maximum(groups.max(axis=-1, keepdims=True), 0.0)
     scale = ((high - low) / (2**bits - 1)).astype(jnp.bfloat16).astype(jnp.float32)
     scale = jnp.where(scale == 0, 1.0, scale)
-    zero = jnp.round(-low / scale)
+    zero = jnp.minimum(jnp.round(-low / scale), 2**bits - 1)  # a scale rounded down would put it past the grid
     q = jnp.clip(jnp.round(groups / scale) + zero, 0, 2**bits - 1)
     return ((q - zero) * scale).reshape(w.shape)
 
