@@ -317,8 +317,11 @@ def describe_difference(row: Row) -> str:
 
 
 def describe_verdict(found: Any) -> str:
-    what = "novel, adapted" if found.verdict.novel else "known, baseline kept"
-    return f"{what} (nearest {found.verdict.nearest}, divergence {found.verdict.divergence:.4f} bits)"
+    where = f"nearest {found.verdict.nearest}, divergence {found.verdict.divergence:.4f} bits"
+    if found.gain is None:
+        return f"known, baseline kept ({where})"
+    what = "adapted" if found.gain > 0 else "baseline kept"
+    return f"novel, {what} ({where}; adapting gained {found.gain:+.4f} nats a token on the first windows)"
 
 
 def print_facts(facts: dict[str, Any]) -> None:

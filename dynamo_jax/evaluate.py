@@ -175,10 +175,15 @@ VARIANTS = ("baseline", "auto")
 
 
 class Adaptation(NamedTuple):
-    """What the monitor said of a dataset and the plan that its auto variant used."""
+    """What the monitor said of a dataset and the plan that its auto variant used.
+
+    gain: nats a token that the adapted plan gained over the baseline on the first windows; None where
+    the data was known. A plan that gained nothing there was not taken.
+    """
 
     verdict: Verdict
     plan: Plan
+    gain: float | None
 
 
 def evaluate_quantized(
@@ -215,17 +220,21 @@ def evaluate_quantized(
 
 
 def choose_plan(model: QuantizedModel, first: Int[np.ndarray, "S T1"], batch_size: int) -> Adaptation:
-    """What the run time does after the first windows: keep the baseline on data that it knows, else adapt."""
-    step = baseline_step(model)
-    verdict = judge(
-        run_windows(step, first, batch_size).counts, model.knowledge.signatures(), model.knowledge.threshold
-    )
-    return Adaptation(verdict, adapt(model, first) if verdict.novel else model.plan)
+    """What the run time does after the first windows: keep the baseline on data that it knows, else adapt.
 
-
-def baseline_step(model: QuantizedModel) -> StepFn:
-    """One batch at the baseline, by the same compiled program that two variants use."""
-    return variant_step(model, variant_of(model.store, model.plan), 0)
+    An adapted plan must prove itself: it is taken only if it predicts the windows' own next tokens
+    better than the baseline does. Errors that are small for the layers can still be harmful, or
+    the baseline's lucky, on text that the model itself is poor at.
+    """
+    before = run_windows(variant_step(model, variant_of(model.store, model.plan), 0), first, batch_size)
+    verdict = judge(before.counts, model.knowledge.signatures(), model.knowledge.threshold)
+    if not verdict.novel:
+        return Adaptation(verdict, model.plan, None)
+    plan = adapt(model, first)
+    pages = variant_of(model.store, plan, page_counts(model.plan))
+    after = run_windows(variant_step(model, pages, 1), first, batch_size)
+    gain = float((before.nll - after.nll).sum() / first[:, 1:].size)
+    return Adaptation(verdict, plan if gain > 0 else model.plan, gain)
 
 
 def variant_step(model: QuantizedModel, adapted: Variant, number: int) -> StepFn:

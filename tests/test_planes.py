@@ -38,7 +38,9 @@ def relative_error(w, q):
 
 def bits_by_hand(packed, bits):
     """Codes read bit by bit with numpy, lowest bit first."""
-    stream = np.unpackbits(packed, axis=-1, bitorder="little").reshape(*packed.shape[:-1], packed.shape[-1] * 8 // bits, bits)
+    stream = np.unpackbits(packed, axis=-1, bitorder="little").reshape(
+        *packed.shape[:-1], packed.shape[-1] * 8 // bits, bits
+    )
     return (stream * 2 ** np.arange(bits)).sum(axis=-1)
 
 
@@ -133,7 +135,9 @@ def test_scaling_the_weights_by_a_power_of_two_scales_only_the_scales():
 @given(st.integers(0, 999), st.sampled_from(["normal", "laplace", "uniform", "standard_t"]))
 def test_every_plane_brings_the_weights_closer(seed, family):
     rng = np.random.default_rng(seed)
-    w = jnp.asarray(rng.standard_t(4, GAUSS.shape) if family == "standard_t" else getattr(rng, family)(size=GAUSS.shape))
+    w = jnp.asarray(
+        rng.standard_t(4, GAUSS.shape) if family == "standard_t" else getattr(rng, family)(size=GAUSS.shape)
+    )
     planes = quantize(w, GROUP)
     errors = [relative_error(w, dequantize(planes, width)) for width in WIDTHS]
     assert all(b < a for a, b in itertools.pairwise(errors))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import numpy as np
 import pytest
 
-from dynamo_jax import checkpoint
+from dynamo_jax import checkpoint, evaluate
 from dynamo_jax.evaluate import (
     EvalConfig,
     calibrated_windows,
@@ -61,6 +62,28 @@ def test_rows_count_exactly_the_tokens_after_the_adaptation_windows(quantized, n
     assert [r.variant for r in rows] == ["baseline", "auto"]
     assert all(r.tokens == 4 * 64 for r in rows)
     np.testing.assert_array_equal(novel.rest[0, 0], novel.first[-1, -1])  # neighbours share one token
+
+
+@pytest.mark.parametrize("shift", [-100.0, 100.0])
+def test_an_adapted_plan_is_taken_only_if_it_predicts_its_own_windows_better(quantized, novel, monkeypatch, shift):
+    """``shift`` nats are added to what the adapted variant loses on each window."""
+    real = evaluate.variant_step
+
+    def shifted(model, pages, number):
+        step = real(model, pages, number)
+        return lambda tokens: (step(tokens)[0] + number * shift, step(tokens)[1])
+
+    monkeypatch.setattr(evaluate, "variant_step", shifted)
+    unknown = dataclasses.replace(quantized, knowledge=dataclasses.replace(quantized.knowledge, threshold=0.0))
+    found = evaluate.choose_plan(unknown, novel.first, EVAL.batch_size)
+    assert found.verdict.novel
+    assert (found.gain < 0 and found.plan is quantized.plan) if shift > 0 else (found.plan is not quantized.plan)
+
+
+def test_known_data_keeps_the_baseline(quantized, novel):
+    sure = dataclasses.replace(quantized, knowledge=dataclasses.replace(quantized.knowledge, threshold=1.0))
+    found = evaluate.choose_plan(sure, novel.first, EVAL.batch_size)
+    assert found.gain is None and found.plan is quantized.plan
 
 
 def test_evaluating_every_dataset_and_variant_again_compiles_nothing(quantized, novel, compilations):

@@ -29,7 +29,7 @@ from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.store import page_counts
 
 PRIOR_TOKENS = 1024
-READ_MARGIN = 0.005  # of the read budget, kept free: windows are a sample of the data to come
+READ_MARGIN = 0.015  # of the read budget, kept free: windows are a sample of the data to come
 
 
 @functools.partial(jax.jit, static_argnames="config")
