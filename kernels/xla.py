@@ -1,10 +1,10 @@
 """Grouped matmul in plain XLA for CPUs, with work in proportion to the rows.
 
 Forward: a loop over experts slices each expert's weights once; an inner loop multiplies its rows in
-blocks of fixed size. Rows are sorted, so a block is a slice; what a last block computes past its
-expert's rows is overwritten by the next expert. No row is gathered, and an expert without rows costs
-one slice. Backward: all blocks at once in batched products, since there each weight gradient sums over
-blocks; the gradient is written out, because the derived one scatters.
+blocks of fixed size. Rows are sorted, so a block is a slice, and what a block computes outside its
+expert's rows is dropped. No row is gathered or padded, and an expert without rows costs one slice.
+Backward: all blocks at once in batched products, since there each weight gradient sums over blocks; the
+gradient is written out, because the derived one scatters.
 
 Axes: R rows, K contraction, N output, E experts, B blocks, M rows a block.
 """
@@ -12,6 +12,7 @@ Axes: R rows, K contraction, N output, E experts, B blocks, M rows a block.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -36,9 +37,9 @@ class BlockLayout(NamedTuple):
 
 
 def rows_per_block(rows: int, num_experts: int) -> int:
-    """A power of two near half the mean group, so that padding stays near a quarter."""
-    mean = max(1, rows // max(1, num_experts))
-    return max(8, min(128, 1 << max(0, (mean - 1).bit_length() - 1)))
+    """A quarter more than the mean group, so that most groups are one block; between 8 and 128, by steps of 8."""
+    mean = rows / max(1, num_experts)
+    return min(128, max(8, 8 * math.ceil(mean * 1.25 / 8)))
 
 
 def block_layout(group_sizes: Int[Array, " E"], rows: int, block: int) -> BlockLayout:
@@ -74,23 +75,25 @@ def _multiply_groups(
     x: Float[Array, "R K"], w: Float[Array, "E K N"], group_sizes: Int[Array, " E"], block: int
 ) -> Float[Array, "R N"]:
     rows = x.shape[0]
+    block = min(block, rows)
     end = jnp.cumsum(group_sizes)
     start = end - group_sizes
-    padded = jnp.pad(x, ((0, block), (0, 0)))
 
     def expert_rows(expert: Array, out: Array) -> Array:
         weights = w[expert]
 
         def one_block(index: Array, out: Array) -> Array:
             first = start[expert] + index * block
-            product = jax.lax.dynamic_slice_in_dim(padded, first, block) @ weights
-            return jax.lax.dynamic_update_slice_in_dim(out, product, first, axis=0)
+            at = jnp.minimum(first, rows - block)  # a block at the end of the rows begins earlier instead
+            row = at + jnp.arange(block)[:, None]
+            product = jax.lax.dynamic_slice_in_dim(x, at, block) @ weights
+            before = jax.lax.dynamic_slice_in_dim(out, at, block)
+            kept = jnp.where((row >= first) & (row < end[expert]), product, before)
+            return jax.lax.dynamic_update_slice_in_dim(out, kept, at, axis=0)
 
         return jax.lax.fori_loop(0, -(-group_sizes[expert] // block), one_block, out)
 
-    out = jnp.zeros((rows + block, w.shape[2]), x.dtype)
-    out = jax.lax.fori_loop(0, w.shape[0], expert_rows, out)[:rows]
-    return jnp.where(jnp.arange(rows)[:, None] < end[-1], out, 0)
+    return jax.lax.fori_loop(0, w.shape[0], expert_rows, jnp.zeros((rows, w.shape[2]), x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

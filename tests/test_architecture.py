@@ -20,7 +20,17 @@ MAY_IMPORT = {
     "precision": {"precision", "kernels.layout"},
     "runtime": {"runtime", "precision", "analysis", "models", "quant", "kernels"},
 }
-KERNELS_MAY_USE = {"__future__", "collections", "functools", "typing", "jax", "numpy", "jaxtyping", "dynamo_jax"}
+KERNELS_MAY_USE = {
+    "__future__",
+    "collections",
+    "functools",
+    "math",
+    "typing",
+    "jax",
+    "numpy",
+    "jaxtyping",
+    "dynamo_jax",
+}
 
 
 def imported(path: pathlib.Path) -> set[str]:

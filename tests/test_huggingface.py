@@ -111,6 +111,7 @@ DAMAGES = {
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
     "family": (lambda f: damage_config(f, model_type="gpt2"), "unknown model_type 'gpt2'; known: olmoe"),
     "rotary scaling": (lambda f: damage_config(f, rope_scaling={"type": "linear"}), "rope_scaling"),
+    "attention bias": (lambda f: damage_config(f, attention_bias=True), "attention_bias True is not supported"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such file"),
     "truncated": (lambda f: truncate(f / "model.safetensors"), "model.safetensors: damaged or truncated"),
     "no layer": (lambda f: damage_config(f, num_hidden_layers=3), "tensors missing, the first is model.layers.2"),

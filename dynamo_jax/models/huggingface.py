@@ -63,6 +63,9 @@ def load_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{folder / 'config.json'}: unknown model_type {family!r}; known: {', '.join(FAMILIES)}")
     if scaling := raw.get("rope_scaling"):
         raise ValueError(f"{folder / 'config.json'}: rope_scaling {scaling} is not supported")
+    for key, only in (("hidden_act", "silu"), ("attention_bias", False)):  # else it would compute something else
+        if raw.get(key, only) != only:
+            raise ValueError(f"{folder / 'config.json'}: {key} {raw[key]!r} is not supported; only {only!r}")
     rope = raw.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"{folder / 'config.json'}: rope_type {rope['rope_type']!r} is not supported")
