@@ -26,7 +26,7 @@ def analyze_texts(
     a token at each width; between datasets the routing divergence in bits a layer."""
     check_shapes(model.config, config)
     windows = {n: token_windows(t, tokenizer, config.window, n, config.calibration_windows) for n, t in texts.items()}
-    layers = range(model.config.num_hidden_layers)
+    layers = range(model.config.num_moe_layers)
     store = quantize_experts([layer_weights(model, i) for i in layers], config.group_size)
     candidates = candidate_weights(store)
     runs = {n: analyze(model, candidates, w, config.batch_size, n, progress) for n, w in windows.items()}

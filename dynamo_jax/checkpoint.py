@@ -170,7 +170,7 @@ def describe(model: QuantizedModel) -> dict[str, Any]:
     """What ``dynamo-jax inspect`` shows of a quantized model."""
     widths, counts = np.unique(model.plan.widths, return_counts=True)
     return {
-        "experts": f"{model.config.num_hidden_layers} layers x {model.config.num_experts}, "
+        "experts": f"{model.config.num_moe_layers} layers x {model.config.num_experts}, "
         f"top {model.config.num_experts_per_tok}",
         "bits_per_weight": model.plan.bits_per_weight(),
         "stored_bytes": model.plan.stored_bytes(),

@@ -171,13 +171,13 @@ def mean_divergence(pairs: list[tuple[np.ndarray, np.ndarray]], layer: int) -> f
 
 def report_content(result: DemoResult, model: Decoder, command: str, seconds: float) -> ReportContent:
     config, plan, known = model.config, result.model.plan, result.model.knowledge
-    down = np.stack([np.asarray(layer_weights(model, i).down, np.float32) for i in range(config.num_hidden_layers)])
-    blocks = (config.num_hidden_layers, config.num_experts, -1, plan.channel_block)
+    down = np.stack([np.asarray(layer_weights(model, i).down, np.float32) for i in range(config.num_moe_layers)])
+    blocks = (config.num_moe_layers, config.num_experts, -1, plan.channel_block)
     pairs = [(a, b) for i, a in enumerate(known.counts) for b in known.counts[i + 1 :]]
     return ReportContent(
         model="tiny-moe",
         facts={
-            "experts": f"{config.num_hidden_layers} layers of {config.num_experts}, top {config.num_experts_per_tok}, "
+            "experts": f"{config.num_moe_layers} layers of {config.num_experts}, top {config.num_experts_per_tok}, "
             f"{config.intermediate_size} channels of {config.hidden_size} inputs each",
             "bits a weight": f"{plan.bits_per_weight():.3f}, scales included",
             "expert bytes stored": f"{plan.stored_bytes():,}, of {2 * config.num_expert_weights:,} in bfloat16",
@@ -194,6 +194,6 @@ def report_content(result: DemoResult, model: Decoder, command: str, seconds: fl
         adapted_bits={n: a.plan.widths for n, a in result.adaptations.items() if a.plan is not plan},
         verdicts={n: (a.verdict.nearest, a.verdict.divergence, a.verdict.novel) for n, a in result.adaptations.items()},
         threshold=known.threshold,
-        routing_divergence=[mean_divergence(pairs, i) for i in range(config.num_hidden_layers)],
+        routing_divergence=[mean_divergence(pairs, i) for i in range(config.num_moe_layers)],
         command=command,
     )

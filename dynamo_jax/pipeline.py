@@ -29,13 +29,8 @@ from dynamo_jax.analysis.statistics import Statistics, merge, observe, output_se
 from dynamo_jax.data import token_windows
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import (
-    Decoder,
-    ExpertWeights,
-    expert_parameter_names,
-    parameters,
-    with_parameters,
-)
+from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters, with_parameters
+from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.precision.allocate import allocate
 from dynamo_jax.precision.plan import Plan, block_costs, expert_plan
 from dynamo_jax.quant.planes import Planes, dequantize
@@ -87,13 +82,13 @@ def _analyze_batch(
     mask: Float[Array, "B T"],
 ) -> tuple[Statistics, Float[Array, " L"], Float[Array, "B L E"]]:
     model = with_parameters(config, params)
-    weights = [layer_weights(model, i) for i in range(config.num_hidden_layers)]
+    weights = [layer_weights(model, i) for i in range(config.num_moe_layers)]
     stats, counts = observe(model, tokens[:, :-1], mask, weights, candidates)
     return stats, output_sensitivity(model, tokens, mask), counts
 
 
 def layer_weights(model: Decoder, layer: int) -> ExpertWeights:
-    weights = model.layers[layer].expert_weights()
+    weights = model.moe_layers()[layer].expert_weights()
     assert weights is not None
     return weights
 
@@ -151,7 +146,7 @@ def baseline_plan(analyses: list[Analysis], config: QuantizeConfig, model: Model
     items = errors.reshape(-1, len(WIDTHS))
     budget = config.bits * model.num_expert_weights / 8
     widths = allocate(items, np.broadcast_to(costs * blocks, items.shape), budget)
-    shape = (model.num_hidden_layers, model.num_experts)
+    shape = (model.num_moe_layers, model.num_experts)
     return expert_plan(widths.reshape(shape), blocks, config.channel_block, config.group_size, model.hidden_size)
 
 
@@ -202,7 +197,7 @@ def quantize(
         name: token_windows(text, tokenizer, config.window, name, config.calibration_windows)
         for name, text in known.items()
     }
-    layers = [layer_weights(model, i) for i in range(model.config.num_hidden_layers)]
+    layers = [layer_weights(model, i) for i in range(model.config.num_moe_layers)]
     progress("quantize planes", 0, 1)
     store = quantize_experts(layers, config.group_size)
     progress("quantize planes", 1, 1)

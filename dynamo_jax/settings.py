@@ -1,10 +1,11 @@
-"""TOML files into frozen dataclasses; an unknown or missing key is an error that helps."""
+"""TOML files into frozen dataclasses; an unknown or missing key or a wrong type is an error that helps."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import tomllib
+import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ T = TypeVar("T")
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
     """Fill the dataclass ``cls``, nested dataclasses included; ``where`` names the source in errors."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected a table of keys, got {values!r}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
@@ -23,11 +26,35 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
     required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [n for n in required if n not in values]:
         raise ValueError(f"{where}: missing key {', '.join(missing)}")
-    filled = {
-        key: from_dict(hints[key], value, f"{where} [{key}]") if dataclasses.is_dataclass(hints[key]) else value
-        for key, value in values.items()
-    }
-    return cls(**filled)
+    filled: dict[str, Any] = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]):
+            filled[key] = from_dict(hints[key], value, f"{where} [{key}]")  # type: ignore[arg-type]
+        elif typing.get_origin(hints[key]) is tuple and isinstance(value, list):
+            filled[key] = tuple(value)
+        elif _fits(value, hints[key]):
+            filled[key] = value
+        else:
+            expected = hints[key].__name__ if type(hints[key]) is type else hints[key]
+            raise ValueError(f"{where}: {key} = {value!r}, expected {expected}")
+    try:
+        return cls(**filled)
+    except ValueError as error:  # of a dataclass that checks its own values
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; a whole number may stand for a float."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, choice) for choice in typing.get_args(hint))
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(v, typing.get_args(hint)[1]) for v in value.values())
+    if origin is tuple:
+        return isinstance(value, tuple)
+    if isinstance(value, bool):  # a bool is an int in Python, not in TOML
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def load_toml(cls: type[T], path: str | Path) -> T:

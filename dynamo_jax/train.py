@@ -24,9 +24,11 @@ from jaxtyping import Array, Float, Int
 
 from dynamo_jax.data import tokenizer_from_texts
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import Decoder, Routing, float_experts, parameters, with_parameters
+from dynamo_jax.models.decoder import Decoder, parameters, with_parameters
+from dynamo_jax.models.experts import float_experts
 from dynamo_jax.models.huggingface import load_tokenizer, save_checkpoint
 from dynamo_jax.models.loss import next_token_nll
+from dynamo_jax.models.routing import Routing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,7 @@ def router_losses(routing: Routing) -> tuple[Float[Array, ""], Float[Array, ""]]
 
 def loss_and_metrics(model: Decoder, tokens: Int[Array, "B T1"], config: TrainConfig) -> tuple[Array, dict[str, Array]]:
     hidden, routings = model.hidden_states(tokens[:, :-1], experts=float_experts, dtype=jnp.bfloat16)
-    nll = next_token_nll(hidden, model.head_weights(), tokens[:, 1:]).mean()
+    nll = next_token_nll(hidden, model.head_weights(), tokens[:, 1:], model.logit_bias()).mean()
     balance, z = (jnp.mean(jnp.stack(x)) for x in zip(*map(router_losses, routings)))
     loss = nll + config.balance_loss * balance + config.z_loss * z
     return loss, {"nll": nll, "balance": balance, "z": z}

@@ -71,3 +71,80 @@ def compilations():
             logger.setLevel(level)
 
     return counting
+
+
+SMALL = {
+    "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+}  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 4, "intermediate_size": 40, "moe_intermediate_size": 24, "n_routed_experts": 8,
+    "num_experts_per_tok": 2, "first_k_dense_replace": 1, "q_lora_rank": 12, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "n_group": 4, "topk_group": 2,
+}  # fmt: skip
+LOCAL = {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2}
+# family -> (prefix of its classes in transformers, the smallest configuration that has all its parts)
+FAMILY_MODELS = {
+    "mixtral": ("Mixtral", LOCAL | {"sliding_window": 7}),
+    "olmoe": ("Olmoe", {"intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "intermediate_size": 40, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 48,
+            "num_experts": 6, "num_experts_per_tok": 2, "mlp_only_layers": [1], "use_sliding_window": True,
+            "sliding_window": 7, "max_window_layers": 2,
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "intermediate_size": 40, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2,
+            "head_dim": 16, "decoder_sparse_step": 2, "norm_topk_prob": True, "use_sliding_window": True,
+            "sliding_window": 7,
+        },
+    ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        LATENT | {"n_shared_experts": 2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5},
+    ),
+    "deepseek_v3": ("DeepseekV3", LATENT | {"n_shared_experts": 1, "routed_scaling_factor": 2.5}),
+    "gpt_oss": ("GptOss", LOCAL | {"head_dim": 8, "sliding_window": 7}),
+    "granitemoe": (
+        "GraniteMoe",
+        LOCAL
+        | {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 4.0},
+    ),
+    "phimoe": ("Phimoe", LOCAL | {"attention_bias": True, "lm_head_bias": True, "sliding_window": 9}),
+}  # fmt: skip
+
+
+def transformers_model(family, **changes):
+    """A random model of the family as transformers makes it, with no parameter left at zero or one."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    prefix, values = FAMILY_MODELS[family]
+    config = getattr(transformers, f"{prefix}Config")(**{**SMALL, **values, **changes})
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.rand_like(buffer) * 0.3)
+    return model
+
+
+@pytest.fixture(scope="session")
+def family_model():
+    """``family_model(family, **changes)`` -> a random transformers model."""
+    return transformers_model
+
+
+@pytest.fixture(scope="session")
+def families():
+    return tuple(FAMILY_MODELS)

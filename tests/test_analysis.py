@@ -17,8 +17,10 @@ from dynamo_jax.analysis.significance import (
 )
 from dynamo_jax.analysis.statistics import merge, observe, observe_experts, output_sensitivity
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import Decoder, ExpertWeights, Routing
+from dynamo_jax.models.decoder import Decoder
+from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.models.loss import next_token_nll
+from dynamo_jax.models.routing import Routing
 from dynamo_jax.runtime.monitor import judge, novelty_threshold, routing_divergence
 
 TOKENS, HIDDEN, EXPERTS, CHANNELS, TOP_K = 40, 32, 5, 16, 2
@@ -132,10 +134,10 @@ def test_sensitivity_is_the_squared_gradient_by_the_experts_output(model):
     got = output_sensitivity(model, tokens, jnp.ones((1, 7)))
 
     def loss(shift):
-        def experts(index, x, routing, weights):
-            from dynamo_jax.models.decoder import expert_outputs
+        def experts(index, x, routing, weights, form):
+            from dynamo_jax.models.experts import expert_outputs
 
-            return expert_outputs(x, routing, weights) + (shift if index == 1 else 0), None
+            return expert_outputs(x, routing, weights, form) + (shift if index == 1 else 0), None
 
         hidden, _ = model.hidden_states(tokens[:, :-1], experts=experts)
         return next_token_nll(hidden, model.head_weights(), tokens[:, 1:]).sum()

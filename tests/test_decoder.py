@@ -10,9 +10,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dynamo_jax.models.attention import attend
+from dynamo_jax.models.attention import Places, attend
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters, with_parameters
+from dynamo_jax.models.decoder import (
+    Decoder,
+    expert_parameter_names,
+    new_cache,
+    parameters,
+    positions_of,
+    with_parameters,
+)
 from dynamo_jax.models.loss import CHUNK_ROWS, next_token_nll
 
 CONFIG = ModelConfig(
@@ -72,7 +79,7 @@ def test_parameters_and_with_parameters_are_inverse(model):
 def test_a_wrong_parameter_is_named(model):
     arrays = parameters(model)
     arrays["layers.0.router"] = arrays["layers.0.router"][:, :3]
-    with pytest.raises(ValueError, match=r"layers.0.router \(32, 3\)"):
+    with pytest.raises(ValueError, match=r"layers.0.router is \(32, 3\), expected \(32, 5\)"):
         with_parameters(CONFIG, arrays)
 
 
@@ -88,7 +95,9 @@ def test_one_expert_or_all_experts(change):
     assert np.isfinite(model(TOKENS[:1, :1])[0]).all()  # one token, too
 
 
-@pytest.mark.parametrize("change", [{"num_experts_per_tok": 6}, {"num_attention_heads": 5}, {"num_key_value_heads": 3}])
+@pytest.mark.parametrize(
+    "change", [{"num_experts_per_tok": 6}, {"num_attention_heads": 5, "head_dim": 0}, {"num_key_value_heads": 3}]
+)
 def test_sizes_that_cannot_work_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         dataclasses.replace(CONFIG, **change)
@@ -99,18 +108,35 @@ def test_bfloat16_is_close_to_float32(model):
     assert float(jnp.linalg.norm(full - half) / jnp.linalg.norm(full)) < 0.1
 
 
-def test_attention_and_its_gradient_equal_the_plain_formula():
+@pytest.mark.parametrize(("window", "with_sinks"), [(0, False), (4, False), (0, True), (3, True)])
+def test_attention_and_its_gradient_equal_the_plain_formula(window, with_sinks):
     keys = jax.random.split(jax.random.key(1), 3)
     q = jax.random.normal(keys[0], (2, 9, 4, 8))
     k, v = (jax.random.normal(key, (2, 9, 2, 8)) for key in keys[1:])
 
-    def plain(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    sinks = jax.random.normal(keys[0], (4,)) if with_sinks else None
+    positions, keep = positions_of((2, 9), jnp.arange(9) >= jnp.array([[0], [3]]))
+    places = Places(positions, keep, None)
 
-    np.testing.assert_allclose(attend(q, k, v), plain(q, k, v), atol=1e-5)
-    got = jax.grad(lambda *a: jnp.sum(jnp.sin(attend(*a))), argnums=(0, 1, 2))(q, k, v)
-    want = jax.grad(lambda *a: jnp.sum(jnp.sin(plain(*a))), argnums=(0, 1, 2))(q, k, v)
-    for g, t in zip(got, want):
+    def ours(q, k, v, sinks):
+        return attend(q, k, v, places, 8**-0.5, window, sinks)
+
+    def plain(q, k, v, sinks):
+        scores = jnp.einsum("bqhc,bkhc->bhqk", q, jnp.repeat(k, 2, axis=2)) * 8**-0.5
+        near = positions[:, :, None] - keep[:, None, :]
+        seen = (near >= 0) & (keep >= 0)[:, None, :] & (near < (window or 99))
+        scores = jnp.where(seen[:, None], scores, -1e30)
+        if sinks is not None:
+            scores = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (2, 4, 9, 1))], axis=-1)
+        return jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(scores)[..., :9], jnp.repeat(v, 2, axis=2))
+
+    def total(attention):
+        return lambda *a: jnp.sum(jnp.sin(attention(*a))[keep >= 0])
+
+    arguments = (q, k, v, sinks)
+    np.testing.assert_allclose(ours(*arguments)[keep >= 0], plain(*arguments)[keep >= 0], atol=1e-5)
+    numbers = (0, 1, 2, 3) if with_sinks else (0, 1, 2)
+    for g, t in zip(jax.grad(total(ours), numbers)(*arguments), jax.grad(total(plain), numbers)(*arguments)):
         np.testing.assert_allclose(g, t, atol=1e-5)
 
 
@@ -121,3 +147,15 @@ def test_the_chunked_loss_equals_log_softmax(rows):
     targets = jax.random.randint(jax.random.key(2), (1, rows), 0, 11)
     want = -jax.nn.log_softmax(hidden @ head.T)[0, jnp.arange(rows), targets[0]]
     np.testing.assert_allclose(next_token_nll(hidden, head, targets)[0], want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_in_pieces_has_the_states_of_the_whole(model):
+    """The second sequence begins with padding; then one token, then several, through the cache."""
+    mask = jnp.ones((2, 12), bool).at[1, :3].set(False)
+    whole, _ = model.hidden_states(TOKENS, mask)
+    cache = new_cache(CONFIG, 2, 16)
+    for start, stop in ((0, 6), (6, 7), (7, 12)):
+        part, _, cache = model.cached_states(TOKENS[:, start:stop], mask[:, start:stop], cache)
+        seen = np.asarray(mask[:, start:stop])
+        np.testing.assert_allclose(np.asarray(part)[seen], np.asarray(whole[:, start:stop])[seen], atol=1e-5)
+    assert int(cache.used) == 12

@@ -109,13 +109,21 @@ def damage_config(folder, **values):
 DAMAGES = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
-    "family": (lambda f: damage_config(f, model_type="gpt2"), "unknown model_type 'gpt2'; known: olmoe"),
-    "rotary scaling": (lambda f: damage_config(f, rope_scaling={"type": "linear"}), "rope_scaling"),
-    "attention bias": (lambda f: damage_config(f, attention_bias=True), "attention_bias True is not supported"),
+    "family": (lambda f: damage_config(f, model_type="gpt2"), "config.json: unknown model_type 'gpt2'; known: mixtral"),
+    "rotary scaling": (lambda f: damage_config(f, rope_scaling={"type": "dynamic"}), "rope_type 'dynamic'"),
+    "attention bias": (
+        lambda f: damage_config(f, attention_bias=True),
+        "missing, the first is model.layers.0.self_attn",
+    ),
+    "value": (lambda f: damage_config(f, num_hidden_layers="2"), "num_hidden_layers='2': expected a positive whole"),
+    "quantized": (
+        lambda f: damage_config(f, quantization_config={"quant_method": "gptq"}),
+        r"quantized by another tool \(gptq\)",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such file"),
     "truncated": (lambda f: truncate(f / "model.safetensors"), "model.safetensors: damaged or truncated"),
     "no layer": (lambda f: damage_config(f, num_hidden_layers=3), "tensors missing, the first is model.layers.2"),
-    "shape": (lambda f: damage_config(f, intermediate_size=8), "parameters do not fit"),
+    "shape": (lambda f: damage_config(f, intermediate_size=8), "config.json asks for"),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,7 +128,7 @@ def test_page_tables_and_plan_describe_each_other():
 
 
 def test_one_expert_and_one_token():
-    config = ModelConfig(**{**CONFIG.to_dict(), "num_experts": 1, "num_experts_per_tok": 1})
+    config = dataclasses.replace(CONFIG, num_experts=1, num_experts_per_tok=1)
     decoder = Decoder(config, rngs=nnx.Rngs(0))
     store = quantize_experts([layer.expert_weights() for layer in decoder.layers], GROUP)
     plan = expert_plan(np.full((2, 1), 4), BLOCKS, BLOCK, GROUP, config.hidden_size)

@@ -15,10 +15,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dynamo_jax.kernels.grouped_matmul import grouped_matmul
 from dynamo_jax.kernels.rows import combine_rows, gather_rows, sort_by_expert
-from dynamo_jax.models.decoder import Decoder, ExpertWeights, Routing, expert_outputs, routing_counts
+from dynamo_jax.models.decoder import Decoder
+from dynamo_jax.models.experts import (
+    ExpertForm,
+    ExpertWeights,
+    expert_outputs,
+    hidden_inputs,
+    routing_counts,
+    row_experts,
+    row_outputs,
+    silu_gated,
+)
 from dynamo_jax.models.loss import next_token_nll
+from dynamo_jax.models.routing import Routing
 
 
 class Statistics(NamedTuple):
@@ -42,12 +52,13 @@ def observe_experts(
     weights: ExpertWeights,
     candidates: list[ExpertWeights],
     mask: Float[Array, " N"],
+    form: ExpertForm = ExpertForm(silu_gated),  # noqa: B008 (immutable)
 ) -> tuple[Float[Array, "N D"], Statistics]:
     """One layer's outputs and sums; ``candidates`` are the same experts at each width to be measured."""
     num_experts = weights.gate.shape[0]
     order = sort_by_expert(routing.experts, num_experts)
     rows = gather_rows(x, order)
-    expert = jnp.searchsorted(jnp.cumsum(order.group_sizes), jnp.arange(rows.shape[0]), side="right")
+    expert = row_experts(order)
     gates = jnp.zeros(rows.shape[0]).at[order.position.reshape(-1)].set(routing.gates.reshape(-1))
     row_mask = mask[order.token]
     g2 = (gates**2 * row_mask)[:, None]
@@ -56,14 +67,13 @@ def observe_experts(
         return jax.ops.segment_sum(values, expert, num_experts, indices_are_sorted=True)
 
     def run(w: ExpertWeights) -> tuple[Array, Array, Array, Array]:
-        a = grouped_matmul(rows, w.gate.astype(x.dtype).swapaxes(1, 2), order.group_sizes)
-        u = grouped_matmul(rows, w.up.astype(x.dtype).swapaxes(1, 2), order.group_sizes)
-        h = jax.nn.silu(a) * u
-        return a, u, h, grouped_matmul(h, w.down.astype(x.dtype), order.group_sizes)
+        a, u = hidden_inputs(rows, order, w, form)
+        h = form.activation(a, u)
+        return a, u, h, row_outputs(h, order, w, form)
 
     a, u, h, y = run(weights)
-    sigmoid = jax.nn.sigmoid(a)
-    silu_slope = sigmoid * (1 + a * (1 - sigmoid))
+    _, gate_slope = jax.jvp(lambda a: form.activation(a, u), (a,), (jnp.ones_like(a),))
+    _, up_slope = jax.jvp(lambda u: form.activation(a, u), (u,), (jnp.ones_like(u),))
     errors = [total(g2[:, 0] * jnp.sum((run(w)[3] - y) ** 2, axis=1)) for w in candidates]
     sums = Statistics(
         tokens=mask.sum(),
@@ -72,8 +82,8 @@ def observe_experts(
         gate_sq=total(g2[:, 0]),
         input_energy=total(g2 * rows**2),
         hidden_energy=total(g2 * h**2),
-        up_gain=total(g2 * jax.nn.silu(a) ** 2),
-        gate_gain=total(g2 * (u * silu_slope) ** 2),
+        up_gain=total(g2 * up_slope**2),
+        gate_gain=total(g2 * gate_slope**2),
         output_energy=total(g2[:, 0] * jnp.sum(y**2, axis=1)),
         errors=jnp.stack(errors, axis=-1) if errors else jnp.zeros((num_experts, 0)),
     )
@@ -92,9 +102,9 @@ def observe(
     weights, candidates: one entry a layer (candidates may be []). mask: 1 for a token that counts.
     """
 
-    def experts(layer: int, x: Array, routing: Routing, _: ExpertWeights | None) -> tuple[Array, Any]:
+    def experts(layer: int, x: Array, routing: Routing, _: ExpertWeights | None, form: ExpertForm) -> tuple[Array, Any]:
         measured = candidates[layer] if candidates else []
-        out, sums = observe_experts(x, routing, weights[layer], measured, mask.reshape(-1))
+        out, sums = observe_experts(x, routing, weights[layer], measured, mask.reshape(-1), form)
         return out, (sums, routing)
 
     _, layers = model.hidden_states(tokens, experts=experts)
@@ -109,15 +119,17 @@ def output_sensitivity(model: Decoder, tokens: Int[Array, "B T1"], mask: Float[A
     config = model.config
 
     def loss(shifts: list[Array]) -> Array:
-        def experts(layer: int, x: Array, routing: Routing, weights: ExpertWeights | None) -> tuple[Array, None]:
+        def experts(
+            layer: int, x: Array, routing: Routing, weights: ExpertWeights | None, form: ExpertForm
+        ) -> tuple[Array, None]:
             assert weights is not None
-            return expert_outputs(x, routing, weights) + shifts[layer], None
+            return expert_outputs(x, routing, weights, form) + shifts[layer], None
 
         hidden, _ = model.hidden_states(tokens[:, :-1], experts=experts)
-        return jnp.sum(next_token_nll(hidden, model.head_weights(), tokens[:, 1:]) * mask)
+        return jnp.sum(next_token_nll(hidden, model.head_weights(), tokens[:, 1:], model.logit_bias()) * mask)
 
     zero = jnp.zeros((mask.size, config.hidden_size))
-    gradients = jax.grad(loss)([zero] * config.num_hidden_layers)
+    gradients = jax.grad(loss)([zero] * config.num_moe_layers)
     return jnp.stack([jnp.sum(g**2) for g in gradients])
 
 

@@ -1,6 +1,7 @@
-"""The decoder's configuration: the fields of a Hugging Face ``config.json`` that it reads.
+"""The decoder's configuration: what a mixture-of-experts decoder of any known family can be told.
 
-Source: the OLMoE paper (arXiv 2409.02060) and the file format that its checkpoints use.
+Names are those of Hugging Face's config.json where several families share one; ``families.py`` fills
+it from a checkpoint's own file. It is hashable, so that it can be a static argument of ``jax.jit``.
 """
 
 from __future__ import annotations
@@ -8,11 +9,37 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+ROUTINGS = ("softmax", "topk_softmax", "sigmoid", "sparsemixer")
+QK_NORMS = ("none", "vector", "head")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched; ``rope_type`` says which of the other fields count."""
+
+    rope_type: str = "default"  # default | linear | llama3 | yarn | longrope
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    truncate: bool = True
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    attention_factor: float = 0.0  # multiplies cosines and sines; 0: as the type derives it
+    short_factor: tuple[float, ...] = ()  # longrope: one divisor a frequency
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes and constants of one decoder. Names are those of the checkpoint's config.json."""
+    """Sizes and constants of one decoder. A zero or empty field means that the model has no such part.
 
+    ``intermediate_size`` is the channels of one expert. ``windows``: for each layer the number of
+    newest positions that its attention sees, 0 for all; empty means 0 everywhere.
+    """
+
+    family: str = "olmoe"
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -23,31 +50,125 @@ class ModelConfig:
     num_experts_per_tok: int
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    norm_topk_prob: bool = False
+    layer_norm: bool = False  # LayerNorm with bias in place of RMS norm
     tie_word_embeddings: bool = False
-    use_qk_norm: bool = True
-    clip_qkv: float | None = None
+    head_bias: bool = False
     initializer_range: float = 0.02
+    # attention
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    qk_norm: str = "vector"  # over the whole query and key vectors, or over each head
+    clip_qkv: float | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    attention_scale: float = 0.0  # 0: 1 / sqrt(query size)
+    attention_sinks: bool = False
+    windows: tuple[int, ...] = ()
+    rope_theta: float = 10000.0
+    rope_interleave: bool = False  # neighbours are rotated against each other, not the two halves
+    rope_scaling: RopeScaling = RopeScaling()
+    # latent attention: keys and values from one low-rank vector (arXiv 2405.04434, section 2.1)
+    kv_lora_rank: int = 0
+    q_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    # routing
+    routing: str = "softmax"
+    norm_topk_prob: bool = False
+    n_group: int = 0
+    topk_group: int = 0
+    routed_scaling_factor: float = 1.0
+    router_bias: bool = False
+    router_jitter_noise: float = 0.01  # sparsemixer's threshold
+    # experts, and what stands beside or in place of them
+    expert_bias: bool = False
+    swiglu_limit: float = 0.0  # 0: SiLU(gate) * up
+    swiglu_alpha: float = 1.702
+    shared_intermediate_size: int = 0
+    shared_gate: bool = False
+    dense_layers: tuple[int, ...] = ()
+    dense_intermediate_size: int = 0
+    # scales
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0  # logits are divided by it
 
     def __post_init__(self) -> None:
-        for name, part in (
-            ("num_attention_heads", self.hidden_size),
-            ("num_key_value_heads", self.num_attention_heads),
-        ):
-            if part % getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)} does not divide {part}")
+        _check_types(self)
+        if not self.head_dim:
+            _check_divides("num_attention_heads", self.num_attention_heads, self.hidden_size)
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        _check_divides("num_key_value_heads", self.num_key_value_heads, self.num_attention_heads)
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} is not in 1..{self.num_experts}")
+        for name, value, known in (("routing", self.routing, ROUTINGS), ("qk_norm", self.qk_norm, QK_NORMS)):
+            if value not in known:
+                raise ValueError(f"{name}={value!r}; known: {', '.join(known)}")
+        if self.n_group:
+            _check_divides("n_group", self.n_group, self.num_experts)
+            if not 1 <= self.topk_group <= self.n_group:
+                raise ValueError(f"topk_group={self.topk_group} is not in 1..{self.n_group}")
+            if self.topk_group * (self.num_experts // self.n_group) < self.num_experts_per_tok:
+                raise ValueError(f"{self.topk_group} groups have fewer than {self.num_experts_per_tok} experts")
+        if self.routing == "sparsemixer" and self.num_experts_per_tok != 2:
+            raise ValueError(f"sparsemixer routing chooses 2 experts, not {self.num_experts_per_tok}")
+        if self.windows and len(self.windows) != self.num_hidden_layers:
+            raise ValueError(f"windows has {len(self.windows)} entries for {self.num_hidden_layers} layers")
+        if any(not 0 <= i < self.num_hidden_layers for i in self.dense_layers):
+            raise ValueError(f"dense_layers {self.dense_layers} are not all in 0..{self.num_hidden_layers - 1}")
+        if len(set(self.dense_layers)) == self.num_hidden_layers:
+            raise ValueError("every layer is dense: there is no expert to quantize")
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have experts."""
+        return tuple(i for i in range(self.num_hidden_layers) if i not in self.dense_layers)
+
+    @property
+    def num_moe_layers(self) -> int:
+        return len(self.moe_layers)
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.qk_rope_head_dim if self.kv_lora_rank else self.head_dim
 
     @property
     def num_expert_weights(self) -> int:
-        """Weights in all experts of all layers: gate, up and down."""
-        return self.num_hidden_layers * self.num_experts * 3 * self.intermediate_size * self.hidden_size
+        """Weights in all routed experts of all layers: gate, up and down."""
+        return self.num_moe_layers * self.num_experts * 3 * self.intermediate_size * self.hidden_size
+
+    def window(self, layer: int) -> int:
+        return self.windows[layer] if self.windows else 0
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+# annotation -> what a value may be; JSON writes 10000 for 10000.0
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "bool": (bool,),
+    "str": (str,),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "tuple[int, ...]": (tuple,),
+    "RopeScaling": (RopeScaling,),
+}
+_AT_LEAST_ONE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "num_experts", "num_experts_per_tok", "max_position_embeddings"),
+)
+
+
+def _check_types(config: ModelConfig) -> None:
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), str(field.type)
+        wrong_kind = not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind != "bool")
+        if wrong_kind or (kind == "int" and value < (field.name in _AT_LEAST_ONE)):
+            expected = {"int": "a positive whole number"}.get(kind, kind)
+            raise ValueError(f"{field.name}={value!r}: expected {expected}")
+
+
+def _check_divides(name: str, value: int, whole: int) -> None:
+    if value < 1 or whole % value:
+        raise ValueError(f"{name}={value} does not divide {whole}")

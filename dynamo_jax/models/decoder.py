@@ -1,160 +1,140 @@
-"""The OLMoE decoder in Flax NNX: the whole forward pass in reading order.
+"""The mixture-of-experts decoder in Flax NNX: the whole forward pass in reading order.
 
-Pre-norm residual blocks: grouped-query attention with rotary positions and RMS norms over the
-whole query and key vectors, then a top-k mixture of SwiGLU experts (arXiv 2409.02060, section 2).
-How the experts are multiplied is an argument (``ExpertsFn``), so float, quantized and observing
-runs share this one pass. Expert weights are channel-major, (E, F, D) for gate, up and down:
-index f on axis 1 is one channel, and permuting channels changes nothing.
+Pre-norm residual blocks: attention, then a mixture of experts with an optional shared expert, or a
+dense MLP. The configuration says which parts there are; no part asks for the family's name.
 
-Axes: B batch, T tokens, N = B*T, D hidden, H query heads, J key/value heads, C head size,
-E experts, k experts a token, F channels of an expert, V vocabulary.
+Axes: B batch, T tokens, N = B*T, S cached tokens, D hidden, E experts, k experts a token,
+F channels of an expert, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from dynamo_jax.kernels.grouped_matmul import grouped_matmul
 from dynamo_jax.kernels.products import matmul
-from dynamo_jax.kernels.rows import combine_rows, gather_rows, sort_by_expert
-from dynamo_jax.models.attention import attend
+from dynamo_jax.models.attention import GroupedAttention, LatentAttention, LayerCache, Places, empty_cache
 from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.experts import (
+    ExpertBiases,
+    ExpertForm,
+    ExpertsFn,
+    ExpertWeights,
+    activation_of,
+    float_experts,
+    silu_gated,
+)
+from dynamo_jax.models.norms import Norm, normal
+from dynamo_jax.models.rotary import angles
+from dynamo_jax.models.routing import Routing, route
 
 
-class Routing(NamedTuple):
-    """What the router decided. logits: (N, E) float32; experts, gates: (N, k)."""
+class Cache(NamedTuple):
+    """Keys and values of all layers for sequences of one batch. key_positions: position of the token in each
+    slot, -1 for none; used: slots that are filled, one number for the batch."""
 
-    logits: Float[Array, "N E"]
-    experts: Int[Array, "N k"]
-    gates: Float[Array, "N k"]
-
-
-class ExpertWeights(NamedTuple):
-    """Channel-major weights of one layer's experts, each (E, F, D)."""
-
-    gate: Float[Array, "E F D"]
-    up: Float[Array, "E F D"]
-    down: Float[Array, "E F D"]
+    layers: tuple[LayerCache, ...]
+    key_positions: Int[Array, "B S"]
+    used: Int[Array, ""]
 
 
-# (layer index, inputs (N, D), routing, that layer's float weights) -> (outputs (N, D), anything).
-# The weights are None in a model whose experts are stored elsewhere, quantized.
-ExpertsFn = Callable[[int, Array, Routing, ExpertWeights | None], tuple[Array, Any]]
+def new_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
+    """An empty cache for ``capacity`` tokens a sequence."""
+    layers = tuple(empty_cache(config, batch, capacity, dtype) for _ in range(config.num_hidden_layers))
+    return Cache(layers, jnp.full((batch, capacity), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def expert_outputs(x: Float[Array, "N D"], routing: Routing, weights: ExpertWeights) -> Float[Array, "N D"]:
-    """The gate-weighted sum of each token's experts."""
-    order = sort_by_expert(routing.experts, weights.gate.shape[0])
-    rows = gather_rows(x, order)
-    gate, up, down = (w.astype(x.dtype) for w in weights)
-    hidden = jax.nn.silu(grouped_matmul(rows, gate.swapaxes(1, 2), order.group_sizes))
-    hidden = hidden * grouped_matmul(rows, up.swapaxes(1, 2), order.group_sizes)
-    return combine_rows(grouped_matmul(hidden, down, order.group_sizes), routing.gates, order).astype(x.dtype)
+class Mlp(nnx.Module):
+    """A gated MLP that every token goes through; channel-major weights (F, D), as an expert's."""
 
+    def __init__(self, config: ModelConfig, channels: int, *, rngs: nnx.Rngs):
+        self.gate, self.up, self.down = (normal(rngs, (channels, config.hidden_size), config) for _ in range(3))
 
-def float_experts(layer: int, x: Array, routing: Routing, weights: ExpertWeights | None) -> tuple[Array, Routing]:
-    """The model's own float experts; what it returns beside the outputs is the routing."""
-    if weights is None:
-        raise ValueError(f"layer {layer} has no float experts: pass experts= from dynamo_jax.runtime.switch")
-    return expert_outputs(x, routing, weights), routing
-
-
-def routing_counts(routings: list[Routing], batch: int, num_experts: int) -> Float[Array, "B L E"]:
-    """Tokens of each sequence that went to each expert."""
-    per_layer = [
-        jax.vmap(lambda e: jnp.bincount(e.reshape(-1), length=num_experts))(r.experts.reshape(batch, -1))
-        for r in routings
-    ]
-    return jnp.stack(per_layer, axis=1)
-
-
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (normed * scale).astype(x.dtype)
-
-
-def rotate(x: Float[Array, "B T H C"], theta: float) -> Float[Array, "B T H C"]:
-    """Rotary positions 0..T-1, the two halves of a head rotated against each other."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency
-    cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def route(x: Float[Array, "N D"], router: Float[Array, "D E"], config: ModelConfig) -> Routing:
-    """Softmax over all experts in float32, then the k largest; renormalized where the config says so."""
-    logits = x.astype(jnp.float32) @ router.astype(jnp.float32)
-    gates, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), config.num_experts_per_tok)
-    if config.norm_topk_prob:
-        gates = gates / gates.sum(axis=-1, keepdims=True)
-    return Routing(logits, experts.astype(jnp.int32), gates)
-
-
-class Attention(nnx.Module):
-    """Causal grouped-query attention, projections (in, out)."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        kv_size = config.num_key_value_heads * config.head_dim
-        self.config = config
-        self.q = _normal(rngs, (config.hidden_size, config.hidden_size), config)
-        self.k = _normal(rngs, (config.hidden_size, kv_size), config)
-        self.v = _normal(rngs, (config.hidden_size, kv_size), config)
-        self.o = _normal(rngs, (config.hidden_size, config.hidden_size), config)
-        if config.use_qk_norm:
-            self.q_norm = nnx.Param(jnp.ones(config.hidden_size))
-            self.k_norm = nnx.Param(jnp.ones(kv_size))
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        c = self.config
-        flat = x.reshape(-1, x.shape[-1])
-        q, k, v = (matmul(flat, w[...].astype(x.dtype)) for w in (self.q, self.k, self.v))
-        if c.use_qk_norm:
-            q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
-            k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
-        if c.clip_qkv is not None:
-            q, k, v = (jnp.clip(a, -c.clip_qkv, c.clip_qkv) for a in (q, k, v))
-        q, k, v = (a.reshape(*x.shape[:2], -1, c.head_dim) for a in (q, k, v))
-        out = attend(rotate(q, c.rope_theta), rotate(k, c.rope_theta), v)
-        return matmul(out.reshape(flat.shape), self.o[...].astype(x.dtype)).reshape(x.shape)
+    def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        return matmul(silu_gated(matmul(x, gate.T), matmul(x, up.T)), down)
 
 
 class Layer(nnx.Module):
-    """One residual block: attention, then the mixture of experts."""
+    """One residual block: attention, then experts or a dense MLP. ``index`` counts all layers, ``expert_index``
+    those with experts (None in a dense layer)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, with_experts: bool = True):
-        shape = (config.num_experts, config.intermediate_size, config.hidden_size)
-        self.config = config
-        self.attention_norm = nnx.Param(jnp.ones(config.hidden_size))
-        self.attention = Attention(config, rngs=rngs)
-        self.experts_norm = nnx.Param(jnp.ones(config.hidden_size))
-        self.router = _normal(rngs, (config.hidden_size, config.num_experts), config)
-        self.with_experts = with_experts
+    def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs, with_experts: bool = True):
+        c = config
+        self.config = c
+        self.expert_index = c.moe_layers.index(index) if index in c.moe_layers else None
+        self.with_experts = with_experts and self.expert_index is not None
+        self.attention_norm = Norm(c)
+        self.attention = (LatentAttention if c.kv_lora_rank else GroupedAttention)(c, index, rngs=rngs)
+        self.experts_norm = Norm(c)
+        if self.expert_index is None:
+            self.dense = Mlp(c, c.dense_intermediate_size, rngs=rngs)
+            return
+        self.router = normal(rngs, (c.hidden_size, c.num_experts), c)
+        if c.router_bias:
+            self.router_bias = nnx.Param(jnp.zeros(c.num_experts))
+        if c.routing == "sigmoid":
+            self.router_correction = nnx.Param(jnp.zeros(c.num_experts))
+        shape = (c.num_experts, c.intermediate_size, c.hidden_size)
         if with_experts:
-            self.gate = _normal(rngs, shape, config)
-            self.up = _normal(rngs, shape, config)
-            self.down = _normal(rngs, shape, config)
+            self.gate, self.up, self.down = (normal(rngs, shape, c) for _ in range(3))
+        if c.expert_bias:
+            self.gate_bias, self.up_bias = nnx.Param(jnp.zeros(shape[:2])), nnx.Param(jnp.zeros(shape[:2]))
+            self.down_bias = nnx.Param(jnp.zeros((c.num_experts, c.hidden_size)))
+        if c.shared_intermediate_size:
+            self.shared = Mlp(c, c.shared_intermediate_size, rngs=rngs)
+        if c.shared_gate:
+            self.shared_gate = normal(rngs, (c.hidden_size, 1), c)
 
-    def __call__(self, x: Float[Array, "B T D"], index: int, experts: ExpertsFn) -> tuple[Array, Any]:
-        eps = self.config.rms_norm_eps
-        x = x + self.attention(rms_norm(x, self.attention_norm[...], eps))
-        flat = rms_norm(x, self.experts_norm[...], eps).reshape(-1, x.shape[-1])
-        routing = route(flat, self.router[...], self.config)
-        out, aux = experts(index, flat, routing, self.expert_weights())
-        return x + out.reshape(x.shape), aux
+    def __call__(
+        self, x: Float[Array, "B T D"], experts: ExpertsFn, places: Places, cache: LayerCache | None = None
+    ) -> tuple[Array, Any, LayerCache | None]:
+        """The block's output, what ``experts`` returned beside it (None in a dense layer), and the cache."""
+        x, cache = self.attend(x, places, cache)
+        flat = self.experts_norm(x).reshape(-1, x.shape[-1])
+        if self.expert_index is None:
+            return self.add(x, self.dense(flat)), None, cache
+        out, aux = experts(self.expert_index, flat, self.route(flat), self.expert_weights(), self.form())
+        return self.add(x, out + self.beside(flat)), aux, cache
+
+    def attend(
+        self, x: Float[Array, "B T D"], places: Places, cache: LayerCache | None = None
+    ) -> tuple[Array, LayerCache | None]:
+        """The residual stream after attention."""
+        out, cache = self.attention(self.attention_norm(x), places, cache)
+        return self.add(x, out), cache
+
+    def add(self, x: Float[Array, "B T D"], out: Array) -> Float[Array, "B T D"]:
+        scale = self.config.residual_multiplier
+        return x + (out if scale == 1.0 else out * jnp.asarray(scale, out.dtype)).reshape(x.shape)
+
+    def route(self, x: Float[Array, "N D"]) -> Routing:
+        c = self.config
+        bias = self.router_bias[...] if c.router_bias else None
+        correction = self.router_correction[...] if c.routing == "sigmoid" else None
+        return route(x, self.router[...], c, bias, correction)
+
+    def beside(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        """What the shared expert adds to the routed ones: zero where there is none."""
+        if not self.config.shared_intermediate_size:
+            return jnp.zeros((), x.dtype)
+        out = self.shared(x)
+        if self.config.shared_gate:
+            out = out * jax.nn.sigmoid(x @ self.shared_gate[...].astype(x.dtype))
+        return out
 
     def expert_weights(self) -> ExpertWeights | None:
-        if not self.with_experts:
-            return None
-        return ExpertWeights(self.gate[...], self.up[...], self.down[...])
+        return ExpertWeights(self.gate[...], self.up[...], self.down[...]) if self.with_experts else None
+
+    def form(self) -> ExpertForm:
+        biases = None
+        if self.config.expert_bias:
+            biases = ExpertBiases(self.gate_bias[...], self.up_bias[...], self.down_bias[...])
+        return ExpertForm(activation_of(self.config), biases)
 
 
 class Decoder(nnx.Module):
@@ -163,42 +143,114 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, with_experts: bool = True):
         self.config = config
-        self.embed = _normal(rngs, (config.vocab_size, config.hidden_size), config)
+        self.embed = normal(rngs, (config.vocab_size, config.hidden_size), config)
         self.layers = nnx.List(
-            [Layer(config, rngs=rngs, with_experts=with_experts) for _ in range(config.num_hidden_layers)]
+            [Layer(config, i, rngs=rngs, with_experts=with_experts) for i in range(config.num_hidden_layers)]
         )
-        self.norm = nnx.Param(jnp.ones(config.hidden_size))
+        self.norm = Norm(config)
         if not config.tie_word_embeddings:
-            self.head = _normal(rngs, (config.vocab_size, config.hidden_size), config)
+            self.head = normal(rngs, (config.vocab_size, config.hidden_size), config)
+        if config.head_bias:
+            self.head_bias = nnx.Param(jnp.zeros(config.vocab_size))
 
     def __call__(
-        self, tokens: Int[Array, "B T"], *, experts: ExpertsFn = float_experts, dtype: Any = jnp.float32
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"] | None = None,
+        *,
+        experts: ExpertsFn = float_experts,
+        dtype: Any = jnp.float32,
     ) -> tuple[Float[Array, "B T V"], list[Any]]:
-        """Logits in float32 and what ``experts`` returned for each layer; ``dtype`` computes the rest."""
-        x, extras = self.hidden_states(tokens, experts=experts, dtype=dtype)
-        head = self.head_weights().astype(dtype)
-        return jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32), extras
+        """Logits in float32 and what ``experts`` returned for each layer with experts; ``dtype`` computes the
+        rest. ``mask`` is False where a token is padding."""
+        x, extras = self.hidden_states(tokens, mask, experts=experts, dtype=dtype)
+        return self.logits(x), extras
 
     def hidden_states(
-        self, tokens: Int[Array, "B T"], *, experts: ExpertsFn = float_experts, dtype: Any = jnp.float32
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"] | None = None,
+        *,
+        experts: ExpertsFn = float_experts,
+        dtype: Any = jnp.float32,
     ) -> tuple[Float[Array, "B T D"], list[Any]]:
-        """The last layer's normed output, before the head; for losses that need not hold all logits."""
-        x = self.embed[...][tokens].astype(dtype)
-        extras = []
+        """What ``next_token_nll`` and ``logits`` take; for losses that need not hold all logits."""
+        positions, keys = positions_of(tokens.shape, mask)
+        places = Places(positions, keys, angles(self.config, positions))
+        x, extras, _ = self._run(self.embedded(tokens, dtype), experts, places, None)
+        return x, extras
+
+    def cached_states(
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        cache: Cache,
+        *,
+        experts: ExpertsFn = float_experts,
+        dtype: Any = jnp.float32,
+    ) -> tuple[Float[Array, "B T D"], list[Any], Cache]:
+        """``hidden_states`` of tokens that follow those in the cache, and the cache with them in it.
+
+        The caller sees to it that the cache has room: slots past its capacity would overwrite its last ones.
+        """
+        before = cache.key_positions.max(axis=1, keepdims=True) + 1
+        positions = before + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
+        new = jnp.where(mask, positions, -1)
+        keys = jax.lax.dynamic_update_slice(cache.key_positions, new, (0, cache.used))
+        places = Places(positions, keys, angles(self.config, positions), cache.used)
+        x, extras, layers = self._run(self.embedded(tokens, dtype), experts, places, cache.layers)
+        return x, extras, Cache(layers, keys, cache.used + tokens.shape[1])
+
+    def _run(
+        self, x: Array, experts: ExpertsFn, places: Places, caches: tuple[LayerCache, ...] | None
+    ) -> tuple[Array, list[Any], tuple[LayerCache, ...]]:
+        extras: list[Any] = []
+        after: list[Any] = []
         for index, layer in enumerate(self.layers):
-            x, extra = layer(x, index, experts)
-            extras.append(extra)
-        return rms_norm(x, self.norm[...], self.config.rms_norm_eps), extras
+            x, extra, cache = layer(x, experts, places, caches[index] if caches else None)
+            after.append(cache)
+            if layer.expert_index is not None:
+                extras.append(extra)
+        return self.finish(x), extras, tuple(after)
+
+    def embedded(self, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+        x = self.embed[...][tokens].astype(dtype)
+        scale = self.config.embedding_multiplier
+        return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+
+    def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The last norm, with the scale of the logits taken in."""
+        x = self.norm(x)
+        return x if self.config.logits_scaling == 1.0 else x / jnp.asarray(self.config.logits_scaling, x.dtype)
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        out = jnp.einsum("btd,vd->btv", x, self.head_weights().astype(x.dtype), preferred_element_type=jnp.float32)
+        bias = self.logit_bias()
+        return out if bias is None else out + bias.astype(jnp.float32)
 
     def head_weights(self) -> Float[Array, "V D"]:
         return (self.embed if self.config.tie_word_embeddings else self.head)[...]
 
+    def logit_bias(self) -> Float[Array, " V"] | None:
+        return self.head_bias[...] if self.config.head_bias else None
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], config: ModelConfig) -> nnx.Param:
-    return nnx.Param(jax.random.normal(rngs.params(), shape) * config.initializer_range)
+    def moe_layers(self) -> list[Layer]:
+        """The layers that have experts, in order."""
+        return [self.layers[i] for i in self.config.moe_layers]
 
 
-def parameters(model: Decoder) -> dict[str, Array]:
+def positions_of(
+    shape: tuple[int, ...], mask: Bool[Array, "B T"] | None
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """Positions of tokens as queries and as keys; padding is a query at position 0 and no key."""
+    if mask is None:
+        positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+        return positions, positions
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
+    return positions, jnp.where(mask, positions, -1)
+
+
+def parameters(model: nnx.Module) -> dict[str, Array]:
     """All parameters by dotted name, such as ``layers.0.router``: a plain pytree for jit, optax and files."""
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, path)): variable[...] for path, variable in state}
@@ -208,16 +260,34 @@ def with_parameters(config: ModelConfig, arrays: dict[str, Array]) -> Decoder:
     """The decoder that has exactly these parameters; usable under jit. Without any expert weight among
     them it is a decoder whose experts come from elsewhere."""
     with_experts = any(name in arrays for name in expert_parameter_names(config))
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), with_experts=with_experts))
-    graph, state = nnx.split(model)
+    return filled(lambda: Decoder(config, rngs=nnx.Rngs(0), with_experts=with_experts), arrays)
+
+
+def layer_with_parameters(config: ModelConfig, index: int, arrays: dict[str, Array]) -> Layer:
+    """One layer from its own parameters, names without the ``layers.N.`` before them."""
+    return filled(lambda: Layer(config, index, rngs=nnx.Rngs(0), with_experts="gate" in arrays), arrays)
+
+
+def filled(make: Any, arrays: dict[str, Array]) -> Any:
+    """The module that ``make`` describes, with ``arrays`` for its parameters; no array is made for it."""
+    graph, state = nnx.split(nnx.eval_shape(make))
     flat = nnx.to_flat_state(state)
     expected = {".".join(map(str, path)): variable.shape for path, variable in flat}
     found = {name: a.shape for name, a in arrays.items()}
-    if wrong := sorted(set(expected.items()) ^ set(found.items())):
-        raise ValueError("parameters do not fit the configuration: " + ", ".join(f"{n} {s}" for n, s in wrong[:6]))
-    filled = [(path, variable.replace(arrays[".".join(map(str, path))])) for path, variable in flat]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    if wrong := sorted({name for name, _ in set(expected.items()) ^ set(found.items())}):
+        raise ValueError(
+            "parameters do not fit the configuration: "
+            + ", ".join(f"{n} is {found.get(n, 'missing')}, expected {expected.get(n, 'none')}" for n in wrong[:6])
+        )
+    full = [(path, variable.replace(arrays[".".join(map(str, path))])) for path, variable in flat]
+    return nnx.merge(graph, nnx.from_flat_state(full))
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter, by name, without making any."""
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    return {".".join(map(str, p)): v.shape for p, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def expert_parameter_names(config: ModelConfig) -> list[str]:
-    return [f"layers.{layer}.{part}" for layer in range(config.num_hidden_layers) for part in ExpertWeights._fields]
+    return [f"layers.{layer}.{part}" for layer in config.moe_layers for part in ExpertWeights._fields]

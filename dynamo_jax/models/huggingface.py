@@ -1,11 +1,13 @@
-"""Hugging Face checkpoint folders in and out: config.json, model.safetensors, tokenizer.json.
+"""Hugging Face checkpoint folders in and out: config.json, safetensors files, tokenizer.json.
 
-One table gives each parameter's name there, its layout and its shape; all mismatches are
-reported together. Only safetensors and JSON are read.
+A ``Source`` is a folder whose headers have been checked against its configuration; layers and
+experts are then read one by one. Only safetensors and JSON are read.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -15,136 +17,202 @@ from typing import Any
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import safetensors
 import safetensors.numpy
 import tokenizers
+from flax import nnx
 
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import Decoder, parameters, with_parameters
+from dynamo_jax.models.decoder import Decoder, Layer, parameters, with_parameters
+from dynamo_jax.models.expert_files import (
+    Shapes,
+    Triple,
+    expert_shapes,
+    expert_tensors,
+    is_mxfp4,
+    read_biases,
+    read_expert,
+)
+from dynamo_jax.models.families import FAMILIES, config_from, layer_tensor_names, tensor_names
+from dynamo_jax.models.tensor_files import FLOATS, INDEX, SINGLE, TensorFiles, read_json
 
-FAMILIES = {"olmoe": "OlmoeForCausalLM"}
-
-# ours -> (theirs, transposed); {e} stands for each expert, stacked on a new first axis here.
-LAYER_NAMES = {
-    "attention_norm": ("input_layernorm.weight", False),
-    "attention.q": ("self_attn.q_proj.weight", True),
-    "attention.k": ("self_attn.k_proj.weight", True),
-    "attention.v": ("self_attn.v_proj.weight", True),
-    "attention.o": ("self_attn.o_proj.weight", True),
-    "attention.q_norm": ("self_attn.q_norm.weight", False),
-    "attention.k_norm": ("self_attn.k_norm.weight", False),
-    "experts_norm": ("post_attention_layernorm.weight", False),
-    "router": ("mlp.gate.weight", True),
-    "gate": ("mlp.experts.{e}.gate_proj.weight", False),
-    "up": ("mlp.experts.{e}.up_proj.weight", False),
-    "down": ("mlp.experts.{e}.down_proj.weight", True),
-}
-TOP_NAMES = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
-
-
-def checkpoint_names(config: ModelConfig) -> Iterator[tuple[str, list[str], bool]]:
-    """(our name, their names, transposed) of every parameter; several names mean one for each expert."""
-    for ours, theirs in TOP_NAMES.items():
-        if ours != "head" or not config.tie_word_embeddings:
-            yield ours, [theirs], False
-    for layer in range(config.num_hidden_layers):
-        for ours, (theirs, transposed) in LAYER_NAMES.items():
-            if ours.endswith(("q_norm", "k_norm")) and not config.use_qk_norm:
-                continue
-            experts = range(config.num_experts) if "{e}" in theirs else range(1)
-            names = [f"model.layers.{layer}.{theirs.format(e=e)}" for e in experts]
-            yield f"layers.{layer}.{ours}", names, transposed
+TOKENIZER = "tokenizer.json"
+SIDE_FILES = (  # what a folder has beside weights and config.json, as far as text generation needs it
+    *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
+    *("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"),
+)
 
 
 def load_config(folder: Path) -> ModelConfig:
-    raw = _read_json(folder / "config.json")
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{folder / 'config.json'}: unknown model_type {family!r}; known: {', '.join(FAMILIES)}")
-    if scaling := raw.get("rope_scaling"):
-        raise ValueError(f"{folder / 'config.json'}: rope_scaling {scaling} is not supported")
-    for key, only in (("hidden_act", "silu"), ("attention_bias", False)):  # else it would compute something else
-        if raw.get(key, only) != only:
-            raise ValueError(f"{folder / 'config.json'}: {key} {raw[key]!r} is not supported; only {only!r}")
-    rope = raw.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{folder / 'config.json'}: rope_type {rope['rope_type']!r} is not supported")
-    raw.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-    raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
-    fields = ModelConfig.__dataclass_fields__
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
     try:
-        return ModelConfig(**{k: v for k, v in raw.items() if k in fields and k != "use_qk_norm"})
-    except TypeError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-
-
-def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception on any damage
-        raise ValueError(f"{path}: not a tokenizer: {error}") from error
-
-
-def load_checkpoint(folder: Path) -> Decoder:
-    """The model in ``folder``, parameters in the dtype of the file (float32 or bfloat16)."""
-    folder = Path(folder)
-    config = load_config(folder)
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        tensors = safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: damaged or truncated safetensors file: {error}") from error
-    names = list(checkpoint_names(config))
-    if missing := [n for _, theirs, _ in names for n in theirs if n not in tensors]:
-        raise ValueError(f"{path}: {len(missing)} tensors missing, the first is {missing[0]}")
-    arrays = {}
-    for ours, theirs, transposed in names:
-        parts = [tensors[n].swapaxes(0, 1) if transposed else tensors[n] for n in theirs]
-        arrays[ours] = jnp.asarray(np.stack(parts) if "experts" in theirs[0] else parts[0])
-    try:
-        return with_parameters(config, arrays)
-    except ValueError as error:
+        method = (raw.get("quantization_config") or {}).get("quant_method")
+        if method and (method, raw.get("model_type")) != ("mxfp4", "gpt_oss"):
+            raise ValueError(f"weights quantized by another tool ({method}) are not read; only gpt_oss in mxfp4 is")
+        return config_from(raw)
+    except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
+def load_tokenizer(folder: Path, vocab_size: int | None = None) -> tokenizers.Tokenizer:
+    """The tokenizer in ``folder``; it may know fewer tokens than ``vocab_size`` (padded embeddings), not more."""
+    path = Path(folder) / TOKENIZER
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception on any damage
+        raise ValueError(f"{path}: not a tokenizer: {error}") from error
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if vocab_size is not None and largest >= vocab_size:
+        raise ValueError(f"{path}: token ids go up to {largest}, past the model's vocabulary of {vocab_size}")
+    return tokenizer
+
+
+class Source:
+    """A checkpoint folder whose tensors are all there, with the shapes that its config.json asks for."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.config = load_config(self.folder)
+        self.files = TensorFiles(self.folder)
+        self.mxfp4 = FAMILIES[self.config.family].experts == "interleaved" and is_mxfp4(self.config, self.files)
+        self._check()
+
+    def _check(self) -> None:
+        expected = self._expected()
+        where = self.folder / (INDEX if (self.folder / INDEX).exists() else SINGLE)
+        if missing := [name for name in expected if name not in self.files]:
+            raise ValueError(f"{where}: {len(missing)} tensors missing, the first is {missing[0]}")
+        for name, shape in expected.items():
+            header = self.files.headers[name]
+            if header.shape != shape:
+                raise ValueError(f"{header.file}: {name} is {header.shape}, config.json asks for {shape}")
+            packed = self.mxfp4 and name.endswith(("_blocks", "_scales"))
+            if header.dtype != "U8" if packed else header.dtype not in FLOATS:
+                raise ValueError(f"{header.file}: {name} is {header.dtype}, expected {'U8' if packed else 'a float'}")
+
+    def _expected(self) -> Shapes:
+        config, shapes = self.config, _top_shapes(self.config)
+        for layer in range(config.num_hidden_layers):
+            for name, shape in _layer_shapes(config, layer in config.dense_layers).items():
+                shapes[f"layers.{layer}.{name}"] = shape
+        expected = {
+            theirs: shapes[ours][::-1] if turned else shapes[ours] for ours, theirs, turned in tensor_names(config)
+        }
+        for layer in config.moe_layers:
+            expected |= expert_shapes(config, layer, self.mxfp4)
+        return expected
+
+    def expert(self, layer: int, expert: int) -> Triple:
+        """Gate, up and down of one expert, each (F, D). ``layer`` counts all layers."""
+        return read_expert(self.files, self.config, layer, expert)
+
+    def layer(self, layer: int) -> dict[str, np.ndarray]:
+        """Parameters of one layer but its routed experts' weights, names without the layer's prefix."""
+        arrays = {}
+        for ours, theirs, turned in layer_tensor_names(self.config, layer):
+            array = self.files.read(f"model.layers.{layer}.{theirs}")
+            arrays[ours] = array.T if turned else array
+        if layer in self.config.moe_layers:
+            arrays |= read_biases(self.files, self.config, layer)
+        return arrays
+
+    def top(self) -> dict[str, np.ndarray]:
+        """Embeddings, last norm and head."""
+        names = [(a, b) for a, b, _ in tensor_names(self.config) if not a.startswith("layers.")]
+        return {ours: self.files.read(theirs) for ours, theirs in names}
+
+    def release(self) -> None:
+        self.files.release()
+
+
+def _shapes(module: Any) -> Shapes:
+    return {".".join(map(str, p)): v.shape for p, v in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+
+
+@functools.lru_cache(maxsize=8)
+def _layer_shapes(config: ModelConfig, dense: bool) -> Shapes:
+    layer = config.dense_layers[0] if dense else config.moe_layers[0]
+    return _shapes(nnx.eval_shape(lambda: Layer(config, layer, rngs=nnx.Rngs(0), with_experts=False)))
+
+
+def _top_shapes(config: ModelConfig) -> Shapes:
+    small = dataclasses.replace(config, num_hidden_layers=1, dense_layers=(), windows=())
+    shapes = _shapes(nnx.eval_shape(lambda: Decoder(small, rngs=nnx.Rngs(0), with_experts=False)))
+    return {name: shape for name, shape in shapes.items() if not name.startswith("layers.")}
+
+
+def load_checkpoint(folder: Path) -> Decoder:
+    """The model in ``folder``, whole, parameters in the dtypes of the file."""
+    source = Source(folder)
+    config = source.config
+    arrays: dict[str, Any] = {name: jnp.asarray(a) for name, a in source.top().items()}
+    for layer in range(config.num_hidden_layers):
+        arrays |= {f"layers.{layer}.{name}": jnp.asarray(a) for name, a in source.layer(layer).items()}
+        if layer in config.moe_layers:
+            experts = [source.expert(layer, e) for e in range(config.num_experts)]
+            for i, part in enumerate(("gate", "up", "down")):
+                arrays[f"layers.{layer}.{part}"] = jnp.asarray(np.stack([e[i] for e in experts]))
+        source.release()
+    return with_parameters(config, arrays)
+
+
 def save_checkpoint(folder: Path, model: Decoder, tokenizer: Path, dtype: Any = ml_dtypes.bfloat16) -> None:
-    """Write ``model`` as a Hugging Face folder with weights in ``dtype`` and a copy of the tokenizer file."""
+    """Write an ``olmoe`` model as a folder with one weight file in ``dtype`` and a copy of the tokenizer file."""
+    config = model.config
+    if config.family != "olmoe":
+        raise ValueError(
+            f"a model of family {config.family} is written by export, from the checkpoint that it came from"
+        )
+    arrays = {name: np.asarray(a).astype(dtype) for name, a in parameters(model).items()}
+    tensors = {theirs: arrays[ours].T if turned else arrays[ours] for ours, theirs, turned in tensor_names(config)}
+    for layer in config.moe_layers:
+        parts = [arrays[f"layers.{layer}.{part}"] for part in ("gate", "up", "down")]
+        tensors |= expert_tensors(config, layer, list(zip(*parts)), {})
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = parameters(model)
-    tensors = {}
-    for ours, theirs, transposed in checkpoint_names(model.config):
-        value = np.asarray(arrays[ours]).astype(dtype)
-        for name, part in zip(theirs, value if "experts" in theirs[0] else [value]):
-            tensors[name] = np.ascontiguousarray(part.swapaxes(0, 1) if transposed else part)
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict() | {
+    tensors = {name: np.ascontiguousarray(a) for name, a in tensors.items()}
+    safetensors.numpy.save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(_olmoe_json(config, np.dtype(dtype).name), indent=2) + "\n")
+    if tokenizer != folder / TOKENIZER:
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+
+
+def _olmoe_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    keys = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "num_experts", "num_experts_per_tok", "max_position_embeddings", "rms_norm_eps"),
+        *("rope_theta", "norm_topk_prob", "tie_word_embeddings", "clip_qkv", "initializer_range"),
+    )
+    return {key: getattr(config, key) for key in keys} | {
         "model_type": "olmoe",
-        "architectures": [FAMILIES["olmoe"]],
+        "architectures": [FAMILIES["olmoe"].architecture],
         "hidden_act": "silu",
         "attention_bias": False,
         "eos_token_id": 0,
         "bos_token_id": None,
         "pad_token_id": None,
-        "dtype": np.dtype(dtype).name,
+        "dtype": dtype,
     }
-    del config["use_qk_norm"]
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if tokenizer != folder / "tokenizer.json":
-        shutil.copyfile(tokenizer, folder / "tokenizer.json")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return value
+def write_shards(folder: Path, shards: Iterator[dict[str, np.ndarray]], count: int) -> None:
+    """Write each of ``count`` dictionaries of tensors as one file, and the index that says which holds what."""
+    places: dict[str, str] = {}
+    total = 0
+    for number, tensors in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{count:05d}.safetensors"
+        safetensors.numpy.save_file(
+            {name: np.ascontiguousarray(a) for name, a in tensors.items()}, folder / file, metadata={"format": "pt"}
+        )
+        places |= dict.fromkeys(tensors, file)
+        total += sum(a.nbytes for a in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Tokenizer, chat template and generation settings, as far as the folder has them."""
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

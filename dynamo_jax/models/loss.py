@@ -15,9 +15,12 @@ CHUNK_ROWS = 1024
 
 
 def next_token_nll(
-    hidden: Float[Array, "B T D"], head: Float[Array, "V D"], targets: Int[Array, "B T"]
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    bias: Float[Array, " V"] | None = None,
 ) -> Float[Array, "B T"]:
-    """-log p(target) in nats, float32, from the normed hidden states before the head."""
+    """-log p(target) in nats, float32, from the hidden states that the head takes."""
     head_t = head.astype(hidden.dtype).T
     rows = hidden.reshape(-1, hidden.shape[-1])
     count = rows.shape[0]
@@ -29,6 +32,7 @@ def next_token_nll(
     @jax.checkpoint
     def chunk_nll(row, label):
         logits = matmul(row, head_t).astype(jnp.float32)
+        logits = logits if bias is None else logits + bias.astype(jnp.float32)
         chosen = jnp.take_along_axis(logits, label[:, None], axis=1)[:, 0]
         return jax.nn.logsumexp(logits, axis=1) - chosen
 

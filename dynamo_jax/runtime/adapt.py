@@ -21,7 +21,8 @@ from dynamo_jax.analysis.significance import block_errors
 from dynamo_jax.analysis.statistics import Statistics, observe
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import ExpertWeights, with_parameters
+from dynamo_jax.models.decoder import with_parameters
+from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.precision.allocate import reallocate
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import Planes, dequantize

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from dynamo_jax.kernels.layout import LEVELS, BasePlanes, PagePool, Variant
-from dynamo_jax.models.decoder import ExpertWeights
+from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import Planes, quantize
 

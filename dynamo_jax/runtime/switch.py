@@ -16,16 +16,20 @@ from jaxtyping import Array, Float, Int
 
 from dynamo_jax.kernels.layout import BasePlanes, Variant, dequantize_layer
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import ExpertsFn, ExpertWeights, Routing, expert_outputs, routing_counts, with_parameters
+from dynamo_jax.models.decoder import with_parameters
+from dynamo_jax.models.experts import ExpertForm, ExpertsFn, ExpertWeights, expert_outputs, routing_counts
 from dynamo_jax.models.loss import next_token_nll
+from dynamo_jax.models.routing import Routing
 
 
 def switched_experts(base: BasePlanes, variants: tuple[Variant, ...], index: Int[Array, ""]) -> ExpertsFn:
     """Experts at the precision of ``variants[index]``; an index out of range is clamped, as lax.switch does."""
 
-    def experts(layer: int, x: Array, routing: Routing, _: ExpertWeights | None) -> tuple[Array, Routing]:
+    def experts(
+        layer: int, x: Array, routing: Routing, _: ExpertWeights | None, form: ExpertForm
+    ) -> tuple[Array, Routing]:
         def branch(variant: Variant) -> Array:
-            return expert_outputs(x, routing, ExpertWeights(*dequantize_layer(base, variant, layer)))
+            return expert_outputs(x, routing, ExpertWeights(*dequantize_layer(base, variant, layer)), form)
 
         branches = [functools.partial(branch, variant) for variant in variants]
         return jax.lax.switch(index, branches), routing
@@ -39,7 +43,7 @@ def window_losses(
     """Each window's summed next-token loss in nats, and where its tokens were routed."""
     model = with_parameters(config, parameters)
     hidden, routings = model.hidden_states(tokens[:, :-1], **run)
-    nll = next_token_nll(hidden, model.head_weights(), tokens[:, 1:])
+    nll = next_token_nll(hidden, model.head_weights(), tokens[:, 1:], model.logit_bias())
     return nll.sum(axis=1), routing_counts(routings, tokens.shape[0], config.num_experts)
 
 

@@ -1,0 +1,125 @@
+"""A mixture's experts in float: their weights, their nonlinearity, and the plain way to multiply them.
+
+Weights are channel-major, (E, F, D) for gate, up and down: index f on axis 1 is one channel, and
+permuting channels changes nothing. How experts are multiplied is an argument of the decoder
+(``ExpertsFn``), so float, quantized and observing runs share one forward pass.
+
+Axes: N tokens, D hidden, E experts, F channels of an expert, R rows (tokens times experts a token).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dynamo_jax.kernels.grouped_matmul import grouped_matmul
+from dynamo_jax.kernels.rows import RowOrder, combine_rows, gather_rows, sort_by_expert
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.routing import Routing
+
+
+class ExpertWeights(NamedTuple):
+    """Channel-major weights of one layer's experts, each (E, F, D)."""
+
+    gate: Float[Array, "E F D"]
+    up: Float[Array, "E F D"]
+    down: Float[Array, "E F D"]
+
+
+class ExpertBiases(NamedTuple):
+    """Biases of one layer's experts; they are never quantized."""
+
+    gate: Float[Array, "E F"]
+    up: Float[Array, "E F"]
+    down: Float[Array, "E D"]
+
+
+class ExpertForm(NamedTuple):
+    """What an expert computes beside its three products. activation: (gate, up) -> hidden, elementwise."""
+
+    activation: Callable[[Array, Array], Array]
+    biases: ExpertBiases | None = None
+
+
+# (index among the layers with experts, inputs (N, D), routing, that layer's float weights, form)
+# -> (outputs (N, D), anything). The weights are None in a model whose experts are stored quantized.
+ExpertsFn = Callable[[int, Array, Routing, ExpertWeights | None, ExpertForm], tuple[Array, Any]]
+
+
+def silu_gated(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up
+
+
+def activation_of(config: ModelConfig) -> Callable[[Array, Array], Array]:
+    """SwiGLU (arXiv 2002.05202), or its clamped form with a linear offset of one (gpt-oss)."""
+    if not config.swiglu_limit:
+        return silu_gated
+    limit, alpha = config.swiglu_limit, config.swiglu_alpha
+
+    def clamped(gate: Array, up: Array) -> Array:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
+
+    return clamped
+
+
+def row_experts(order: RowOrder) -> Int[Array, " R"]:
+    """The expert of each sorted row."""
+    rows = jnp.arange(order.token.shape[0])
+    return jnp.searchsorted(jnp.cumsum(order.group_sizes), rows, side="right")
+
+
+def hidden_inputs(
+    rows: Float[Array, "R D"], order: RowOrder, weights: ExpertWeights, form: ExpertForm
+) -> tuple[Float[Array, "R F"], Float[Array, "R F"]]:
+    """The gate and up projections of rows in expert order."""
+    gate, up = (
+        grouped_matmul(rows, w.astype(rows.dtype).swapaxes(1, 2), order.group_sizes) for w in (weights.gate, weights.up)
+    )
+    if form.biases is not None:
+        expert = row_experts(order)
+        gate = gate + form.biases.gate.astype(rows.dtype)[expert]
+        up = up + form.biases.up.astype(rows.dtype)[expert]
+    return gate, up
+
+
+def row_outputs(
+    hidden: Float[Array, "R F"], order: RowOrder, weights: ExpertWeights, form: ExpertForm
+) -> Float[Array, "R D"]:
+    """The down projection of rows in expert order."""
+    out = grouped_matmul(hidden, weights.down.astype(hidden.dtype), order.group_sizes)
+    if form.biases is not None:
+        out = out + form.biases.down.astype(hidden.dtype)[row_experts(order)]
+    return out
+
+
+def expert_outputs(
+    x: Float[Array, "N D"], routing: Routing, weights: ExpertWeights, form: ExpertForm
+) -> Float[Array, "N D"]:
+    """The gate-weighted sum of each token's experts."""
+    order = sort_by_expert(routing.experts, weights.gate.shape[0])
+    gate, up = hidden_inputs(gather_rows(x, order), order, weights, form)
+    out = row_outputs(form.activation(gate, up), order, weights, form)
+    return combine_rows(out, routing.gates, order).astype(x.dtype)
+
+
+def float_experts(
+    layer: int, x: Array, routing: Routing, weights: ExpertWeights | None, form: ExpertForm
+) -> tuple[Array, Routing]:
+    """The model's own float experts; what it returns beside the outputs is the routing."""
+    if weights is None:
+        raise ValueError(f"layer {layer} has no float experts: pass experts= from dynamo_jax.runtime.switch")
+    return expert_outputs(x, routing, weights, form), routing
+
+
+def routing_counts(routings: list[Routing], batch: int, num_experts: int) -> Float[Array, "B L E"]:
+    """Tokens of each sequence that went to each expert."""
+    per_layer = [
+        jax.vmap(lambda e: jnp.bincount(e.reshape(-1), length=num_experts))(r.experts.reshape(batch, -1))
+        for r in routings
+    ]
+    return jnp.stack(per_layer, axis=1)
