@@ -7,16 +7,15 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from dynamo_jax.data import token_windows
+from dynamo_jax.calibrate import LayerSource, Progress
 from dynamo_jax.kernels.layout import WIDTHS
-from dynamo_jax.models.decoder import Decoder
-from dynamo_jax.pipeline import Progress, QuantizeConfig, analyze, candidate_weights, check_shapes, layer_weights
+from dynamo_jax.pipeline import QuantizeConfig, analyze, check_shapes, known_windows
 from dynamo_jax.runtime.monitor import routing_divergence
-from dynamo_jax.runtime.store import quantize_experts
+from dynamo_jax.work import MemoryWork
 
 
 def analyze_texts(
-    model: Decoder,
+    source: LayerSource,
     tokenizer: tokenizers.Tokenizer,
     texts: dict[str, str],
     config: QuantizeConfig,
@@ -24,12 +23,10 @@ def analyze_texts(
 ) -> dict[str, Any]:
     """JSON-ready: for each dataset routing counts (L, E), busiest share and predicted loss (L, E, W) in nats
     a token at each width; between datasets the routing divergence in bits a layer."""
-    check_shapes(model.config, config)
-    windows = {n: token_windows(t, tokenizer, config.window, n, config.calibration_windows) for n, t in texts.items()}
-    layers = range(model.config.num_moe_layers)
-    store = quantize_experts([layer_weights(model, i) for i in layers], config.group_size)
-    candidates = candidate_weights(store)
-    runs = {n: analyze(model, candidates, w, config.batch_size, n, progress) for n, w in windows.items()}
+    check_shapes(source.config, config)
+    windows = known_windows(texts, tokenizer, config)
+    runs, _ = analyze(source, windows, config, MemoryWork(unwanted=("layer-", "top")), progress)
+    layers = range(source.config.num_moe_layers)
     counts = {n: np.asarray(r.stats.counts) for n, r in runs.items()}
     names = list(runs)
     return {

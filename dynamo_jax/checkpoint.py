@@ -1,40 +1,51 @@
-"""A quantized model on disk: one Orbax checkpoint folder.
+"""A quantized model on disk: a folder of safetensors files and JSON, a file a layer.
 
-arrays/ holds parameters, planes, page tables, plan and signatures; meta/ holds JSON: format version,
-configuration, names, the tokenizer. Nothing is pickled. The folder is written under a temporary name
-beside its place and renamed when whole, so a killed process or a full disk leaves no half checkpoint.
+    dynamo_jax.json          format version, configuration, names, sizes
+    plan.safetensors         plan, page tables, and what calibration knew
+    top.safetensors          embeddings, last norm, head
+    layer-000.safetensors    a layer's planes and its unquantized parameters
+    source/                  config.json, tokenizer and chat template of the model that was quantized
+
+A file a layer, so that a model larger than memory can be written and read in parts. The folder is
+written under a temporary name beside its place and renamed when whole: a killed process or a full
+disk leaves no half checkpoint. Nothing is pickled.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import logging
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import tokenizers
 
-from dynamo_jax.kernels.layout import LEVELS, WIDTHS
+from dynamo_jax.calibrate import layer_name, planes_bundle
+from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, PROJECTIONS, WIDTHS
 from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.huggingface import TOKENIZER
+from dynamo_jax.models.tensor_files import read_json
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import Planes
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.store import page_tables
 from dynamo_jax.settings import from_dict
+from dynamo_jax.work import Bundle, read_bundle, write_bundle
 
-FORMAT = 1
+FORMAT = 2
 NAME = "dynamo_jax quantized model"
+META, PLAN, TOP, SOURCE = "dynamo_jax.json", "plan.safetensors", "top.safetensors", "source"
+UNQUANTIZED = "embeddings, attention, norms, routers, shared experts, dense layers and biases keep their dtype"
+KNOWLEDGE = ("counts", "loss_per_error", "block_errors", "correction")
 
 
 def is_checkpoint(folder: Path) -> bool:
-    return (folder / "meta").is_dir() and (folder / "arrays").is_dir()
+    return (folder / META).is_file()
 
 
 def check_free(folder: Path) -> None:
@@ -50,135 +61,190 @@ def save(folder: Path, model: QuantizedModel) -> None:
     folder = folder.absolute()
     check_free(folder)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(parents=True, exist_ok=True)
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            checkpointer.save(
-                partial,
-                args=ocp.args.Composite(
-                    arrays=ocp.args.StandardSave(_arrays(model)), meta=ocp.args.JsonSave(_meta(model))
-                ),
-            )
-        old = folder.parent / f".{folder.name}.old-{os.getpid()}"
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        arrays = {name: np.asarray(a) for name, a in model.parameters.items()}
+        write_bundle(partial / TOP, {name: a for name, a in arrays.items() if not name.startswith("layers.")})
+        for layer in range(model.config.num_hidden_layers):
+            write_bundle(partial / f"{layer_name(layer)}.safetensors", _layer_bundle(model, arrays, layer))
+        describe_to(partial, model.config, model.plan, model.window, model.knowledge, model.files)
+        put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load(folder: Path) -> QuantizedModel:
-    """The model in ``folder``; anything missing or damaged is a ValueError that names the folder."""
-    folder = folder.absolute()
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    if not is_checkpoint(folder):
-        raise ValueError(f"{folder}: not a {NAME} (no meta/ and arrays/)")
-    try:
-        with _quiet_orbax(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            meta = checkpointer.restore(folder, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-            if meta.get("name") != NAME or meta.get("format") != FORMAT:
-                raise ValueError(f"format {meta.get('format')!r} of {meta.get('name')!r}; this version reads {FORMAT}")
-            restored = checkpointer.restore(folder, args=ocp.args.Composite(arrays=ocp.args.StandardRestore()))
-        return _model(meta, restored.arrays)
-    except Exception as error:  # tensorstore and orbax raise many types on damage
-        message = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise ValueError(f"{folder}: damaged or incomplete checkpoint: {message}") from error
+def _layer_bundle(model: QuantizedModel, arrays: Bundle, layer: int) -> Bundle:
+    prefix = f"layers.{layer}."
+    own = {f"parameters/{n.removeprefix(prefix)}": a for n, a in arrays.items() if n.startswith(prefix)}
+    if layer in model.config.dense_layers:
+        return own
+    index = model.config.moe_layers.index(layer)
+    return own | planes_bundle(jax.tree.map(lambda a: a[index], model.store))
 
 
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Orbax warns through absl that it takes shardings from the file, which is what we want."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Give the whole folder ``partial`` its name; an earlier result of that name goes."""
+    old = folder.parent / f".{folder.name}.old-{os.getpid()}"
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _arrays(model: QuantizedModel) -> dict[str, Any]:
-    known = model.knowledge
-    store = {f"codes{b}": model.store.codes[b] for b in WIDTHS}
-    store |= {f"ratios{b}": model.store.ratios[b] for b in LEVELS}
-    return {
-        "parameters": {name.replace(".", "/"): a for name, a in model.parameters.items()},
-        "planes": store | {"scales": model.store.scales},
-        "plan": {"widths": model.plan.widths},
-        "page_tables": {str(level): table for level, table in page_tables(model.plan).items()},
-        "knowledge": {
-            "counts": known.counts,
-            "loss_per_error": known.loss_per_error,
-            "block_errors": known.block_errors,
-            "correction": known.correction,
-        },
-    }
-
-
-def _meta(model: QuantizedModel) -> dict[str, Any]:
-    known = model.knowledge
-    return {
+def describe_to(
+    folder: Path, config: ModelConfig, plan: Plan, window: int, knowledge: Knowledge, files: dict[str, bytes]
+) -> None:
+    """Write all but the layers and the top; the JSON comes last, and makes the folder a checkpoint."""
+    known = knowledge
+    arrays = {name: np.asarray(getattr(known, name)) for name in KNOWLEDGE}
+    tables = {f"page_table{level}": table for level, table in page_tables(plan).items()}
+    write_bundle(folder / PLAN, arrays | tables | {"widths": plan.widths})
+    (folder / SOURCE).mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / SOURCE / name).write_bytes(content)
+    meta = {
         "name": NAME,
         "format": FORMAT,
-        "config": model.config.to_dict(),
-        "window": model.window,
-        "channel_block": model.plan.channel_block,
-        "group_size": model.plan.group_size,
+        "config": config.to_dict(),
+        "unquantized": UNQUANTIZED,
+        "window": window,
+        "channel_block": plan.channel_block,
+        "group_size": plan.group_size,
         "names": list(known.names),
         "threshold": known.threshold,
         "tokens": known.tokens,
         "calibrated": {name: list(v) for name, v in known.calibrated.items()},
-        "tokenizer": model.tokenizer.to_str(),
     }
+    partial = folder / f"{META}.partial"
+    partial.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / META)
 
 
-def _model(meta: dict[str, Any], arrays: dict[str, Any]) -> QuantizedModel:
-    config = from_dict(ModelConfig, meta["config"], "config")
-    planes = jax.tree.map(np.asarray, arrays["planes"])
-    plan = Plan(
-        widths=np.asarray(arrays["plan"]["widths"]),
-        channel_block=meta["channel_block"],
-        group_size=meta["group_size"],
-        hidden_size=config.hidden_size,
-    )
-    for level, table in page_tables(plan).items():
-        if not np.array_equal(table, np.asarray(arrays["page_tables"][str(level)])):
-            raise ValueError(f"the page table of level {level} does not fit the plan")
-    knowledge = Knowledge(
-        names=tuple(meta["names"]),
-        threshold=meta["threshold"],
-        calibrated={name: (v[0], v[1]) for name, v in meta["calibrated"].items()},
-        tokens=meta["tokens"],
-        **{name: np.asarray(a) for name, a in arrays["knowledge"].items()},
-    )
+def load(folder: Path) -> QuantizedModel:
+    """The model in ``folder``; anything missing or damaged is a ValueError that names the file."""
+    folder = folder.absolute()
+    meta, config, plan, arrays = _read_description(folder)
+    try:
+        for level, table in page_tables(plan).items():
+            if not np.array_equal(table, arrays[f"page_table{level}"]):
+                raise ValueError(f"the page table of level {level} does not fit the plan")
+        knowledge = Knowledge(
+            names=tuple(meta["names"]),
+            threshold=meta["threshold"],
+            calibrated={name: (v[0], v[1]) for name, v in meta["calibrated"].items()},
+            tokens=meta["tokens"],
+            **{name: arrays[name] for name in KNOWLEDGE},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / PLAN}: does not fit {META}: {error}") from error
+    files = {p.name: p.read_bytes() for p in sorted((folder / SOURCE).glob("*"))}
+    if TOKENIZER not in files:
+        raise ValueError(f"{folder / SOURCE / TOKENIZER}: no such file")
+    kept: Bundle = dict(read_bundle(folder / TOP))
+
+    def layer_bundle(name: str) -> Bundle:
+        bundle = read_bundle(folder / f"{name}.safetensors")
+        _check_planes(folder / f"{name}.safetensors", bundle, config, plan)
+        prefix = f"layers.{int(name.removeprefix('layer-'))}."
+        for key in [k for k in bundle if k.startswith("parameters/")]:
+            kept[prefix + key.removeprefix("parameters/")] = bundle.pop(key)
+        return bundle
+
+    for layer in config.dense_layers:
+        layer_bundle(layer_name(layer))
+    store = stacked_planes(layer_bundle, config)
     return QuantizedModel(
         config=config,
-        parameters={name.replace("/", "."): a for name, a in arrays["parameters"].items()},
-        tokenizer=tokenizers.Tokenizer.from_str(meta["tokenizer"]),
-        store=Planes(
-            {b: planes[f"codes{b}"] for b in WIDTHS}, planes["scales"], {b: planes[f"ratios{b}"] for b in LEVELS}
-        ),
+        parameters={name: jnp.asarray(a) for name, a in kept.items()},
+        tokenizer=tokenizers.Tokenizer.from_str(files[TOKENIZER].decode()),
+        store=store,
         plan=plan,
         window=meta["window"],
         knowledge=knowledge,
+        files=files,
     )
 
 
-def describe(model: QuantizedModel) -> dict[str, Any]:
-    """What ``dynamo-jax inspect`` shows of a quantized model."""
-    widths, counts = np.unique(model.plan.widths, return_counts=True)
+def _read_description(folder: Path) -> tuple[dict[str, Any], ModelConfig, Plan, Bundle]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if not is_checkpoint(folder):
+        raise ValueError(f"{folder}: not a {NAME} (no {META})")
+    meta = read_json(folder / META)
+    if meta.get("name") != NAME or meta.get("format") != FORMAT:
+        found = f"format {meta.get('format')!r} of {meta.get('name')!r}"
+        raise ValueError(f"{folder / META}: {found}; this version reads format {FORMAT} of {NAME!r}")
+    arrays = read_bundle(folder / PLAN)
+    try:
+        config = from_dict(ModelConfig, meta["config"], "config")
+        plan = Plan(
+            widths=arrays["widths"],
+            channel_block=meta["channel_block"],
+            group_size=meta["group_size"],
+            hidden_size=config.hidden_size,
+        )
+        blocks = config.intermediate_size // plan.channel_block
+        if plan.widths.shape != (config.num_moe_layers, config.num_experts, blocks):
+            raise ValueError(f"the plan has the shape {plan.widths.shape}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / META}: damaged: {error}") from error
+    return meta, config, plan, arrays
+
+
+def plane_shapes(config: ModelConfig, group_size: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of one layer's planes."""
+    shape = (config.num_experts, PROJECTIONS, config.intermediate_size)
+    groups = config.hidden_size // group_size
+    codes: dict[str, tuple[int, ...]] = {
+        f"planes/codes{b}": (*shape, config.hidden_size * PLANE_BITS[b] // 8) for b in WIDTHS
+    }
+    return codes | {f"planes/ratios{b}": (*shape, groups) for b in LEVELS} | {"planes/scales": (*shape, groups)}
+
+
+def _check_planes(path: Path, bundle: Bundle, config: ModelConfig, plan: Plan) -> None:
+    found = {name: a.shape for name, a in bundle.items() if name.startswith("planes/")}
+    dense = int(path.stem.removeprefix("layer-")) in config.dense_layers
+    expected = {} if dense else plane_shapes(config, plan.group_size)
+    if wrong := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
+        name = wrong[0]
+        raise ValueError(f"{path}: {name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}")
+
+
+def layer_planes(bundle: Bundle) -> Planes:
+    """One layer's planes (E, P, F, ..) from its bundle."""
+    return Planes(
+        {b: bundle[f"planes/codes{b}"] for b in WIDTHS},
+        bundle["planes/scales"],
+        {b: bundle[f"planes/ratios{b}"] for b in LEVELS},
+    )
+
+
+def stacked_planes(get: Callable[[str], Bundle], config: ModelConfig) -> Planes:
+    """The planes of all layers (L, E, P, F, ..), a layer's bundle in memory at a time beside them."""
+    out: Any = None
+    for index, layer in enumerate(config.moe_layers):
+        planes = layer_planes(get(layer_name(layer)))
+        if out is None:
+            out = jax.tree.map(lambda a: np.empty((config.num_moe_layers, *a.shape), a.dtype), planes)
+        for whole, part in zip(jax.tree.leaves(out), jax.tree.leaves(planes)):
+            whole[index] = part
+    return out
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What ``dynamo-jax inspect`` shows of a quantized model, without reading its layers."""
+    meta, config, plan, _ = _read_description(folder)
+    widths, counts = np.unique(plan.widths, return_counts=True)
     return {
-        "experts": f"{model.config.num_moe_layers} layers x {model.config.num_experts}, "
-        f"top {model.config.num_experts_per_tok}",
-        "bits_per_weight": model.plan.bits_per_weight(),
-        "stored_bytes": model.plan.stored_bytes(),
-        "channel_block": model.plan.channel_block,
-        "group_size": model.plan.group_size,
+        "family": config.family,
+        "experts": f"{config.num_moe_layers} layers x {config.num_experts}, top {config.num_experts_per_tok}",
+        "bits_per_weight": plan.bits_per_weight(),
+        "stored_bytes": plan.stored_bytes(),
+        "channel_block": plan.channel_block,
+        "group_size": plan.group_size,
         "blocks_by_width": {int(w): int(c) for w, c in zip(widths, counts)},
-        "known": {name: model.knowledge.calibrated[name][1] for name in model.knowledge.names},
-        "novelty_threshold_bits": model.knowledge.threshold,
-        "parameters_dtype": str(next(iter(model.parameters.values())).dtype),
-        "config": dataclasses.asdict(model.config),
+        "known": {name: v[1] for name, v in meta["calibrated"].items()},
+        "novelty_threshold_bits": meta["threshold"],
+        "unquantized": meta["unquantized"],
+        "config": config.to_dict(),
     }

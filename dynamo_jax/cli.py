@@ -18,8 +18,8 @@ import rich.table
 import typer
 
 if TYPE_CHECKING:
+    from dynamo_jax.calibrate import Progress
     from dynamo_jax.evaluate import Row
-    from dynamo_jax.pipeline import Progress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -97,14 +97,16 @@ def analyze(
     """Show which experts matter on which dataset: routing, divergence, predicted loss at each width."""
     from dynamo_jax import analyze_command as job
     from dynamo_jax.data import write_json
+    from dynamo_jax.models.huggingface import Source, load_tokenizer
     from dynamo_jax.pipeline import QuantizeConfig
 
     texts = read_datasets(known, [])
     check_json(json)
-    decoder, tokenizer = load_float(model)
+    source = Source(float_folder(model))
+    tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
     settings = QuantizeConfig(window=window, calibration_windows=windows)
     with progress_bar() as progress:
-        result = job.analyze_texts(decoder, tokenizer, texts["known"], settings, progress)
+        result = job.analyze_texts(source, tokenizer, texts["known"], settings, progress)
     for line in job.summary(result):
         print(line)
     if json:
@@ -122,21 +124,21 @@ def quantize(
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows a dataset.")] = 32,
     window: WindowOption = 256,
 ) -> None:
-    """Calibrate on the known datasets, choose each expert's width under the budget, and write the model."""
-    from dynamo_jax import checkpoint
-    from dynamo_jax.pipeline import QuantizeConfig
-    from dynamo_jax.pipeline import quantize as run
+    """Calibrate on the known datasets, choose each expert's width under the budget, and write the model.
 
-    checkpoint.check_free(out)
+    One layer's weights are in memory at a time. A run that was stopped resumes when it is called again.
+    """
+    from dynamo_jax import checkpoint
+    from dynamo_jax.pipeline import QuantizeConfig, quantize_folder
+
     texts = read_datasets(known, [])
-    decoder, tokenizer = load_float(model)
+    folder = float_folder(model)
     settings = QuantizeConfig(
         bits=bits, group_size=group_size, channel_block=channel_block, window=window, calibration_windows=windows
     )
     with progress_bar() as progress:
-        quantized, _ = run(decoder, tokenizer, texts["known"], settings, progress)
-    checkpoint.save(out, quantized)
-    print_facts(checkpoint.describe(quantized))
+        quantize_folder(folder, out, texts["known"], settings, progress)
+    print_facts(checkpoint.describe(out))
     print(f"checkpoint  {out}")
 
 
@@ -198,7 +200,7 @@ def inspect(model: ModelOption) -> None:
     from dynamo_jax.models.huggingface import load_config
 
     if checkpoint.is_checkpoint(Path(model)):
-        print_facts(checkpoint.describe(checkpoint.load(Path(model))))
+        print_facts(checkpoint.describe(Path(model)))
     else:
         config = load_config(model_folder(model))
         print_facts(config.to_dict() | {"expert_weights": config.num_expert_weights})
@@ -213,14 +215,21 @@ def model_folder(model: str) -> Path:
     return folder
 
 
-def load_float(model: str) -> Any:
+def float_folder(model: str) -> Path:
+    """The folder of a model that is not quantized."""
     from dynamo_jax import checkpoint
-    from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
 
     if checkpoint.is_checkpoint(Path(model)):
         raise ValueError(f"{model}: is quantized already; this command takes a Hugging Face folder or tiny-moe")
-    folder = model_folder(model)
-    return load_checkpoint(folder), load_tokenizer(folder)
+    return model_folder(model)
+
+
+def load_float(model: str) -> Any:
+    from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
+
+    folder = float_folder(model)
+    decoder = load_checkpoint(folder)
+    return decoder, load_tokenizer(folder, decoder.config.vocab_size)
 
 
 def read_datasets(known: list[str], novel: list[str]) -> dict[str, dict[str, str]]:
@@ -267,11 +276,12 @@ def progress_bar() -> Iterator[Progress]:
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
     )
     with rich.progress.Progress(*columns, console=console) as bars:
         stages: dict[str, rich.progress.TaskID] = {}
 
-        def progress(stage: str, done: int, of: int) -> None:
+        def progress(stage: str, done: float, of: int) -> None:
             if stage not in stages:
                 stages[stage] = bars.add_task(stage, total=of)
             bars.update(stages[stage], completed=done)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from dynamo_jax import checkpoint
+from dynamo_jax.calibrate import Progress
 from dynamo_jax.data import write_json
 from dynamo_jax.evaluate import (
     Adaptation,
@@ -33,7 +34,7 @@ from dynamo_jax.findings import ReportContent
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import Decoder
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
-from dynamo_jax.pipeline import Analysis, Progress, QuantizeConfig, layer_weights, no_progress, quantize
+from dynamo_jax.pipeline import Analysis, QuantizeConfig, layer_weights, no_progress, quantize
 from dynamo_jax.report import write_report
 from dynamo_jax.runtime.monitor import routing_divergence
 from dynamo_jax.runtime.quantized import QuantizedModel

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dynamo_jax.calibrate import Progress
 from dynamo_jax.data import token_windows
 from dynamo_jax.kernels.layout import Variant
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
-from dynamo_jax.pipeline import Progress, batches, digest, no_progress
+from dynamo_jax.pipeline import batches, digest, no_progress
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.rtn import round_to_nearest, rtn_bits_per_weight
 from dynamo_jax.runtime.adapt import adapt

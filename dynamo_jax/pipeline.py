@@ -1,7 +1,7 @@
-"""Text to a quantized model: analyze the known datasets, allocate, quantize.
+"""Text to a quantized model: calibrate on the known datasets, allocate, quantize.
 
-The stages are functions of arrays from the packages below; this module only carries the data from
-one to the next, in batches of one compiled shape, and tells a progress callback where it is.
+``calibrate.py`` does the long part; this module turns text into its windows and its sums into a plan.
+A model in memory becomes a ``QuantizedModel``; a checkpoint folder, of any size, becomes a folder.
 """
 
 from __future__ import annotations
@@ -9,40 +9,37 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from dynamo_jax import checkpoint
 from dynamo_jax.analysis.significance import (
     channel_significance,
     expert_significance,
     loss_per_error,
     measured_over_predicted,
 )
-from dynamo_jax.analysis.statistics import Statistics, merge, observe, output_sensitivity
+from dynamo_jax.analysis.statistics import Statistics, merge
+from dynamo_jax.calibrate import Calibration, LayerSource, Progress, calibrate, statistics_of
 from dynamo_jax.data import token_windows
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters, with_parameters
+from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
 from dynamo_jax.models.experts import ExpertWeights
+from dynamo_jax.models.huggingface import Source, load_tokenizer, side_files, side_files_of
 from dynamo_jax.precision.allocate import allocate
 from dynamo_jax.precision.plan import Plan, block_costs, expert_plan
-from dynamo_jax.quant.planes import Planes, dequantize
-from dynamo_jax.runtime.adapt import predicted_block_errors
 from dynamo_jax.runtime.monitor import novelty_threshold
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
-from dynamo_jax.runtime.store import quantize_experts
-
-Progress = Callable[[str, int, int], None]  # (stage, done, of)
+from dynamo_jax.work import Bundle, FolderWork, MemoryWork, Work
 
 
-def no_progress(stage: str, done: int, of: int) -> None:
+def no_progress(stage: str, done: float, of: int) -> None:
     """The callback that shows nothing."""
 
 
@@ -73,21 +70,31 @@ class Analysis(NamedTuple):
         return channel_significance(self.stats, down)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _analyze_batch(
-    config: ModelConfig,
-    params: dict[str, Array],
-    candidates: list[list[ExpertWeights]],
-    tokens: Int[Array, "B T1"],
-    mask: Float[Array, "B T"],
-) -> tuple[Statistics, Float[Array, " L"], Float[Array, "B L E"]]:
-    model = with_parameters(config, params)
-    weights = [layer_weights(model, i) for i in range(config.num_moe_layers)]
-    stats, counts = observe(model, tokens[:, :-1], mask, weights, candidates)
-    return stats, output_sensitivity(model, tokens, mask), counts
+class DecoderSource:
+    """A decoder in memory, layer by layer: see ``calibrate.LayerSource``."""
+
+    def __init__(self, model: Decoder):
+        self.config = model.config
+        self._arrays = {name: np.asarray(a) for name, a in parameters(model).items()}
+
+    def top(self) -> Bundle:
+        return {name: a for name, a in self._arrays.items() if not name.startswith("layers.")}
+
+    def layer(self, layer: int) -> Bundle:
+        prefix = f"layers.{layer}."
+        own = {name.removeprefix(prefix): a for name, a in self._arrays.items() if name.startswith(prefix)}
+        return {name: a for name, a in own.items() if name not in ExpertWeights._fields}
+
+    def expert(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        gate, up, down = (self._arrays[f"layers.{layer}.{part}"][expert] for part in ExpertWeights._fields)
+        return gate, up, down
+
+    def release(self) -> None:
+        pass
 
 
 def layer_weights(model: Decoder, layer: int) -> ExpertWeights:
+    """Weights of the experts of the ``layer``-th layer that has some."""
     weights = model.moe_layers()[layer].expert_weights()
     assert weights is not None
     return weights
@@ -104,44 +111,47 @@ def batches(windows: Int[np.ndarray, "S T1"], size: int) -> list[tuple[np.ndarra
     return out
 
 
-def candidate_weights(store: Planes) -> list[list[ExpertWeights]]:
-    """For each layer, its experts at each width."""
-    by_width = [dequantize(store, width) for width in WIDTHS]  # (L, E, P, F, D) each
-    return [[ExpertWeights(*w[layer].swapaxes(0, 1)) for w in by_width] for layer in range(len(by_width[0]))]
+def known_windows(
+    known: dict[str, str], tokenizer: tokenizers.Tokenizer, config: QuantizeConfig
+) -> dict[str, Int[np.ndarray, "S T1"]]:
+    if not known:
+        raise ValueError("no known dataset: calibration needs at least one")
+    return {
+        name: token_windows(text, tokenizer, config.window, name, config.calibration_windows)
+        for name, text in known.items()
+    }
 
 
 def analyze(
-    model: Decoder,
-    candidates: list[list[ExpertWeights]],
-    windows: Int[np.ndarray, "S T1"],
-    batch_size: int,
-    name: str = "",
+    source: LayerSource,
+    windows: dict[str, Int[np.ndarray, "S T1"]],
+    config: QuantizeConfig,
+    work: Work,
     progress: Progress = no_progress,
-) -> Analysis:
-    """Stream the windows of one dataset through the model; see ``analysis.statistics``."""
-    params = {k: v.astype(jnp.float32) for k, v in parameters(model).items()}
-    total: tuple[Statistics, Array] | None = None
-    counts = []
-    parts = batches(windows, batch_size)
-    for index, (tokens, mask) in enumerate(parts):
-        stats, sensitivity, routed = _analyze_batch(model.config, params, candidates, tokens, mask)
-        counts.append(np.asarray(routed)[mask[:, 0] > 0])
-        total = (stats, sensitivity) if total is None else (merge(total[0], stats), total[1] + sensitivity)
-        progress(f"analyze {name}", index + 1, len(parts))
-    assert total is not None
-    return Analysis(total[0], np.asarray(total[1]), np.concatenate(counts))
+) -> tuple[dict[str, Analysis], Float[np.ndarray, "L E B W"]]:
+    """Calibrate on all datasets at once; each one's sums, and the predicted error of each channel block."""
+    tokens = np.concatenate(list(windows.values()))
+    dataset = np.repeat(np.arange(len(windows)), [len(w) for w in windows.values()])
+    job = Calibration(
+        source, tokens, dataset, config.group_size, config.channel_block, config.batch_size, work, progress
+    )
+    calibrate(job)
+    records = statistics_of(work, source.config)
+    analyses = {}
+    for index, name in enumerate(windows):
+        fields: dict[str, Any] = {f: np.stack([r[f][index] for r in records]) for f in Statistics._fields}
+        analyses[name] = Analysis(
+            Statistics(**fields),
+            np.array([r["sensitivity"][index] for r in records]),
+            np.stack([r["windows"][dataset == index] for r in records], axis=1),
+        )
+    return analyses, np.stack([r["predicted"] for r in records])
 
 
 def baseline_plan(analyses: list[Analysis], config: QuantizeConfig, model: ModelConfig) -> Plan:
     """One width an expert, least loss summed over the known datasets, under the byte budget."""
     costs = block_costs(config.channel_block, model.hidden_size, config.group_size)
     blocks = model.intermediate_size // config.channel_block
-    least = 8 * costs[0] / (3 * config.channel_block * model.hidden_size)
-    if config.bits < least:
-        raise ValueError(
-            f"a budget of {config.bits:g} bits a weight is too small: the least is {least:g}, "
-            f"2 bits and a scale for each group of {config.group_size}"
-        )
     errors = np.sum([a.expert_significance() for a in analyses], axis=0)
     items = errors.reshape(-1, len(WIDTHS))
     budget = config.bits * model.num_expert_weights / 8
@@ -152,8 +162,7 @@ def baseline_plan(analyses: list[Analysis], config: QuantizeConfig, model: Model
 
 def knowledge_of(
     analyses: dict[str, Analysis],
-    store: Planes,
-    weights: Float[Array, "L E P F D"],
+    predicted: Float[np.ndarray, "L E B W"],
     config: QuantizeConfig,
     calibrated: dict[str, tuple[str, int]],
 ) -> Knowledge:
@@ -162,7 +171,6 @@ def knowledge_of(
     stats = functools.reduce(merge, (a.stats for a in runs))
     sensitivity = np.sum([a.sensitivity for a in runs], axis=0)
     tokens = float(stats.tokens[0])
-    predicted = predicted_block_errors(store, stats, config.channel_block, weights)
     correction = measured_over_predicted(np.asarray(stats.errors), predicted)
     per_error = loss_per_error(stats, sensitivity) * tokens
     block_errors = predicted * correction[:, :, None, :] / tokens * per_error[:, None, None, None]
@@ -182,6 +190,23 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _plan_and_knowledge(
+    source: LayerSource,
+    windows: dict[str, Int[np.ndarray, "S T1"]],
+    known: dict[str, str],
+    config: QuantizeConfig,
+    work: Work,
+    progress: Progress,
+) -> tuple[Plan, Knowledge, dict[str, Analysis]]:
+    analyses, predicted = analyze(source, windows, config, work, progress)
+    progress("allocate", 0, 1)
+    plan = baseline_plan(list(analyses.values()), config, source.config)
+    calibrated = {name: (digest(known[name]), len(w)) for name, w in windows.items()}
+    knowledge = knowledge_of(analyses, predicted, config, calibrated)
+    progress("allocate", 1, 1)
+    return plan, knowledge, analyses
+
+
 def quantize(
     model: Decoder,
     tokenizer: tokenizers.Tokenizer,
@@ -189,38 +214,53 @@ def quantize(
     config: QuantizeConfig,
     progress: Progress = no_progress,
 ) -> tuple[QuantizedModel, dict[str, Analysis]]:
-    """Analyze the known texts (name -> text), allocate the baseline under ``config.bits``, quantize."""
+    """Calibrate a model in memory on the known texts (name -> text), allocate under ``config.bits``, quantize."""
     check_shapes(model.config, config)
-    if not known:
-        raise ValueError("no known dataset: calibration needs at least one")
-    windows = {
-        name: token_windows(text, tokenizer, config.window, name, config.calibration_windows)
-        for name, text in known.items()
-    }
-    layers = [layer_weights(model, i) for i in range(model.config.num_moe_layers)]
-    progress("quantize planes", 0, 1)
-    store = quantize_experts(layers, config.group_size)
-    progress("quantize planes", 1, 1)
-    candidates = candidate_weights(store)
-    analyses = {name: analyze(model, candidates, w, config.batch_size, name, progress) for name, w in windows.items()}
-    progress("allocate", 0, 1)
-    plan = baseline_plan(list(analyses.values()), config, model.config)
-    full = jnp.stack([jnp.stack(w, axis=1) for w in layers]).astype(jnp.float32)
-    calibrated = {name: (digest(known[name]), len(w)) for name, w in windows.items()}
-    knowledge = knowledge_of(analyses, store, full, config, calibrated)
-    progress("allocate", 1, 1)
+    work = MemoryWork()
+    windows = known_windows(known, tokenizer, config)
+    plan, knowledge, analyses = _plan_and_knowledge(DecoderSource(model), windows, known, config, work, progress)
     experts = set(expert_parameter_names(model.config))
-    rest = {name: a for name, a in parameters(model).items() if name not in experts}
     quantized = QuantizedModel(
         config=model.config,
-        parameters=rest,
+        parameters={name: a for name, a in parameters(model).items() if name not in experts},
         tokenizer=tokenizer,
-        store=store,
+        store=checkpoint.stacked_planes(work.get, model.config),
         plan=plan,
         window=config.window,
         knowledge=knowledge,
+        files=side_files_of(model.config, tokenizer),
     )
     return quantized, analyses
+
+
+def quantize_folder(
+    folder: Path, out: Path, known: dict[str, str], config: QuantizeConfig, progress: Progress = no_progress
+) -> Plan:
+    """As ``quantize``, for a Hugging Face folder that memory need not hold; the result is the folder ``out``.
+
+    Unfinished work lies in a hidden folder beside ``out``. The same call resumes it at its last finished layer,
+    and the result is the same bits.
+    """
+    source = Source(folder)
+    check_shapes(source.config, config)
+    checkpoint.check_free(out)
+    tokenizer = load_tokenizer(folder, source.config.vocab_size)
+    windows = known_windows(known, tokenizer, config)
+    out = out.absolute()
+    job = {
+        "settings": dataclasses.asdict(config),
+        "texts": {name: digest(text) for name, text in known.items()},
+        "model": source.fingerprint(),
+    }
+    work = FolderWork(out.parent / f".{out.name}.partial", job)
+    plan, knowledge, _ = _plan_and_knowledge(source, windows, known, config, work, progress)
+    checkpoint.describe_to(work.folder, source.config, plan, config.window, knowledge, side_files(folder))
+    for layer in source.config.moe_layers:
+        for name in ("stats", "sensitivity"):
+            work.drop(f"{name}-{layer:03d}")
+    work.close()
+    checkpoint.put_in_place(work.folder, out)
+    return plan
 
 
 def check_shapes(model: ModelConfig, config: QuantizeConfig) -> None:
@@ -232,3 +272,10 @@ def check_shapes(model: ModelConfig, config: QuantizeConfig) -> None:
         )
     if config.window > model.max_position_embeddings:
         raise ValueError(f"window {config.window} is past the model's {model.max_position_embeddings} positions")
+    costs = block_costs(config.channel_block, model.hidden_size, config.group_size)
+    least = 8 * costs[0] / (3 * config.channel_block * model.hidden_size)
+    if config.bits < least:
+        raise ValueError(
+            f"a budget of {config.bits:g} bits a weight is too small: the least is {least:g}, "
+            f"2 bits and a scale for each group of {config.group_size}"
+        )

@@ -78,8 +78,9 @@ def scaled(codes: UInt8[Array, "*S Dp"], scales: Float[Array, "*S G"], level: in
     return grouped.reshape(q.shape)
 
 
-def dequantize_layer(base: BasePlanes, variant: Variant, layer: int) -> Float[Array, "P E F D"]:
-    """The float32 weights of one layer's experts at the variant's precision, gate, up and down first."""
+def dequantize_layer(base: BasePlanes, variant: Variant, layer: int) -> BFloat16[Array, "P E F D"]:
+    """The weights of one layer's experts at the variant's precision, gate, up and down first: the sum of the
+    planes in float32, rounded to bfloat16, the operand of a matrix unit."""
     scales = base.scales[layer].astype(jnp.float32)
     weights = scaled(base.codes[layer], scales, 2)
     for level in LEVELS:
@@ -94,7 +95,7 @@ def dequantize_layer(base: BasePlanes, variant: Variant, layer: int) -> Float[Ar
         present = jnp.repeat(table >= 0, channels, axis=1)[:, None, :, None]
         step = scales * ratios.astype(jnp.float32) * RATIO_UNIT[level]
         weights = weights + jnp.where(present, scaled(codes, step, level), 0.0)
-    return weights.swapaxes(0, 1)
+    return weights.swapaxes(0, 1).astype(jnp.bfloat16)
 
 
 def _beside(pages: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -128,17 +129,21 @@ def test_a_folder_with_other_things_is_left_alone(quantized, tmp_path):
 def test_a_failed_save_leaves_the_earlier_checkpoint_whole(quantized, tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "model", quantized)
 
-    def full_disk(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+    real = checkpoint.write_bundle
 
-    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", full_disk)
+    def full_disk(path, bundle):
+        if "layer-003" in path.name:
+            raise OSError(28, "No space left on device")
+        real(path, bundle)
+
+    monkeypatch.setattr(checkpoint, "write_bundle", full_disk)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path / "model", quantized)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert checkpoint.load(tmp_path / "model").plan.stored_bytes() == quantized.plan.stored_bytes()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove meta", "not json", "remove data"])
+@pytest.mark.parametrize("damage", ["truncate", "remove meta", "not json", "remove data", "other shape", "other plan"])
 def test_a_damaged_checkpoint_is_an_error_that_names_it(quantized, tmp_path, damage):
     folder = tmp_path / "model"
     checkpoint.save(folder, quantized)
@@ -148,9 +153,14 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(quantized, tmp_path, dam
     elif damage == "remove data":
         largest.unlink()
     elif damage == "remove meta":
-        shutil.rmtree(folder / "meta")
+        (folder / "dynamo_jax.json").unlink()
+    elif damage == "other shape":
+        shutil.copyfile(folder / "top.safetensors", folder / "layer-002.safetensors")
+    elif damage == "other plan":
+        meta = json.loads((folder / "dynamo_jax.json").read_text())
+        (folder / "dynamo_jax.json").write_text(json.dumps(meta | {"channel_block": 32}))
     else:
-        (folder / "meta" / "metadata").write_text("{")
+        (folder / "dynamo_jax.json").write_text("{")
     with pytest.raises(ValueError, match=str(folder)):
         checkpoint.load(folder)
 

@@ -60,7 +60,7 @@ def tokens(seed: int = 0) -> jax.Array:
 def oracle(params, store, plan, batch):
     """The float model whose expert weights are the planes' values at each block's width."""
     channel_width = np.repeat(plan.widths, plan.channel_block, axis=2)  # (L, E, F)
-    values = {w: np.asarray(dequantize(store, w)) for w in (2, 3, 4, 8)}
+    values = {w: np.asarray(dequantize(store, w).astype(jnp.bfloat16)) for w in (2, 3, 4, 8)}
     chosen = sum(np.where((channel_width == w)[:, :, None, :, None], v, 0) for w, v in values.items())
     replaced = dict(params)
     for layer in range(2):

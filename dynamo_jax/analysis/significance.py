@@ -44,7 +44,7 @@ def block_errors(
     down: Float[ArrayLike, "L E F D"],
     deltas: Float[Array, "L P E F D"],
     channel_block: int,
-) -> Float[np.ndarray, "L E N"]:
+) -> Float[Array, "L E N"]:
     """Predicted sum over tokens of g^2 |output error|^2 when each block is at one width.
 
     ``deltas``: weight errors at that width, gate, up, down. Input dimensions are taken as
@@ -58,7 +58,7 @@ def block_errors(
     direct = stats.hidden_energy * jnp.sum(down_error**2, axis=-1)
     per_channel = reach * (through_gate + through_up) + direct
     layers, experts, channels = per_channel.shape
-    return np.asarray(per_channel.reshape(layers, experts, channels // channel_block, channel_block).sum(axis=-1))
+    return per_channel.reshape(layers, experts, channels // channel_block, channel_block).sum(axis=-1)
 
 
 def measured_over_predicted(

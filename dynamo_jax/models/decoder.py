@@ -283,11 +283,5 @@ def filled(make: Any, arrays: dict[str, Array]) -> Any:
     return nnx.merge(graph, nnx.from_flat_state(full))
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter, by name, without making any."""
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    return {".".join(map(str, p)): v.shape for p, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-
-
 def expert_parameter_names(config: ModelConfig) -> list[str]:
     return [f"layers.{layer}.{part}" for layer in config.moe_layers for part in ExpertWeights._fields]

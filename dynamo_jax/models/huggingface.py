@@ -37,7 +37,7 @@ from dynamo_jax.models.tensor_files import FLOATS, INDEX, SINGLE, TensorFiles, r
 
 TOKENIZER = "tokenizer.json"
 SIDE_FILES = (  # what a folder has beside weights and config.json, as far as text generation needs it
-    *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
+    *("config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
     *("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"),
 )
 
@@ -93,10 +93,7 @@ class Source:
                 raise ValueError(f"{header.file}: {name} is {header.dtype}, expected {'U8' if packed else 'a float'}")
 
     def _expected(self) -> Shapes:
-        config, shapes = self.config, _top_shapes(self.config)
-        for layer in range(config.num_hidden_layers):
-            for name, shape in _layer_shapes(config, layer in config.dense_layers).items():
-                shapes[f"layers.{layer}.{name}"] = shape
+        config, shapes = self.config, parameter_shapes(self.config)
         expected = {
             theirs: shapes[ours][::-1] if turned else shapes[ours] for ours, theirs, turned in tensor_names(config)
         }
@@ -126,9 +123,23 @@ class Source:
     def release(self) -> None:
         self.files.release()
 
+    def fingerprint(self) -> dict[str, list[int]]:
+        """Size and time of change of every file, by which another state of the folder is told."""
+        files = sorted({header.file for header in self.files.headers.values()} | {self.folder / "config.json"})
+        return {str(f.absolute()): [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
+
 
 def _shapes(module: Any) -> Shapes:
     return {".".join(map(str, p)): v.shape for p, v in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+
+
+def parameter_shapes(config: ModelConfig) -> Shapes:
+    """Shapes of all parameters but the routed experts' weights, by name, from one layer of each kind."""
+    shapes = _top_shapes(config)
+    for layer in range(config.num_hidden_layers):
+        own = _layer_shapes(config, layer in config.dense_layers)
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in own.items()}
+    return shapes
 
 
 @functools.lru_cache(maxsize=8)
@@ -211,8 +222,14 @@ def write_shards(folder: Path, shards: Iterator[dict[str, np.ndarray]], count: i
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Tokenizer, chat template and generation settings, as far as the folder has them."""
-    for name in SIDE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def side_files(folder: Path) -> dict[str, bytes]:
+    """Configuration, tokenizer, chat template and generation settings, as far as the folder has them."""
+    return {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
+
+
+def side_files_of(config: ModelConfig, tokenizer: tokenizers.Tokenizer) -> dict[str, bytes]:
+    """The same of a model in memory: its tokenizer, and for ``olmoe`` its config.json."""
+    files = {TOKENIZER: tokenizer.to_str(pretty=True).encode()}
+    if config.family == "olmoe":
+        files["config.json"] = json.dumps(_olmoe_json(config, "bfloat16"), indent=2).encode()
+    return files

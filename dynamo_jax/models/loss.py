@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from dynamo_jax.kernels.products import matmul
 
 CHUNK_ROWS = 1024
+CHUNK_LOGITS = 2**23  # of a large vocabulary fewer rows at a time
 
 
 def next_token_nll(
@@ -24,7 +25,7 @@ def next_token_nll(
     head_t = head.astype(hidden.dtype).T
     rows = hidden.reshape(-1, hidden.shape[-1])
     count = rows.shape[0]
-    chunk = min(CHUNK_ROWS, count)
+    chunk = min(CHUNK_ROWS, count, max(1, CHUNK_LOGITS // head.shape[0]))
     pad = -count % chunk
     rows = jnp.pad(rows, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[-1])
     labels = jnp.pad(targets.reshape(-1), (0, pad)).reshape(-1, chunk)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, RATIO_UNIT, WIDTHS, ZERO_POINT, scaled
@@ -24,6 +25,8 @@ from dynamo_jax.quant.packing import pack
 
 BASE_FRACTIONS = tuple(np.linspace(0.3, 0.7, 17).tolist())  # base scale over the group's largest weight
 TAIL_FRACTIONS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # 8-bit plane's scale over the one that reaches all residuals
+SEARCHED = (2, 3, 4)  # the widths whose errors choose the base scale
+CHUNK_WEIGHTS = 2**22  # quantized at a time: about 0.2 GB of temporary arrays
 SMALLEST_SCALE = 1e-32  # below it float32 steps would underflow, and the group is zero
 
 
@@ -56,15 +59,17 @@ def _over(a: Array, scale: Array) -> Array:
     return a / jnp.where(scale == 0, 1.0, scale)
 
 
-def _quantize_groups(w: Float[Array, "*S g"], fraction: Float[Array, ...]) -> _Quantized:
-    """All planes of each group for one candidate of the base scale; errors are sums of squares a group."""
+def _quantize_groups(
+    w: Float[Array, "*S g"], fraction: Float[Array, ...], levels: tuple[int, ...] = LEVELS
+) -> _Quantized:
+    """The planes of each group for one candidate of the base scale; errors are sums of squares a group."""
     largest = jnp.abs(w).max(axis=-1, keepdims=True)
     base = (largest * fraction).astype(jnp.bfloat16).astype(jnp.float32)
     base = jnp.where(base < SMALLEST_SCALE, 0.0, base)
     codes = {2: _plane(w, base, 2)}
     value = (codes[2] - ZERO_POINT[2]) * base
     ratios, errors = {}, {2: jnp.sum((w - value) ** 2, axis=-1)}
-    for level in LEVELS:
+    for level in levels:
         residual = w - value
         if level == 8:
             reach = jnp.abs(residual).max(axis=-1, keepdims=True) / ZERO_POINT[8]
@@ -92,22 +97,30 @@ def _better(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
 
 @jax.jit
 def _search(w: Float[Array, "*S g"]) -> _Quantized:
-    errors = jax.lax.map(lambda f: _quantize_groups(w, f).errors, jnp.asarray(BASE_FRACTIONS))
-    relative = sum(errors[b] / jnp.maximum(errors[b].min(axis=0), 1e-30) for b in (2, 3, 4))
+    errors = jax.lax.map(lambda f: _quantize_groups(w, f, SEARCHED[1:]).errors, jnp.asarray(BASE_FRACTIONS))
+    relative = sum(errors[b] / jnp.maximum(errors[b].min(axis=0), 1e-30) for b in SEARCHED)
     fraction = jnp.asarray(BASE_FRACTIONS)[jnp.argmin(relative, axis=0)]
     return _quantize_groups(w, fraction[..., None])
 
 
-def quantize(w: Float[Array, "*S D"], group_size: int) -> Planes:
+def quantize(w: Float[ArrayLike, "*S D"], group_size: int) -> Planes:
     """Planes of ``w`` with groups of ``group_size`` along the last axis; NaN or infinity is an error."""
+    w = np.asarray(w)
     size = w.shape[-1]
     if size % group_size or group_size % 8:
         raise ValueError(f"last axis {size} must be a multiple of group_size {group_size}, and that of 8")
-    w32 = jnp.asarray(w, jnp.float32)
+    rows = w.reshape(-1, size)
+    step = max(1, CHUNK_WEIGHTS // size)
+    parts = [_quantize_rows(rows[start : start + step], group_size) for start in range(0, max(1, len(rows)), step)]
+    return jax.tree.map(lambda *a: np.concatenate(a).reshape(*w.shape[:-1], -1), *parts)
+
+
+def _quantize_rows(rows: Float[np.ndarray, "R D"], group_size: int) -> Planes:
+    w32 = jnp.asarray(rows, jnp.float32)
     if not bool(jnp.isfinite(w32).all()):
         raise ValueError("weights to quantize hold NaN or infinity")
-    found = _search(w32.reshape(*w.shape[:-1], size // group_size, group_size))
-    codes = {b: pack(np.asarray(c, np.uint8).reshape(w.shape), PLANE_BITS[b]) for b, c in found.codes.items()}
+    found = _search(w32.reshape(len(rows), -1, group_size))
+    codes = {b: pack(np.asarray(c, np.uint8).reshape(rows.shape), PLANE_BITS[b]) for b, c in found.codes.items()}
     ratios = {b: np.asarray(r, np.uint8)[..., 0] for b, r in found.ratios.items()}
     return Planes(codes, np.asarray(found.scale.astype(jnp.bfloat16))[..., 0], ratios)
 

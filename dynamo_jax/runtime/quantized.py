@@ -46,7 +46,8 @@ class Knowledge:
 class QuantizedModel:
     """Everything that ``dynamo-jax quantize`` writes and ``eval`` loads.
 
-    parameters: all but the expert weights, by dotted name. store: planes of all experts, host memory.
+    parameters: all but the expert weights, by dotted name. store: planes of all experts, host memory. files:
+    the small files of the model that was quantized, config.json and tokenizer.json among them.
     """
 
     config: ModelConfig
@@ -56,3 +57,4 @@ class QuantizedModel:
     plan: Plan
     window: int
     knowledge: Knowledge
+    files: dict[str, bytes]

@@ -1,0 +1,448 @@
+"""Calibration of a model larger than memory: two sweeps over its layers, one expert in memory at a time.
+
+Upwards, each layer's inputs become its outputs; on the way every expert is quantized into planes, and
+its statistics and its error at each width are measured. Downwards, the loss gradient goes through the
+same layers and gives each layer's sensitivity. Between layers only the residual stream is kept. Every
+finished layer is a bundle of ``work``, so that a killed job resumes where it was and ends with the
+same bits: a layer's result depends on its bundles and on nothing else.
+
+``analysis/statistics.py`` defines the same sums over whole models in memory; tests compare the two.
+
+Axes: S windows of T tokens, N = S*T, A datasets, D hidden, E experts, k experts a token, R rows of one
+expert, F channels, B channel blocks, P = 3 projections, W widths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dynamo_jax.analysis.significance import block_errors
+from dynamo_jax.analysis.statistics import Statistics
+from dynamo_jax.kernels.layout import WIDTHS
+from dynamo_jax.models.attention import Places
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.decoder import filled, layer_with_parameters, positions_of
+from dynamo_jax.models.experts import activation_of
+from dynamo_jax.models.loss import next_token_nll
+from dynamo_jax.models.norms import Norm
+from dynamo_jax.models.rotary import angles
+from dynamo_jax.quant.planes import Planes, dequantize, quantize
+from dynamo_jax.work import Bundle, Work
+
+Progress = Callable[[str, float, int], None]  # (stage, done, of)
+Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
+FORWARD, BACKWARD = "calibrate layers", "sensitivity of layers"
+
+
+class LayerSource(Protocol):
+    """A model whose layers and experts can be had one by one, as ``models.huggingface.Source`` gives them."""
+
+    config: ModelConfig
+
+    def top(self) -> Bundle: ...
+
+    def layer(self, layer: int) -> Bundle: ...
+
+    def expert(self, layer: int, expert: int) -> Triple: ...
+
+    def release(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """One job. tokens: windows of all datasets, those of the first one first; dataset: of each window."""
+
+    source: LayerSource
+    tokens: Int[np.ndarray, "S T1"]
+    dataset: Int[np.ndarray, " S"]
+    group_size: int
+    channel_block: int
+    batch_size: int
+    work: Work
+    progress: Progress
+
+    @property
+    def datasets(self) -> int:
+        return int(self.dataset.max()) + 1
+
+
+class Outer(NamedTuple):
+    """A layer but its routed experts. residual: the stream with attention and shared experts added."""
+
+    residual: Float[Array, "S T D"]
+    normed: Float[Array, "N D"]
+    experts: Int[Array, "N k"]
+    gates: Float[Array, "N k"]
+
+
+def calibrate(job: Calibration) -> None:
+    """Fill ``job.work`` with layer-NNN (planes and other parameters), stats-NNN and sensitivity-NNN."""
+    moe = job.source.config.moe_layers
+    if not job.work.has("top"):
+        job.work.put("top", job.source.top())
+        job.source.release()
+    if not all(job.work.has(_sensitivity(layer)) for layer in moe):
+        _sweep_up(job)
+        _sweep_down(job)
+    for layer in range(job.source.config.num_hidden_layers + 1):
+        job.work.drop(_hidden(layer))
+        job.work.drop(_gradient(layer))
+
+
+def layer_name(layer: int) -> str:
+    return f"layer-{layer:03d}"
+
+
+def stats_name(layer: int) -> str:
+    return f"stats-{layer:03d}"
+
+
+def _sensitivity(layer: int) -> str:
+    return f"sensitivity-{layer:03d}"
+
+
+def _hidden(layer: int) -> str:
+    return f"hidden-{layer:03d}"
+
+
+def _gradient(layer: int) -> str:
+    return f"gradient-{layer:03d}"
+
+
+def statistics_of(work: Work, config: ModelConfig, fields: tuple[str, ...] = Statistics._fields) -> list[Bundle]:
+    """For each layer with experts, the sums of ``fields`` with axes (A, ..), and with them predicted (E, B, W),
+    windows (S, E) and sensitivity (A,)."""
+    out = []
+    for layer in config.moe_layers:
+        bundle = work.get(stats_name(layer))
+        wanted = {name: bundle[name] for name in (*fields, "predicted", "windows")}
+        out.append(wanted | work.get(_sensitivity(layer)))
+    return out
+
+
+# Upwards
+
+
+def _sweep_up(job: Calibration) -> None:
+    config, work = job.source.config, job.work
+    if any(work.has(_gradient(layer)) for layer in range(config.num_hidden_layers + 1)):
+        return
+    if not work.has(_hidden(0)):
+        embedded = job.source.top()["embed"][job.tokens[:, :-1]].astype(np.float32)
+        work.put(_hidden(0), {"x": embedded * np.float32(config.embedding_multiplier)})
+    for layer in range(config.num_hidden_layers):
+        if not work.has(_hidden(layer + 1)):
+            _layer_up(job, layer)
+        job.source.release()
+        job.progress(FORWARD, layer + 1, config.num_hidden_layers)
+
+
+def _layer_up(job: Calibration, layer: int) -> None:
+    config = job.source.config
+    rest = job.source.layer(layer)
+    x = job.work.get(_hidden(layer))["x"]
+    if layer in config.dense_layers:
+        out = _batched(job, lambda part: _dense(config, _like(config, layer), rest, part), x)
+        job.work.put(layer_name(layer), _parameters(rest))
+        job.work.put(_hidden(layer + 1), {"x": out})
+        return
+    outer = _outer_of(job, layer, rest, x)
+    del x
+    added, planes, stats = _experts_up(job, layer, rest, outer)
+    job.work.put(layer_name(layer), _parameters(rest) | planes_bundle(planes))
+    job.work.put(stats_name(layer), stats)
+    out = np.asarray(outer.residual) + added.reshape(outer.residual.shape) * np.float32(config.residual_multiplier)
+    job.work.put(_hidden(layer + 1), {"x": out})
+
+
+def _parameters(rest: Bundle) -> Bundle:
+    return {f"parameters/{name}": a for name, a in rest.items()}
+
+
+def planes_bundle(planes: Planes) -> Bundle:
+    named = {f"codes{b}": a for b, a in planes.codes.items()} | {f"ratios{b}": a for b, a in planes.ratios.items()}
+    return {f"planes/{name}": a for name, a in named.items()} | {"planes/scales": planes.scales}
+
+
+def _outer_of(job: Calibration, layer: int, rest: Bundle, x: Float[np.ndarray, "S T D"]) -> Outer:
+    config = job.source.config
+    parts = _batched(job, lambda part: _outer(config, _like(config, layer), rest, part), x)
+    return Outer(parts.residual, *(a.reshape(-1, a.shape[-1]) for a in parts[1:]))
+
+
+def _experts_up(
+    job: Calibration, layer: int, rest: Bundle, outer: Outer
+) -> tuple[Float[np.ndarray, "N D"], Planes, Bundle]:
+    """What the routed experts add, their planes (E, P, F, ..) and the layer's statistics."""
+    config = job.source.config
+    owner = np.repeat(job.dataset, job.tokens.shape[1] - 1)
+    out = np.zeros(outer.normed.shape, np.float32)
+    sums, errors, predicted, quantized = [], [], [], []
+    for expert in range(config.num_experts):
+        weights = np.stack(job.source.expert(layer, expert))
+        job.source.release()
+        try:
+            planes = quantize(weights, job.group_size)
+        except ValueError as error:
+            raise ValueError(f"layer {layer}, expert {expert}: {error}") from error
+        token, _, rows = _rows_of(outer, expert)
+        member = np.zeros((job.datasets, len(rows.x)), np.float32)
+        member[owner[token], np.arange(len(token))] = 1
+        biases = _biases(rest, expert)
+        y, total = _run_expert(config, rows.x, rows.gates, member, weights, biases)
+        out[token] += np.asarray(y)[: len(token)] * rows.gates[: len(token), None]
+        widths = [
+            _at_width(config, job.channel_block, width, rows.x, rows.gates, member, y, weights, planes, biases, total)
+            for width in WIDTHS
+        ]
+        sums.append(jax.tree.map(np.asarray, total))
+        errors.append(np.stack([np.asarray(e) for e, _ in widths], axis=-1))
+        predicted.append(np.stack([np.asarray(p) for _, p in widths], axis=-1))
+        quantized.append(planes)
+        job.progress(FORWARD, layer + (expert + 1) / (config.num_experts + 1), config.num_hidden_layers)
+    stats = {name: np.stack([s[name] for s in sums], axis=1) for name in sums[0]}
+    stats["errors"] = np.stack(errors, axis=1)
+    stats["tokens"] = np.bincount(owner, minlength=job.datasets).astype(np.float32)
+    stats["predicted"] = np.stack(predicted)
+    chosen = outer.experts.reshape(len(job.tokens), -1)
+    stats["windows"] = np.stack([np.bincount(c, minlength=config.num_experts) for c in chosen]).astype(np.float32)
+    return out, jax.tree.map(lambda *a: np.stack(a), *quantized), stats
+
+
+class Rows(NamedTuple):
+    """One expert's rows, filled up with zeros to one of a few sizes, so that few programs serve all experts."""
+
+    x: Float[np.ndarray, "R D"]
+    gates: Float[np.ndarray, " R"]
+
+
+def _rows_of(outer: Outer, expert: int) -> tuple[np.ndarray, np.ndarray, Rows]:
+    token, slot = np.nonzero(np.asarray(outer.experts) == expert)
+    size = padded_rows(len(token))
+    x = np.zeros((size, outer.normed.shape[1]), np.float32)
+    x[: len(token)] = outer.normed[token]
+    gates = np.zeros(size, np.float32)
+    gates[: len(token)] = outer.gates[token, slot]
+    return token, slot, Rows(x, gates)
+
+
+def padded_rows(rows: int) -> int:
+    """The next of 32, 48, 64, 96, 128, ..: at most half is padding."""
+    size = 32
+    while size < rows:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return size
+
+
+def _biases(rest: Bundle, expert: int) -> Triple | None:
+    names = ("gate_bias", "up_bias", "down_bias")
+    return tuple(rest[name][expert] for name in names) if names[0] in rest else None  # type: ignore[return-value]
+
+
+def _expert(config: ModelConfig, x: Array, weights: Any, biases: Any) -> tuple[Array, Array, Array, Array]:
+    """Gate, up and hidden channels (R, F) and output (R, D) of one expert."""
+    gate, up, down = (w.astype(x.dtype) for w in weights)
+    a, u = x @ gate.T, x @ up.T
+    if biases is not None:
+        a, u = a + biases[0].astype(x.dtype), u + biases[1].astype(x.dtype)
+    h = activation_of(config)(a, u)
+    y = h @ down
+    return a, u, h, y if biases is None else y + biases[2].astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _run_expert(config, x, gates, member, weights, biases):
+    """Output (R, D) and, by dataset, the sums of ``Statistics`` that need no quantized weights."""
+    a, u, h, y = _expert(config, x, weights, biases)
+    activation, one = activation_of(config), jnp.ones_like(a)
+    _, gate_slope = jax.jvp(lambda a: activation(a, u), (a,), (one,))
+    _, up_slope = jax.jvp(lambda u: activation(a, u), (u,), (one,))
+    squared = member * gates**2
+    return y, {
+        "counts": member.sum(axis=1),
+        "gate": member @ gates,
+        "gate_sq": squared.sum(axis=1),
+        "input_energy": squared @ x**2,
+        "hidden_energy": squared @ h**2,
+        "up_gain": squared @ up_slope**2,
+        "gate_gain": squared @ gate_slope**2,
+        "output_energy": squared @ jnp.sum(y**2, axis=1),
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("config", "channel_block", "width"))
+def _at_width(config, channel_block, width, x, gates, member, y, weights, planes, biases, total):
+    """By dataset, the summed squared output error at ``width``; and that of each block as channel energies
+    of all datasets together predict it."""
+    rounded = dequantize(planes, width).astype(jnp.bfloat16).astype(jnp.float32)
+    error = (member * gates**2) @ jnp.sum((_expert(config, x, rounded, biases)[3] - y) ** 2, axis=1)
+    full = weights.astype(jnp.float32)
+    together = {name: value.sum(axis=0)[None, None] for name, value in total.items()}
+    stats = Statistics(tokens=jnp.zeros(1), errors=jnp.zeros((1, 1, 0)), **together)
+    predicted = block_errors(stats, full[None, None, 2], (rounded - full)[None, :, None], channel_block)
+    return error, predicted[0, 0]
+
+
+# Downwards
+
+
+def _sweep_down(job: Calibration) -> None:
+    config, work = job.source.config, job.work
+    layers, lowest = config.num_hidden_layers, config.moe_layers[0]
+    reached = [layer for layer in range(layers + 1) if work.has(_gradient(layer))]
+    if not reached:
+        gradient = _loss_gradient_of(config, job.source.top())
+        job.source.release()
+        x = work.get(_hidden(layers))["x"]
+        work.put(_gradient(layers), {"d": _batched(job, gradient, x, job.tokens[:, 1:])})
+        del gradient, x
+        work.drop(_hidden(layers))
+    for layer in range(min([layers, *reached]) - 1, lowest - 1, -1):
+        d_out = work.get(_gradient(layer + 1))["d"]
+        if layer in config.moe_layers:
+            work.put(_sensitivity(layer), {"sensitivity": _squared_by_dataset(job, d_out)})
+        if layer > lowest:
+            work.put(_gradient(layer), {"d": _layer_down(job, layer, d_out)})
+        work.drop(_hidden(layer))
+        work.drop(_gradient(layer + 1))
+        job.source.release()
+        job.progress(BACKWARD, layers - layer, layers - lowest)
+
+
+def _squared_by_dataset(job: Calibration, d_out: Float[np.ndarray, "S T D"]) -> Float[np.ndarray, " A"]:
+    scale = job.source.config.residual_multiplier
+    per_window = np.square(d_out * np.float32(scale), dtype=np.float32).sum(axis=(1, 2), dtype=np.float64)
+    return np.bincount(job.dataset, weights=per_window, minlength=job.datasets)
+
+
+def _layer_down(job: Calibration, layer: int, d_out: Float[np.ndarray, "S T D"]) -> Float[np.ndarray, "S T D"]:
+    """The loss gradient by the layer's input from that by its output."""
+    config = job.source.config
+    rest = job.source.layer(layer)
+    like = _like(config, layer)
+    x = job.work.get(_hidden(layer))["x"]
+    if layer in config.dense_layers:
+        return _batched(job, lambda a, d: _dense_vjp(config, like, rest, a, d), x, d_out)
+    outer = _outer_of(job, layer, rest, x)
+    scaled = d_out.reshape(outer.normed.shape) * np.float32(config.residual_multiplier)
+    d_normed = np.zeros(outer.normed.shape, np.float32)
+    d_gates = np.zeros(outer.gates.shape, np.float32)
+    for expert in range(config.num_experts):
+        token, slot, rows = _rows_of(outer, expert)
+        if len(token) == 0:
+            continue
+        weights = np.stack(job.source.expert(layer, expert))
+        job.source.release()
+        d_rows = np.zeros_like(rows.x)
+        d_rows[: len(token)] = scaled[token]
+        d_x, d_gate = _expert_vjp(config, rows.x, rows.gates, weights, _biases(rest, expert), d_rows)
+        d_normed[token] += np.asarray(d_x)[: len(token)]
+        d_gates[token, slot] = np.asarray(d_gate)[: len(token)]
+        done = config.num_hidden_layers - layer - 1 + (expert + 1) / (config.num_experts + 1)
+        job.progress(BACKWARD, done, config.num_hidden_layers - config.moe_layers[0])
+    shape = x.shape[:2]
+    parts = (a.reshape(*shape, -1) for a in (d_normed, d_gates))
+    return _batched(job, lambda *part: _outer_vjp(config, like, rest, *part), x, d_out, *parts)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _expert_vjp(config, x, gates, weights, biases, d_out):
+    def weighted(x, gates):
+        return _expert(config, x, weights, biases)[3] * gates[:, None]
+
+    return jax.vjp(weighted, x, gates)[1](d_out)
+
+
+# Layers without their routed experts
+
+
+def _like(config: ModelConfig, layer: int) -> int:
+    """The first layer that runs the same program: as dense or not, and with the same window."""
+
+    def kind(i: int) -> tuple[bool, int]:
+        return i in config.dense_layers, config.window(i)
+
+    return next(i for i in range(config.num_hidden_layers) if kind(i) == kind(layer))
+
+
+def _places(config: ModelConfig, x: Array) -> Places:
+    positions, keys = positions_of(x.shape[:2], None)
+    return Places(positions, keys, angles(config, positions))
+
+
+def _outer_function(config: ModelConfig, like: int, rest: dict[str, Array], x: Array) -> Outer:
+    layer = layer_with_parameters(config, like, rest)
+    x, _ = layer.attend(x, _places(config, x))
+    normed = layer.experts_norm(x)
+    flat = normed.reshape(-1, x.shape[-1])
+    routing = layer.route(flat)
+    shape = (*x.shape[:2], -1)
+    residual = layer.add(x, jnp.broadcast_to(layer.beside(flat), flat.shape))
+    return Outer(residual, normed, routing.experts.reshape(shape), routing.gates.reshape(shape))
+
+
+def _dense_function(config: ModelConfig, like: int, rest: dict[str, Array], x: Array) -> Array:
+    def never(*_: Any) -> Any:
+        raise AssertionError("a dense layer has no experts")
+
+    return layer_with_parameters(config, like, rest)(x, never, _places(config, x))[0]
+
+
+_outer = functools.partial(jax.jit, static_argnames=("config", "like"))(_outer_function)
+_dense = functools.partial(jax.jit, static_argnames=("config", "like"))(_dense_function)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "like"))
+def _outer_vjp(config, like, rest, x, d_residual, d_normed, d_gates):
+    def differentiable(x):
+        outer = _outer_function(config, like, rest, x)
+        return outer.residual, outer.normed, outer.gates
+
+    return jax.vjp(differentiable, x)[1]((d_residual, d_normed, d_gates))[0]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "like"))
+def _dense_vjp(config, like, rest, x, d_out):
+    return jax.vjp(lambda x: _dense_function(config, like, rest, x), x)[1](d_out)[0]
+
+
+def _loss_gradient_of(config: ModelConfig, top: Bundle) -> Callable[[Array, Array], Array]:
+    head = {name: jnp.asarray(a) for name, a in top.items() if name != "embed" or config.tie_word_embeddings}
+    return lambda x, targets: _loss_gradient(config, head, x, targets)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _loss_gradient(config, top, x, targets):
+    """d loss / d x, the loss being each window's summed next-token negative log-likelihood."""
+    norm = {name.removeprefix("norm."): a for name, a in top.items() if name.startswith("norm.")}
+    head = top["embed"] if config.tie_word_embeddings else top["head"]
+
+    def loss(x):
+        hidden = filled(lambda: Norm(config), norm)(x) / config.logits_scaling
+        return next_token_nll(hidden, head, targets, top.get("head_bias")).sum()
+
+    return jax.grad(loss)(x)
+
+
+def _batched(job: Calibration, function: Callable[..., Any], *arrays: np.ndarray) -> Any:
+    """``function`` over the windows in batches of one size; the last one repeats its first window."""
+    size, count = job.batch_size, len(arrays[0])
+    out: Any = None
+    for start in range(0, count, size):
+        real = min(size, count - start)
+        parts = [a[start : start + real] for a in arrays]
+        parts = [np.concatenate([p, np.repeat(p[:1], size - real, axis=0)]) if real < size else p for p in parts]
+        results = function(*parts)
+        if out is None:
+            out = jax.tree.map(lambda r: np.empty((count, *r.shape[1:]), r.dtype), results)
+        for whole, part in zip(jax.tree.leaves(out), jax.tree.leaves(results)):
+            whole[start : start + real] = np.asarray(part)[:real]
+    return out

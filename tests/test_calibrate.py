@@ -1,0 +1,135 @@
+"""The layer-by-layer calibration: the sums of the plain definitions, and the same bits after any kill."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynamo_jax.analysis.statistics import observe, output_sensitivity
+from dynamo_jax.calibrate import padded_rows
+from dynamo_jax.kernels.layout import WIDTHS
+from dynamo_jax.models.bundled import BUNDLED
+from dynamo_jax.models.experts import ExpertWeights
+from dynamo_jax.models.huggingface import Source, load_checkpoint
+from dynamo_jax.pipeline import QuantizeConfig, analyze, layer_weights, quantize, quantize_folder
+from dynamo_jax.quant.planes import dequantize
+from dynamo_jax.quant.planes import quantize as quantize_planes
+from dynamo_jax.work import FolderWork, MemoryWork
+
+SMALL = QuantizeConfig(bits=3.5, group_size=8, channel_block=8, window=12, batch_size=2)
+
+
+def plain(model, windows):
+    """Statistics and sensitivity by their definitions, on the whole model at once."""
+    tokens, mask = jnp.asarray(windows), jnp.ones((len(windows), windows.shape[1] - 1))
+    weights = [layer_weights(model, i) for i in range(model.config.num_moe_layers)]
+    stored = [quantize_planes(np.stack(w, axis=1), SMALL.group_size) for w in weights]
+    rounded = [[dequantize(s, w).astype(jnp.bfloat16).astype(jnp.float32) for w in WIDTHS] for s in stored]
+    candidates = [[ExpertWeights(*w.swapaxes(0, 1)) for w in layer] for layer in rounded]
+    stats, counts = observe(model, tokens[:, :-1], mask, weights, candidates)
+    return stats, output_sensitivity(model, tokens, mask), counts
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe"])
+def test_the_sweeps_give_the_sums_of_the_plain_definitions(family_model, family, tmp_path):
+    """With dense and shared parts, biases, windows and scaled residuals; three datasets at once, a part batch."""
+    family_model(family).save_pretrained(tmp_path, max_shard_size="60KB")
+    rng = np.random.default_rng(0)
+    windows = {
+        name: rng.integers(3, 61, (count, 13)).astype(np.int32) for name, count in (("a", 3), ("b", 1), ("c", 1))
+    }
+    got, predicted = analyze(Source(tmp_path), windows, SMALL, MemoryWork())
+    assert np.isfinite(predicted).all()
+    model = load_checkpoint(tmp_path)
+    for name, part in windows.items():
+        stats, sensitivity, counts = plain(model, part)
+        for field, want in stats._asdict().items():
+            want = np.asarray(want)
+            found = getattr(got[name].stats, field)
+            np.testing.assert_allclose(found, want, rtol=2e-3, atol=1e-5 * np.abs(want).max(), err_msg=field)
+        np.testing.assert_allclose(got[name].sensitivity, sensitivity, rtol=1e-3)
+        np.testing.assert_array_equal(got[name].windows, counts)
+
+
+def test_a_folder_and_memory_give_the_same_model(bundled, texts, tmp_path):
+    """The planes bit for bit; and quantize leaves nothing but its result."""
+    from dynamo_jax import checkpoint
+
+    settings = QuantizeConfig(calibration_windows=2, window=64)
+    known = {name: texts[name] for name in ("code", "sums")}
+    here, _ = quantize(*bundled, known, settings)
+    quantize_folder(BUNDLED, tmp_path / "out", known, settings)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    loaded = checkpoint.load(tmp_path / "out")
+    np.testing.assert_array_equal(here.plan.widths, loaded.plan.widths)
+    for width in WIDTHS:
+        np.testing.assert_array_equal(here.store.codes[width], loaded.store.codes[width])
+    np.testing.assert_array_equal(here.knowledge.block_errors, loaded.knowledge.block_errors)
+    assert sorted(here.parameters) == sorted(loaded.parameters)
+
+
+def digests(folder):
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_a_quantization_killed_three_times_ends_with_the_same_bits(texts, tmp_path):
+    """SIGKILL at random layers of either sweep; the last run is left alone."""
+    (tmp_path / "code.txt").write_text(texts["code"])
+    command = [sys.executable, "-m", "dynamo_jax", "quantize", "--known", f"code={tmp_path / 'code.txt'}"]
+    command += ["--windows", "2", "--window", "64", "--out"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
+    seed = random.SystemRandom().randrange(10**6)
+    rng = random.Random(seed)
+    work = tmp_path / ".killed.partial"
+    marks = sorted(rng.sample([f"hidden-{i:03d}" for i in range(1, 6)] + [f"sensitivity-{i:03d}" for i in range(1, 5)], 3),
+                   key=lambda n: (n > "s", n if n < "s" else -int(n[-3:])))  # fmt: skip
+    for mark in marks:
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while not (work / f"{mark}.safetensors").exists() and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "killed").exists(), f"seed {seed}"
+    subprocess.run([*command, str(tmp_path / "killed")], env=environment, check=True, capture_output=True)
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole"), f"seed {seed}"
+    assert not work.exists()
+
+
+def test_an_unfinished_run_of_another_job_is_named_and_left(tmp_path):
+    work = FolderWork(tmp_path / "w", {"settings": {"bits": 3.0}, "texts": {}})
+    with pytest.raises(ValueError, match="another process is working here"):
+        FolderWork(tmp_path / "w", {"settings": {"bits": 3.0}, "texts": {}})
+    os.close(work._lock)  # as the end of its process does
+    with pytest.raises(ValueError, match="another settings lies here"):
+        FolderWork(tmp_path / "w", {"settings": {"bits": 4.0}, "texts": {}})
+    FolderWork(tmp_path / "w", {"settings": {"bits": 3.0}, "texts": {}}).close()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 32, 33, 48, 49, 1000, 12345])
+def test_rows_are_padded_by_half_at_most(rows):
+    size = padded_rows(rows)
+    assert size >= rows and (size == 32 or size <= 1.5 * rows)
+
+
+def test_weights_that_are_not_numbers_are_named(bundled, texts):
+    from dynamo_jax.models.decoder import parameters, with_parameters
+
+    model, tokenizer = bundled
+    arrays = parameters(model)
+    arrays["layers.2.up"] = arrays["layers.2.up"].at[7, 3, 0].set(jnp.nan)
+    broken = with_parameters(model.config, arrays)
+    with pytest.raises(ValueError, match="layer 2, expert 7: weights to quantize hold NaN"):
+        quantize(broken, tokenizer, {"code": texts["code"]}, QuantizeConfig(calibration_windows=1, window=64))
