@@ -1,4 +1,4 @@
-"""The command line: ``dynamo-jax demo | train | analyze | quantize | eval | inspect``.
+"""The command line: ``dynamo-jax demo | train | analyze | quantize | eval | generate | export | inspect``.
 
 Bad input is one line on standard error and exit code 2; results go to standard output, progress to
 standard error. Heavy imports happen inside the commands, so that --help is quick.
@@ -191,6 +191,42 @@ def evaluate(
         print(f"{name}: {describe_verdict(found)}")
     if json:
         write_json(json, {"results": [row.to_dict() for row in rows]})
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str], typer.Option(help="A text to continue, or a question to a chat model. Repeatable.")],
+    model: ModelOption = "tiny-moe",
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token at each step.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among this many likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    raw: Annotated[bool, typer.Option("--raw", help="Leave the model's chat template out.")] = False,
+) -> None:
+    """Continue a text; standard output gets the continuation alone, as it is made.
+
+    Of several prompts, which run as one batch, the continuations come one after the other, a line between.
+    """
+    from dynamo_jax import generate_command as job
+
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"--dtype {dtype}: known are bfloat16, float32")
+    if any(not p for p in prompt):
+        raise ValueError("--prompt is empty")
+    import jax.numpy as jnp
+
+    loaded, tokenizer, files = job.load_language_model(model_folder(model), jnp.dtype(dtype))
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    settings = job.settings(files, max_tokens=max_tokens, **sampling)
+    tokens = [job.prompt_tokens(tokenizer, files, p, chat=not raw) for p in prompt]
+    texts = [""] * len(prompt)
+    for pieces in job.continuations(loaded, tokenizer, tokens, settings):
+        texts = [text + piece for text, piece in zip(texts, pieces)]
+        if len(prompt) == 1:
+            print(pieces[0], end="", flush=True)
+    print("" if len(prompt) == 1 else "\n".join(texts))
 
 
 @app.command()

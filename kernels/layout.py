@@ -78,16 +78,23 @@ def scaled(codes: UInt8[Array, "*S Dp"], scales: Float[Array, "*S G"], level: in
     return grouped.reshape(q.shape)
 
 
-def dequantize_layer(base: BasePlanes, variant: Variant, layer: int) -> BFloat16[Array, "P E F D"]:
+def dequantize_layer(
+    base: BasePlanes, variant: Variant, layer: int, experts: Int[Array, " R"] | None = None
+) -> BFloat16[Array, "P E F D"]:
     """The weights of one layer's experts at the variant's precision, gate, up and down first: the sum of the
-    planes in float32, rounded to bfloat16, the operand of a matrix unit."""
-    scales = base.scales[layer].astype(jnp.float32)
-    weights = scaled(base.codes[layer], scales, 2)
+    planes in float32, rounded to bfloat16, the operand of a matrix unit. ``experts`` picks some of them, R for E.
+    """
+
+    def picked(array: Array) -> Array:
+        return array[layer] if experts is None else array[layer][experts]
+
+    scales = picked(base.scales).astype(jnp.float32)
+    weights = scaled(picked(base.codes), scales, 2)
     for level in LEVELS:
         pool = variant[level]
         if pool.codes.shape[0] == 0:
             continue
-        table = pool.table[layer]  # (E, N)
+        table = picked(pool.table)  # (E, N)
         channels = pool.codes.shape[2]
         page = jnp.maximum(table, 0)
         # (E, N, P, C, ..) -> (E, P, N*C, ..): a page lies beside its block's base plane

@@ -97,10 +97,27 @@ def row_outputs(
     return out
 
 
+def few_rows(routing: Routing, num_experts: int) -> bool:
+    """Whether a batch is so small, as in decoding, that most experts have no row."""
+    return 2 * routing.experts.size <= num_experts
+
+
+def one_expert_a_row(routing: Routing, form: ExpertForm) -> tuple[Int[Array, " R"], Routing, ExpertForm]:
+    """The expert of each row, and routing and form in which row r has expert r to itself: for ``few_rows``,
+    where picking the rows' experts is less work than touching all."""
+    chosen = routing.experts.reshape(-1)
+    own = jnp.arange(chosen.size, dtype=jnp.int32).reshape(routing.experts.shape)
+    biases = form.biases and ExpertBiases(*(b[chosen] for b in form.biases))
+    return chosen, routing._replace(experts=own), form._replace(biases=biases)
+
+
 def expert_outputs(
     x: Float[Array, "N D"], routing: Routing, weights: ExpertWeights, form: ExpertForm
 ) -> Float[Array, "N D"]:
     """The gate-weighted sum of each token's experts."""
+    if few_rows(routing, weights.gate.shape[0]):
+        chosen, routing, form = one_expert_a_row(routing, form)
+        weights = ExpertWeights(*(w[chosen] for w in weights))
     order = sort_by_expert(routing.experts, weights.gate.shape[0])
     gate, up = hidden_inputs(gather_rows(x, order), order, weights, form)
     out = row_outputs(form.activation(gate, up), order, weights, form)

@@ -17,7 +17,15 @@ from jaxtyping import Array, Float, Int
 from dynamo_jax.kernels.layout import BasePlanes, Variant, dequantize_layer
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import with_parameters
-from dynamo_jax.models.experts import ExpertForm, ExpertsFn, ExpertWeights, expert_outputs, routing_counts
+from dynamo_jax.models.experts import (
+    ExpertForm,
+    ExpertsFn,
+    ExpertWeights,
+    expert_outputs,
+    few_rows,
+    one_expert_a_row,
+    routing_counts,
+)
 from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.models.routing import Routing
 
@@ -28,8 +36,13 @@ def switched_experts(base: BasePlanes, variants: tuple[Variant, ...], index: Int
     def experts(
         layer: int, x: Array, routing: Routing, _: ExpertWeights | None, form: ExpertForm
     ) -> tuple[Array, Routing]:
+        chosen, own_routing, own_form = None, routing, form
+        if few_rows(routing, base.codes.shape[1]):
+            chosen, own_routing, own_form = one_expert_a_row(routing, form)
+
         def branch(variant: Variant) -> Array:
-            return expert_outputs(x, routing, ExpertWeights(*dequantize_layer(base, variant, layer)), form)
+            weights = ExpertWeights(*dequantize_layer(base, variant, layer, chosen))
+            return expert_outputs(x, own_routing, weights, own_form)
 
         branches = [functools.partial(branch, variant) for variant in variants]
         return jax.lax.switch(index, branches), routing

@@ -1,0 +1,191 @@
+"""Text generation: prefill and decode as two jitted functions over a key/value cache of fixed capacity.
+
+Prompts of one batch are padded before their first token, so that all of them end in the same slot.
+A prompt's length is rounded up to a bucket: prefill compiles once a bucket, decode once. Sampling
+settings, the variant's number and the position are arrays, so changing them compiles nothing.
+
+Axes: B prompts, T tokens of a bucket, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from dynamo_jax.kernels.layout import BasePlanes, Variant
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.decoder import Cache, new_cache, with_parameters
+from dynamo_jax.models.experts import float_experts
+from dynamo_jax.runtime.switch import switched_experts
+
+SMALLEST_BUCKET = 16
+
+
+class Quantized(NamedTuple):
+    """Quantized experts as an argument of a jitted function: the variant in use is ``variants[number]``."""
+
+    base: BasePlanes
+    variants: tuple[Variant, ...]
+    number: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """What generation needs. ``quantized`` is None where ``parameters`` hold the experts in float."""
+
+    config: ModelConfig
+    parameters: dict[str, Array]
+    quantized: Quantized | None = None
+    dtype: Any = jnp.float32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """How to continue. temperature 0 takes the likeliest token; top_k 0 and top_p 1 leave all tokens in."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, value, fits in (
+            ("max_tokens", self.max_tokens, self.max_tokens >= 1),
+            ("temperature", self.temperature, 0 <= self.temperature < float("inf")),
+            ("top_k", self.top_k, self.top_k >= 0),
+            ("top_p", self.top_p, 0 < self.top_p <= 1),
+        ):
+            if not fits:
+                raise ValueError(f"{name} {value} cannot be: temperature and top_k are 0 or more, top_p is in (0, 1]")
+
+
+class Sampling(NamedTuple):
+    """The sampling settings as arrays, and the key of this call."""
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    key: Array
+
+
+def choose(logits: Float[Array, "B V"], sampling: Sampling, step: Int[Array, ""]) -> Int[Array, " B"]:
+    """The next token of each sequence. top_k first, then the fewest likeliest tokens whose probability
+    reaches top_p (arXiv 1904.09751); a sequence's draw depends on its own row only."""
+
+    def greedy() -> Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def sample() -> Array:
+        order = jnp.argsort(-logits, axis=-1)
+        ranked = jnp.take_along_axis(logits, order, axis=-1) / jnp.maximum(sampling.temperature, 1e-6)
+        rank = jnp.arange(logits.shape[-1])
+        ranked = jnp.where((sampling.top_k == 0) | (rank < sampling.top_k), ranked, -jnp.inf)
+        probability = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability
+        ranked = jnp.where((before < sampling.top_p) | (rank == 0), ranked, -jnp.inf)
+        keys = jax.random.split(jax.random.fold_in(sampling.key, step), logits.shape[0])
+        place = jax.vmap(jax.random.categorical)(keys, ranked)
+        return jnp.take_along_axis(order, place[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+    return jax.lax.cond(sampling.temperature == 0, greedy, sample)
+
+
+def _next(
+    config: ModelConfig,
+    dtype: Any,
+    parameters: dict[str, Array],
+    quantized: Quantized | None,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    cache: Cache,
+    sampling: Sampling,
+) -> tuple[Int[Array, " B"], Cache]:
+    model = with_parameters(config, parameters)
+    experts = float_experts if quantized is None else switched_experts(*quantized)
+    hidden, _, cache = model.cached_states(tokens, mask, cache, experts=experts, dtype=dtype)
+    logits = model.logits(hidden[:, -1:])[:, 0]
+    return choose(logits, sampling, cache.used), cache
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="cache")
+def prefill(config, dtype, parameters, quantized, tokens, mask, cache, sampling):
+    """Run the prompts (B, T), padding first, into an empty cache; their next tokens (B,) and the cache."""
+    return _next(config, dtype, parameters, quantized, tokens, mask, cache, sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="cache")
+def decode(config, dtype, parameters, quantized, token, cache, sampling):
+    """One token (B,) more; the next ones and the cache."""
+    tokens = token[:, None]
+    return _next(config, dtype, parameters, quantized, tokens, jnp.ones_like(tokens, bool), cache, sampling)
+
+
+def bucket(length: int) -> int:
+    """The power of two, at least ``SMALLEST_BUCKET``, that a prompt's length is rounded up to."""
+    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def stream(
+    model: LanguageModel, prompts: list[list[int]], config: GenerateConfig, capacity: int | None = None
+) -> Iterator[list[int | None]]:
+    """Continue all prompts together: at each step one token for each, None for one that has ended.
+
+    A sequence ends at a stop token (which is not given out), after ``max_tokens``, or at the model's last
+    position. ``capacity`` fixes the cache's slots, so that later calls with other lengths reuse the programs.
+    """
+    limit = model.config.max_position_embeddings
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {number} has no tokens")
+        if len(prompt) >= limit:
+            raise ValueError(f"prompt {number} has {len(prompt)} tokens; the model has {limit} positions")
+        if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
+            raise ValueError(f"prompt {number} has tokens outside the vocabulary of {model.config.vocab_size}")
+    if not prompts:
+        return
+    length = bucket(max(map(len, prompts)))
+    needed = length + config.max_tokens - 1
+    if capacity is not None and capacity < needed:
+        raise ValueError(f"capacity {capacity} is less than {needed}: a bucket of {length} and max_tokens less one")
+    slots = capacity or -(-needed // 64) * 64
+
+    tokens, mask = np.zeros((len(prompts), length), np.int32), np.zeros((len(prompts), length), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = True
+    sampling = Sampling(
+        jnp.float32(config.temperature), jnp.int32(config.top_k), jnp.float32(config.top_p), jax.random.key(config.seed)
+    )
+    fixed = (model.config, model.dtype, model.parameters, model.quantized)
+    cache = new_cache(model.config, len(prompts), slots, model.dtype)
+    token, cache = prefill(*fixed, tokens, mask, cache, sampling)
+    room = np.array([min(config.max_tokens, limit - len(p)) for p in prompts])
+    for step in range(int(room.max())):
+        found = np.asarray(token)
+        room = np.where(np.isin(found, config.stop), 0, room)
+        if not (room > step).any():
+            return
+        yield [int(t) if left > step else None for t, left in zip(found, room)]
+        if (room > step + 1).any():
+            token, cache = decode(*fixed, token, cache, sampling)
+
+
+def generate(
+    model: LanguageModel, prompts: list[list[int]], config: GenerateConfig, capacity: int | None = None
+) -> list[list[int]]:
+    """``stream``, collected: the new tokens of each prompt."""
+    out: list[list[int]] = [[] for _ in prompts]
+    for step in stream(model, prompts, config, capacity):
+        for tokens, token in zip(out, step):
+            if token is not None:
+                tokens.append(token)
+    return out
