@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ import tokenizers
 from dynamo_jax.calibrate import layer_name, planes_bundle
 from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, PROJECTIONS, WIDTHS
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.huggingface import TOKENIZER
+from dynamo_jax.models.huggingface import TOKENIZER, UNQUANTIZED
 from dynamo_jax.models.tensor_files import read_json
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import Planes
@@ -40,7 +40,6 @@ from dynamo_jax.work import Bundle, read_bundle, write_bundle
 FORMAT = 2
 NAME = "dynamo_jax quantized model"
 META, PLAN, TOP, SOURCE = "dynamo_jax.json", "plan.safetensors", "top.safetensors", "source"
-UNQUANTIZED = "embeddings, attention, norms, routers, shared experts, dense layers and biases keep their dtype"
 KNOWLEDGE = ("counts", "loss_per_error", "block_errors", "correction")
 
 
@@ -123,7 +122,7 @@ def describe_to(
 def load(folder: Path) -> QuantizedModel:
     """The model in ``folder``; anything missing or damaged is a ValueError that names the file."""
     folder = folder.absolute()
-    meta, config, plan, arrays = _read_description(folder)
+    meta, config, plan, arrays = read_description(folder)
     try:
         for level, table in page_tables(plan).items():
             if not np.array_equal(table, arrays[f"page_table{level}"]):
@@ -144,7 +143,7 @@ def load(folder: Path) -> QuantizedModel:
 
     def layer_bundle(name: str) -> Bundle:
         bundle = read_bundle(folder / f"{name}.safetensors")
-        _check_planes(folder / f"{name}.safetensors", bundle, config, plan)
+        check_planes(folder / f"{name}.safetensors", bundle, config, plan)
         prefix = f"layers.{int(name.removeprefix('layer-'))}."
         for key in [k for k in bundle if k.startswith("parameters/")]:
             kept[prefix + key.removeprefix("parameters/")] = bundle.pop(key)
@@ -165,7 +164,17 @@ def load(folder: Path) -> QuantizedModel:
     )
 
 
-def _read_description(folder: Path) -> tuple[dict[str, Any], ModelConfig, Plan, Bundle]:
+class Description(NamedTuple):
+    """All of a checkpoint but its layers."""
+
+    meta: dict[str, Any]
+    config: ModelConfig
+    plan: Plan
+    arrays: Bundle
+
+
+def read_description(folder: Path) -> Description:
+    """The checkpoint's JSON and plan; ValueError where they are missing, damaged or of another format."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if not is_checkpoint(folder):
@@ -188,7 +197,7 @@ def _read_description(folder: Path) -> tuple[dict[str, Any], ModelConfig, Plan, 
             raise ValueError(f"the plan has the shape {plan.widths.shape}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / META}: damaged: {error}") from error
-    return meta, config, plan, arrays
+    return Description(meta, config, plan, arrays)
 
 
 def plane_shapes(config: ModelConfig, group_size: int) -> dict[str, tuple[int, ...]]:
@@ -201,7 +210,7 @@ def plane_shapes(config: ModelConfig, group_size: int) -> dict[str, tuple[int, .
     return codes | {f"planes/ratios{b}": (*shape, groups) for b in LEVELS} | {"planes/scales": (*shape, groups)}
 
 
-def _check_planes(path: Path, bundle: Bundle, config: ModelConfig, plan: Plan) -> None:
+def check_planes(path: Path, bundle: Bundle, config: ModelConfig, plan: Plan) -> None:
     found = {name: a.shape for name, a in bundle.items() if name.startswith("planes/")}
     dense = int(path.stem.removeprefix("layer-")) in config.dense_layers
     expected = {} if dense else plane_shapes(config, plan.group_size)
@@ -233,7 +242,7 @@ def stacked_planes(get: Callable[[str], Bundle], config: ModelConfig) -> Planes:
 
 def describe(folder: Path) -> dict[str, Any]:
     """What ``dynamo-jax inspect`` shows of a quantized model, without reading its layers."""
-    meta, config, plan, _ = _read_description(folder)
+    meta, config, plan, _ = read_description(folder)
     widths, counts = np.unique(plan.widths, return_counts=True)
     return {
         "family": config.family,

@@ -230,16 +230,28 @@ def generate(
 
 
 @app.command()
-def inspect(model: ModelOption) -> None:
-    """Show what a model folder holds: sizes, plan, known datasets."""
-    from dynamo_jax import checkpoint
-    from dynamo_jax.models.huggingface import load_config
+def export(
+    model: Annotated[Path, typer.Option(help="A folder that quantize wrote.")],
+    out: Annotated[Path, typer.Option(help="The Hugging Face folder to write; missing or empty.")],
+) -> None:
+    """Write a quantized model as a Hugging Face folder with dequantized bfloat16 experts."""
+    from dynamo_jax.export import export as run
 
-    if checkpoint.is_checkpoint(Path(model)):
-        print_facts(checkpoint.describe(Path(model)))
-    else:
-        config = load_config(model_folder(model))
-        print_facts(config.to_dict() | {"expert_weights": config.num_expert_weights})
+    with progress_bar() as progress:
+        run(model, out, progress)
+    print(f"checkpoint  {out}")
+
+
+@app.command()
+def inspect(model: ModelOption) -> None:
+    """Show what a model folder holds, from headers alone: family, sizes, bytes, what is or would be quantized."""
+    from dynamo_jax import checkpoint
+    from dynamo_jax.models import huggingface
+
+    folder = Path(model)
+    print_facts(
+        checkpoint.describe(folder) if checkpoint.is_checkpoint(folder) else huggingface.describe(model_folder(model))
+    )
 
 
 def model_folder(model: str) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,15 @@ from hypothesis import strategies as st
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder
-from dynamo_jax.models.huggingface import load_checkpoint, load_config, load_tokenizer, save_checkpoint
+from dynamo_jax.models.expert_files import expert_shapes
+from dynamo_jax.models.families import config_from, tensor_names
+from dynamo_jax.models.huggingface import (
+    load_checkpoint,
+    load_config,
+    load_tokenizer,
+    parameter_shapes,
+    save_checkpoint,
+)
 
 SENTENCES = [
     "The kernel allocates a page for each buffer, and frees it when the last reader is gone.",
@@ -127,6 +137,54 @@ DAMAGES = {
 }
 
 
+def rewrite(folder, change):
+    """Pass the tensors of the folder's one file through ``change``."""
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+
+def shard(folder, places):
+    """An index, and the folder's one file under the shard's name."""
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    names = safetensors.numpy.load_file(folder / "a.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "a.safetensors") | places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def not_a_number(tensors):
+    tensors["model.layers.1.mlp.experts.2.up_proj.weight"][3, 4] = np.nan
+
+
+def whole_numbers(tensors):
+    tensors["model.layers.1.mlp.gate.weight"] = np.zeros((4, 32), np.int32)
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+DAMAGES |= {
+    "missing shard": (lambda f: shard(f, {"x": "b.safetensors"}), r"b\.safetensors: no such file"),
+    "tensor not in its shard": (
+        lambda f: shard(f, {"model.x": "a.safetensors"}),
+        r"a\.safetensors: holds no tensor model\.x, which .*index\.json places there",
+    ),
+    "index of nothing": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "index.json: weight_map"),
+    "index outside": (lambda f: shard(f, {"x": "../secret.safetensors"}), "index.json: weight_map"),
+    "shape in words": (
+        lambda f: damage_config(f, intermediate_size=8),
+        r"model\.safetensors: model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight is \(16, 32\), config",
+    ),
+    "NaN": (
+        lambda f: rewrite(f, not_a_number),
+        r"model\.safetensors: model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight holds NaN",
+    ),
+    "integers": (lambda f: rewrite(f, whole_numbers), r"model\.layers\.1\.mlp\.gate\.weight is I32, expected a float"),
+    "pickle": (pickled, r"pytorch_model\.bin: a pickle can run any code when it is read"),
+}
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
@@ -143,6 +201,43 @@ def test_a_damaged_tokenizer_is_an_error_that_names_the_file(saved):
     (saved / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(ValueError, match=r"tokenizer.json: not a tokenizer"):
         load_tokenizer(saved)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_named(saved):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: token ids go up to 8191, past .* of 61"):
+        load_tokenizer(saved, load_config(saved).vocab_size)
+    load_tokenizer(saved, 9000)  # padded embeddings are common
+
+
+def test_a_hundred_gigabytes_are_described_from_headers_alone(tmp_path):
+    """OLMoE-1B-7B's shapes with more layers and experts; holes in the files in place of the weights."""
+    raw = {
+        "model_type": "olmoe", "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024,
+        "num_hidden_layers": 60, "num_attention_heads": 16, "num_experts": 128, "num_experts_per_tok": 8,
+        "max_position_embeddings": 4096,
+    }  # fmt: skip
+    config = config_from(raw)
+    shapes = parameter_shapes(config)
+    named = {theirs: shapes[ours][::-1] if turned else shapes[ours] for ours, theirs, turned in tensor_names(config)}
+    for layer in config.moe_layers:
+        named |= expert_shapes(config, layer, False)
+    places = {}
+    for number in range(60):
+        header, offset = {}, 0
+        for name in list(named)[number::60]:
+            size = 2 * int(np.prod(named[name]))
+            header[name] = {"dtype": "BF16", "shape": named[name], "data_offsets": [offset, offset + size]}
+            places[name], offset = f"{number}.safetensors", offset + size
+        text = json.dumps(header).encode()
+        with open(tmp_path / f"{number}.safetensors", "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + offset)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    command = [sys.executable, "-m", "dynamo_jax", "inspect", "--model", str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    size = int(next(line for line in out.splitlines() if line.startswith("bytes")).split()[1].replace(",", ""))
+    assert size > 95e9 and "60 layers x 128, top 8" in out and "23,040 expert tensors" in out
 
 
 @settings(max_examples=50, deadline=None)

@@ -36,6 +36,7 @@ from dynamo_jax.models.families import FAMILIES, config_from, layer_tensor_names
 from dynamo_jax.models.tensor_files import FLOATS, INDEX, SINGLE, TensorFiles, read_json
 
 TOKENIZER = "tokenizer.json"
+UNQUANTIZED = "embeddings, attention, norms, routers, shared experts, dense layers and biases keep their dtype"
 SIDE_FILES = (  # what a folder has beside weights and config.json, as far as text generation needs it
     *("config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
     *("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"),
@@ -80,7 +81,7 @@ class Source:
         self._check()
 
     def _check(self) -> None:
-        expected = self._expected()
+        self.expected = expected = self._expected()
         where = self.folder / (INDEX if (self.folder / INDEX).exists() else SINGLE)
         if missing := [name for name in expected if name not in self.files]:
             raise ValueError(f"{where}: {len(missing)} tensors missing, the first is {missing[0]}")
@@ -152,6 +153,36 @@ def _top_shapes(config: ModelConfig) -> Shapes:
     small = dataclasses.replace(config, num_hidden_layers=1, dense_layers=(), windows=())
     shapes = _shapes(nnx.eval_shape(lambda: Decoder(small, rngs=nnx.Rngs(0), with_experts=False)))
     return {name: shape for name, shape in shapes.items() if not name.startswith("layers.")}
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What a folder holds and what would be quantized, from headers alone."""
+    source = Source(folder)
+    config, headers = source.config, source.files.headers
+    experts = {n for layer in config.moe_layers for n in expert_shapes(config, layer, source.mxfp4)}
+    experts = {n for n in experts if not n.endswith("_bias")}
+    expert_bytes = sum(headers[n].nbytes for n in experts)
+    rest_bytes = sum(headers[n].nbytes for n in source.expected.keys() - experts)
+    dense, shared = len(config.dense_layers), config.shared_intermediate_size
+    latent, heads = config.kv_lora_rank, config.num_key_value_heads
+    keys = f"keys and values from {latent} latent numbers" if latent else f"{heads} of keys and values"
+    weights = f"{config.num_expert_weights:,} weights"
+    return {
+        "family": config.family,
+        "layers": f"{config.num_hidden_layers}" + (f", {dense} of them dense" if dense else ""),
+        "hidden_size": config.hidden_size,
+        "experts": f"{config.num_moe_layers} layers x {config.num_experts}, top {config.num_experts_per_tok}, "
+        f"{config.intermediate_size} channels each" + (f"; a shared one of {shared}" if shared else ""),
+        "attention": f"{config.num_attention_heads} heads, {keys}",
+        "positions": config.max_position_embeddings,
+        "vocabulary": config.vocab_size,
+        "files": len({header.file for header in headers.values()}),
+        "bytes": f"{source.files.nbytes():,}",
+        "dtypes": source.files.dtypes(),
+        "quantized": f"{weights} of {len(experts):,} expert tensors, {expert_bytes:,} bytes",
+        "not quantized": f"{rest_bytes:,} bytes: {UNQUANTIZED}",
+        "not read": f"{len(headers.keys() - source.expected.keys()):,} tensors that the decoder has no use for",
+    }
 
 
 def load_checkpoint(folder: Path) -> Decoder:
