@@ -1,0 +1,185 @@
+"""Quantized, switchable experts in a Flax NNX model that is not ours.
+
+A module takes part if it follows this protocol (``ExpertsModule``): Params ``gate`` and ``up`` of shape
+(E, D, F) and ``down`` of shape (E, F, D); ``route(router_logits)``, which gives the experts (N, k) and gates
+(N, k) of each token; and ``__call__(x, router_logits)``, which maps (N, D) and (N, E) to (N, D). A method
+``activation(gate, up)`` is used where there is one, else SiLU(gate) * up. Nothing is inherited or registered.
+
+Axes: N tokens, D hidden, E experts, k experts a token, F channels, B channel blocks, L such modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dynamo_jax.kernels.layout import LEVELS, BasePlanes, PagePool, Variant
+from dynamo_jax.models.experts import ExpertForm, ExpertWeights, silu_gated
+from dynamo_jax.models.routing import Routing
+from dynamo_jax.precision.plan import Plan, expert_plan
+from dynamo_jax.runtime.store import base_planes, quantize_experts, variant_of
+from dynamo_jax.runtime.switch import switched_experts
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+@runtime_checkable
+class ExpertsModule(Protocol):
+    """What a module must have to be quantized; shapes in the module's docstring."""
+
+    gate: Any
+    up: Any
+    down: Any
+
+    def route(self, router_logits: Float[Array, "N E"]) -> tuple[Int[Array, "N k"], Float[Array, "N k"]]: ...
+
+    def __call__(self, x: Float[Array, "N D"], router_logits: Float[Array, "N E"]) -> Float[Array, "N D"]: ...
+
+
+class Plane(nnx.Variable):
+    """Stored planes, pages and page tables: not trained."""
+
+
+class VariantNumber(nnx.Variable):
+    """Which variant all quantized experts of a model run at: one shared int32 scalar."""
+
+
+class SwitchedExperts(nnx.Module):
+    """Stands where the user's experts stood, and is called as they were. ``inner`` is the user's module without
+    its three weights: it still routes."""
+
+    def __init__(self, inner: Any, base: BasePlanes, variants: list[Variant], number: VariantNumber):
+        self.inner = inner
+        self.number = number
+        self.variants = len(variants)
+        self.base_codes, self.base_scales = Plane(base.codes), Plane(base.scales)
+        for index, variant in enumerate(variants):
+            for level, pool in variant.items():
+                for field, array in pool._asdict().items():
+                    setattr(self, _name(index, level, field), Plane(array))
+
+    def __call__(self, x: Float[Array, "N D"], router_logits: Float[Array, "N E"]) -> Float[Array, "N D"]:
+        experts, gates = self.inner.route(router_logits)
+        routing = Routing(router_logits, experts.astype(jnp.int32), gates)
+        form = ExpertForm(getattr(self.inner, "activation", silu_gated))
+        base = BasePlanes(self.base_codes[...], self.base_scales[...])
+        run = switched_experts(base, tuple(map(self._variant, range(self.variants))), self.number[...])
+        return run(0, x, routing, None, form)[0]
+
+    def _variant(self, index: int) -> Variant:
+        return {
+            level: PagePool(*(getattr(self, _name(index, level, field))[...] for field in PagePool._fields))
+            for level in LEVELS
+        }
+
+
+def _name(variant: int, level: int, field: str) -> str:
+    return f"variant{variant}_to{level}_{field}"
+
+
+def experts_modules(model: nnx.Module) -> dict[tuple[Any, ...], ExpertsModule]:
+    """The modules of ``model`` that follow the protocol, by path, in the order of a plan's layers."""
+    found = {path: module for path, module in nnx.iter_modules(model) if isinstance(module, ExpertsModule)}
+    if not found:
+        raise ValueError("no module of the model has gate, up, down and route: see dynamo_jax.transform")
+    for path, module in found.items():
+        gate, up, down = (getattr(module, part).shape for part in ExpertWeights._fields)
+        if len(gate) != 3 or gate != up or down != (gate[0], gate[2], gate[1]):
+            where = ".".join(map(str, path)) or "the model"
+            raise ValueError(
+                f"{where}: gate {gate}, up {up} and down {down} are not (E, D, F), (E, D, F) and (E, F, D)"
+            )
+    return dict(sorted(found.items(), key=lambda item: tuple(map(_order, item[0]))))
+
+
+def _order(part: Any) -> tuple[int, int, str]:
+    """Layer 10 after layer 9."""
+    return (0, part, "") if isinstance(part, int) else (1, 0, str(part))
+
+
+def uniform_plan(model: nnx.Module, width: int, channel_block: int = 16, group_size: int = 64) -> Plan:
+    """The plan that gives every expert of ``model`` the same ``width`` (2, 3, 4 or 8 bits)."""
+    modules = list(experts_modules(model).values())
+    experts, hidden, channels = modules[0].gate.shape
+    if channels % channel_block:
+        raise ValueError(f"channel_block {channel_block} does not divide the {channels} channels")
+    widths = np.full((len(modules), experts), width, np.int8)
+    return expert_plan(widths, channels // channel_block, channel_block, group_size, hidden)
+
+
+def quantize_model(model: M, plan: Plan, *more: Plan) -> M:
+    """A copy of ``model`` with quantized experts at the widths of ``plan``; ``model`` itself stays as it is.
+
+    ``plan.widths`` is (L, E, B), L being the number of modules that follow the protocol. More plans are
+    further variants, which ``switch_model`` chooses between. The result works under ``nnx.jit``, ``nnx.split``
+    and ``nnx.merge``, and its state is plain arrays for Orbax.
+    """
+    model = nnx.clone(model)
+    modules = experts_modules(model)
+    for index, each in enumerate((plan, *more)):
+        _check(each, index, modules)
+    number = VariantNumber(jnp.zeros((), jnp.int32))
+    for layer, (path, module) in enumerate(modules.items()):
+        weights = ExpertWeights(*(_channel_major(module, part) for part in ExpertWeights._fields))
+        try:
+            store = quantize_experts([weights], plan.group_size)
+        except ValueError as error:
+            raise ValueError(f"{'.'.join(map(str, path))}: {error}") from error
+        variants = [variant_of(store, _one_layer(each, layer)) for each in (plan, *more)]
+        for part in ExpertWeights._fields:
+            delattr(module, part)
+        switched = SwitchedExperts(module, base_planes(store), variants, number)
+        if not path:
+            return switched  # type: ignore[return-value]
+        _replace(model, path, switched)
+    return model
+
+
+def switch_model(model: nnx.Module, number: int) -> None:
+    """Run all quantized experts of ``model`` at variant ``number`` from now on. Compiles nothing."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, SwitchedExperts):
+            if not 0 <= number < module.variants:
+                raise ValueError(f"variant {number}: the model has 0..{module.variants - 1}")
+            module.number[...] = jnp.asarray(number, jnp.int32)
+
+
+def _check(plan: Plan, index: int, modules: dict[tuple[Any, ...], ExpertsModule]) -> None:
+    layers = len(modules)
+    for path, module in modules.items():
+        experts, hidden, channels = module.gate.shape
+        expected = (layers, experts, channels // plan.channel_block)
+        fits = channels % plan.channel_block == 0 and plan.widths.shape == expected and plan.hidden_size == hidden
+        if not fits:
+            raise ValueError(
+                f"plan {index} has widths {plan.widths.shape} of blocks of {plan.channel_block} channels by "
+                f"{plan.hidden_size}; {'.'.join(map(str, path)) or 'the model'} needs {expected} by {hidden}"
+            )
+
+
+def _channel_major(module: Any, part: str) -> Float[Array, "E F D"]:
+    weights = getattr(module, part)[...]
+    return weights if part == "down" else weights.swapaxes(1, 2)
+
+
+def _one_layer(plan: Plan, layer: int) -> Plan:
+    return Plan(
+        widths=plan.widths[layer : layer + 1],
+        channel_block=plan.channel_block,
+        group_size=plan.group_size,
+        hidden_size=plan.hidden_size,
+    )
+
+
+def _replace(model: Any, path: tuple[Any, ...], module: nnx.Module) -> None:
+    parent = model
+    for part in path[:-1]:
+        parent = parent[part] if isinstance(part, int) or isinstance(parent, dict) else getattr(parent, part)
+    if isinstance(path[-1], int) or isinstance(parent, dict):
+        parent[path[-1]] = module
+    else:
+        setattr(parent, path[-1], module)
