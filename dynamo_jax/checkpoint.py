@@ -246,6 +246,10 @@ def describe(folder: Path) -> dict[str, Any]:
     widths, counts = np.unique(plan.widths, return_counts=True)
     return {
         "family": config.family,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "positions": config.max_position_embeddings,
         "experts": f"{config.num_moe_layers} layers x {config.num_experts}, top {config.num_experts_per_tok}",
         "bits_per_weight": plan.bits_per_weight(),
         "stored_bytes": plan.stored_bytes(),
@@ -254,6 +258,5 @@ def describe(folder: Path) -> dict[str, Any]:
         "blocks_by_width": {int(w): int(c) for w, c in zip(widths, counts)},
         "known": {name: v[1] for name, v in meta["calibrated"].items()},
         "novelty_threshold_bits": meta["threshold"],
-        "unquantized": meta["unquantized"],
-        "config": config.to_dict(),
+        "not quantized": meta["unquantized"],
     }

@@ -128,6 +128,13 @@ def bad_inputs(files, folder, tmp_path):
         "variant": (("eval", "--model", "tiny-moe", "--known", f"a={code}", "--variant", "auto"), "--variant auto"),
         "json": (("eval", "--model", folder, "--known", f"a={code}", "--json", tmp_path / "x" / "y"), "no such folder"),
         "window": (("eval", "--model", folder, "--known", f"a={code}", "--window", "9999"), "past the model's"),
+        "empty prompt": (("generate", "--prompt", ""), "--prompt is empty"),
+        "dtype": (("generate", "--prompt", "a", "--dtype", "int8"), "--dtype int8: known are bfloat16, float32"),
+        "top p": (("generate", "--prompt", "a", "--top-p", "1.5"), "top_p 1.5 cannot be"),
+        "prompt too long": (("generate", "--prompt", "a b " * 300), "the model has 256 positions"),
+        "export of a float": (("export", "--model", truncated, *out), "not a dynamo_jax quantized model"),
+        "export to a full folder": (("export", "--model", folder, "--out", taken), "is not an empty folder"),
+        "inspect of a truncated": (("inspect", "--model", truncated), "model.safetensors: damaged"),
         "quantized twice": (("quantize", "--model", folder, "--known", f"a={code}", *out), "is quantized already"),
     }
 
@@ -135,6 +142,8 @@ def bad_inputs(files, folder, tmp_path):
 CASES = [
     *("no such file", "empty", "not UTF-8", "short", "short novel", "budget", "truncated", "taken", "no name"),
     *("name twice", "no model", "nothing to do", "variant", "json", "window", "quantized twice"),
+    *("empty prompt", "dtype", "top p", "prompt too long", "export of a float", "export to a full folder"),
+    "inspect of a truncated",
 ]
 
 
@@ -149,6 +158,28 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(run, files, fo
     assert not (tmp_path / "result").exists()
     assert [p.name for p in (tmp_path / "taken").iterdir()] == ["thesis.txt"]
     assert not list(tmp_path.glob(".*partial*"))
+
+
+GREEDY = ("--max-tokens", "12", "--dtype", "float32")
+
+
+def test_generate_prints_the_continuation_alone(run):
+    code, one, err = run("generate", "--prompt", "def main(", *GREEDY)
+    assert code == 0 and one.strip() and "def main(" not in one and not err
+    code, other, _ = run("generate", "--prompt", "King of", *GREEDY)
+    assert run("generate", "--prompt", "def main(", "--prompt", "King of", *GREEDY)[1] == one + other
+
+
+def test_an_exported_model_generates_what_the_quantized_one_does(run, folder, tmp_path):
+    code, printed, _ = run("export", "--model", folder, "--out", tmp_path / "out")
+    assert code == 0 and str(tmp_path / "out") in printed
+    texts = [run("generate", "--model", f, "--prompt", "import os", *GREEDY)[1] for f in (folder, tmp_path / "out")]
+    assert texts[0] == texts[1] and texts[0].strip()
+
+
+def test_inspect_says_what_would_be_quantized(run):
+    code, printed, _ = run("inspect", "--model", "tiny-moe")
+    assert code == 0 and "14,155,776 weights of 864 expert tensors" in printed and "BF16=" in printed
 
 
 def test_an_unknown_option_is_exit_code_2(run):

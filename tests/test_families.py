@@ -64,7 +64,7 @@ LONGROPE = {
 }  # fmt: skip
 VARIETIES = [
     *((family, {}) for family in FAMILIES),
-    *((family, {"tie_word_embeddings": True}) for family in FAMILIES if family not in ("phimoe", "gpt_oss")),
+    *((family, {"tie_word_embeddings": True}) for family in FAMILIES),
     ("mixtral", {"sliding_window": None, **LLAMA3}),
     ("mixtral", LINEAR),
     ("qwen2_moe", {"use_sliding_window": False, "decoder_sparse_step": 2, "mlp_only_layers": [], **yarn()}),

@@ -35,7 +35,9 @@ def test_help_names_every_command():
     out = run(
         "import sys; sys.argv = ['dynamo-jax', '--help']; from dynamo_jax.cli import app; app(standalone_mode=False)"
     )
-    assert all(name in out for name in ("demo", "train", "analyze", "quantize", "eval", "inspect"))
+    assert all(
+        name in out for name in ("demo", "train", "analyze", "quantize", "eval", "generate", "export", "inspect")
+    )
 
 
 @pytest.mark.slow

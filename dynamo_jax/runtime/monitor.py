@@ -41,14 +41,14 @@ def _entropy_sum(p: np.ndarray, middle: np.ndarray) -> np.ndarray:
 
 def novelty_threshold(windows: dict[str, Float[np.ndarray, "S L E"]], span: int) -> float:
     """The largest divergence that ``span`` successive windows of a known dataset have from the rest of it,
-    times a margin. ``windows``: routing counts by window."""
+    times a margin. ``windows``: routing counts by window. Of a dataset with few windows half are compared."""
     worst = 0.0
     for counts in windows.values():
-        starts = range(0, max(1, len(counts) - span + 1), span)
-        for s in starts:
-            rest = counts.sum(axis=0) - counts[s : s + span].sum(axis=0)
+        size = max(1, min(span, len(counts) // 2))
+        for s in range(0, max(1, len(counts) - size + 1), size):
+            rest = counts.sum(axis=0) - counts[s : s + size].sum(axis=0)
             if rest.sum(axis=-1).min() > 0:
-                worst = max(worst, float(routing_divergence(counts[s : s + span].sum(axis=0), rest)))
+                worst = max(worst, float(routing_divergence(counts[s : s + size].sum(axis=0), rest)))
     return worst * THRESHOLD_MARGIN
 
 

@@ -15,6 +15,8 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from dynamo_jax.kernels.layout import BasePlanes, Variant, dequantize_layer
+from dynamo_jax.kernels.quantized_xla import quantized_experts_xla
+from dynamo_jax.kernels.rows import combine_rows, gather_rows, sort_by_expert
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.experts import (
@@ -36,14 +38,19 @@ def switched_experts(base: BasePlanes, variants: tuple[Variant, ...], index: Int
     def experts(
         layer: int, x: Array, routing: Routing, _: ExpertWeights | None, form: ExpertForm
     ) -> tuple[Array, Routing]:
-        chosen, own_routing, own_form = None, routing, form
-        if few_rows(routing, base.codes.shape[1]):
+        def few(variant: Variant) -> Array:
+            """Unpack only the experts that the rows chose, all at once."""
             chosen, own_routing, own_form = one_expert_a_row(routing, form)
-
-        def branch(variant: Variant) -> Array:
             weights = ExpertWeights(*dequantize_layer(base, variant, layer, chosen))
             return expert_outputs(x, own_routing, weights, own_form)
 
+        def many(variant: Variant) -> Array:
+            order = sort_by_expert(routing.experts, base.codes.shape[1])
+            rows, sizes = gather_rows(x, order), order.group_sizes
+            out = quantized_experts_xla(rows, sizes, base, variant, layer, form.activation, form.biases)
+            return combine_rows(out, routing.gates, order).astype(x.dtype)
+
+        branch = few if few_rows(routing, base.codes.shape[1]) else many
         branches = [functools.partial(branch, variant) for variant in variants]
         return jax.lax.switch(index, branches), routing
 
