@@ -29,13 +29,13 @@ from dynamo_jax.calibrate import layer_name, planes_bundle
 from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, PROJECTIONS, WIDTHS
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.huggingface import TOKENIZER, UNQUANTIZED
-from dynamo_jax.models.tensor_files import read_json
+from dynamo_jax.models.tensor_files import read_json, write_tensors
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import Planes
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.store import page_tables
 from dynamo_jax.settings import from_dict
-from dynamo_jax.work import Bundle, read_bundle, write_bundle
+from dynamo_jax.work import Bundle, read_bundle
 
 FORMAT = 2
 NAME = "dynamo_jax quantized model"
@@ -63,9 +63,9 @@ def save(folder: Path, model: QuantizedModel) -> None:
     partial.mkdir(parents=True, exist_ok=True)
     try:
         arrays = {name: np.asarray(a) for name, a in model.parameters.items()}
-        write_bundle(partial / TOP, {name: a for name, a in arrays.items() if not name.startswith("layers.")})
+        write_tensors(partial / TOP, {name: a for name, a in arrays.items() if not name.startswith("layers.")})
         for layer in range(model.config.num_hidden_layers):
-            write_bundle(partial / f"{layer_name(layer)}.safetensors", _layer_bundle(model, arrays, layer))
+            write_tensors(partial / f"{layer_name(layer)}.safetensors", _layer_bundle(model, arrays, layer))
         describe_to(partial, model.config, model.plan, model.window, model.knowledge, model.files)
         put_in_place(partial, folder)
     finally:
@@ -97,7 +97,7 @@ def describe_to(
     known = knowledge
     arrays = {name: np.asarray(getattr(known, name)) for name in KNOWLEDGE}
     tables = {f"page_table{level}": table for level, table in page_tables(plan).items()}
-    write_bundle(folder / PLAN, arrays | tables | {"widths": plan.widths})
+    write_tensors(folder / PLAN, arrays | tables | {"widths": plan.widths})
     (folder / SOURCE).mkdir(exist_ok=True)
     for name, content in files.items():
         (folder / SOURCE / name).write_bytes(content)

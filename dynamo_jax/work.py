@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import safetensors
-import safetensors.numpy
+
+from dynamo_jax.models.tensor_files import write_tensors
 
 Bundle = dict[str, np.ndarray]
 
@@ -92,7 +93,7 @@ class FolderWork:
         return self._path(name).exists()
 
     def put(self, name: str, bundle: Bundle) -> None:
-        write_bundle(self._path(name), bundle)
+        write_tensors(self._path(name), bundle)
 
     def get(self, name: str) -> Bundle:
         return read_bundle(self._path(name))
@@ -105,16 +106,6 @@ class FolderWork:
         for path in (self.folder / "job.json", self.folder / "lock", *self.folder.glob("*.partial")):
             path.unlink(missing_ok=True)
         os.close(self._lock)
-
-
-def write_bundle(path: Path, bundle: Bundle) -> None:
-    """One safetensors file, whole or absent. The library writes memory as it lies, hence the copies."""
-    partial = path.with_suffix(".partial")
-    try:
-        safetensors.numpy.save_file({name: np.ascontiguousarray(a) for name, a in bundle.items()}, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_bundle(path: Path) -> Bundle:

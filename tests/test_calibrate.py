@@ -109,6 +109,23 @@ def test_a_quantization_killed_three_times_ends_with_the_same_bits(texts, tmp_pa
     assert not work.exists()
 
 
+def test_a_full_disk_is_one_line_and_the_run_resumes_after_it(texts, tmp_path):
+    """Files may hold 3 MB at most, less than the embeddings; then they may hold anything."""
+    (tmp_path / "code.txt").write_text(texts["code"])
+    arguments = ["quantize", "--known", f"code={tmp_path / 'code.txt'}", "--windows", "1", "--window", "64"]
+    arguments += ["--out", str(tmp_path / "out")]
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))"
+    program = f"import resource, sys; {limit}; sys.argv = ['dynamo-jax', *{arguments!r}]; import dynamo_jax.__main__"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    failed = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    errors = [line for line in failed.stderr.splitlines() if "error" in line]
+    assert failed.returncode == 2 and len(errors) == 1 and "top.safetensors: cannot be written" in errors[0]
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / ".out.partial").glob("*.partial"))
+    subprocess.run([sys.executable, "-m", "dynamo_jax", *arguments], env=environment, check=True, capture_output=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["code.txt", "out"]
+
+
 def test_an_unfinished_run_of_another_job_is_named_and_left(tmp_path):
     work = FolderWork(tmp_path / "w", {"settings": {"bits": 3.0}, "texts": {}})
     with pytest.raises(ValueError, match="another process is working here"):

@@ -129,14 +129,14 @@ def test_a_folder_with_other_things_is_left_alone(quantized, tmp_path):
 def test_a_failed_save_leaves_the_earlier_checkpoint_whole(quantized, tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "model", quantized)
 
-    real = checkpoint.write_bundle
+    real = checkpoint.write_tensors
 
     def full_disk(path, bundle):
         if "layer-003" in path.name:
             raise OSError(28, "No space left on device")
         real(path, bundle)
 
-    monkeypatch.setattr(checkpoint, "write_bundle", full_disk)
+    monkeypatch.setattr(checkpoint, "write_tensors", full_disk)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path / "model", quantized)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

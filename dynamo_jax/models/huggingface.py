@@ -17,7 +17,6 @@ from typing import Any
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 import tokenizers
 from flax import nnx
 
@@ -33,7 +32,7 @@ from dynamo_jax.models.expert_files import (
     read_expert,
 )
 from dynamo_jax.models.families import FAMILIES, config_from, layer_tensor_names, tensor_names
-from dynamo_jax.models.tensor_files import FLOATS, INDEX, SINGLE, TensorFiles, read_json
+from dynamo_jax.models.tensor_files import FLOATS, INDEX, SINGLE, TensorFiles, read_json, write_tensors
 
 TOKENIZER = "tokenizer.json"
 UNQUANTIZED = "embeddings, attention, norms, routers, shared experts, dense layers and biases keep their dtype"
@@ -213,8 +212,7 @@ def save_checkpoint(folder: Path, model: Decoder, tokenizer: Path, dtype: Any = 
         parts = [arrays[f"layers.{layer}.{part}"] for part in ("gate", "up", "down")]
         tensors |= expert_tensors(config, layer, list(zip(*parts)), {})
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: np.ascontiguousarray(a) for name, a in tensors.items()}
-    safetensors.numpy.save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    write_tensors(folder / SINGLE, tensors)
     (folder / "config.json").write_text(json.dumps(_olmoe_json(config, np.dtype(dtype).name), indent=2) + "\n")
     if tokenizer != folder / TOKENIZER:
         shutil.copyfile(tokenizer, folder / TOKENIZER)
@@ -244,9 +242,7 @@ def write_shards(folder: Path, shards: Iterator[dict[str, np.ndarray]], count: i
     total = 0
     for number, tensors in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{count:05d}.safetensors"
-        safetensors.numpy.save_file(
-            {name: np.ascontiguousarray(a) for name, a in tensors.items()}, folder / file, metadata={"format": "pt"}
-        )
+        write_tensors(folder / file, tensors)
         places |= dict.fromkeys(tensors, file)
         total += sum(a.nbytes for a in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401 (numpy then knows bfloat16)
 import numpy as np
 import safetensors
+import safetensors.numpy
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
@@ -90,6 +91,19 @@ class TensorFiles:
     def dtypes(self) -> dict[str, int]:
         """Tensors of each dtype."""
         return dict(Counter(header.dtype for header in self.headers.values()))
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """One safetensors file, whole or absent. The library writes memory as it lies, hence the contiguous copies."""
+    partial = path.with_suffix(".partial")
+    try:
+        whole = {name: np.ascontiguousarray(a) for name, a in tensors.items()}
+        safetensors.numpy.save_file(whole, partial, metadata={"format": "pt"})
+        partial.replace(path)
+    except safetensors.SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(f"{path}: cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
