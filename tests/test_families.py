@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from dynamo_jax.models.families import FAMILIES, config_from
-from dynamo_jax.models.huggingface import load_checkpoint, load_config
+from dynamo_jax.models.huggingface import load_checkpoint, load_config, parameter_shapes
 
 TOKENS = np.random.default_rng(0).integers(3, 61, (3, 20))
 MASK = np.ones((3, 20), bool)
@@ -152,3 +152,79 @@ REFUSED = {
 def test_what_the_decoder_cannot_compute_is_refused(message):
     with pytest.raises(ValueError, match=message):
         config_from(REFUSED[message])
+
+
+def published(family, billions, experts, **raw):
+    return pytest.param({"model_type": family, **raw}, billions, experts, id=f"{family}, {billions} billion")
+
+
+PUBLISHED = [
+    published(
+        "mixtral", 46.7, (32, 8), vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2,
+        max_position_embeddings=32768, rope_theta=1e6, sliding_window=None,
+    ),
+    published(
+        "olmoe", 6.92, (16, 64), vocab_size=50304, hidden_size=2048, intermediate_size=1024, num_hidden_layers=16,
+        num_attention_heads=16, num_key_value_heads=16, num_experts=64, num_experts_per_tok=8,
+        max_position_embeddings=4096, rope_scaling=None, clip_qkv=None,
+    ),
+    published(
+        "qwen2_moe", 14.3, (24, 60), vocab_size=151936, hidden_size=2048, intermediate_size=5632,
+        moe_intermediate_size=1408, shared_expert_intermediate_size=5632, num_hidden_layers=24,
+        num_attention_heads=16, num_key_value_heads=16, num_experts=60, num_experts_per_tok=4,
+        max_position_embeddings=8192, use_sliding_window=False, sliding_window=32768, max_window_layers=21,
+    ),
+    published(
+        "qwen3_moe", 30.5, (48, 128), vocab_size=151936, hidden_size=2048, intermediate_size=6144,
+        moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+        num_experts=128, num_experts_per_tok=8, max_position_embeddings=40960, norm_topk_prob=True,
+    ),
+    published(
+        "deepseek_v2", 15.7, (26, 64), vocab_size=102400, hidden_size=2048, intermediate_size=10944,
+        moe_intermediate_size=1408, num_hidden_layers=27, num_attention_heads=16, n_routed_experts=64,
+        n_shared_experts=2, num_experts_per_tok=6, first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=512,
+        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, topk_method="greedy", n_group=1, topk_group=1,
+        max_position_embeddings=163840, rope_theta=10000,
+        rope_scaling={
+            "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
+    published(
+        "deepseek_v3", 671, (58, 256), vocab_size=129280, hidden_size=7168, intermediate_size=18432,
+        moe_intermediate_size=2048, num_hidden_layers=61, num_attention_heads=128, n_routed_experts=256,
+        n_shared_experts=1, num_experts_per_tok=8, first_k_dense_replace=3, q_lora_rank=1536, kv_lora_rank=512,
+        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_group=8, topk_group=4,
+        routed_scaling_factor=2.5, max_position_embeddings=163840,
+    ),
+    published(
+        "gpt_oss", 20.9, (24, 32), vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=24,
+        num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_local_experts=32, num_experts_per_tok=4,
+        max_position_embeddings=131072, rope_theta=150000,
+        rope_scaling={"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096},
+    ),
+    published(
+        "granitemoe", 1.33, (24, 32), vocab_size=49155, hidden_size=1024, intermediate_size=512, num_hidden_layers=24,
+        num_attention_heads=16, num_key_value_heads=8, num_local_experts=32, num_experts_per_tok=8,
+        max_position_embeddings=4096, tie_word_embeddings=True, attention_multiplier=0.015625,
+    ),
+    published(
+        "phimoe", 41.9, (32, 16), vocab_size=32064, hidden_size=4096, intermediate_size=6400, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, num_local_experts=16, num_experts_per_tok=2,
+        max_position_embeddings=131072, attention_bias=True, lm_head_bias=True,
+        rope_scaling={
+            "type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "short_mscale": 1.243,
+            "long_mscale": 1.243, "original_max_position_embeddings": 4096,
+        },
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "billions", "experts"), PUBLISHED)
+def test_published_models_have_their_published_sizes(raw, billions, experts):
+    """From the sizes in their config.json, without a weight."""
+    config = config_from(raw)
+    total = sum(int(np.prod(shape)) for shape in parameter_shapes(config).values()) + config.num_expert_weights
+    assert total / 1e9 == pytest.approx(billions, rel=4e-3)
+    assert (config.num_moe_layers, config.num_experts) == experts
