@@ -252,14 +252,14 @@ def quantize_folder(
         "texts": {name: digest(text) for name, text in known.items()},
         "model": source.fingerprint(),
     }
-    work = FolderWork(out.parent / f".{out.name}.partial", job)
-    plan, knowledge, _ = _plan_and_knowledge(source, windows, known, config, work, progress)
-    checkpoint.describe_to(work.folder, source.config, plan, config.window, knowledge, side_files(folder))
-    for layer in source.config.moe_layers:
-        for name in ("stats", "sensitivity"):
-            work.drop(f"{name}-{layer:03d}")
-    work.close()
-    checkpoint.put_in_place(work.folder, out)
+    with FolderWork(out.parent / f".{out.name}.partial", job) as work:
+        plan, knowledge, _ = _plan_and_knowledge(source, windows, known, config, work, progress)
+        checkpoint.describe_to(work.folder, source.config, plan, config.window, knowledge, side_files(folder))
+        for layer in source.config.moe_layers:
+            for name in ("stats", "sensitivity"):
+                work.drop(f"{name}-{layer:03d}")
+        work.finish()
+        checkpoint.put_in_place(work.folder, out)
     return plan
 
 

@@ -55,7 +55,7 @@ class MemoryWork:
 
 class FolderWork:
     """Bundles as files in ``folder``, which belongs to one job: ``job`` says which, and a folder that another
-    job began, or that another process works in, is an error."""
+    job began, or that another one works in, is an error. A context manager, which lets go of the folder."""
 
     def __init__(self, folder: Path, job: dict[str, Any]):
         self.folder = folder
@@ -66,7 +66,7 @@ class FolderWork:
             self._check(job)
         except BlockingIOError as error:
             os.close(self._lock)
-            raise ValueError(f"{folder}: another process is working here") from error
+            raise ValueError(f"{folder}: another run is working here") from error
         except ValueError:
             os.close(self._lock)
             raise
@@ -82,6 +82,8 @@ class FolderWork:
                     "delete it, finish it, or choose another --out"
                 )
             return
+        for leftover in self.folder.glob("*.safetensors"):  # of a job that had ended but for its last rename
+            leftover.unlink()
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
@@ -101,10 +103,15 @@ class FolderWork:
     def drop(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)
 
-    def close(self) -> None:
-        """Remove what only the job needed and let go of the folder."""
+    def finish(self) -> None:
+        """Remove what only the job needed: what is left is its result."""
         for path in (self.folder / "job.json", self.folder / "lock", *self.folder.glob("*.partial")):
             path.unlink(missing_ok=True)
+
+    def __enter__(self) -> FolderWork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         os.close(self._lock)
 
 

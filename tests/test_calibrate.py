@@ -127,13 +127,15 @@ def test_a_full_disk_is_one_line_and_the_run_resumes_after_it(texts, tmp_path):
 
 
 def test_an_unfinished_run_of_another_job_is_named_and_left(tmp_path):
-    work = FolderWork(tmp_path / "w", {"settings": {"bits": 3.0}, "texts": {}})
-    with pytest.raises(ValueError, match="another process is working here"):
-        FolderWork(tmp_path / "w", {"settings": {"bits": 3.0}, "texts": {}})
-    os.close(work._lock)  # as the end of its process does
+    job = {"settings": {"bits": 3.0}, "texts": {}}
+    with FolderWork(tmp_path / "w", job):
+        with pytest.raises(ValueError, match="another run is working here"):
+            FolderWork(tmp_path / "w", job)
     with pytest.raises(ValueError, match="another settings lies here"):
-        FolderWork(tmp_path / "w", {"settings": {"bits": 4.0}, "texts": {}})
-    FolderWork(tmp_path / "w", {"settings": {"bits": 3.0}, "texts": {}}).close()
+        FolderWork(tmp_path / "w", job | {"settings": {"bits": 4.0}})
+    with FolderWork(tmp_path / "w", job) as work:
+        work.finish()
+    assert not list((tmp_path / "w").iterdir())
 
 
 @pytest.mark.parametrize("rows", [0, 1, 32, 33, 48, 49, 1000, 12345])
