@@ -109,7 +109,7 @@ def model():
 def run(model, tokens, mask=None):
     weights = [x.expert_weights() for x in model.layers]
     mask = jnp.ones(tokens.shape) if mask is None else mask
-    return observe(model, tokens, mask, weights, [[noisy(w)] for w in weights])
+    return jax.jit(lambda t, m: observe(model, t, m, weights, [[noisy(w)] for w in weights]))(tokens, mask)
 
 
 def test_two_batches_merged_are_one_batch(model):
@@ -190,7 +190,7 @@ def test_repeating_the_data_leaves_significance_unchanged(model):
     twice = jnp.concatenate([tokens, tokens])
 
     def significance(t):
-        sensitivity = output_sensitivity(model, t, jnp.ones((len(t), 10)))
+        sensitivity = jax.jit(lambda t: output_sensitivity(model, t, jnp.ones((len(t), 10))))(t)
         return expert_significance(run(model, t[:, :-1])[0], sensitivity)
 
     np.testing.assert_allclose(significance(tokens), significance(twice), rtol=1e-3, atol=1e-9)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,18 +36,16 @@ def plain(model, windows):
     stored = [quantize_planes(np.stack(w, axis=1), SMALL.group_size) for w in weights]
     rounded = [[dequantize(s, w).astype(jnp.bfloat16).astype(jnp.float32) for w in WIDTHS] for s in stored]
     candidates = [[ExpertWeights(*w.swapaxes(0, 1)) for w in layer] for layer in rounded]
-    stats, counts = observe(model, tokens[:, :-1], mask, weights, candidates)
-    return stats, output_sensitivity(model, tokens, mask), counts
+    stats, counts = jax.jit(lambda t: observe(model, t, mask, weights, candidates))(tokens[:, :-1])
+    return stats, jax.jit(lambda t: output_sensitivity(model, t, mask))(tokens), counts
 
 
-@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "gpt_oss", "granitemoe"])
 def test_the_sweeps_give_the_sums_of_the_plain_definitions(family_model, family, tmp_path):
-    """With dense and shared parts, biases, windows and scaled residuals; three datasets at once, a part batch."""
+    """With dense and shared parts, biases, windows and scaled residuals; two datasets at once, a part batch."""
     family_model(family).save_pretrained(tmp_path, max_shard_size="60KB")
     rng = np.random.default_rng(0)
-    windows = {
-        name: rng.integers(3, 61, (count, 13)).astype(np.int32) for name, count in (("a", 3), ("b", 1), ("c", 1))
-    }
+    windows = {name: rng.integers(3, 61, (count, 13)).astype(np.int32) for name, count in (("a", 3), ("b", 2))}
     got, predicted = analyze(Source(tmp_path), windows, SMALL, MemoryWork())
     assert np.isfinite(predicted).all()
     model = load_checkpoint(tmp_path)

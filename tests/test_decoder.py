@@ -155,7 +155,7 @@ def test_a_prompt_in_pieces_has_the_states_of_the_whole(model):
     whole, _ = model.hidden_states(TOKENS, mask)
     cache = new_cache(CONFIG, 2, 16)
     for start, stop in ((0, 6), (6, 7), (7, 12)):
-        part, _, cache = model.cached_states(TOKENS[:, start:stop], mask[:, start:stop], cache)
+        part, _, cache = jax.jit(model.cached_states)(TOKENS[:, start:stop], mask[:, start:stop], cache)
         seen = np.asarray(mask[:, start:stop])
         np.testing.assert_allclose(np.asarray(part)[seen], np.asarray(whole[:, start:stop])[seen], atol=1e-5)
     assert int(cache.used) == 12

@@ -257,7 +257,7 @@ def mixed(seed, choices=WIDTHS):
 )
 def test_a_layer_reads_each_block_at_its_own_width(store, widths, spare):
     base, variant = paged(store, widths, spare, 7)
-    by_width = {w: dequantize(store, w) for w in WIDTHS}
+    by_width = {w: dequantize(store, w).astype(jnp.bfloat16) for w in WIDTHS}  # what matrix units multiply
     for layer in range(LAYERS):
         got = dequantize_layer(base, variant, layer)
         assert got.shape == (3, EXPERTS, CHANNELS, HIDDEN)
