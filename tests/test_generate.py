@@ -69,15 +69,21 @@ def quantized(bundled, texts):
 
 
 def test_one_program_a_bucket_and_one_for_decoding(tiny, compilations):
-    """The cache's capacity fixed, the settings of sampling and the lengths free."""
-    generate(tiny, [[5] * 10], GenerateConfig(max_tokens=4), capacity=128)
+    """Whatever the settings of sampling, the prompts' lengths and the new tokens."""
+    generate(tiny, [[5] * 10], GenerateConfig(max_tokens=4))
     with compilations() as count:
-        generate(tiny, [[6] * 16], GenerateConfig(max_tokens=9), capacity=128)
-        generate(tiny, [[7]], GenerateConfig(max_tokens=5, temperature=0.9, top_k=7, top_p=0.8, seed=3), capacity=128)
+        generate(tiny, [[6] * 16], GenerateConfig(max_tokens=99))
+        generate(tiny, [[7]], GenerateConfig(max_tokens=5, temperature=0.9, top_k=7, top_p=0.8, seed=3))
     assert count.compiled == 0
     with compilations() as count:
-        generate(tiny, [[5] * 17], GenerateConfig(max_tokens=9), capacity=128)
+        generate(tiny, [[5] * 17], GenerateConfig(max_tokens=9))
     assert count.compiled == 1
+
+
+def test_a_capacity_that_is_too_small_is_named(tiny):
+    with pytest.raises(ValueError, match="capacity 16 is less than 19: a bucket of 16 and max_tokens less one"):
+        generate(tiny, [[5]], GenerateConfig(max_tokens=4), capacity=16)
+    assert len(generate(tiny, [[5]], GenerateConfig(max_tokens=4), capacity=19)[0]) == 4
 
 
 def test_switching_the_variant_while_decoding_compiles_nothing(quantized, compilations):

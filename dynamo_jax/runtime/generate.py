@@ -26,6 +26,7 @@ from dynamo_jax.models.experts import float_experts
 from dynamo_jax.runtime.switch import switched_experts
 
 SMALLEST_BUCKET = 16
+SMALLEST_CAPACITY = 1024  # slots of the cache, unless the caller or a longer text asks for others
 
 
 class Quantized(NamedTuple):
@@ -140,7 +141,8 @@ def stream(
     """Continue all prompts together: at each step one token for each, None for one that has ended.
 
     A sequence ends at a stop token (which is not given out), after ``max_tokens``, or at the model's last
-    position. ``capacity`` fixes the cache's slots, so that later calls with other lengths reuse the programs.
+    position. ``capacity`` is the number of the cache's slots; by default 1,024, or the power of two that the
+    call needs, so that calls of different lengths share one decoding program.
     """
     limit = model.config.max_position_embeddings
     for number, prompt in enumerate(prompts):
@@ -156,7 +158,7 @@ def stream(
     needed = length + config.max_tokens - 1
     if capacity is not None and capacity < needed:
         raise ValueError(f"capacity {capacity} is less than {needed}: a bucket of {length} and max_tokens less one")
-    slots = capacity or -(-needed // 64) * 64
+    slots = capacity or max(SMALLEST_CAPACITY, bucket(needed))
 
     tokens, mask = np.zeros((len(prompts), length), np.int32), np.zeros((len(prompts), length), bool)
     for row, prompt in enumerate(prompts):
