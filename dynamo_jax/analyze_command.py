@@ -25,7 +25,7 @@ def analyze_texts(
     a token at each width; between datasets the routing divergence in bits a layer."""
     check_shapes(source.config, config)
     windows = known_windows(texts, tokenizer, config)
-    runs, _ = analyze(source, windows, config, MemoryWork(unwanted=("layer-", "top")), progress)
+    runs = analyze(source, windows, config, MemoryWork(unwanted=("layer-", "top")), progress)
     layers = range(source.config.num_moe_layers)
     counts = {n: np.asarray(r.stats.counts) for n, r in runs.items()}
     names = list(runs)

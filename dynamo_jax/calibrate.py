@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dynamo_jax.analysis.significance import block_errors
 from dynamo_jax.analysis.statistics import Statistics
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.attention import Places
@@ -34,11 +33,15 @@ from dynamo_jax.models.experts import activation_of
 from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.models.norms import Norm
 from dynamo_jax.models.rotary import angles
+from dynamo_jax.quant.gptq import CHUNK_WEIGHTS, quantize_gptq, shrunk
 from dynamo_jax.quant.planes import Planes, dequantize, quantize
 from dynamo_jax.work import Bundle, Work
 
 Progress = Callable[[str, float, int], None]  # (stage, done, of)
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
+QUANTIZERS = ("gptq", "rtn")
+PRIOR_ROWS = 256  # what the layer's own Hessian counts for in that of each expert
+MAX_INPUTS = 4096  # of one Hessian; more are cut into parts whose correlations with each other are left out
 FORWARD, BACKWARD = "calibrate layers", "sensitivity of layers"
 
 
@@ -58,13 +61,17 @@ class LayerSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """One job. tokens: windows of all datasets, those of the first one first; dataset: of each window."""
+    """One job. tokens: windows of all datasets, those of the first one first; dataset: of each window.
+
+    quantizer: gptq (error feedback along the calibration inputs, ``quant/gptq.py``) or rtn (``quant/planes.py``).
+    """
 
     source: LayerSource
     tokens: Int[np.ndarray, "S T1"]
     dataset: Int[np.ndarray, " S"]
     group_size: int
     channel_block: int
+    quantizer: str
     batch_size: int
     work: Work
     progress: Progress
@@ -118,12 +125,12 @@ def _gradient(layer: int) -> str:
 
 
 def statistics_of(work: Work, config: ModelConfig, fields: tuple[str, ...] = Statistics._fields) -> list[Bundle]:
-    """For each layer with experts, the sums of ``fields`` with axes (A, ..), and with them predicted (E, B, W),
-    windows (S, E) and sensitivity (A,)."""
+    """For each layer with experts, the sums of ``fields`` with axes (A, ..), and with them windows (S, E) and
+    sensitivity (A,)."""
     out = []
     for layer in config.moe_layers:
         bundle = work.get(stats_name(layer))
-        wanted = {name: bundle[name] for name in (*fields, "predicted", "windows")}
+        wanted = {name: bundle[name] for name in (*fields, "windows")}
         out.append(wanted | work.get(_sensitivity(layer)))
     return out
 
@@ -185,36 +192,119 @@ def _experts_up(
     config = job.source.config
     owner = np.repeat(job.dataset, job.tokens.shape[1] - 1)
     out = np.zeros(outer.normed.shape, np.float32)
-    sums, errors, predicted, quantized = [], [], [], []
-    for expert in range(config.num_experts):
-        weights = np.stack(job.source.expert(layer, expert))
-        job.source.release()
-        try:
-            planes = quantize(weights, job.group_size)
-        except ValueError as error:
-            raise ValueError(f"layer {layer}, expert {expert}: {error}") from error
-        token, _, rows = _rows_of(outer, expert)
-        member = np.zeros((job.datasets, len(rows.x)), np.float32)
-        member[owner[token], np.arange(len(token))] = 1
-        biases = _biases(rest, expert)
-        y, total = _run_expert(config, rows.x, rows.gates, member, weights, biases)
-        out[token] += np.asarray(y)[: len(token)] * rows.gates[: len(token), None]
-        widths = [
-            _at_width(config, job.channel_block, width, rows.x, rows.gates, member, y, weights, planes, biases, total)
-            for width in WIDTHS
-        ]
-        sums.append(jax.tree.map(np.asarray, total))
-        errors.append(np.stack([np.asarray(e) for e, _ in widths], axis=-1))
-        predicted.append(np.stack([np.asarray(p) for _, p in widths], axis=-1))
+    sums, errors, block_errors, quantized = [], [], [], []
+    for together in expert_chunks(config):
+        weights = [_finite_expert(job, layer, expert) for expert in together]
+        rows = [_rows_of(outer, expert)[2] for expert in together]
+        biases = [_biases(rest, expert) for expert in together]
+        planes = _planes_of(job, np.stack(weights), rows, biases, outer)
         quantized.append(planes)
-        job.progress(FORWARD, layer + (expert + 1) / (config.num_experts + 1), config.num_hidden_layers)
+        for i, expert in enumerate(together):
+            token = _rows_of(outer, expert)[0]
+            member = np.zeros((job.datasets, len(rows[i].x)), np.float32)
+            member[owner[token], np.arange(len(token))] = 1
+            own = jax.tree.map(lambda a, i=i: a[i], planes)
+            measured = (rows[i].x, rows[i].gates, member)
+            h, y, total = _run_expert(config, *measured, weights[i], biases[i])
+            out[token] += np.asarray(y)[: len(token)] * rows[i].gates[: len(token), None]
+            widths = [
+                _at_width(config, job.channel_block, width, *measured, h, y, weights[i], own, biases[i])
+                for width in WIDTHS
+            ]
+            sums.append(jax.tree.map(np.asarray, total))
+            errors.append(np.stack([np.asarray(e) for e, _ in widths], axis=-1))
+            block_errors.append(np.stack([np.asarray(b) for _, b in widths], axis=-1))
+            job.progress(FORWARD, layer + (expert + 1) / (config.num_experts + 1), config.num_hidden_layers)
     stats = {name: np.stack([s[name] for s in sums], axis=1) for name in sums[0]}
     stats["errors"] = np.stack(errors, axis=1)
     stats["tokens"] = np.bincount(owner, minlength=job.datasets).astype(np.float32)
-    stats["predicted"] = np.stack(predicted)
-    chosen = outer.experts.reshape(len(job.tokens), -1)
-    stats["windows"] = np.stack([np.bincount(c, minlength=config.num_experts) for c in chosen]).astype(np.float32)
-    return out, jax.tree.map(lambda *a: np.stack(a), *quantized), stats
+    stats["block_errors"] = np.stack(block_errors, axis=1)
+    routed = outer.experts.reshape(len(job.tokens), -1)
+    stats["windows"] = np.stack([np.bincount(r, minlength=config.num_experts) for r in routed]).astype(np.float32)
+    return out, jax.tree.map(lambda *a: np.concatenate(a), *quantized), stats
+
+
+def expert_chunks(config: ModelConfig) -> list[list[int]]:
+    """Experts that are quantized together: small ones many at a time, large ones alone."""
+    count = config.num_experts
+    size = max(1, CHUNK_WEIGHTS // (3 * config.intermediate_size * config.hidden_size))
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+
+
+def _finite_expert(job: Calibration, layer: int, expert: int) -> Float[np.ndarray, "P F D"]:
+    weights = np.stack(job.source.expert(layer, expert))
+    job.source.release()
+    if not np.isfinite(np.asarray(weights, np.float32)).all():
+        raise ValueError(f"layer {layer}, expert {expert}: weights to quantize hold NaN or infinity")
+    return weights
+
+
+def _planes_of(
+    job: Calibration, weights: Float[np.ndarray, "X P F D"], rows: list[Rows], biases: list[Triple | None], outer: Outer
+) -> Planes:
+    """Planes (X, P, F, ..) of some experts, by the job's quantizer."""
+    if job.quantizer == "rtn":
+        return quantize(weights, job.group_size)
+    config, (count, _, channels, hidden_size) = job.source.config, weights.shape
+    squared = [r.gates**2 for r in rows]
+    shares = (np.asarray(outer.gates) ** 2).sum(axis=1)
+    typical = float(shares.sum()) / max(1, outer.experts.size)  # of one row
+    inputs = [r.x for r in rows]
+
+    def layer_hessian(part: slice) -> np.ndarray:
+        x = np.asarray(outer.normed)[:, part]
+        return (x * (shares / max(float(shares.sum()), 1e-30))[:, None]).T @ x
+
+    first = _feedback_planes(
+        weights[:, :2].reshape(count, 2 * channels, hidden_size),
+        inputs,
+        squared,
+        typical,
+        job.group_size,
+        2,
+        layer_hessian,
+    )
+    hidden = [np.asarray(_hidden_channels(config, r.x, w, b)) for r, w, b in zip(rows, weights, biases)]
+    energy = sum(float(s @ np.square(h).mean(axis=1)) for s, h in zip(squared, hidden))
+    spread = energy / max(sum(float(s.sum()) for s in squared), 1e-30)
+
+    def own_scale(part: slice) -> np.ndarray:  # hidden channels of different experts have nothing in common
+        return np.eye(part.stop - part.start, dtype=np.float32) * np.float32(spread)
+
+    down = _feedback_planes(weights[:, 2], hidden, squared, typical, job.group_size, 1, own_scale)
+    return jax.tree.map(
+        lambda a, b: np.concatenate([a.reshape(count, 2, channels, -1), b[:, None]], axis=1), first, down
+    )
+
+
+def _feedback_planes(
+    w: np.ndarray,
+    inputs: list[np.ndarray],
+    squared: list[np.ndarray],
+    typical: float,
+    group_size: int,
+    input_axis: int,
+    prior: Callable[[slice], np.ndarray],
+) -> Planes:
+    """GPTQ planes of one projection. inputs: rows (R, C) of each expert; squared: their squared gates."""
+    size = w.shape[input_axis]
+    step = size if size <= MAX_INPUTS else MAX_INPUTS // group_size * group_size
+    parts = []
+    for start in range(0, size, step):
+        part = slice(start, min(start + step, size))
+        common = prior(part)
+        hessians = [
+            shrunk((x[:, part] * s[:, None]).T @ x[:, part], float(s.sum()), common, PRIOR_ROWS * typical)
+            for x, s in zip(inputs, squared)
+        ]
+        own = w[:, part] if input_axis == 1 else w[:, :, part]
+        parts.append(quantize_gptq(own, np.stack(hessians), group_size, input_axis))
+    return jax.tree.map(lambda *a: np.concatenate(a, axis=input_axis), *parts)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _hidden_channels(config, x, weights, biases):
+    return _expert(config, x, weights, biases)[0]
 
 
 class Rows(NamedTuple):
@@ -247,48 +337,52 @@ def _biases(rest: Bundle, expert: int) -> Triple | None:
     return tuple(rest[name][expert] for name in names) if names[0] in rest else None  # type: ignore[return-value]
 
 
-def _expert(config: ModelConfig, x: Array, weights: Any, biases: Any) -> tuple[Array, Array, Array, Array]:
-    """Gate, up and hidden channels (R, F) and output (R, D) of one expert."""
+def _expert(config: ModelConfig, x: Array, weights: Any, biases: Any) -> tuple[Array, Array]:
+    """Hidden channels (R, F) and output (R, D) of one expert."""
     gate, up, down = (w.astype(x.dtype) for w in weights)
     a, u = x @ gate.T, x @ up.T
     if biases is not None:
         a, u = a + biases[0].astype(x.dtype), u + biases[1].astype(x.dtype)
     h = activation_of(config)(a, u)
     y = h @ down
-    return a, u, h, y if biases is None else y + biases[2].astype(x.dtype)
+    return h, y if biases is None else y + biases[2].astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _run_expert(config, x, gates, member, weights, biases):
-    """Output (R, D) and, by dataset, the sums of ``Statistics`` that need no quantized weights."""
-    a, u, h, y = _expert(config, x, weights, biases)
-    activation, one = activation_of(config), jnp.ones_like(a)
-    _, gate_slope = jax.jvp(lambda a: activation(a, u), (a,), (one,))
-    _, up_slope = jax.jvp(lambda u: activation(a, u), (u,), (one,))
+    """Hidden channels (R, F), output (R, D) and, by dataset, the sums that need no quantized weights."""
+    h, y = _expert(config, x, weights, biases)
     squared = member * gates**2
-    return y, {
-        "counts": member.sum(axis=1),
-        "gate": member @ gates,
-        "gate_sq": squared.sum(axis=1),
-        "input_energy": squared @ x**2,
-        "hidden_energy": squared @ h**2,
-        "up_gain": squared @ up_slope**2,
-        "gate_gain": squared @ gate_slope**2,
-        "output_energy": squared @ jnp.sum(y**2, axis=1),
-    }
+    return (
+        h,
+        y,
+        {
+            "counts": member.sum(axis=1),
+            "gate": member @ gates,
+            "gate_sq": squared.sum(axis=1),
+            "hidden_energy": squared @ h**2,
+            "output_energy": squared @ jnp.sum(y**2, axis=1),
+        },
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "channel_block", "width"))
-def _at_width(config, channel_block, width, x, gates, member, y, weights, planes, biases, total):
-    """By dataset, the summed squared output error at ``width``; and that of each block as channel energies
-    of all datasets together predict it."""
+def _at_width(config, channel_block, width, x, gates, member, h, y, weights, planes, biases):
+    """By dataset, the summed squared output error at ``width`` of the whole expert (A,) and of its blocks (A, B)."""
     rounded = dequantize(planes, width).astype(jnp.bfloat16).astype(jnp.float32)
-    error = (member * gates**2) @ jnp.sum((_expert(config, x, rounded, biases)[3] - y) ** 2, axis=1)
-    full = weights.astype(jnp.float32)
-    together = {name: value.sum(axis=0)[None, None] for name, value in total.items()}
-    stats = Statistics(tokens=jnp.zeros(1), errors=jnp.zeros((1, 1, 0)), **together)
-    predicted = block_errors(stats, full[None, None, 2], (rounded - full)[None, :, None], channel_block)
-    return error, predicted[0, 0]
+    squared = member * gates**2
+    h_at, y_at = _expert(config, x, rounded, biases)
+    down = weights[2].astype(jnp.float32)
+
+    def block(start):
+        def cut(a, axis):
+            return jax.lax.dynamic_slice_in_dim(a, start, channel_block, axis)
+
+        error = cut(h_at, 1) @ cut(rounded[2], 0) - cut(h, 1) @ cut(down, 0)
+        return squared @ jnp.sum(error**2, axis=1)
+
+    blocks = jax.lax.map(block, jnp.arange(0, down.shape[0], channel_block))
+    return squared @ jnp.sum((y_at - y) ** 2, axis=1), blocks.T
 
 
 # Downwards
@@ -356,7 +450,7 @@ def _layer_down(job: Calibration, layer: int, d_out: Float[np.ndarray, "S T D"])
 @functools.partial(jax.jit, static_argnames="config")
 def _expert_vjp(config, x, gates, weights, biases, d_out):
     def weighted(x, gates):
-        return _expert(config, x, weights, biases)[3] * gates[:, None]
+        return _expert(config, x, weights, biases)[1] * gates[:, None]
 
     return jax.vjp(weighted, x, gates)[1](d_out)
 

@@ -121,6 +121,9 @@ def quantize(
     bits: Annotated[float, typer.Option(help="Bits a weight over all experts, scales included.")] = 3.0,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
     channel_block: Annotated[int, typer.Option(help="Channels that share a width.")] = 16,
+    quantizer: Annotated[
+        str, typer.Option(help="gptq: error feedback from calibration inputs; rtn: rounding, ten times faster.")
+    ] = "gptq",
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows a dataset.")] = 32,
     window: WindowOption = 256,
 ) -> None:
@@ -134,7 +137,12 @@ def quantize(
     texts = read_datasets(known, [])
     folder = float_folder(model)
     settings = QuantizeConfig(
-        bits=bits, group_size=group_size, channel_block=channel_block, window=window, calibration_windows=windows
+        bits=bits,
+        group_size=group_size,
+        channel_block=channel_block,
+        quantizer=quantizer,
+        window=window,
+        calibration_windows=windows,
     )
     with progress_bar() as progress:
         quantize_folder(folder, out, texts["known"], settings, progress)

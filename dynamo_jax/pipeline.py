@@ -22,10 +22,10 @@ from dynamo_jax.analysis.significance import (
     channel_significance,
     expert_significance,
     loss_per_error,
-    measured_over_predicted,
+    whole_over_blocks,
 )
 from dynamo_jax.analysis.statistics import Statistics, merge
-from dynamo_jax.calibrate import Calibration, LayerSource, Progress, calibrate, statistics_of
+from dynamo_jax.calibrate import QUANTIZERS, Calibration, LayerSource, Progress, calibrate, statistics_of
 from dynamo_jax.data import token_windows
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
@@ -50,6 +50,7 @@ class QuantizeConfig:
     bits: float = 3.0
     group_size: int = 64
     channel_block: int = 16
+    quantizer: str = "gptq"
     window: int = 256
     calibration_windows: int = 32
     adaptation_windows: int = 8
@@ -57,14 +58,15 @@ class QuantizeConfig:
 
 
 class Analysis(NamedTuple):
-    """One dataset's sums. windows: routing counts of each window (S, L, E)."""
+    """One dataset's sums. windows: routing counts of each window (S, L, E); hidden_size: the model's."""
 
     stats: Statistics
     sensitivity: Float[np.ndarray, " L"]
     windows: Float[np.ndarray, "S L E"]
+    hidden_size: int
 
     def expert_significance(self) -> Float[np.ndarray, "L E W"]:
-        return expert_significance(self.stats, self.sensitivity)
+        return expert_significance(self.stats, self.sensitivity, self.hidden_size)
 
     def channel_significance(self, down: Float[ArrayLike, "L E F D"]) -> Float[np.ndarray, "L E F"]:
         return channel_significance(self.stats, down)
@@ -128,12 +130,20 @@ def analyze(
     config: QuantizeConfig,
     work: Work,
     progress: Progress = no_progress,
-) -> tuple[dict[str, Analysis], Float[np.ndarray, "L E B W"]]:
-    """Calibrate on all datasets at once; each one's sums, and the predicted error of each channel block."""
+) -> dict[str, Analysis]:
+    """Calibrate on all datasets at once; each one's sums."""
     tokens = np.concatenate(list(windows.values()))
     dataset = np.repeat(np.arange(len(windows)), [len(w) for w in windows.values()])
     job = Calibration(
-        source, tokens, dataset, config.group_size, config.channel_block, config.batch_size, work, progress
+        source=source,
+        tokens=tokens,
+        dataset=dataset,
+        group_size=config.group_size,
+        channel_block=config.channel_block,
+        quantizer=config.quantizer,
+        batch_size=config.batch_size,
+        work=work,
+        progress=progress,
     )
     calibrate(job)
     records = statistics_of(work, source.config)
@@ -144,8 +154,9 @@ def analyze(
             Statistics(**fields),
             np.array([r["sensitivity"][index] for r in records]),
             np.stack([r["windows"][dataset == index] for r in records], axis=1),
+            source.config.hidden_size,
         )
-    return analyses, np.stack([r["predicted"] for r in records])
+    return analyses
 
 
 def baseline_plan(analyses: list[Analysis], config: QuantizeConfig, model: ModelConfig) -> Plan:
@@ -162,8 +173,8 @@ def baseline_plan(analyses: list[Analysis], config: QuantizeConfig, model: Model
 
 def knowledge_of(
     analyses: dict[str, Analysis],
-    predicted: Float[np.ndarray, "L E B W"],
     config: QuantizeConfig,
+    hidden_size: int,
     calibrated: dict[str, tuple[str, int]],
 ) -> Knowledge:
     """Signatures, prior errors and corrections of the known datasets together."""
@@ -171,9 +182,10 @@ def knowledge_of(
     stats = functools.reduce(merge, (a.stats for a in runs))
     sensitivity = np.sum([a.sensitivity for a in runs], axis=0)
     tokens = float(stats.tokens[0])
-    correction = measured_over_predicted(np.asarray(stats.errors), predicted)
-    per_error = loss_per_error(stats, sensitivity) * tokens
-    block_errors = predicted * correction[:, :, None, :] / tokens * per_error[:, None, None, None]
+    blocks = np.asarray(stats.block_errors)
+    correction = whole_over_blocks(np.asarray(stats.errors), blocks)
+    per_error = loss_per_error(stats, sensitivity, hidden_size) * tokens
+    block_errors = blocks * correction[:, :, None, :] / tokens * per_error[:, None, None, None]
     return Knowledge(
         names=tuple(analyses),
         counts=np.stack([np.asarray(a.stats.counts) for a in runs]),
@@ -198,11 +210,11 @@ def _plan_and_knowledge(
     work: Work,
     progress: Progress,
 ) -> tuple[Plan, Knowledge, dict[str, Analysis]]:
-    analyses, predicted = analyze(source, windows, config, work, progress)
+    analyses = analyze(source, windows, config, work, progress)
     progress("allocate", 0, 1)
     plan = baseline_plan(list(analyses.values()), config, source.config)
     calibrated = {name: (digest(known[name]), len(w)) for name, w in windows.items()}
-    knowledge = knowledge_of(analyses, predicted, config, calibrated)
+    knowledge = knowledge_of(analyses, config, source.config.hidden_size, calibrated)
     progress("allocate", 1, 1)
     return plan, knowledge, analyses
 
@@ -264,6 +276,8 @@ def quantize_folder(
 
 
 def check_shapes(model: ModelConfig, config: QuantizeConfig) -> None:
+    if config.quantizer not in QUANTIZERS:
+        raise ValueError(f"quantizer {config.quantizer!r}: known are {', '.join(QUANTIZERS)}")
     if model.intermediate_size % config.channel_block:
         raise ValueError(f"channel_block {config.channel_block} does not divide the {model.intermediate_size} channels")
     if model.hidden_size % config.group_size or config.group_size % 8:

@@ -26,7 +26,7 @@ from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.quant.planes import quantize as quantize_planes
 from dynamo_jax.work import FolderWork, MemoryWork
 
-SMALL = QuantizeConfig(bits=3.5, group_size=8, channel_block=8, window=12, batch_size=2)
+SMALL = QuantizeConfig(quantizer="rtn", bits=3.5, group_size=8, channel_block=8, window=12, batch_size=2)
 
 
 def plain(model, windows):
@@ -36,7 +36,7 @@ def plain(model, windows):
     stored = [quantize_planes(np.stack(w, axis=1), SMALL.group_size) for w in weights]
     rounded = [[dequantize(s, w).astype(jnp.bfloat16).astype(jnp.float32) for w in WIDTHS] for s in stored]
     candidates = [[ExpertWeights(*w.swapaxes(0, 1)) for w in layer] for layer in rounded]
-    stats, counts = jax.jit(lambda t: observe(model, t, mask, weights, candidates))(tokens[:, :-1])
+    stats, counts = jax.jit(lambda t: observe(model, t, mask, weights, candidates, SMALL.channel_block))(tokens[:, :-1])
     return stats, jax.jit(lambda t: output_sensitivity(model, t, mask))(tokens), counts
 
 
@@ -46,8 +46,7 @@ def test_the_sweeps_give_the_sums_of_the_plain_definitions(family_model, family,
     family_model(family).save_pretrained(tmp_path, max_shard_size="60KB")
     rng = np.random.default_rng(0)
     windows = {name: rng.integers(3, 61, (count, 13)).astype(np.int32) for name, count in (("a", 3), ("b", 2))}
-    got, predicted = analyze(Source(tmp_path), windows, SMALL, MemoryWork())
-    assert np.isfinite(predicted).all()
+    got = analyze(Source(tmp_path), windows, SMALL, MemoryWork())
     model = load_checkpoint(tmp_path)
     for name, part in windows.items():
         stats, sensitivity, counts = plain(model, part)

@@ -4,7 +4,8 @@ Every field is a sum in float32, so merging two batches is addition, and a mask 
 padded token out. g is the gate of a routed token, x the expert's input, h its hidden channels,
 y its output: see docs/design.md for why each sum is kept.
 
-Axes: L layers, E experts, F channels, D hidden, W widths (2, 3, 4, 8), N tokens, R = N*k rows.
+Axes: L layers, E experts, F channels, B channel blocks of an expert, D hidden, W widths (2, 3, 4, 8), N tokens,
+R = N*k rows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dynamo_jax.kernels.grouped_matmul import grouped_matmul
 from dynamo_jax.kernels.rows import combine_rows, gather_rows, sort_by_expert
 from dynamo_jax.models.decoder import Decoder
 from dynamo_jax.models.experts import (
@@ -38,12 +40,10 @@ class Statistics(NamedTuple):
     counts: Float[Array, "L E"]  # tokens routed to the expert
     gate: Float[Array, "L E"]  # sum of g
     gate_sq: Float[Array, "L E"]  # sum of g^2
-    input_energy: Float[Array, "L E D"]  # sum of g^2 x_d^2
     hidden_energy: Float[Array, "L E F"]  # sum of g^2 h_f^2
-    up_gain: Float[Array, "L E F"]  # sum of g^2 (dh_f/d up_f)^2
-    gate_gain: Float[Array, "L E F"]  # sum of g^2 (dh_f/d gate_f)^2
     output_energy: Float[Array, "L E"]  # sum of g^2 |y|^2
     errors: Float[Array, "L E W"]  # sum of g^2 |y - y at width|^2; W is 0 where nothing was measured
+    block_errors: Float[Array, "L E B W"]  # the same when only one block of channels is at the width
 
 
 def observe_experts(
@@ -52,9 +52,11 @@ def observe_experts(
     weights: ExpertWeights,
     candidates: list[ExpertWeights],
     mask: Float[Array, " N"],
+    channel_block: int,
     form: ExpertForm = ExpertForm(silu_gated),  # noqa: B008 (immutable)
 ) -> tuple[Float[Array, "N D"], Statistics]:
-    """One layer's outputs and sums; ``candidates`` are the same experts at each width to be measured."""
+    """One layer's outputs and sums; ``candidates`` are the same experts at each width to be measured, whole and
+    ``channel_block`` channels at a time."""
     num_experts = weights.gate.shape[0]
     order = sort_by_expert(routing.experts, num_experts)
     rows = gather_rows(x, order)
@@ -66,26 +68,43 @@ def observe_experts(
     def total(values: Float[Array, R * S]) -> Float[Array, E * S]:
         return jax.ops.segment_sum(values, expert, num_experts, indices_are_sorted=True)
 
-    def run(w: ExpertWeights) -> tuple[Array, Array, Array, Array]:
-        a, u = hidden_inputs(rows, order, w, form)
-        h = form.activation(a, u)
-        return a, u, h, row_outputs(h, order, w, form)
+    def run(w: ExpertWeights) -> tuple[Array, Array]:
+        h = form.activation(*hidden_inputs(rows, order, w, form))
+        return h, row_outputs(h, order, w, form)
 
-    a, u, h, y = run(weights)
-    _, gate_slope = jax.jvp(lambda a: form.activation(a, u), (a,), (jnp.ones_like(a),))
-    _, up_slope = jax.jvp(lambda u: form.activation(a, u), (u,), (jnp.ones_like(u),))
-    errors = [total(g2[:, 0] * jnp.sum((run(w)[3] - y) ** 2, axis=1)) for w in candidates]
+    h, y = run(weights)
+    blocks = h.shape[1] // channel_block
+
+    def by_block(hidden: Float[Array, R * F]) -> Float[Array, B * R * C]:
+        return hidden.reshape(-1, blocks, channel_block).swapaxes(0, 1)
+
+    def down_blocks(w: ExpertWeights) -> Float[Array, B * E * C * D]:
+        return w.down.reshape(num_experts, blocks, channel_block, -1).swapaxes(0, 1)
+
+    def measured(w: ExpertWeights) -> tuple[Array, Array]:
+        """The squared error of whole experts (E,) and of single blocks (E, B)."""
+        h_at, y_at = run(w)
+
+        def block(part: tuple[Array, Array]) -> Array:
+            error = grouped_matmul(part[0], part[1].astype(rows.dtype), order.group_sizes)
+            return total(g2[:, 0] * jnp.sum(error**2, axis=1))
+
+        differences = jnp.concatenate([by_block(h_at), -by_block(h)], axis=2)
+        parts = jax.lax.map(block, (differences, jnp.concatenate([down_blocks(w), down_blocks(weights)], axis=2)))
+        return total(g2[:, 0] * jnp.sum((y_at - y) ** 2, axis=1)), parts.T
+
+    errors = [measured(w) for w in candidates]
+    none = jnp.zeros((num_experts, 0)), jnp.zeros((num_experts, blocks, 0))
+    whole, single = (jnp.stack(e, axis=-1) for e in zip(*errors)) if errors else none
     sums = Statistics(
         tokens=mask.sum(),
         counts=total(row_mask),
         gate=total(gates * row_mask),
         gate_sq=total(g2[:, 0]),
-        input_energy=total(g2 * rows**2),
         hidden_energy=total(g2 * h**2),
-        up_gain=total(g2 * up_slope**2),
-        gate_gain=total(g2 * gate_slope**2),
         output_energy=total(g2[:, 0] * jnp.sum(y**2, axis=1)),
-        errors=jnp.stack(errors, axis=-1) if errors else jnp.zeros((num_experts, 0)),
+        errors=whole,
+        block_errors=single,
     )
     return combine_rows(y, routing.gates, order).astype(x.dtype), sums
 
@@ -96,6 +115,7 @@ def observe(
     mask: Float[Array, "B T"],
     weights: list[ExpertWeights],
     candidates: list[list[ExpertWeights]],
+    channel_block: int,
 ) -> tuple[Statistics, Float[Array, "B L E"]]:
     """Sums of one batch over all layers, and each sequence's routed tokens.
 
@@ -104,7 +124,7 @@ def observe(
 
     def experts(layer: int, x: Array, routing: Routing, _: ExpertWeights | None, form: ExpertForm) -> tuple[Array, Any]:
         measured = candidates[layer] if candidates else []
-        out, sums = observe_experts(x, routing, weights[layer], measured, mask.reshape(-1), form)
+        out, sums = observe_experts(x, routing, weights[layer], measured, mask.reshape(-1), channel_block, form)
         return out, (sums, routing)
 
     _, layers = model.hidden_states(tokens, experts=experts)

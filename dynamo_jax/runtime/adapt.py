@@ -1,7 +1,6 @@
 """A plan for novel data, from a window of its own tokens: no labels, no gradients.
 
-One forward pass gives the channel energies of the new data; with the planes' own weight errors they
-predict each block's error at each width. The known datasets' mean is the prior, worth
+One forward pass measures the output error of each block at each width. The known datasets' mean is the prior, worth
 ``PRIOR_TOKENS`` tokens, so that a short window cannot overturn it. The same number of refinement
 pages as in the baseline then goes where it lowers the loss most, and in no window are more bytes read.
 
@@ -17,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dynamo_jax.analysis.significance import block_errors
 from dynamo_jax.analysis.statistics import Statistics, observe
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
@@ -33,25 +31,19 @@ PRIOR_TOKENS = 1024
 READ_MARGIN = 0.015  # of the read budget, kept free: windows are a sample of the data to come
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "channel_block"))
 def _observe(
-    config: ModelConfig, parameters: dict[str, Array], weights: list[ExpertWeights], tokens: Int[Array, "B T"]
+    config: ModelConfig, parameters: dict[str, Array], store: Planes, tokens: Int[Array, "B T"], channel_block: int
 ) -> tuple[Statistics, Float[Array, "B L E"]]:
+    def layer_weights(width: int, layer: int) -> ExpertWeights:
+        own = jax.tree.map(lambda a: a[layer], store)
+        return ExpertWeights(*dequantize(own, width).astype(jnp.bfloat16).astype(jnp.float32).swapaxes(0, 1))
+
+    layers = range(config.num_moe_layers)
+    full = [layer_weights(8, layer) for layer in layers]
+    candidates = [[layer_weights(width, layer) for width in WIDTHS[:-1]] for layer in layers]
     model = with_parameters(config, parameters)
-    return observe(model, tokens, jnp.ones(tokens.shape), weights, [])
-
-
-def predicted_block_errors(
-    store: Planes, stats: Statistics, channel_block: int, full: Float[Array, "L E P F D"]
-) -> Float[np.ndarray, "L E N W"]:
-    """Summed squared output error of each block at each width, from channel energies; ``full`` is the
-    weights that the planes stand for (the 8-bit ones where no others are kept)."""
-    down = full[:, :, 2]
-    per_width = []
-    for width in WIDTHS:
-        deltas = (dequantize(store, width) - full).swapaxes(1, 2)
-        per_width.append(block_errors(stats, down, deltas, channel_block))
-    return np.stack(per_width, axis=-1)
+    return observe(model, tokens, jnp.ones(tokens.shape), full, candidates, channel_block)
 
 
 def adapt(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> Plan:
@@ -63,14 +55,14 @@ def adapt(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> Plan:
     if len(windows) == 0:
         raise ValueError("no tokens to adapt to")
     plan, known = model.plan, model.knowledge
-    full = dequantize(model.store, 8)
     params = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in model.parameters.items()}
-    weights = [ExpertWeights(*layer.swapaxes(0, 1)) for layer in full]
-    stats, counts = _observe(model.config, params, weights, jnp.asarray(windows[:, :-1]))
+    store = jax.tree.map(jnp.asarray, model.store)
+    stats, counts = _observe(model.config, params, store, jnp.asarray(windows[:, :-1]), plan.channel_block)
     tokens = windows[:, 1:].size
 
-    predicted = predicted_block_errors(model.store, stats, plan.channel_block, full) / tokens
-    seen = predicted * known.correction[:, :, None, :] * known.loss_per_error[:, None, None, None]
+    # the 8-bit weights stand for those that were quantized, so their own error is taken as none
+    measured = np.pad(np.asarray(stats.block_errors), [(0, 0)] * 3 + [(0, 1)]) / tokens
+    seen = measured * known.correction[:, :, None, :] * known.loss_per_error[:, None, None, None]
     share = tokens / (tokens + PRIOR_TOKENS)
     errors = share * seen + (1 - share) * known.block_errors
 

@@ -23,8 +23,8 @@ class Knowledge:
     counts: routed tokens a dataset, layer and expert: the signatures that the monitor compares with.
     threshold: divergence in bits above which data is novel.
     loss_per_error: nats a token for each unit of mean squared expert-output error, by layer.
-    block_errors: predicted nats a token for each block and width, mean over the known datasets.
-    correction: measured over predicted error for each expert and width.
+    block_errors: nats a token that each block loses at each width, mean over the known datasets.
+    correction: for each expert and width, its measured error over the sum of its blocks'.
     calibrated: each dataset's text digest and the number of windows that calibration used.
     tokens: calibration tokens of all datasets together.
     """
