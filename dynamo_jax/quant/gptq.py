@@ -2,16 +2,16 @@
 
 GPTQ (arXiv 2210.17323) rounds one input column after the other and adds what the rounding did to the
 outputs, as the inputs' correlations predict it, to the columns that are still to come. Here each of the
-widths 2, 3, 4 and 8 keeps a feedback of its own, so four versions of the remaining columns are carried,
+widths 2, 3 and 4 keeps a feedback of its own, so three versions of the remaining columns are carried,
 and the codes of a weight, which the widths share, are the ones with the least weighted sum of the widths'
-squared errors (``EMPHASIS``). Refining the finished 2-bit result by GPTQ on its residual instead does worse
-at 3 and 4 bits, since feedback drives the 2-bit weights away from the ones that they stand for
-(docs/log.md).
+squared errors (``EMPHASIS``). The last plane, 8 bits, rounds what is left without feedback. Refining the
+finished 2-bit result by GPTQ on its residual instead does worse at 3 and 4 bits, since feedback drives the 2-bit
+weights away from the ones that they stand for (docs/log.md).
 
-Steps of the refinements are fixed shares of the base scale, 1/2, 1/4 and 1/32, so that 2, 3 and 4 bits are one
-grid read to different depths. The base scale of a group is searched when the first of its columns is reached.
+Steps of the 3- and 4-bit planes are fixed shares of the base scale, 1/2 and 1/4, so that 2, 3 and 4 bits are
+one grid read to different depths. The base scale of a group is searched when the first of its columns is reached.
 
-Axes: X experts, R outputs, C inputs, K widths (2, 3, 4, 8), G groups.
+Axes: X experts, R outputs, C inputs, G groups.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Float, UInt8
 
-from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, RATIO_UNIT, ZERO_POINT
+from dynamo_jax.kernels.layout import PLANE_BITS, RATIO_UNIT, ZERO_POINT
 from dynamo_jax.quant.packing import pack
-from dynamo_jax.quant.planes import SMALLEST_SCALE, Planes
+from dynamo_jax.quant.planes import SMALLEST_SCALE, Planes, refinement
 
 EMPHASIS = (1.0, 2.0, 4.0)  # of a squared error at 2, 3 and 4 bits when codes are chosen
-RATIOS = {3: 128, 4: 128, 8: 32}  # the stored ratios: 1/2, 1/4 and 1/32 of the base scale
+RATIOS = {3: 128, 4: 128}  # the stored ratios: 1/2 and 1/4 of the base scale
 DAMPING = 0.01  # of the mean diagonal, added to every diagonal entry of a Hessian
 BASE_FRACTIONS = tuple(np.linspace(0.3, 0.75, 13).tolist())  # base scale over the group's largest weight
 ROOM = 1.1  # a scale's share beyond the best one for the weights as they are: feedback makes them grow
@@ -48,7 +48,6 @@ def _values() -> np.ndarray:
 
 
 VALUES = _values()
-STEP8 = RATIOS[8] * RATIO_UNIT[8]
 
 
 def quantize_gptq(
@@ -81,16 +80,38 @@ def quantize_gptq(
             jnp.asarray(columns[i : i + step, r : r + rows], jnp.float32) for r in range(0, columns.shape[1], rows)
         ]
         runs = [_run(slab, factor, group_size, input_axis == 2, block) for slab in slabs]
-        found.append([np.concatenate(a, axis=axis) for a, axis in zip(zip(*runs), (1, 1, 2))])
-    four, eight, scales = (np.concatenate(a) for a in zip(*found))
+        found.append([np.concatenate(a, axis=axis) for a, axis in zip(zip(*runs), (1, 2))])
+    four, scales = (np.concatenate(a) for a in zip(*found))
     if input_axis == 1:
-        four, eight = four.swapaxes(1, 2), eight.swapaxes(1, 2)
+        four = four.swapaxes(1, 2)
     else:
         scales = scales[:, ::group_size].swapaxes(1, 2)
+    eight, ratio8 = _finest(w, four, scales, group_size)
     codes = {2: four >> 2, 3: four >> 1 & 1, 4: four & 1, 8: eight}
     packed = {b: pack(c, PLANE_BITS[b]) for b, c in codes.items()}
-    ratios = {level: np.full(scales.shape, RATIOS[level], np.uint8) for level in LEVELS}
+    ratios = {level: np.full(scales.shape, ratio, np.uint8) for level, ratio in RATIOS.items()} | {8: ratio8}
     return Planes(packed, scales.astype(jnp.bfloat16), ratios)
+
+
+def _finest(w: np.ndarray, four: np.ndarray, scales: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (X, A, B) and ratios (X, A, G) of the 8-bit plane, expert by expert."""
+    codes, ratios = [], []
+    for weights, index, scale in zip(w, four, scales):
+        code, ratio = _round_residual(jnp.asarray(weights, jnp.float32), jnp.asarray(index), jnp.asarray(scale))
+        codes.append(np.asarray(code))
+        ratios.append(np.asarray(ratio))
+    return np.stack(codes), np.stack(ratios)
+
+
+@jax.jit
+def _round_residual(
+    w: Float[Array, "A B"], four: UInt8[Array, "A B"], scales: Float[Array, "A G"]
+) -> tuple[UInt8[Array, "A B"], UInt8[Array, "A G"]]:
+    base = scales[..., None]
+    grouped = (*scales.shape, -1)
+    residual = w.reshape(grouped) - jnp.asarray(VALUES[2])[four].reshape(grouped) * base
+    code, ratio, _ = refinement(residual, base, 8)
+    return code.reshape(w.shape).astype(jnp.uint8), ratio[..., 0].astype(jnp.uint8)
 
 
 def feedback_factor(hessian: Float[np.ndarray, "C C"]) -> Float[np.ndarray, "C C"]:
@@ -109,10 +130,9 @@ def feedback_factor(hessian: Float[np.ndarray, "C C"]) -> Float[np.ndarray, "C C
 
 
 class _Codes(NamedTuple):
-    """four: (R, C) index into ``VALUES``; eight: (R, C) codes of the last plane; scales: see ``_run``."""
+    """four: index into ``VALUES``; scales: see ``_run``."""
 
     four: UInt8[Array, "X R C"]
-    eight: UInt8[Array, "X R C"]
     scales: Float[Array, "X C G"]
 
 
@@ -139,41 +159,37 @@ def _run_one(
     share = 1 if grouped_inputs else group_size  # rows that share a scale
 
     def column_step(j, state):
-        left, errors, scale, own, out = state  # left, errors: (K, R, block); own: (block, block) of the factor
+        left, errors, scale, own, out = state  # left, errors: (3, R, block); own: (block, block) of the factor
         t = left[:, :, j]
         if grouped_inputs:
-            fresh = lambda: _search(jax.lax.dynamic_slice_in_dim(left[:3], j, group_size, axis=2))  # noqa: E731
+            fresh = lambda: _search(jax.lax.dynamic_slice_in_dim(left, j, group_size, axis=2))  # noqa: E731
             scale = jax.lax.cond(j % group_size == 0, fresh, lambda: scale)
         else:
-            scale = _search(t[:3].reshape(3, -1, group_size))
+            scale = _search(t.reshape(3, -1, group_size))
         s = jnp.repeat(scale, share)
-        safe = jnp.where(s == 0, 1.0, s)
-        four = _choose(t[:3] / safe)
-        value = jnp.asarray(VALUES)[:, four] * s
-        eight = jnp.clip(jnp.round((t[3] - value[2]) / (safe * STEP8) + ZERO_POINT[8]), 0, 15)
-        value = jnp.concatenate([value, (value[2] + (eight - ZERO_POINT[8]) * STEP8 * s)[None]])
-        error = (t - value) / own[j, j]
+        four = _choose(t / jnp.where(s == 0, 1.0, s))
+        error = (t - jnp.asarray(VALUES)[:, four] * s) / own[j, j]
         left = left - error[:, :, None] * jnp.where(jnp.arange(block) > j, own[j], 0.0)
         errors = errors.at[:, :, j].set(error)
-        codes = (out.four.at[:, j].set(four.astype(jnp.uint8)), out.eight.at[:, j].set(eight.astype(jnp.uint8)))
-        return left, errors, scale, own, _Codes(*codes, out.scales.at[j].set(scale))
+        codes = out.four.at[:, j].set(four.astype(jnp.uint8))
+        return left, errors, scale, own, _Codes(codes, out.scales.at[j].set(scale))
 
     def block_step(b, state):
         targets, out = state
         start = b * block
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
         factor_rows = cut(factor, axis=0)
-        empty = _Codes(cut(out.four, axis=1), cut(out.eight, axis=1), cut(out.scales, axis=0))
+        empty = _Codes(cut(out.four, axis=1), cut(out.scales, axis=0))
         left = cut(targets, axis=2)
         begin = (left, jnp.zeros_like(left), jnp.zeros(rows // share), cut(factor_rows, axis=1), empty)
         _, errors, _, _, codes = jax.lax.fori_loop(0, block, column_step, begin)
         later = jnp.where(jnp.arange(columns) >= start + block, factor_rows, 0.0)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start)
-        filled = (put(out.four, codes.four, axis=1), put(out.eight, codes.eight, axis=1))
-        return targets - errors @ later, _Codes(*filled, put(out.scales, codes.scales, axis=0))
+        filled = _Codes(put(out.four, codes.four, axis=1), put(out.scales, codes.scales, axis=0))
+        return targets - errors @ later, filled
 
     codes = jnp.zeros((rows, columns), jnp.uint8)
-    begin = (jnp.broadcast_to(w, (4, rows, columns)), _Codes(codes, codes, jnp.zeros((columns, rows // share))))
+    begin = (jnp.broadcast_to(w, (3, rows, columns)), _Codes(codes, jnp.zeros((columns, rows // share))))
     return jax.lax.fori_loop(0, columns // block, block_step, begin)[1]
 
 

@@ -70,23 +70,31 @@ def _quantize_groups(
     value = (codes[2] - ZERO_POINT[2]) * base
     ratios, errors = {}, {2: jnp.sum((w - value) ** 2, axis=-1)}
     for level in levels:
-        residual = w - value
-        if level == 8:
-            reach = jnp.abs(residual).max(axis=-1, keepdims=True) / ZERO_POINT[8]
-            steps = [reach * f for f in TAIL_FRACTIONS]
-        else:  # the sign's best step is twice the mean size of the residual
-            steps = [2 * jnp.abs(residual).mean(axis=-1, keepdims=True)]
-        best: tuple[Array, ...] | None = None
-        for step in steps:
-            ratio = _ratio(step, base, level)
-            step = ratio * RATIO_UNIT[level] * base
-            code = _plane(residual, step, level)
-            left = residual - (code - ZERO_POINT[level]) * step
-            candidate = (jnp.sum(left**2, axis=-1), ratio, code, w - left)
-            best = candidate if best is None else _better(candidate, best)
-        assert best is not None
-        errors[level], ratios[level], codes[level], value = best
+        codes[level], ratios[level], left = refinement(w - value, base, level)
+        errors[level], value = jnp.sum(left**2, axis=-1), w - left
     return _Quantized(codes, base, ratios, errors)
+
+
+def refinement(
+    residual: Float[Array, "*S g"], base: Float[Array, "*S 1"], level: int
+) -> tuple[Float[Array, "*S g"], Float[Array, "*S 1"], Float[Array, "*S g"]]:
+    """One plane of each group: its codes, its ratio to the base scale, and what it leaves of the residual."""
+    if level == 8:
+        reach = jnp.abs(residual).max(axis=-1, keepdims=True) / ZERO_POINT[8]
+        steps = [reach * f for f in TAIL_FRACTIONS]
+    else:  # the sign's best step is twice the mean size of the residual
+        steps = [2 * jnp.abs(residual).mean(axis=-1, keepdims=True)]
+    best: tuple[Array, ...] | None = None
+    for step in steps:
+        ratio = _ratio(step, base, level)
+        step = ratio * RATIO_UNIT[level] * base
+        code = _plane(residual, step, level)
+        left = residual - (code - ZERO_POINT[level]) * step
+        candidate = (jnp.sum(left**2, axis=-1), ratio, code, left)
+        best = candidate if best is None else _better(candidate, best)
+    assert best is not None
+    _, ratio, code, left = best
+    return code, ratio, left
 
 
 def _better(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -1,0 +1,174 @@
+"""Nested planes with error feedback: what they store, what feedback buys, and inputs at their limits."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynamo_jax.kernels.layout import WIDTHS
+from dynamo_jax.quant import gptq
+from dynamo_jax.quant.gptq import feedback_factor, quantize_gptq, shrunk
+from dynamo_jax.quant.planes import dequantize, quantize
+
+EXPERTS, ROWS, COLUMNS, GROUP = 2, 48, 64, 16
+RNG = np.random.default_rng(0)
+W = RNG.standard_normal((EXPERTS, ROWS, COLUMNS)).astype(np.float32)
+
+
+def correlated(size: int, samples: int = 400) -> np.ndarray:
+    """Hessians of inputs with a few strong common directions."""
+    mixed = RNG.standard_normal((EXPERTS, samples, size)) @ (
+        np.eye(size) + 0.5 * RNG.standard_normal((EXPERTS, size, size))
+    )
+    return np.einsum("xsc,xsd->xcd", mixed, mixed).astype(np.float32) / samples
+
+
+H = {2: correlated(COLUMNS), 1: correlated(ROWS)}
+
+
+def output_error(w, planes, hessian, width, input_axis):
+    """Mean squared output error: the trace of delta H delta^T."""
+    delta = np.asarray(dequantize(planes, width)) - w
+    if input_axis == 1:
+        delta = delta.swapaxes(1, 2)
+    return float(np.einsum("xrc,xcd,xrd->", delta, hessian, delta))
+
+
+def by_hand(w, factor, group_size):
+    """The same algorithm for inputs on the last axis, in float64 loops without blocks or batches."""
+    rows, columns = w.shape
+    targets, out = np.repeat(w[None].astype(np.float64), 3, axis=0), np.zeros((3, rows, columns))
+    values = gptq.VALUES.astype(np.float64)
+    emphasis = np.array(gptq.EMPHASIS)[:, None]
+    for c in range(columns):
+        if c % group_size == 0:
+            scales = np.asarray(gptq._search(jnp.asarray(targets[:, :, c : c + group_size], jnp.float32)), np.float64)
+        for r in range(rows):
+            t = targets[:, r, c] / scales[r]
+            code = np.argmin((emphasis * (t[:, None] - values) ** 2).sum(axis=0))
+            out[:, r, c] = scales[r] * values[:, code]
+        error = (targets[:, :, c] - out[:, :, c]) / factor[c, c]
+        targets[:, :, c + 1 :] -= error[:, :, None] * factor[c, c + 1 :]
+    return dict(zip(WIDTHS, out))
+
+
+def test_the_factor_is_that_of_the_damped_inverse():
+    h = H[2][0]
+    factor = feedback_factor(h).astype(np.float64)
+    assert (np.tril(factor, -1) == 0).all()
+    scale = np.trace(h) / len(h)
+    damped = h / scale + gptq.DAMPING * np.eye(len(h))
+    np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(len(h)), atol=1e-3)
+
+
+def test_blocks_and_batches_change_nothing(monkeypatch):
+    """Against loops in float64. A tie may round the other way, and its feedback then spreads: few weights may."""
+    monkeypatch.setattr(gptq, "BLOCK_COLUMNS", 16)
+    monkeypatch.setattr(gptq, "CHUNK_WEIGHTS", 16 * COLUMNS)
+    planes = quantize_gptq(W, H[2], GROUP, 2)
+    for expert in range(EXPERTS):
+        want = by_hand(W[expert], feedback_factor(H[2][expert]), GROUP)
+        for width in (2, 3, 4):
+            found = np.asarray(dequantize(planes, width))[expert]
+            assert np.mean(np.abs(found - want[width]) > 1e-4) < 0.02, (expert, width)
+
+
+@pytest.mark.parametrize("input_axis", [1, 2])
+@pytest.mark.parametrize("width, share", [(2, 0.85), (3, 0.85), (4, 0.97)])
+def test_feedback_lowers_the_output_error_of_every_width(input_axis, width, share):
+    """Least at 4 bits, whose codes the coarser widths have a say in."""
+    h = H[input_axis]
+    none = quantize_gptq(W, np.zeros_like(h), GROUP, input_axis)
+    with_feedback = quantize_gptq(W, h, GROUP, input_axis)
+    ours, plain = (output_error(W, planes, h, width, input_axis) for planes in (with_feedback, none))
+    assert ours < share * plain
+
+
+@pytest.mark.parametrize("input_axis", [1, 2])
+def test_more_planes_are_closer(input_axis):
+    planes = quantize_gptq(W, H[input_axis], GROUP, input_axis)
+    errors = [output_error(W, planes, H[input_axis], width, input_axis) for width in WIDTHS]
+    assert all(later < 0.5 * earlier for earlier, later in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("width, share", [(2, 1.5), (3, 1.35), (4, 1.65)])
+def test_nesting_costs_little_against_a_weight_made_for_one_width(monkeypatch, width, share):
+    nested = output_error(W, quantize_gptq(W, H[2], GROUP, 2), H[2], width, 2)
+    monkeypatch.setattr(gptq, "EMPHASIS", tuple(1.0 if b == width else 1e-3 for b in (2, 3, 4)))
+    jax.clear_caches()
+    direct = output_error(W, quantize_gptq(W, H[2], GROUP, 2), H[2], width, 2)
+    jax.clear_caches()
+    assert nested < share * direct
+
+
+@pytest.mark.parametrize("input_axis", [1, 2])
+def test_the_form_is_that_of_the_planes(input_axis):
+    ours, plain = quantize_gptq(W, H[input_axis], GROUP, input_axis), quantize(W, GROUP)
+    shapes = [jax.tree.map(lambda a: (a.shape, str(a.dtype)), p) for p in (ours, plain)]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_hessian_of_zeros_leaves_rounding():
+    """An expert that calibration never reached, and no layer to lean on: not far from rounding, whose planes have
+    a ratio for each group, where these have the same for all."""
+    nothing = np.zeros_like(H[2])
+    planes = quantize_gptq(W, nothing, GROUP, 2)
+    eye = np.stack([np.eye(COLUMNS)] * EXPERTS)
+    assert output_error(W, planes, eye, 4, 2) < 0.5 * output_error(W, planes, eye, 3, 2)
+    for width in (2, 3):
+        assert output_error(W, planes, eye, width, 2) < 1.35 * output_error(W, quantize(W, GROUP), eye, width, 2)
+
+
+def test_a_singular_hessian_is_damped():
+    one = np.zeros_like(H[2])
+    one[:, 3, 3] = 5.0  # every other input is always zero
+    for width in WIDTHS:
+        assert np.isfinite(dequantize(quantize_gptq(W, one, GROUP, 2), width)).all()
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_the_size_of_the_hessian_does_not_matter(scale):
+    a, b = (quantize_gptq(W, h, GROUP, 2) for h in (H[2], H[2] * np.float32(scale)))
+    same = np.mean(np.asarray(dequantize(a, 4)) == np.asarray(dequantize(b, 4)))
+    assert same > 0.98
+
+
+def test_rows_of_zeros_stay_zero_and_a_constant_row_is_kept():
+    w = W.copy()
+    w[0, 5], w[1, 7] = 0.0, 0.25
+    planes = quantize_gptq(w, H[2], GROUP, 2)
+    for width in WIDTHS:
+        assert (np.asarray(dequantize(planes, width))[0, 5] == 0).all()
+    assert np.abs(np.asarray(dequantize(planes, 4))[1, 7] / 0.25 - 1).mean() < 0.2
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_no_numbers_are_named(bad):
+    w, h = W.copy(), H[2].copy()
+    w[1, 2, 3] = bad
+    with pytest.raises(ValueError, match="weights to quantize hold NaN"):
+        quantize_gptq(w, H[2], GROUP, 2)
+    h[0, 0, 0] = bad
+    with pytest.raises(ValueError, match="Hessian of the inputs holds NaN"):
+        quantize_gptq(W, h, GROUP, 2)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="multiple of group_size 24"):
+        quantize_gptq(W, H[2], 24, 2)
+    with pytest.raises(ValueError, match="does not fit weights"):
+        quantize_gptq(W, H[1], GROUP, 2)
+    with pytest.raises(ValueError, match="neither 1 nor 2"):
+        quantize_gptq(W, H[2], GROUP, 0)
+
+
+def test_an_expert_without_rows_gets_the_layers_hessian():
+    prior = H[2][0]
+    np.testing.assert_allclose(shrunk(np.zeros_like(prior), 0.0, prior, 3.0), prior, rtol=1e-6)
+    much = shrunk(1e6 * H[2][1], 1e6, prior, 3.0)
+    np.testing.assert_allclose(much, H[2][1], atol=1e-4)
+    assert np.isfinite(shrunk(np.zeros_like(prior), 0.0, np.zeros_like(prior), 0.0)).all()
