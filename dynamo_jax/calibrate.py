@@ -26,14 +26,18 @@ from jaxtyping import Array, Float, Int
 
 from dynamo_jax.analysis.statistics import Statistics
 from dynamo_jax.kernels.layout import WIDTHS
-from dynamo_jax.models.attention import Places
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import filled, layer_with_parameters, positions_of
 from dynamo_jax.models.experts import activation_of
-from dynamo_jax.models.loss import next_token_nll
-from dynamo_jax.models.norms import Norm
-from dynamo_jax.models.rotary import angles
-from dynamo_jax.quant.gptq import CHUNK_WEIGHTS, quantize_gptq, shrunk
+from dynamo_jax.models.layerwise import (
+    Outer,
+    dense,
+    dense_vjp,
+    first_alike,
+    loss_gradient_of,
+    outer_of,
+    outer_vjp,
+)
+from dynamo_jax.quant.gptq import CHUNK_WEIGHTS, Emphasis, quantize_gptq, shrunk
 from dynamo_jax.quant.planes import Planes, dequantize, quantize
 from dynamo_jax.work import Bundle, Work
 
@@ -64,6 +68,7 @@ class Calibration:
     """One job. tokens: windows of all datasets, those of the first one first; dataset: of each window.
 
     quantizer: gptq (error feedback along the calibration inputs, ``quant/gptq.py``) or rtn (``quant/planes.py``).
+    emphasis: what errors at 2, 3 and 4 bits count for gptq.
     """
 
     source: LayerSource
@@ -72,6 +77,7 @@ class Calibration:
     group_size: int
     channel_block: int
     quantizer: str
+    emphasis: Emphasis
     batch_size: int
     work: Work
     progress: Progress
@@ -79,15 +85,6 @@ class Calibration:
     @property
     def datasets(self) -> int:
         return int(self.dataset.max()) + 1
-
-
-class Outer(NamedTuple):
-    """A layer but its routed experts. residual: the stream with attention and shared experts added."""
-
-    residual: Float[Array, "S T D"]
-    normed: Float[Array, "N D"]
-    experts: Int[Array, "N k"]
-    gates: Float[Array, "N k"]
 
 
 def calibrate(job: Calibration) -> None:
@@ -157,7 +154,7 @@ def _layer_up(job: Calibration, layer: int) -> None:
     rest = job.source.layer(layer)
     x = job.work.get(_hidden(layer))["x"]
     if layer in config.dense_layers:
-        out = _batched(job, lambda part: _dense(config, _like(config, layer), rest, part), x)
+        out = _batched(job, lambda part: dense(config, first_alike(config, layer), rest, part), x)
         job.work.put(layer_name(layer), _parameters(rest))
         job.work.put(_hidden(layer + 1), {"x": out})
         return
@@ -181,7 +178,7 @@ def planes_bundle(planes: Planes) -> Bundle:
 
 def _outer_of(job: Calibration, layer: int, rest: Bundle, x: Float[np.ndarray, "S T D"]) -> Outer:
     config = job.source.config
-    parts = _batched(job, lambda part: _outer(config, _like(config, layer), rest, part), x)
+    parts = _batched(job, lambda part: outer_of(config, first_alike(config, layer), rest, part), x)
     return Outer(parts.residual, *(a.reshape(-1, a.shape[-1]) for a in parts[1:]))
 
 
@@ -255,15 +252,8 @@ def _planes_of(
         x = np.asarray(outer.normed)[:, part]
         return (x * (shares / max(float(shares.sum()), 1e-30))[:, None]).T @ x
 
-    first = _feedback_planes(
-        weights[:, :2].reshape(count, 2 * channels, hidden_size),
-        inputs,
-        squared,
-        typical,
-        job.group_size,
-        2,
-        layer_hessian,
-    )
+    gate_up = weights[:, :2].reshape(count, 2 * channels, hidden_size)
+    first = _feedback_planes(job, gate_up, inputs, squared, typical, 2, layer_hessian)
     hidden = [np.asarray(_hidden_channels(config, r.x, w, b)) for r, w, b in zip(rows, weights, biases)]
     energy = sum(float(s @ np.square(h).mean(axis=1)) for s, h in zip(squared, hidden))
     spread = energy / max(sum(float(s.sum()) for s in squared), 1e-30)
@@ -271,24 +261,24 @@ def _planes_of(
     def own_scale(part: slice) -> np.ndarray:  # hidden channels of different experts have nothing in common
         return np.eye(part.stop - part.start, dtype=np.float32) * np.float32(spread)
 
-    down = _feedback_planes(weights[:, 2], hidden, squared, typical, job.group_size, 1, own_scale)
+    down = _feedback_planes(job, weights[:, 2], hidden, squared, typical, 1, own_scale)
     return jax.tree.map(
         lambda a, b: np.concatenate([a.reshape(count, 2, channels, -1), b[:, None]], axis=1), first, down
     )
 
 
 def _feedback_planes(
+    job: Calibration,
     w: np.ndarray,
     inputs: list[np.ndarray],
     squared: list[np.ndarray],
     typical: float,
-    group_size: int,
     input_axis: int,
     prior: Callable[[slice], np.ndarray],
 ) -> Planes:
     """GPTQ planes of one projection. inputs: rows (R, C) of each expert; squared: their squared gates."""
     size = w.shape[input_axis]
-    step = size if size <= MAX_INPUTS else MAX_INPUTS // group_size * group_size
+    step = size if size <= MAX_INPUTS else MAX_INPUTS // job.group_size * job.group_size
     parts = []
     for start in range(0, size, step):
         part = slice(start, min(start + step, size))
@@ -298,7 +288,7 @@ def _feedback_planes(
             for x, s in zip(inputs, squared)
         ]
         own = w[:, part] if input_axis == 1 else w[:, :, part]
-        parts.append(quantize_gptq(own, np.stack(hessians), group_size, input_axis))
+        parts.append(quantize_gptq(own, np.stack(hessians), job.group_size, input_axis, job.emphasis))
     return jax.tree.map(lambda *a: np.concatenate(a, axis=input_axis), *parts)
 
 
@@ -393,7 +383,7 @@ def _sweep_down(job: Calibration) -> None:
     layers, lowest = config.num_hidden_layers, config.moe_layers[0]
     reached = [layer for layer in range(layers + 1) if work.has(_gradient(layer))]
     if not reached:
-        gradient = _loss_gradient_of(config, job.source.top())
+        gradient = loss_gradient_of(config, job.source.top())
         job.source.release()
         x = work.get(_hidden(layers))["x"]
         work.put(_gradient(layers), {"d": _batched(job, gradient, x, job.tokens[:, 1:])})
@@ -421,10 +411,10 @@ def _layer_down(job: Calibration, layer: int, d_out: Float[np.ndarray, "S T D"])
     """The loss gradient by the layer's input from that by its output."""
     config = job.source.config
     rest = job.source.layer(layer)
-    like = _like(config, layer)
+    like = first_alike(config, layer)
     x = job.work.get(_hidden(layer))["x"]
     if layer in config.dense_layers:
-        return _batched(job, lambda a, d: _dense_vjp(config, like, rest, a, d), x, d_out)
+        return _batched(job, lambda a, d: dense_vjp(config, like, rest, a, d), x, d_out)
     outer = _outer_of(job, layer, rest, x)
     scaled = d_out.reshape(outer.normed.shape) * np.float32(config.residual_multiplier)
     d_normed = np.zeros(outer.normed.shape, np.float32)
@@ -444,7 +434,7 @@ def _layer_down(job: Calibration, layer: int, d_out: Float[np.ndarray, "S T D"])
         job.progress(BACKWARD, done, config.num_hidden_layers - config.moe_layers[0])
     shape = x.shape[:2]
     parts = (a.reshape(*shape, -1) for a in (d_normed, d_gates))
-    return _batched(job, lambda *part: _outer_vjp(config, like, rest, *part), x, d_out, *parts)
+    return _batched(job, lambda *part: outer_vjp(config, like, rest, *part), x, d_out, *parts)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -453,77 +443,6 @@ def _expert_vjp(config, x, gates, weights, biases, d_out):
         return _expert(config, x, weights, biases)[1] * gates[:, None]
 
     return jax.vjp(weighted, x, gates)[1](d_out)
-
-
-# Layers without their routed experts
-
-
-def _like(config: ModelConfig, layer: int) -> int:
-    """The first layer that runs the same program: as dense or not, and with the same window."""
-
-    def kind(i: int) -> tuple[bool, int]:
-        return i in config.dense_layers, config.window(i)
-
-    return next(i for i in range(config.num_hidden_layers) if kind(i) == kind(layer))
-
-
-def _places(config: ModelConfig, x: Array) -> Places:
-    positions, keys = positions_of(x.shape[:2], None)
-    return Places(positions, keys, angles(config, positions))
-
-
-def _outer_function(config: ModelConfig, like: int, rest: dict[str, Array], x: Array) -> Outer:
-    layer = layer_with_parameters(config, like, rest)
-    x, _ = layer.attend(x, _places(config, x))
-    normed = layer.experts_norm(x)
-    flat = normed.reshape(-1, x.shape[-1])
-    routing = layer.route(flat)
-    shape = (*x.shape[:2], -1)
-    residual = layer.add(x, jnp.broadcast_to(layer.beside(flat), flat.shape))
-    return Outer(residual, normed, routing.experts.reshape(shape), routing.gates.reshape(shape))
-
-
-def _dense_function(config: ModelConfig, like: int, rest: dict[str, Array], x: Array) -> Array:
-    def never(*_: Any) -> Any:
-        raise AssertionError("a dense layer has no experts")
-
-    return layer_with_parameters(config, like, rest)(x, never, _places(config, x))[0]
-
-
-_outer = functools.partial(jax.jit, static_argnames=("config", "like"))(_outer_function)
-_dense = functools.partial(jax.jit, static_argnames=("config", "like"))(_dense_function)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "like"))
-def _outer_vjp(config, like, rest, x, d_residual, d_normed, d_gates):
-    def differentiable(x):
-        outer = _outer_function(config, like, rest, x)
-        return outer.residual, outer.normed, outer.gates
-
-    return jax.vjp(differentiable, x)[1]((d_residual, d_normed, d_gates))[0]
-
-
-@functools.partial(jax.jit, static_argnames=("config", "like"))
-def _dense_vjp(config, like, rest, x, d_out):
-    return jax.vjp(lambda x: _dense_function(config, like, rest, x), x)[1](d_out)[0]
-
-
-def _loss_gradient_of(config: ModelConfig, top: Bundle) -> Callable[[Array, Array], Array]:
-    head = {name: jnp.asarray(a) for name, a in top.items() if name != "embed" or config.tie_word_embeddings}
-    return lambda x, targets: _loss_gradient(config, head, x, targets)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _loss_gradient(config, top, x, targets):
-    """d loss / d x, the loss being each window's summed next-token negative log-likelihood."""
-    norm = {name.removeprefix("norm."): a for name, a in top.items() if name.startswith("norm.")}
-    head = top["embed"] if config.tie_word_embeddings else top["head"]
-
-    def loss(x):
-        hidden = filled(lambda: Norm(config), norm)(x) / config.logits_scaling
-        return next_token_nll(hidden, head, targets, top.get("head_bias")).sum()
-
-    return jax.grad(loss)(x)
 
 
 def _batched(job: Calibration, function: Callable[..., Any], *arrays: np.ndarray) -> Any:

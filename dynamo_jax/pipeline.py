@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.models.huggingface import Source, load_tokenizer, side_files, side_files_of
 from dynamo_jax.precision.allocate import allocate
 from dynamo_jax.precision.plan import Plan, block_costs, expert_plan
+from dynamo_jax.quant.gptq import EMPHASIS
 from dynamo_jax.runtime.monitor import novelty_threshold
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.work import Bundle, FolderWork, MemoryWork, Work
@@ -45,12 +47,17 @@ def no_progress(stage: str, done: float, of: int) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
-    """What ``dynamo-jax quantize`` decides by. bits counts scales; windows are of ``window`` tokens."""
+    """What ``dynamo-jax quantize`` decides by. bits counts scales; windows are of ``window`` tokens.
+
+    quantizer: gptq or rtn (``calibrate.Calibration``). emphasis: what squared errors at 2, 3 and 4 bits count for
+    each other when gptq chooses the codes that these widths share.
+    """
 
     bits: float = 3.0
     group_size: int = 64
     channel_block: int = 16
     quantizer: str = "gptq"
+    emphasis: tuple[float, float, float] = EMPHASIS
     window: int = 256
     calibration_windows: int = 32
     adaptation_windows: int = 8
@@ -141,6 +148,7 @@ def analyze(
         group_size=config.group_size,
         channel_block=config.channel_block,
         quantizer=config.quantizer,
+        emphasis=config.emphasis,
         batch_size=config.batch_size,
         work=work,
         progress=progress,
@@ -278,6 +286,8 @@ def quantize_folder(
 def check_shapes(model: ModelConfig, config: QuantizeConfig) -> None:
     if config.quantizer not in QUANTIZERS:
         raise ValueError(f"quantizer {config.quantizer!r}: known are {', '.join(QUANTIZERS)}")
+    if len(config.emphasis) != 3 or not all(math.isfinite(e) and e > 0 for e in config.emphasis):
+        raise ValueError(f"emphasis {config.emphasis}: expected three positive numbers, for 2, 3 and 4 bits")
     if model.intermediate_size % config.channel_block:
         raise ValueError(f"channel_block {config.channel_block} does not divide the {model.intermediate_size} channels")
     if model.hidden_size % config.group_size or config.group_size % 8:

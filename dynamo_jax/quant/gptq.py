@@ -30,7 +30,8 @@ from dynamo_jax.kernels.layout import PLANE_BITS, RATIO_UNIT, ZERO_POINT
 from dynamo_jax.quant.packing import pack
 from dynamo_jax.quant.planes import SMALLEST_SCALE, Planes, refinement
 
-EMPHASIS = (1.0, 2.0, 4.0)  # of a squared error at 2, 3 and 4 bits when codes are chosen
+Emphasis = tuple[float, float, float]
+EMPHASIS: Emphasis = (1.0, 2.0, 4.0)  # of a squared error at 2, 3 and 4 bits when codes are chosen
 RATIOS = {3: 128, 4: 128}  # the stored ratios: 1/2 and 1/4 of the base scale
 DAMPING = 0.01  # of the mean diagonal, added to every diagonal entry of a Hessian
 BASE_FRACTIONS = tuple(np.linspace(0.3, 0.75, 13).tolist())  # base scale over the group's largest weight
@@ -51,13 +52,19 @@ VALUES = _values()
 
 
 def quantize_gptq(
-    w: Float[np.ndarray, "X A B"], hessian: Float[np.ndarray, "X C C"], group_size: int, input_axis: int
+    w: Float[np.ndarray, "X A B"],
+    hessian: Float[np.ndarray, "X C C"],
+    group_size: int,
+    input_axis: int,
+    emphasis: Emphasis = EMPHASIS,
 ) -> Planes:
     """Planes of experts' weights with groups along the last axis, whichever axis holds the inputs.
 
     input_axis: 1 for weights (X, C, R), such as down projections, 2 for (X, R, C), such as gate and up.
     hessian: sums of products of inputs with inputs, weighted as the errors count; a zero one is taken as the
-    identity, which leaves rounding without feedback. NaN or infinity in either is an error.
+    identity, which leaves rounding without feedback. emphasis: what a squared error at 2, 3 and 4 bits counts when
+    a code is chosen; one that is far above the others makes the weight for that width alone. NaN or infinity in
+    weights or Hessian is an error.
     """
     w = np.asarray(w)
     if input_axis not in (1, 2):
@@ -79,7 +86,7 @@ def quantize_gptq(
         slabs = [
             jnp.asarray(columns[i : i + step, r : r + rows], jnp.float32) for r in range(0, columns.shape[1], rows)
         ]
-        runs = [_run(slab, factor, group_size, input_axis == 2, block) for slab in slabs]
+        runs = [_run(slab, factor, group_size, input_axis == 2, block, emphasis) for slab in slabs]
         found.append([np.concatenate(a, axis=axis) for a, axis in zip(zip(*runs), (1, 2))])
     four, scales = (np.concatenate(a) for a in zip(*found))
     if input_axis == 1:
@@ -142,18 +149,31 @@ def _divisor(size: int, multiple: int, most: int) -> int:
     return multiple * max(d for d in range(1, whole + 1) if whole % d == 0 and (d == 1 or d * multiple <= most))
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "grouped_inputs", "block"))
+@functools.partial(jax.jit, static_argnames=("group_size", "grouped_inputs", "block", "emphasis"))
 def _run(
-    w: Float[Array, "X R C"], factors: Float[Array, "X C C"], group_size: int, grouped_inputs: bool, block: int
+    w: Float[Array, "X R C"],
+    factors: Float[Array, "X C C"],
+    group_size: int,
+    grouped_inputs: bool,
+    block: int,
+    emphasis: Emphasis,
 ) -> _Codes:
     """Scales are (X, C, G): of each column, one a row if inputs share them (G = R), or one for each
     ``group_size`` neighbouring rows."""
-    one = functools.partial(_run_one, group_size=group_size, grouped_inputs=grouped_inputs, block=block)
+    one = functools.partial(
+        _run_one, group_size=group_size, grouped_inputs=grouped_inputs, block=block, emphasis=emphasis
+    )
     return jax.vmap(one)(w, factors)
 
 
 def _run_one(
-    w: Float[Array, "R C"], factor: Float[Array, "C C"], *, group_size: int, grouped_inputs: bool, block: int
+    w: Float[Array, "R C"],
+    factor: Float[Array, "C C"],
+    *,
+    group_size: int,
+    grouped_inputs: bool,
+    block: int,
+    emphasis: Emphasis,
 ) -> _Codes:
     rows, columns = w.shape
     share = 1 if grouped_inputs else group_size  # rows that share a scale
@@ -162,12 +182,12 @@ def _run_one(
         left, errors, scale, own, out = state  # left, errors: (3, R, block); own: (block, block) of the factor
         t = left[:, :, j]
         if grouped_inputs:
-            fresh = lambda: _search(jax.lax.dynamic_slice_in_dim(left, j, group_size, axis=2))  # noqa: E731
+            fresh = lambda: _search(jax.lax.dynamic_slice_in_dim(left, j, group_size, axis=2), emphasis)  # noqa: E731
             scale = jax.lax.cond(j % group_size == 0, fresh, lambda: scale)
         else:
-            scale = _search(t.reshape(3, -1, group_size))
+            scale = _search(t.reshape(3, -1, group_size), emphasis)
         s = jnp.repeat(scale, share)
-        four = _choose(t / jnp.where(s == 0, 1.0, s))
+        four = _choose(t / jnp.where(s == 0, 1.0, s), emphasis)
         error = (t - jnp.asarray(VALUES)[:, four] * s) / own[j, j]
         left = left - error[:, :, None] * jnp.where(jnp.arange(block) > j, own[j], 0.0)
         errors = errors.at[:, :, j].set(error)
@@ -193,21 +213,21 @@ def _run_one(
     return jax.lax.fori_loop(0, columns // block, block_step, begin)[1]
 
 
-def _choose(t: Float[Array, "3 ..."]) -> Array:
+def _choose(t: Float[Array, "3 ..."], emphasis: Emphasis) -> Array:
     """The code whose values at 2, 3 and 4 bits are nearest to the targets, in base scales."""
-    cost = sum(EMPHASIS[k] * (t[k][..., None] - VALUES[k]) ** 2 for k in range(3))
+    cost = sum(emphasis[k] * (t[k][..., None] - VALUES[k]) ** 2 for k in range(3))
     return jnp.argmin(jnp.asarray(cost), axis=-1)
 
 
-def _search(t: Float[Array, "3 *S g"]) -> Float[Array, "*S"]:
+def _search(t: Float[Array, "3 *S g"], emphasis: Emphasis) -> Float[Array, "*S"]:
     """The base scale of each group, in values that bfloat16 has; 0 for a group of zeros."""
     largest = jnp.abs(t[1]).max(axis=-1)
 
     def error(fraction):
         s = _rounded(largest * fraction)[..., None]
         scaled = t / jnp.where(s == 0, 1.0, s)
-        code = _choose(scaled)
-        return sum(EMPHASIS[k] * jnp.sum((t[k] - jnp.asarray(VALUES[k])[code] * s) ** 2, axis=-1) for k in range(3))
+        code = _choose(scaled, emphasis)
+        return sum(emphasis[k] * jnp.sum((t[k] - jnp.asarray(VALUES[k])[code] * s) ** 2, axis=-1) for k in range(3))
 
     fractions = jnp.asarray(BASE_FRACTIONS)
     best = jnp.argmin(jax.lax.map(error, fractions), axis=0)

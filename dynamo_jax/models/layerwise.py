@@ -1,0 +1,101 @@
+"""One layer at a time, apart from its routed experts: what is around them, and derivatives through it.
+
+For sweeps over models that are larger than memory. ``like`` names a layer that runs the same program, so that
+a model compiles each of its few kinds of layers once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dynamo_jax.models.attention import Places
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.decoder import filled, layer_with_parameters, positions_of
+from dynamo_jax.models.loss import next_token_nll
+from dynamo_jax.models.norms import Norm
+from dynamo_jax.models.rotary import angles
+
+
+class Outer(NamedTuple):
+    """A layer but its routed experts. residual: the stream with attention and shared experts added."""
+
+    residual: Float[Array, "S T D"]
+    normed: Float[Array, "N D"]
+    experts: Int[Array, "N k"]
+    gates: Float[Array, "N k"]
+
+
+def first_alike(config: ModelConfig, layer: int) -> int:
+    """The first layer that runs the same program: as dense or not, and with the same window."""
+
+    def kind(i: int) -> tuple[bool, int]:
+        return i in config.dense_layers, config.window(i)
+
+    return next(i for i in range(config.num_hidden_layers) if kind(i) == kind(layer))
+
+
+def _places(config: ModelConfig, x: Array) -> Places:
+    positions, keys = positions_of(x.shape[:2], None)
+    return Places(positions, keys, angles(config, positions))
+
+
+def _outer_function(config: ModelConfig, like: int, rest: dict[str, Array], x: Array) -> Outer:
+    layer = layer_with_parameters(config, like, rest)
+    x, _ = layer.attend(x, _places(config, x))
+    normed = layer.experts_norm(x)
+    flat = normed.reshape(-1, x.shape[-1])
+    routing = layer.route(flat)
+    shape = (*x.shape[:2], -1)
+    residual = layer.add(x, jnp.broadcast_to(layer.beside(flat), flat.shape))
+    return Outer(residual, normed, routing.experts.reshape(shape), routing.gates.reshape(shape))
+
+
+def _dense_function(config: ModelConfig, like: int, rest: dict[str, Array], x: Array) -> Array:
+    def never(*_: Any) -> Any:
+        raise AssertionError("a dense layer has no experts")
+
+    return layer_with_parameters(config, like, rest)(x, never, _places(config, x))[0]
+
+
+outer_of = functools.partial(jax.jit, static_argnames=("config", "like"))(_outer_function)
+dense = functools.partial(jax.jit, static_argnames=("config", "like"))(_dense_function)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "like"))
+def outer_vjp(config, like, rest, x, d_residual, d_normed, d_gates):
+    def differentiable(x):
+        outer = _outer_function(config, like, rest, x)
+        return outer.residual, outer.normed, outer.gates
+
+    return jax.vjp(differentiable, x)[1]((d_residual, d_normed, d_gates))[0]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "like"))
+def dense_vjp(config, like, rest, x, d_out):
+    return jax.vjp(lambda x: _dense_function(config, like, rest, x), x)[1](d_out)[0]
+
+
+def loss_gradient_of(config: ModelConfig, top: dict[str, np.ndarray]) -> Callable[[Array, Array], Array]:
+    """d loss / d x of (x (S, T, D), targets (S, T)), the loss summed over windows; top: head, norm, embedding."""
+    head = {name: jnp.asarray(a) for name, a in top.items() if name != "embed" or config.tie_word_embeddings}
+    return lambda x, targets: _loss_gradient(config, head, x, targets)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _loss_gradient(config, top, x, targets):
+    """d loss / d x, the loss being each window's summed next-token negative log-likelihood."""
+    norm = {name.removeprefix("norm."): a for name, a in top.items() if name.startswith("norm.")}
+    head = top["embed"] if config.tie_word_embeddings else top["head"]
+
+    def loss(x):
+        hidden = filled(lambda: Norm(config), norm)(x) / config.logits_scaling
+        return next_token_nll(hidden, head, targets, top.get("head_bias")).sum()
+
+    return jax.grad(loss)(x)
