@@ -37,7 +37,7 @@ from dynamo_jax.models.layerwise import (
     outer_of,
     outer_vjp,
 )
-from dynamo_jax.quant.gptq import CHUNK_WEIGHTS, Emphasis, quantize_gptq, shrunk
+from dynamo_jax.quant.nested_gptq import CHUNK_WEIGHTS, Emphasis, quantize_nested, shrunk
 from dynamo_jax.quant.planes import Planes, dequantize, quantize
 from dynamo_jax.work import Bundle, Work
 
@@ -67,8 +67,8 @@ class LayerSource(Protocol):
 class Calibration:
     """One job. tokens: windows of all datasets, those of the first one first; dataset: of each window.
 
-    quantizer: gptq (error feedback along the calibration inputs, ``quant/gptq.py``) or rtn (``quant/planes.py``).
-    emphasis: what errors at 2, 3 and 4 bits count for gptq.
+    quantizer: gptq (``quant/nested_gptq.py``: error feedback along the calibration inputs) or rtn
+    (``quant/planes.py``). emphasis: what errors at 2, 3 and 4 bits count for gptq.
     """
 
     source: LayerSource
@@ -172,8 +172,8 @@ def _parameters(rest: Bundle) -> Bundle:
 
 
 def planes_bundle(planes: Planes) -> Bundle:
-    named = {f"codes{b}": a for b, a in planes.codes.items()} | {f"ratios{b}": a for b, a in planes.ratios.items()}
-    return {f"planes/{name}": a for name, a in named.items()} | {"planes/scales": planes.scales}
+    codes = {f"planes/codes{b}": a for b, a in planes.codes.items()}
+    return codes | {"planes/scales": planes.scales, "planes/ratios": planes.ratios}
 
 
 def _outer_of(job: Calibration, layer: int, rest: Bundle, x: Float[np.ndarray, "S T D"]) -> Outer:
@@ -288,7 +288,7 @@ def _feedback_planes(
             for x, s in zip(inputs, squared)
         ]
         own = w[:, part] if input_axis == 1 else w[:, :, part]
-        parts.append(quantize_gptq(own, np.stack(hessians), job.group_size, input_axis, job.emphasis))
+        parts.append(quantize_nested(own, np.stack(hessians), job.group_size, input_axis, job.emphasis))
     return jax.tree.map(lambda *a: np.concatenate(a, axis=input_axis), *parts)
 
 

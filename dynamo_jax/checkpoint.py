@@ -26,7 +26,7 @@ import numpy as np
 import tokenizers
 
 from dynamo_jax.calibrate import layer_name, planes_bundle
-from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, PROJECTIONS, WIDTHS
+from dynamo_jax.kernels.layout import PLANE_BITS, PROJECTIONS, WIDTHS
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.huggingface import TOKENIZER, UNQUANTIZED
 from dynamo_jax.models.tensor_files import read_json, write_tensors
@@ -37,7 +37,7 @@ from dynamo_jax.runtime.store import page_tables
 from dynamo_jax.settings import from_dict
 from dynamo_jax.work import Bundle, read_bundle
 
-FORMAT = 2
+FORMAT = 3
 NAME = "dynamo_jax quantized model"
 META, PLAN, TOP, SOURCE = "dynamo_jax.json", "plan.safetensors", "top.safetensors", "source"
 KNOWLEDGE = ("counts", "loss_per_error", "block_errors", "correction")
@@ -207,7 +207,7 @@ def plane_shapes(config: ModelConfig, group_size: int) -> dict[str, tuple[int, .
     codes: dict[str, tuple[int, ...]] = {
         f"planes/codes{b}": (*shape, config.hidden_size * PLANE_BITS[b] // 8) for b in WIDTHS
     }
-    return codes | {f"planes/ratios{b}": (*shape, groups) for b in LEVELS} | {"planes/scales": (*shape, groups)}
+    return codes | {f"planes/{name}": (*shape, groups) for name in ("scales", "ratios")}
 
 
 def check_planes(path: Path, bundle: Bundle, config: ModelConfig, plan: Plan) -> None:
@@ -221,11 +221,7 @@ def check_planes(path: Path, bundle: Bundle, config: ModelConfig, plan: Plan) ->
 
 def layer_planes(bundle: Bundle) -> Planes:
     """One layer's planes (E, P, F, ..) from its bundle."""
-    return Planes(
-        {b: bundle[f"planes/codes{b}"] for b in WIDTHS},
-        bundle["planes/scales"],
-        {b: bundle[f"planes/ratios{b}"] for b in LEVELS},
-    )
+    return Planes({b: bundle[f"planes/codes{b}"] for b in WIDTHS}, bundle["planes/scales"], bundle["planes/ratios"])
 
 
 def stacked_planes(get: Callable[[str], Bundle], config: ModelConfig) -> Planes:

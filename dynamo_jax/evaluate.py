@@ -24,7 +24,8 @@ from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
 from dynamo_jax.pipeline import batches, digest, no_progress
 from dynamo_jax.precision.plan import Plan
-from dynamo_jax.quant.rtn import round_to_nearest, rtn_bits_per_weight
+from dynamo_jax.quant.grids import GridSpec
+from dynamo_jax.quant.rtn import round_to_nearest
 from dynamo_jax.runtime.adapt import adapt
 from dynamo_jax.runtime.monitor import Verdict, judge
 from dynamo_jax.runtime.quantized import QuantizedModel
@@ -125,12 +126,12 @@ def make_row(
     )
 
 
-def float_parameters(model: Decoder, rtn_bits: int | None = None, group_size: int = 64) -> dict[str, Array]:
-    """Float32 parameters, the experts rounded to nearest at ``rtn_bits`` if given."""
+def float_parameters(model: Decoder, rounding: GridSpec | None = None) -> dict[str, Array]:
+    """Float32 parameters, the experts rounded to nearest if ``rounding`` says how."""
     params = {name: a.astype(jnp.float32) for name, a in parameters(model).items()}
-    if rtn_bits is not None:
+    if rounding is not None:
         for name in expert_parameter_names(model.config):
-            params[name] = round_to_nearest(params[name], rtn_bits, group_size)
+            params[name] = round_to_nearest(params[name], rounding)
     return params
 
 
@@ -162,8 +163,9 @@ def evaluate_uniform(
     first: dict[str, Reference] = {}
     for index, name in enumerate(names):
         rtn_bits = UNIFORM[name]
-        params = float_parameters(model, rtn_bits, group_size)
-        bits = 16.0 if rtn_bits is None else rtn_bits_per_weight(rtn_bits, group_size)
+        rounding = None if rtn_bits is None else GridSpec(rtn_bits, group_size)
+        params = float_parameters(model, rounding)
+        bits = 16.0 if rounding is None else rounding.bits_per_weight(model.config.hidden_size)
         for dataset in data:
             losses = evaluate_float(model.config, params, dataset, config.batch_size)
             rows.append(float_row(model.config, dataset, name, losses, bits, first.get(dataset.name)))

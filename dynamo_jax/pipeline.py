@@ -35,7 +35,7 @@ from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.models.huggingface import Source, load_tokenizer, side_files, side_files_of
 from dynamo_jax.precision.allocate import allocate
 from dynamo_jax.precision.plan import Plan, block_costs, expert_plan
-from dynamo_jax.quant.gptq import EMPHASIS
+from dynamo_jax.quant.nested_gptq import EMPHASIS
 from dynamo_jax.runtime.monitor import novelty_threshold
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.work import Bundle, FolderWork, MemoryWork, Work

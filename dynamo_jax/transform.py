@@ -60,7 +60,8 @@ class SwitchedExperts(nnx.Module):
         for index, variant in enumerate(variants):
             for level, pool in variant.items():
                 for field, array in pool._asdict().items():
-                    setattr(self, _name(index, level, field), Plane(array))
+                    if array is not None:
+                        setattr(self, _name(index, level, field), Plane(array))
 
     def __call__(self, x: Float[Array, "N D"], router_logits: Float[Array, "N E"]) -> Float[Array, "N D"]:
         experts, gates = self.inner.route(router_logits)
@@ -71,10 +72,11 @@ class SwitchedExperts(nnx.Module):
         return run(0, x, routing, None, form)[0]
 
     def _variant(self, index: int) -> Variant:
-        return {
-            level: PagePool(*(getattr(self, _name(index, level, field))[...] for field in PagePool._fields))
-            for level in LEVELS
-        }
+        def plane(level: int, field: str) -> Any:
+            found = getattr(self, _name(index, level, field), None)
+            return None if found is None else found[...]
+
+        return {level: PagePool(*(plane(level, field) for field in PagePool._fields)) for level in LEVELS}
 
 
 def _name(variant: int, level: int, field: str) -> str:

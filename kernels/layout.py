@@ -2,11 +2,13 @@
 
 A weight is the sum of the planes that are read, each with one convention, w = (q - z) * s:
 
-    2 bits: W2 = (q2 - 1.5) * s2            q2 in 0..3,  s2 bfloat16
-    3 bits: W3 = W2 + (q3 - 0.5) * s3       q3 in 0..1,  s3 = s2 * ratio3 * unit3
-    4 bits: W4 = W3 + (q4 - 0.5) * s4       q4 in 0..1,  s4 = s2 * ratio4 * unit4
-    8 bits: W8 = W4 + (q8 - 7.5) * s8       q8 in 0..15, s8 = s2 * ratio8 * unit8
+    2 bits: W2 = (q2 - 1.5) * s             q2 in 0..3,  s bfloat16
+    3 bits: W3 = W2 + (q3 - 0.5) * s / 2    q3 in 0..1
+    4 bits: W4 = W3 + (q4 - 0.5) * s / 4    q4 in 0..1
+    8 bits: W8 = W4 + (q8 - 7.5) * s8       q8 in 0..15, s8 = s * ratio8 / 1020
 
+so 2, 3 and 4 bits are one uniform grid of step s / 4 read to different depths, W4 = (4 q2 + 2 q3 + q4 - 7.5) s / 4,
+and the last plane, which has to reach the weights that lie outside of that grid, has a step of its own.
 Zero points are the constants above, so nothing is stored for them; ratios are uint8. One scale
 serves ``group_size`` neighbouring weights along D. All three projections are channel-major, (F, D):
 a channel block is ``channel_block`` rows of gate, up and down together, so its precision touches no
@@ -31,7 +33,8 @@ WIDTHS = (2, 3, 4, 8)
 LEVELS = (3, 4, 8)  # refinement levels, named by the width that they reach
 PLANE_BITS = {2: 2, 3: 1, 4: 1, 8: 4}
 ZERO_POINT = {2: 1.5, 3: 0.5, 4: 0.5, 8: 7.5}
-RATIO_UNIT = {3: 1 / 255, 4: 1 / 510, 8: 1 / 1020}
+STEP = {2: 1.0, 3: 0.5, 4: 0.25}  # in base scales
+RATIO_UNIT = 1 / 1020  # of the 8-bit plane's step, in base scales
 PROJECTIONS = 3  # gate, up, down
 
 
@@ -45,11 +48,12 @@ class BasePlanes(NamedTuple):
 class PagePool(NamedTuple):
     """The resident pages of one refinement level and where they belong.
 
-    codes: (Q, P, C, D*bits/8) uint8; ratios: (Q, P, C, G) uint8; table: (L, E, N) page index or -1.
+    codes: (Q, P, C, D*bits/8) uint8; ratios: (Q, P, C, G) uint8 at level 8, None at others;
+    table: (L, E, N) page index or -1.
     """
 
     codes: UInt8[Array, "Q P C Dp"]
-    ratios: UInt8[Array, "Q P C G"]
+    ratios: UInt8[Array, "Q P C G"] | None
     table: Int[Array, "L E N"]
 
 
@@ -57,11 +61,10 @@ Variant = dict[int, PagePool]  # refinement level -> its pages
 
 
 def block_bytes(width: int, channel_block: int, hidden_size: int, group_size: int) -> int:
-    """Bytes stored and read for one channel block at ``width``: codes, base scales and ratios."""
+    """Bytes stored and read for one channel block at ``width``: codes, base scales and, at 8 bits, ratios."""
     weights = PROJECTIONS * channel_block * hidden_size
-    levels = [b for b in WIDTHS if b <= width]
-    scale_bytes = 2 + len(levels) - 1
-    return sum(weights * PLANE_BITS[b] // 8 for b in levels) + weights // group_size * scale_bytes
+    codes = sum(weights * PLANE_BITS[b] // 8 for b in WIDTHS if b <= width)
+    return codes + weights // group_size * (3 if width == 8 else 2)
 
 
 def unpack(codes: UInt8[Array, "*S Dp"], bits: int) -> UInt8[Array, "*S D"]:
@@ -69,6 +72,14 @@ def unpack(codes: UInt8[Array, "*S Dp"], bits: int) -> UInt8[Array, "*S D"]:
     shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)
     parts = (codes[..., None] >> shifts) & jnp.uint8(2**bits - 1)
     return parts.reshape(*codes.shape[:-1], codes.shape[-1] * (8 // bits))
+
+
+def step_of(
+    scales: Float[Array, "*S G"], level: int, ratios: UInt8[Array, "*S G"] | None = None
+) -> Float[Array, "*S G"]:
+    """The step of one plane, float32; ``ratios`` are those of level 8."""
+    scales = scales.astype(jnp.float32)
+    return scales * STEP[level] if ratios is None else scales * ratios.astype(jnp.float32) * RATIO_UNIT
 
 
 def scaled(codes: UInt8[Array, "*S Dp"], scales: Float[Array, "*S G"], level: int) -> Float[Array, "*S D"]:
@@ -98,10 +109,10 @@ def dequantize_layer(
         channels = pool.codes.shape[2]
         page = jnp.maximum(table, 0)
         # (E, N, P, C, ..) -> (E, P, N*C, ..): a page lies beside its block's base plane
-        codes, ratios = (_beside(a[page]) for a in (pool.codes, pool.ratios))
+        codes = _beside(pool.codes[page])
+        ratios = None if pool.ratios is None else _beside(pool.ratios[page])
         present = jnp.repeat(table >= 0, channels, axis=1)[:, None, :, None]
-        step = scales * ratios.astype(jnp.float32) * RATIO_UNIT[level]
-        weights = weights + jnp.where(present, scaled(codes, step, level), 0.0)
+        weights = weights + jnp.where(present, scaled(codes, step_of(scales, level, ratios), level), 0.0)
     return weights.swapaxes(0, 1).astype(jnp.bfloat16)
 
 

@@ -21,7 +21,7 @@ from dynamo_jax.pipeline import QuantizeConfig, no_progress, quantize_folder
 from dynamo_jax.runtime.generate import GenerateConfig, generate
 from dynamo_jax.runtime.switch import switched_experts
 
-SMALL = QuantizeConfig(bits=6.0, group_size=8, channel_block=8, window=24, calibration_windows=2, batch_size=2)
+SMALL = QuantizeConfig(bits=5.5, group_size=8, channel_block=8, window=24, calibration_windows=2, batch_size=2)
 
 
 @pytest.fixture(scope="module")

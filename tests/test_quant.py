@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, WIDTHS, block_bytes, unpack
+from dynamo_jax.kernels.layout import PLANE_BITS, WIDTHS, block_bytes, unpack
+from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.packing import pack
 from dynamo_jax.quant.planes import dequantize, quantize
 from dynamo_jax.quant.rtn import round_to_nearest
@@ -39,14 +40,14 @@ def test_codes_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_round_to_nearest_is_within_half_a_step_on_a_grid_of_that_many_values(bits):
-    q = round_to_nearest(GAUSS, bits, 64)
+    q = round_to_nearest(GAUSS, GridSpec(bits, 64))
     groups, rounded = np.asarray(GAUSS).reshape(-1, 64), np.asarray(q).reshape(-1, 64)
     step = (groups.max(axis=1) - groups.min(axis=1)) / (2**bits - 1)
     # bfloat16 scales are off by up to 2^-9 and the zero point is an integer: half a step more at the ends
     assert (np.abs(groups - rounded) <= (1.0 + 2**bits * 2**-9) * step[:, None]).all()
     assert np.median(np.abs(groups - rounded) / step[:, None]) <= 0.5
     assert max(len(np.unique(r)) for r in rounded) <= 2**bits
-    assert (round_to_nearest(jnp.zeros((1, 64)), bits, 64) == 0).all()
+    assert (round_to_nearest(jnp.zeros((1, 64)), GridSpec(bits, 64)) == 0).all()
 
 
 def test_every_plane_brings_the_weights_closer():
@@ -58,7 +59,9 @@ def test_every_plane_brings_the_weights_closer():
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_nested_planes_are_no_worse_than_round_to_nearest_at_few_bits(bits):
-    assert error(GAUSS, dequantize(quantize(GAUSS, 64), bits)) < error(GAUSS, round_to_nearest(GAUSS, bits, 64))
+    assert error(GAUSS, dequantize(quantize(GAUSS, 64), bits)) < error(
+        GAUSS, round_to_nearest(GAUSS, GridSpec(bits, 64))
+    )
 
 
 def test_at_two_bits_the_error_is_near_the_best_uniform_quantizer_of_a_gaussian():
@@ -82,7 +85,7 @@ def test_bytes_counted_are_bytes_stored():
     planes = quantize(jax.random.normal(jax.random.key(1), (3, 16, 128)), 64)  # gate, up, down of one block
     stored = planes.scales.nbytes
     for width in WIDTHS:
-        stored += planes.codes[width].nbytes + (planes.ratios[width].nbytes if width in LEVELS else 0)
+        stored += planes.codes[width].nbytes + (planes.ratios.nbytes if width == 8 else 0)
         assert stored == block_bytes(width, 16, 128, 64)
     assert sum(PLANE_BITS.values()) == 8
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_jax.quant.rtn import round_to_nearest, rtn_bits_per_weight
+from dynamo_jax.quant.grids import GridSpec
+from dynamo_jax.quant.rtn import round_to_nearest
 
 BF16_ROUNDING = 2.0**-8  # the largest relative error of rounding to eight significant bits
 F32 = float(np.finfo(np.float32).eps)
@@ -39,7 +40,9 @@ def test_no_weight_is_more_than_half_a_step_off(sizes, bits):
     seed, group, size, offset = sizes
     w = sample(seed, group, size, offset)
     low, high = ranges(w, group)
-    off = np.abs(w.reshape(-1, group) - np.asarray(round_to_nearest(jnp.asarray(w), bits, group)).reshape(-1, group))
+    off = np.abs(
+        w.reshape(-1, group) - np.asarray(round_to_nearest(jnp.asarray(w), GridSpec(bits, group))).reshape(-1, group)
+    )
     step = (high - low) / (2**bits - 1)
     half = step / 2 * (1 + BF16_ROUNDING)
     # float32: the quotient w / s is rounded, relative to at most 2^bits steps
@@ -53,7 +56,7 @@ def test_a_group_takes_at_most_two_to_the_bits_values_evenly_spaced(sizes, bits)
     w = sample(seed, group, size, offset)
     low, high = ranges(w, group)
     step = ((high - low) / (2**bits - 1)).astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
-    indices = np.asarray(round_to_nearest(jnp.asarray(w), bits, group), np.float64).reshape(-1, group) / step
+    indices = np.asarray(round_to_nearest(jnp.asarray(w), GridSpec(bits, group)), np.float64).reshape(-1, group) / step
     np.testing.assert_allclose(indices, np.rint(indices), atol=2**bits * 2 * F32 + 1e-9)
     assert (np.rint(indices).max(axis=1) - np.rint(indices).min(axis=1) <= 2**bits - 1).all()
 
@@ -65,14 +68,14 @@ def test_zero_is_exactly_representable(sizes, bits):
     seed, group, size, offset = sizes
     w = sample(seed, group, size, offset)
     w[:, ::5] = 0
-    q = np.asarray(round_to_nearest(jnp.asarray(w), bits, group))
+    q = np.asarray(round_to_nearest(jnp.asarray(w), GridSpec(bits, group)))
     assert (q[:, ::5] == 0).all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_values_equal_a_loop_over_the_weights(bits):
     w, group = sample(5, 8), 8
-    got = np.asarray(round_to_nearest(jnp.asarray(w), bits, group))
+    got = np.asarray(round_to_nearest(jnp.asarray(w), GridSpec(bits, group)))
     want = np.zeros_like(w, np.float64)
     for row in range(w.shape[0]):
         for start in range(0, w.shape[1], group):
@@ -88,25 +91,25 @@ def test_the_values_equal_a_loop_over_the_weights(bits):
 
 def test_groups_do_not_see_each_other():
     w = jnp.asarray(sample(6, 32))
-    alone = round_to_nearest(w[:, :32], 3, 32)
-    np.testing.assert_array_equal(round_to_nearest(w.at[:, 32:].mul(1e3), 3, 32)[:, :32], alone)
+    alone = round_to_nearest(w[:, :32], GridSpec(3, 32))
+    np.testing.assert_array_equal(round_to_nearest(w.at[:, 32:].mul(1e3), GridSpec(3, 32))[:, :32], alone)
 
 
 def test_weights_on_the_grid_are_exact():
     w = jnp.asarray(np.random.default_rng(0).integers(-3, 13, (4, 64)) * 0.25).at[:, :2].set(jnp.array([-0.75, 3.0]))
-    np.testing.assert_array_equal(round_to_nearest(w, 4, 64), w)
+    np.testing.assert_array_equal(round_to_nearest(w, GridSpec(4, 64)), w)
 
 
 @pytest.mark.parametrize("bits", [2, 8])
 def test_all_zeros_stay_zeros_and_constants_finite(bits):
-    assert (round_to_nearest(jnp.zeros((2, 16)), bits, 16) == 0).all()
-    np.testing.assert_allclose(round_to_nearest(jnp.full((2, 16), 0.7), bits, 16), 0.7, rtol=BF16_ROUNDING)
+    assert (round_to_nearest(jnp.zeros((2, 16)), GridSpec(bits, 16)) == 0).all()
+    np.testing.assert_allclose(round_to_nearest(jnp.full((2, 16), 0.7), GridSpec(bits, 16)), 0.7, rtol=BF16_ROUNDING)
 
 
 def test_each_bit_quarters_the_error():
     """A step is halved, and the error of a uniform quantizer is its step squared over twelve."""
     w = jax.random.normal(jax.random.key(0), (256, 64))
-    errors = {b: float(jnp.mean((w - round_to_nearest(w, b, 64)) ** 2)) for b in (3, 4, 5, 6)}
+    errors = {b: float(jnp.mean((w - round_to_nearest(w, GridSpec(b, 64))) ** 2)) for b in (3, 4, 5, 6)}
     for bits in (3, 4, 5):
         # steps go as 2^bits - 1: 7, 15, 31, 63
         ratio = ((2 ** (bits + 1) - 1) / (2**bits - 1)) ** 2
@@ -115,9 +118,9 @@ def test_each_bit_quarters_the_error():
 
 def test_a_group_size_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="last axis 64 is not a multiple of group_size 48"):
-        round_to_nearest(jnp.zeros((2, 64)), 4, 48)
+        round_to_nearest(jnp.zeros((2, 64)), GridSpec(4, 48))
 
 
 def test_the_stored_bits_by_hand():
     # 64 codes of 3 bits, 16 bits of scale, 8 of zero point
-    assert rtn_bits_per_weight(3, 64) == (64 * 3 + 16 + 8) / 64
+    assert GridSpec(3, 64).bits_per_weight(128) == (64 * 3 + 16 + 8) / 64

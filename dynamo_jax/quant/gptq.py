@@ -1,127 +1,71 @@
-"""Nested planes with error feedback: GPTQ for all widths of one stored weight at once.
+"""GPTQ (arXiv 2210.17323): rounding one input column after the other, with feedback of the error to those to come.
 
-GPTQ (arXiv 2210.17323) rounds one input column after the other and adds what the rounding did to the
-outputs, as the inputs' correlations predict it, to the columns that are still to come. Here each of the
-widths 2, 3 and 4 keeps a feedback of its own, so three versions of the remaining columns are carried,
-and the codes of a weight, which the widths share, are the ones with the least weighted sum of the widths'
-squared errors (``EMPHASIS``). The last plane, 8 bits, rounds what is left without feedback. Refining the
-finished 2-bit result by GPTQ on its residual instead does worse at 3 and 4 bits, since feedback drives the 2-bit
-weights away from the ones that they stand for (docs/log.md).
+What the rounding of a column did to the outputs is, as the correlations of the inputs predict it, added to the columns
+that are still to be rounded. Many experts at once; plain arrays in and out. The nested planes have their own version
+of it, ``nested_gptq.py``; this one makes weights for a single width.
 
-Steps of the 3- and 4-bit planes are fixed shares of the base scale, 1/2 and 1/4, so that 2, 3 and 4 bits are
-one grid read to different depths. The base scale of a group is searched when the first of its columns is reached.
-
-Axes: X experts, R outputs, C inputs, G groups.
+Axes: X experts, R outputs, C inputs.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
-from dynamo_jax.kernels.layout import PLANE_BITS, RATIO_UNIT, ZERO_POINT
-from dynamo_jax.quant.packing import pack
-from dynamo_jax.quant.planes import SMALLEST_SCALE, Planes, refinement
+from dynamo_jax.quant.grids import Grid, GridSpec, grid_of, on_grid
 
-Emphasis = tuple[float, float, float]
-EMPHASIS: Emphasis = (1.0, 2.0, 4.0)  # of a squared error at 2, 3 and 4 bits when codes are chosen
-RATIOS = {3: 128, 4: 128}  # the stored ratios: 1/2 and 1/4 of the base scale
 DAMPING = 0.01  # of the mean diagonal, added to every diagonal entry of a Hessian
-BASE_FRACTIONS = tuple(np.linspace(0.3, 0.75, 13).tolist())  # base scale over the group's largest weight
-ROOM = 1.1  # a scale's share beyond the best one for the weights as they are: feedback makes them grow
-BLOCK_COLUMNS = 128  # whose feedback waits until the block is done
-CHUNK_WEIGHTS = 2**22  # in the compiled loop at a time: about 0.2 GB of temporary arrays
 
 
-def _values() -> np.ndarray:
-    """(3, 16): the weight at 2, 3 and 4 bits, in base scales, for each of the 16 codes of four bits."""
-    codes = np.array(list(itertools.product(range(4), range(2), range(2))), np.float64)
-    steps = (1.0, *(RATIOS[b] * RATIO_UNIT[b] for b in (3, 4)))
-    parts = [(codes[:, i] - ZERO_POINT[b]) * step for i, (b, step) in enumerate(zip((2, 3, 4), steps))]
-    return np.cumsum(parts, axis=0).astype(np.float32)
+class GptqResult(NamedTuple):
+    """weights: dequantized, (X, R, C) float32. starved: the experts whose Hessian was the pooled one."""
+
+    weights: Float[np.ndarray, "X R C"]
+    starved: tuple[int, ...]
 
 
-VALUES = _values()
+def gptq(
+    w: Float[np.ndarray, "X R C"],
+    hessians: Float[np.ndarray, "X C C"],
+    spec: GridSpec,
+    rows: Float[np.ndarray, " X"] | None = None,
+    *,
+    damping: float = DAMPING,
+    act_order: bool = True,
+    least_rows: int = 0,
+) -> GptqResult:
+    """Quantize experts' weights with groups along the inputs, scales of the weights as they were.
 
-
-def quantize_gptq(
-    w: Float[np.ndarray, "X A B"],
-    hessian: Float[np.ndarray, "X C C"],
-    group_size: int,
-    input_axis: int,
-    emphasis: Emphasis = EMPHASIS,
-) -> Planes:
-    """Planes of experts' weights with groups along the last axis, whichever axis holds the inputs.
-
-    input_axis: 1 for weights (X, C, R), such as down projections, 2 for (X, R, C), such as gate and up.
-    hessian: sums of products of inputs with inputs, weighted as the errors count; a zero one is taken as the
-    identity, which leaves rounding without feedback. emphasis: what a squared error at 2, 3 and 4 bits counts when
-    a code is chosen; one that is far above the others makes the weight for that width alone. NaN or infinity in
-    weights or Hessian is an error.
+    hessians: sums of products of inputs, x x^T. rows: the calibration rows of each expert; one with fewer than
+    ``least_rows`` of them, or with a Hessian of zeros, takes the sum of all experts' Hessians instead, and is named
+    in the result. act_order: columns with the largest inputs first. NaN or infinity is an error.
     """
     w = np.asarray(w)
-    if input_axis not in (1, 2):
-        raise ValueError(f"input_axis {input_axis} is neither 1 nor 2")
-    if w.shape[2] % group_size or group_size % 8:
-        raise ValueError(f"last axis {w.shape[2]} must be a multiple of group_size {group_size}, and that of 8")
-    if hessian.shape != (len(w), w.shape[input_axis], w.shape[input_axis]):
-        raise ValueError(f"hessian {hessian.shape} does not fit weights {w.shape} with inputs on axis {input_axis}")
+    if hessians.shape != (len(w), w.shape[2], w.shape[2]):
+        raise ValueError(f"hessians {hessians.shape} do not fit weights {w.shape}")
     if not np.isfinite(np.asarray(w, np.float32)).all():
         raise ValueError("weights to quantize hold NaN or infinity")
-    factors = np.stack([feedback_factor(h) for h in hessian])
-    columns = w.swapaxes(1, 2) if input_axis == 1 else w
-    block = _divisor(columns.shape[2], group_size if input_axis == 2 else 1, BLOCK_COLUMNS)
-    rows = _divisor(columns.shape[1], group_size if input_axis == 1 else 1, CHUNK_WEIGHTS // columns.shape[2])
-    step = max(1, CHUNK_WEIGHTS // (rows * columns.shape[2]))  # experts at a time
-    found = []
-    for i in range(0, len(w), step):
-        factor = jnp.asarray(factors[i : i + step])
-        slabs = [
-            jnp.asarray(columns[i : i + step, r : r + rows], jnp.float32) for r in range(0, columns.shape[1], rows)
-        ]
-        runs = [_run(slab, factor, group_size, input_axis == 2, block, emphasis) for slab in slabs]
-        found.append([np.concatenate(a, axis=axis) for a, axis in zip(zip(*runs), (1, 2))])
-    four, scales = (np.concatenate(a) for a in zip(*found))
-    if input_axis == 1:
-        four = four.swapaxes(1, 2)
-    else:
-        scales = scales[:, ::group_size].swapaxes(1, 2)
-    eight, ratio8 = _finest(w, four, scales, group_size)
-    codes = {2: four >> 2, 3: four >> 1 & 1, 4: four & 1, 8: eight}
-    packed = {b: pack(c, PLANE_BITS[b]) for b, c in codes.items()}
-    ratios = {level: np.full(scales.shape, ratio, np.uint8) for level, ratio in RATIOS.items()} | {8: ratio8}
-    return Planes(packed, scales.astype(jnp.bfloat16), ratios)
+    few = np.zeros(len(w), bool) if rows is None else np.asarray(rows) < least_rows
+    starved = tuple(x for x in range(len(w)) if few[x] or not np.trace(hessians[x]) > 0)
+    pooled = np.asarray(hessians, np.float64).sum(axis=0) if starved else None
+    orders, factors = [], []
+    for x in range(len(w)):
+        h = np.asarray(hessians[x], np.float64) if x not in starved else pooled
+        assert h is not None
+        order = np.argsort(-np.diag(h), kind="stable") if act_order else np.arange(len(h))
+        orders.append(order)
+        factors.append(feedback_factor(h[np.ix_(order, order)], damping))
+    out = _run(jnp.asarray(w, jnp.float32), jnp.asarray(np.stack(factors)), jnp.asarray(np.stack(orders)), spec)
+    return GptqResult(np.asarray(out), starved)
 
 
-def _finest(w: np.ndarray, four: np.ndarray, scales: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes (X, A, B) and ratios (X, A, G) of the 8-bit plane, expert by expert."""
-    codes, ratios = [], []
-    for weights, index, scale in zip(w, four, scales):
-        code, ratio = _round_residual(jnp.asarray(weights, jnp.float32), jnp.asarray(index), jnp.asarray(scale))
-        codes.append(np.asarray(code))
-        ratios.append(np.asarray(ratio))
-    return np.stack(codes), np.stack(ratios)
-
-
-@jax.jit
-def _round_residual(
-    w: Float[Array, "A B"], four: UInt8[Array, "A B"], scales: Float[Array, "A G"]
-) -> tuple[UInt8[Array, "A B"], UInt8[Array, "A G"]]:
-    base = scales[..., None]
-    grouped = (*scales.shape, -1)
-    residual = w.reshape(grouped) - jnp.asarray(VALUES[2])[four].reshape(grouped) * base
-    code, ratio, _ = refinement(residual, base, 8)
-    return code.reshape(w.shape).astype(jnp.uint8), ratio[..., 0].astype(jnp.uint8)
-
-
-def feedback_factor(hessian: Float[np.ndarray, "C C"]) -> Float[np.ndarray, "C C"]:
+def feedback_factor(hessian: Float[np.ndarray, "C C"], damping: float = DAMPING) -> Float[np.ndarray, "C C"]:
     """The upper triangular U with U^T U = (H + damping)^-1, float32; the identity for a Hessian of zeros."""
     h = np.array(hessian, np.float64)
     if not np.isfinite(h).all():
@@ -130,118 +74,31 @@ def feedback_factor(hessian: Float[np.ndarray, "C C"]) -> Float[np.ndarray, "C C
     if scale <= 0:
         return np.eye(len(h), dtype=np.float32)
     h /= scale  # so that no product over- or underflows
-    h[np.diag_indices(len(h))] += DAMPING
+    h[np.diag_indices(len(h))] += damping
     # H = A A^T with A upper triangular is the Cholesky factorization in reversed order; then U = A^-1
     upper = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
     return scipy.linalg.solve_triangular(upper, np.eye(len(h)), lower=False).astype(np.float32)
 
 
-class _Codes(NamedTuple):
-    """four: index into ``VALUES``; scales: see ``_run``."""
-
-    four: UInt8[Array, "X R C"]
-    scales: Float[Array, "X C G"]
+@functools.partial(jax.jit, static_argnames="spec")
+def _run(w: Float[Array, "X R C"], factors: Float[Array, "X C C"], orders: Array, spec: GridSpec) -> Array:
+    return jax.vmap(functools.partial(_run_one, spec=spec))(w, factors, orders)
 
 
-def _divisor(size: int, multiple: int, most: int) -> int:
-    """The largest divisor of ``size`` that is a multiple of ``multiple`` and, but for that, at most ``most``."""
-    whole = size // multiple
-    return multiple * max(d for d in range(1, whole + 1) if whole % d == 0 and (d == 1 or d * multiple <= most))
-
-
-@functools.partial(jax.jit, static_argnames=("group_size", "grouped_inputs", "block", "emphasis"))
-def _run(
-    w: Float[Array, "X R C"],
-    factors: Float[Array, "X C C"],
-    group_size: int,
-    grouped_inputs: bool,
-    block: int,
-    emphasis: Emphasis,
-) -> _Codes:
-    """Scales are (X, C, G): of each column, one a row if inputs share them (G = R), or one for each
-    ``group_size`` neighbouring rows."""
-    one = functools.partial(
-        _run_one, group_size=group_size, grouped_inputs=grouped_inputs, block=block, emphasis=emphasis
-    )
-    return jax.vmap(one)(w, factors)
-
-
-def _run_one(
-    w: Float[Array, "R C"],
-    factor: Float[Array, "C C"],
-    *,
-    group_size: int,
-    grouped_inputs: bool,
-    block: int,
-    emphasis: Emphasis,
-) -> _Codes:
+def _run_one(w: Float[Array, "R C"], factor: Float[Array, "C C"], order: Array, *, spec: GridSpec) -> Array:
     rows, columns = w.shape
-    share = 1 if grouped_inputs else group_size  # rows that share a scale
+    group = spec.group_of(columns)
+    grid = grid_of(w.reshape(rows, -1, group), spec)
 
-    def column_step(j, state):
-        left, errors, scale, own, out = state  # left, errors: (3, R, block); own: (block, block) of the factor
-        t = left[:, :, j]
-        if grouped_inputs:
-            fresh = lambda: _search(jax.lax.dynamic_slice_in_dim(left, j, group_size, axis=2), emphasis)  # noqa: E731
-            scale = jax.lax.cond(j % group_size == 0, fresh, lambda: scale)
-        else:
-            scale = _search(t.reshape(3, -1, group_size), emphasis)
-        s = jnp.repeat(scale, share)
-        four = _choose(t / jnp.where(s == 0, 1.0, s), emphasis)
-        error = (t - jnp.asarray(VALUES)[:, four] * s) / own[j, j]
-        left = left - error[:, :, None] * jnp.where(jnp.arange(block) > j, own[j], 0.0)
-        errors = errors.at[:, :, j].set(error)
-        codes = out.four.at[:, j].set(four.astype(jnp.uint8))
-        return left, errors, scale, own, _Codes(codes, out.scales.at[j].set(scale))
+    def step(j, state):
+        left, out = state  # both in the order in which columns are rounded
+        own = Grid(*(a[:, order[j] // group] for a in grid))
+        target = left[:, j]
+        value = on_grid(target, own, spec.bits)
+        error = (target - value) / factor[j, j]
+        left = left - error[:, None] * jnp.where(jnp.arange(columns) > j, factor[j], 0.0)
+        return left, out.at[:, j].set(value)
 
-    def block_step(b, state):
-        targets, out = state
-        start = b * block
-        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
-        factor_rows = cut(factor, axis=0)
-        empty = _Codes(cut(out.four, axis=1), cut(out.scales, axis=0))
-        left = cut(targets, axis=2)
-        begin = (left, jnp.zeros_like(left), jnp.zeros(rows // share), cut(factor_rows, axis=1), empty)
-        _, errors, _, _, codes = jax.lax.fori_loop(0, block, column_step, begin)
-        later = jnp.where(jnp.arange(columns) >= start + block, factor_rows, 0.0)
-        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start)
-        filled = _Codes(put(out.four, codes.four, axis=1), put(out.scales, codes.scales, axis=0))
-        return targets - errors @ later, filled
-
-    codes = jnp.zeros((rows, columns), jnp.uint8)
-    begin = (jnp.broadcast_to(w, (3, rows, columns)), _Codes(codes, jnp.zeros((columns, rows // share))))
-    return jax.lax.fori_loop(0, columns // block, block_step, begin)[1]
-
-
-def _choose(t: Float[Array, "3 ..."], emphasis: Emphasis) -> Array:
-    """The code whose values at 2, 3 and 4 bits are nearest to the targets, in base scales."""
-    cost = sum(emphasis[k] * (t[k][..., None] - VALUES[k]) ** 2 for k in range(3))
-    return jnp.argmin(jnp.asarray(cost), axis=-1)
-
-
-def _search(t: Float[Array, "3 *S g"], emphasis: Emphasis) -> Float[Array, "*S"]:
-    """The base scale of each group, in values that bfloat16 has; 0 for a group of zeros."""
-    largest = jnp.abs(t[1]).max(axis=-1)
-
-    def error(fraction):
-        s = _rounded(largest * fraction)[..., None]
-        scaled = t / jnp.where(s == 0, 1.0, s)
-        code = _choose(scaled, emphasis)
-        return sum(emphasis[k] * jnp.sum((t[k] - jnp.asarray(VALUES[k])[code] * s) ** 2, axis=-1) for k in range(3))
-
-    fractions = jnp.asarray(BASE_FRACTIONS)
-    best = jnp.argmin(jax.lax.map(error, fractions), axis=0)
-    return _rounded(largest * fractions[best] * ROOM)
-
-
-def _rounded(s: Array) -> Array:
-    s = s.astype(jnp.bfloat16).astype(jnp.float32)
-    return jnp.where(s < SMALLEST_SCALE, 0.0, s)
-
-
-def shrunk(own: Float[np.ndarray, "C C"], weight: float, prior: Float[np.ndarray, "C C"], worth: float) -> np.ndarray:
-    """A mean Hessian that leans on ``prior`` (of weight 1) where its own ``weight`` is small.
-
-    ``worth``: the weight that the prior counts for. An expert that calibration never reached gets the prior.
-    """
-    return (own + worth * prior) / max(weight + worth, 1e-30)
+    begin = (w[:, order], jnp.zeros((rows, columns)))
+    _, out = jax.lax.fori_loop(0, columns, step, begin)
+    return out[:, jnp.argsort(order)]

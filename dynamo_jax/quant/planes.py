@@ -1,10 +1,10 @@
 """Nested quantization: one set of planes that serves 2, 3, 4 and 8 bits.
 
-Each refinement plane codes the residual of the planes before it with a scale of its own. The base
-scale decides how well all widths do: a small one suits 2 bits, a large one leaves the finer planes
-no clipped tails. It is searched for each group over fractions of the group's largest weight,
-minimizing the sum over 2, 3 and 4 bits of the squared error relative to the best that any
-candidate reaches at that width. A group of zeros has scale 0 and stays exactly zero at every width.
+2, 3 and 4 bits are one grid whose cells nest, so the first bits of the nearest 4-bit value are the nearest 2-bit value.
+The last plane codes what the grid leaves, tails included, with a step of its own. The base scale decides how well all
+widths do: a small one suits 2 bits, a large one leaves the finer grid no clipped tails. It is searched for each group
+over fractions of the group's largest weight, minimizing the sum over 2, 3 and 4 bits of the squared error relative to
+the best that any candidate reaches at that width. A group of zeros has scale 0 and stays exactly zero at every width.
 Arrays in, planes out; no model in sight.
 
 Convention and storage: kernels.layout.
@@ -12,89 +12,81 @@ Convention and storage: kernels.layout.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
-from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, RATIO_UNIT, WIDTHS, ZERO_POINT, scaled
+from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, RATIO_UNIT, STEP, WIDTHS, ZERO_POINT, scaled, step_of
 from dynamo_jax.quant.packing import pack
 
-BASE_FRACTIONS = tuple(np.linspace(0.3, 0.7, 17).tolist())  # base scale over the group's largest weight
-TAIL_FRACTIONS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # 8-bit plane's scale over the one that reaches all residuals
-SEARCHED = (2, 3, 4)  # the widths whose errors choose the base scale
+BASE_FRACTIONS = tuple(np.linspace(0.3, 0.75, 19).tolist())  # base scale over the group's largest weight
+TAIL_FRACTIONS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # 8-bit plane's step over the one that reaches all residuals
 CHUNK_WEIGHTS = 2**22  # quantized at a time: about 0.2 GB of temporary arrays
 SMALLEST_SCALE = 1e-32  # below it float32 steps would underflow, and the group is zero
 
 
+def _values() -> np.ndarray:
+    codes = np.array(list(itertools.product(range(4), range(2), range(2))), np.float64)
+    parts = [(codes[:, i] - ZERO_POINT[b]) * STEP[b] for i, b in enumerate((2, 3, 4))]
+    return np.cumsum(parts, axis=0).astype(np.float32)
+
+
+VALUES = _values()  # (3, 16): the weight at 2, 3 and 4 bits, in base scales, for each of the 16 codes of four bits
+
+
 class Planes(NamedTuple):
-    """Host arrays of one weight array (..., D): codes by width (packed), base scales, ratios by level."""
+    """Host arrays of one weight array (..., D): codes by width (packed), base scales, ratios of the 8-bit plane."""
 
     codes: dict[int, np.ndarray]
     scales: np.ndarray
-    ratios: dict[int, np.ndarray]
+    ratios: np.ndarray
 
 
-class _Quantized(NamedTuple):
-    codes: dict[int, Array]
-    scale: Array
-    ratios: dict[int, Array]
-    errors: dict[int, Array]
+def planes_of(
+    four: UInt8[np.ndarray, "*S D"], eight: UInt8[np.ndarray, "*S D"], scales: ArrayLike, ratios: ArrayLike
+) -> Planes:
+    """Planes from codes: the 16 values of four bits, first plane in the highest bits, and the last plane's 16."""
+    codes = {2: four >> 2, 3: four >> 1 & 1, 4: four & 1, 8: eight}
+    packed = {b: pack(c, PLANE_BITS[b]) for b, c in codes.items()}
+    return Planes(packed, np.asarray(jnp.asarray(scales).astype(jnp.bfloat16)), np.asarray(ratios, np.uint8))
 
 
-def _plane(residual: Array, step: Array, level: int) -> Array:
-    top = 2 ** PLANE_BITS[level] - 1
-    return jnp.clip(jnp.round(_over(residual, step) + ZERO_POINT[level]), 0, top)
-
-
-def _ratio(step: Array, base: Array, level: int) -> Array:
-    return jnp.clip(jnp.round(_over(step, base * RATIO_UNIT[level])), 1, 255)
-
-
-def _over(a: Array, scale: Array) -> Array:
+def over(a: Array, scale: Array) -> Array:
     """a / scale; a scale of zero, that of a group of zeros, leaves ``a`` finite."""
     return a / jnp.where(scale == 0, 1.0, scale)
 
 
-def _quantize_groups(
-    w: Float[Array, "*S g"], fraction: Float[Array, ...], levels: tuple[int, ...] = LEVELS
-) -> _Quantized:
-    """The planes of each group for one candidate of the base scale; errors are sums of squares a group."""
-    largest = jnp.abs(w).max(axis=-1, keepdims=True)
-    base = (largest * fraction).astype(jnp.bfloat16).astype(jnp.float32)
-    base = jnp.where(base < SMALLEST_SCALE, 0.0, base)
-    codes = {2: _plane(w, base, 2)}
-    value = (codes[2] - ZERO_POINT[2]) * base
-    ratios, errors = {}, {2: jnp.sum((w - value) ** 2, axis=-1)}
-    for level in levels:
-        codes[level], ratios[level], left = refinement(w - value, base, level)
-        errors[level], value = jnp.sum(left**2, axis=-1), w - left
-    return _Quantized(codes, base, ratios, errors)
+def rounded_scale(scale: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """The scale in values that bfloat16 has, float32; 0 where float32 steps would underflow."""
+    scale = scale.astype(jnp.bfloat16).astype(jnp.float32)
+    return jnp.where(scale < SMALLEST_SCALE, 0.0, scale)
+
+
+def _nearest(w: Float[Array, "*S g"], base: Float[Array, "*S 1"]) -> UInt8[Array, "*S g"]:
+    return jnp.clip(jnp.floor(over(w, base * STEP[4])) + 8, 0, 15).astype(jnp.uint8)
 
 
 def refinement(
-    residual: Float[Array, "*S g"], base: Float[Array, "*S 1"], level: int
-) -> tuple[Float[Array, "*S g"], Float[Array, "*S 1"], Float[Array, "*S g"]]:
-    """One plane of each group: its codes, its ratio to the base scale, and what it leaves of the residual."""
-    if level == 8:
-        reach = jnp.abs(residual).max(axis=-1, keepdims=True) / ZERO_POINT[8]
-        steps = [reach * f for f in TAIL_FRACTIONS]
-    else:  # the sign's best step is twice the mean size of the residual
-        steps = [2 * jnp.abs(residual).mean(axis=-1, keepdims=True)]
+    residual: Float[Array, "*S g"], base: Float[Array, "*S 1"]
+) -> tuple[UInt8[Array, "*S g"], UInt8[Array, "*S 1"]]:
+    """The 8-bit plane of each group, its codes and its ratio to the base scale, for what 4 bits leave."""
+    reach = jnp.abs(residual).max(axis=-1, keepdims=True) / ZERO_POINT[8]
     best: tuple[Array, ...] | None = None
-    for step in steps:
-        ratio = _ratio(step, base, level)
-        step = ratio * RATIO_UNIT[level] * base
-        code = _plane(residual, step, level)
-        left = residual - (code - ZERO_POINT[level]) * step
-        candidate = (jnp.sum(left**2, axis=-1), ratio, code, left)
+    for fraction in TAIL_FRACTIONS:
+        ratio = jnp.clip(jnp.round(over(reach * fraction, base * RATIO_UNIT)), 1, 255)
+        step = ratio * RATIO_UNIT * base
+        code = jnp.clip(jnp.round(over(residual, step) + ZERO_POINT[8]), 0, 15)
+        left = residual - (code - ZERO_POINT[8]) * step
+        candidate = (jnp.sum(left**2, axis=-1), ratio, code)
         best = candidate if best is None else _better(candidate, best)
     assert best is not None
-    _, ratio, code, left = best
-    return code, ratio, left
+    _, ratio, code = best
+    return code.astype(jnp.uint8), ratio.astype(jnp.uint8)
 
 
 def _better(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -104,11 +96,22 @@ def _better(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 @jax.jit
-def _search(w: Float[Array, "*S g"]) -> _Quantized:
-    errors = jax.lax.map(lambda f: _quantize_groups(w, f, SEARCHED[1:]).errors, jnp.asarray(BASE_FRACTIONS))
-    relative = sum(errors[b] / jnp.maximum(errors[b].min(axis=0), 1e-30) for b in SEARCHED)
-    fraction = jnp.asarray(BASE_FRACTIONS)[jnp.argmin(relative, axis=0)]
-    return _quantize_groups(w, fraction[..., None])
+def _search(w: Float[Array, "*S g"]) -> tuple[Array, Array, Array, Array]:
+    """Codes of four bits, codes of the last plane, base scales and ratios of groups."""
+    largest = jnp.abs(w).max(axis=-1)
+
+    def errors_at(fraction: Array) -> Array:
+        base = rounded_scale(largest * fraction)[..., None]
+        four = _nearest(w, base)
+        return jnp.stack([jnp.sum((w - jnp.asarray(v)[four] * base) ** 2, axis=-1) for v in VALUES])
+
+    fractions = jnp.asarray(BASE_FRACTIONS)
+    errors = jax.lax.map(errors_at, fractions)  # (candidates, 3, ..)
+    relative = (errors / jnp.maximum(errors.min(axis=0), 1e-30)).sum(axis=1)
+    base = rounded_scale(largest * fractions[jnp.argmin(relative, axis=0)])[..., None]
+    four = _nearest(w, base)
+    eight, ratios = refinement(w - jnp.asarray(VALUES[2])[four] * base, base)
+    return four, eight, base[..., 0], ratios[..., 0]
 
 
 def quantize(w: Float[ArrayLike, "*S D"], group_size: int) -> Planes:
@@ -127,10 +130,9 @@ def _quantize_rows(rows: Float[np.ndarray, "R D"], group_size: int) -> Planes:
     w32 = jnp.asarray(rows, jnp.float32)
     if not bool(jnp.isfinite(w32).all()):
         raise ValueError("weights to quantize hold NaN or infinity")
-    found = _search(w32.reshape(len(rows), -1, group_size))
-    codes = {b: pack(np.asarray(c, np.uint8).reshape(rows.shape), PLANE_BITS[b]) for b, c in found.codes.items()}
-    ratios = {b: np.asarray(r, np.uint8)[..., 0] for b, r in found.ratios.items()}
-    return Planes(codes, np.asarray(found.scale.astype(jnp.bfloat16))[..., 0], ratios)
+    four, eight, scales, ratios = _search(w32.reshape(len(rows), -1, group_size))
+    four, eight = (np.asarray(c).reshape(rows.shape) for c in (four, eight))
+    return planes_of(four, eight, scales, ratios)
 
 
 def dequantize(planes: Planes, width: int) -> Float[Array, "*S D"]:
@@ -141,6 +143,6 @@ def dequantize(planes: Planes, width: int) -> Float[Array, "*S D"]:
     value = scaled(jnp.asarray(planes.codes[2]), base, 2)
     for level in LEVELS:
         if level <= width:
-            step = base * jnp.asarray(planes.ratios[level]).astype(jnp.float32) * RATIO_UNIT[level]
+            step = step_of(base, level, jnp.asarray(planes.ratios) if level == 8 else None)
             value = value + scaled(jnp.asarray(planes.codes[level]), step, level)
     return value

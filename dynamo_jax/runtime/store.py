@@ -68,4 +68,5 @@ def _pool(store: Planes, plan: Plan, level: int, capacity: dict[int, int] | None
         out[: len(where)] = blocks[where[:, 0], where[:, 1], :, where[:, 2]]
         return jnp.asarray(out)
 
-    return PagePool(gather(store.codes[level]), gather(store.ratios[level]), jnp.asarray(page_tables(plan)[level]))
+    ratios = gather(store.ratios) if level == 8 else None
+    return PagePool(gather(store.codes[level]), ratios, jnp.asarray(page_tables(plan)[level]))

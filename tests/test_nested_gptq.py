@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from dynamo_jax.kernels.layout import WIDTHS
-from dynamo_jax.quant import gptq
-from dynamo_jax.quant.gptq import feedback_factor, quantize_gptq, shrunk
-from dynamo_jax.quant.planes import dequantize, quantize
+from dynamo_jax.quant import nested_gptq
+from dynamo_jax.quant.gptq import DAMPING, feedback_factor
+from dynamo_jax.quant.nested_gptq import quantize_nested, shrunk
+from dynamo_jax.quant.planes import VALUES, dequantize, quantize
 
 EXPERTS, ROWS, COLUMNS, GROUP = 2, 48, 64, 16
 RNG = np.random.default_rng(0)
@@ -42,12 +43,13 @@ def by_hand(w, factor, group_size):
     """The same algorithm for inputs on the last axis, in float64 loops without blocks or batches."""
     rows, columns = w.shape
     targets, out = np.repeat(w[None].astype(np.float64), 3, axis=0), np.zeros((3, rows, columns))
-    values = gptq.VALUES.astype(np.float64)
-    emphasis = np.array(gptq.EMPHASIS)[:, None]
+    values = VALUES.astype(np.float64)
+    emphasis = np.array(nested_gptq.EMPHASIS)[:, None]
     for c in range(columns):
         if c % group_size == 0:
             scales = np.asarray(
-                gptq._search(jnp.asarray(targets[:, :, c : c + group_size], jnp.float32), gptq.EMPHASIS), np.float64
+                nested_gptq._search(jnp.asarray(targets[:, :, c : c + group_size], jnp.float32), nested_gptq.EMPHASIS),
+                np.float64,
             )
         for r in range(rows):
             t = targets[:, r, c] / scales[r]
@@ -63,15 +65,15 @@ def test_the_factor_is_that_of_the_damped_inverse():
     factor = feedback_factor(h).astype(np.float64)
     assert (np.tril(factor, -1) == 0).all()
     scale = np.trace(h) / len(h)
-    damped = h / scale + gptq.DAMPING * np.eye(len(h))
+    damped = h / scale + DAMPING * np.eye(len(h))
     np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(len(h)), atol=1e-3)
 
 
 def test_blocks_and_batches_change_nothing(monkeypatch):
     """Against loops in float64. A tie may round the other way, and its feedback then spreads: few weights may."""
-    monkeypatch.setattr(gptq, "BLOCK_COLUMNS", 16)
-    monkeypatch.setattr(gptq, "CHUNK_WEIGHTS", 16 * COLUMNS)
-    planes = quantize_gptq(W, H[2], GROUP, 2)
+    monkeypatch.setattr(nested_gptq, "BLOCK_COLUMNS", 16)
+    monkeypatch.setattr(nested_gptq, "CHUNK_WEIGHTS", 16 * COLUMNS)
+    planes = quantize_nested(W, H[2], GROUP, 2)
     for expert in range(EXPERTS):
         want = by_hand(W[expert], feedback_factor(H[2][expert]), GROUP)
         for width in (2, 3, 4):
@@ -84,15 +86,15 @@ def test_blocks_and_batches_change_nothing(monkeypatch):
 def test_feedback_lowers_the_output_error_of_every_width(input_axis, width, share):
     """Least at 4 bits, whose codes the coarser widths have a say in."""
     h = H[input_axis]
-    none = quantize_gptq(W, np.zeros_like(h), GROUP, input_axis)
-    with_feedback = quantize_gptq(W, h, GROUP, input_axis)
+    none = quantize_nested(W, np.zeros_like(h), GROUP, input_axis)
+    with_feedback = quantize_nested(W, h, GROUP, input_axis)
     ours, plain = (output_error(W, planes, h, width, input_axis) for planes in (with_feedback, none))
     assert ours < share * plain
 
 
 @pytest.mark.parametrize("input_axis", [1, 2])
 def test_more_planes_are_closer(input_axis):
-    planes = quantize_gptq(W, H[input_axis], GROUP, input_axis)
+    planes = quantize_nested(W, H[input_axis], GROUP, input_axis)
     errors = [output_error(W, planes, H[input_axis], width, input_axis) for width in WIDTHS]
     assert all(later < 0.5 * earlier for earlier, later in itertools.pairwise(errors))
 
@@ -100,23 +102,22 @@ def test_more_planes_are_closer(input_axis):
 @pytest.mark.parametrize("width, share", [(2, 1.5), (3, 1.35), (4, 1.65)])
 def test_nesting_costs_little_against_a_weight_made_for_one_width(width, share):
     alone = tuple(1.0 if b == width else 1e-3 for b in (2, 3, 4))
-    nested = output_error(W, quantize_gptq(W, H[2], GROUP, 2), H[2], width, 2)
-    direct = output_error(W, quantize_gptq(W, H[2], GROUP, 2, alone), H[2], width, 2)
+    nested = output_error(W, quantize_nested(W, H[2], GROUP, 2), H[2], width, 2)
+    direct = output_error(W, quantize_nested(W, H[2], GROUP, 2, alone), H[2], width, 2)
     assert nested < share * direct
 
 
 @pytest.mark.parametrize("input_axis", [1, 2])
 def test_the_form_is_that_of_the_planes(input_axis):
-    ours, plain = quantize_gptq(W, H[input_axis], GROUP, input_axis), quantize(W, GROUP)
+    ours, plain = quantize_nested(W, H[input_axis], GROUP, input_axis), quantize(W, GROUP)
     shapes = [jax.tree.map(lambda a: (a.shape, str(a.dtype)), p) for p in (ours, plain)]
     assert shapes[0] == shapes[1]
 
 
 def test_a_hessian_of_zeros_leaves_rounding():
-    """An expert that calibration never reached, and no layer to lean on: not far from rounding, whose planes have
-    a ratio for each group, where these have the same for all."""
+    """An expert that calibration never reached, and no layer to lean on."""
     nothing = np.zeros_like(H[2])
-    planes = quantize_gptq(W, nothing, GROUP, 2)
+    planes = quantize_nested(W, nothing, GROUP, 2)
     eye = np.stack([np.eye(COLUMNS)] * EXPERTS)
     assert output_error(W, planes, eye, 4, 2) < 0.5 * output_error(W, planes, eye, 3, 2)
     for width in (2, 3):
@@ -127,12 +128,12 @@ def test_a_singular_hessian_is_damped():
     one = np.zeros_like(H[2])
     one[:, 3, 3] = 5.0  # every other input is always zero
     for width in WIDTHS:
-        assert np.isfinite(dequantize(quantize_gptq(W, one, GROUP, 2), width)).all()
+        assert np.isfinite(dequantize(quantize_nested(W, one, GROUP, 2), width)).all()
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_the_size_of_the_hessian_does_not_matter(scale):
-    a, b = (quantize_gptq(W, h, GROUP, 2) for h in (H[2], H[2] * np.float32(scale)))
+    a, b = (quantize_nested(W, h, GROUP, 2) for h in (H[2], H[2] * np.float32(scale)))
     same = np.mean(np.asarray(dequantize(a, 4)) == np.asarray(dequantize(b, 4)))
     assert same > 0.98
 
@@ -140,7 +141,7 @@ def test_the_size_of_the_hessian_does_not_matter(scale):
 def test_rows_of_zeros_stay_zero_and_a_constant_row_is_kept():
     w = W.copy()
     w[0, 5], w[1, 7] = 0.0, 0.25
-    planes = quantize_gptq(w, H[2], GROUP, 2)
+    planes = quantize_nested(w, H[2], GROUP, 2)
     for width in WIDTHS:
         assert (np.asarray(dequantize(planes, width))[0, 5] == 0).all()
     assert np.abs(np.asarray(dequantize(planes, 4))[1, 7] / 0.25 - 1).mean() < 0.2
@@ -151,19 +152,19 @@ def test_values_that_are_no_numbers_are_named(bad):
     w, h = W.copy(), H[2].copy()
     w[1, 2, 3] = bad
     with pytest.raises(ValueError, match="weights to quantize hold NaN"):
-        quantize_gptq(w, H[2], GROUP, 2)
+        quantize_nested(w, H[2], GROUP, 2)
     h[0, 0, 0] = bad
     with pytest.raises(ValueError, match="Hessian of the inputs holds NaN"):
-        quantize_gptq(W, h, GROUP, 2)
+        quantize_nested(W, h, GROUP, 2)
 
 
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="multiple of group_size 24"):
-        quantize_gptq(W, H[2], 24, 2)
+        quantize_nested(W, H[2], 24, 2)
     with pytest.raises(ValueError, match="does not fit weights"):
-        quantize_gptq(W, H[1], GROUP, 2)
+        quantize_nested(W, H[1], GROUP, 2)
     with pytest.raises(ValueError, match="neither 1 nor 2"):
-        quantize_gptq(W, H[2], GROUP, 0)
+        quantize_nested(W, H[2], GROUP, 0)
 
 
 def test_an_expert_without_rows_gets_the_layers_hessian():
