@@ -37,7 +37,7 @@ from dynamo_jax.models.layerwise import (
     outer_of,
     outer_vjp,
 )
-from dynamo_jax.quant.nested_gptq import CHUNK_WEIGHTS, Emphasis, quantize_nested, shrunk
+from dynamo_jax.quant.nested_gptq import CHUNK_WEIGHTS, quantize_nested, shrunk
 from dynamo_jax.quant.planes import Planes, dequantize, quantize
 from dynamo_jax.work import Bundle, Work
 
@@ -68,7 +68,8 @@ class Calibration:
     """One job. tokens: windows of all datasets, those of the first one first; dataset: of each window.
 
     quantizer: gptq (``quant/nested_gptq.py``: error feedback along the calibration inputs) or rtn
-    (``quant/planes.py``). emphasis: what errors at 2, 3 and 4 bits count for gptq.
+    (``quant/planes.py``). emphasis: what errors at 2, 3 and 4 bits count for gptq, for
+    each expert of the layers with experts.
     """
 
     source: LayerSource
@@ -77,7 +78,7 @@ class Calibration:
     group_size: int
     channel_block: int
     quantizer: str
-    emphasis: Emphasis
+    emphasis: Float[np.ndarray, "L E 3"]
     batch_size: int
     work: Work
     progress: Progress
@@ -194,7 +195,8 @@ def _experts_up(
         weights = [_finite_expert(job, layer, expert) for expert in together]
         rows = [_rows_of(outer, expert)[2] for expert in together]
         biases = [_biases(rest, expert) for expert in together]
-        planes = _planes_of(job, np.stack(weights), rows, biases, outer)
+        emphasis = job.emphasis[config.moe_layers.index(layer), together]
+        planes = _planes_of(job, np.stack(weights), rows, biases, outer, emphasis)
         quantized.append(planes)
         for i, expert in enumerate(together):
             token = _rows_of(outer, expert)[0]
@@ -237,7 +239,12 @@ def _finite_expert(job: Calibration, layer: int, expert: int) -> Float[np.ndarra
 
 
 def _planes_of(
-    job: Calibration, weights: Float[np.ndarray, "X P F D"], rows: list[Rows], biases: list[Triple | None], outer: Outer
+    job: Calibration,
+    weights: Float[np.ndarray, "X P F D"],
+    rows: list[Rows],
+    biases: list[Triple | None],
+    outer: Outer,
+    emphasis: Float[np.ndarray, "X 3"],
 ) -> Planes:
     """Planes (X, P, F, ..) of some experts, by the job's quantizer."""
     if job.quantizer == "rtn":
@@ -253,7 +260,7 @@ def _planes_of(
         return (x * (shares / max(float(shares.sum()), 1e-30))[:, None]).T @ x
 
     gate_up = weights[:, :2].reshape(count, 2 * channels, hidden_size)
-    first = _feedback_planes(job, gate_up, inputs, squared, typical, 2, layer_hessian)
+    first = _feedback_planes(job, gate_up, inputs, squared, typical, 2, layer_hessian, emphasis)
     hidden = [np.asarray(_hidden_channels(config, r.x, w, b)) for r, w, b in zip(rows, weights, biases)]
     energy = sum(float(s @ np.square(h).mean(axis=1)) for s, h in zip(squared, hidden))
     spread = energy / max(sum(float(s.sum()) for s in squared), 1e-30)
@@ -261,7 +268,7 @@ def _planes_of(
     def own_scale(part: slice) -> np.ndarray:  # hidden channels of different experts have nothing in common
         return np.eye(part.stop - part.start, dtype=np.float32) * np.float32(spread)
 
-    down = _feedback_planes(job, weights[:, 2], hidden, squared, typical, 1, own_scale)
+    down = _feedback_planes(job, weights[:, 2], hidden, squared, typical, 1, own_scale, emphasis)
     return jax.tree.map(
         lambda a, b: np.concatenate([a.reshape(count, 2, channels, -1), b[:, None]], axis=1), first, down
     )
@@ -275,6 +282,7 @@ def _feedback_planes(
     typical: float,
     input_axis: int,
     prior: Callable[[slice], np.ndarray],
+    emphasis: np.ndarray,
 ) -> Planes:
     """GPTQ planes of one projection. inputs: rows (R, C) of each expert; squared: their squared gates."""
     size = w.shape[input_axis]
@@ -288,7 +296,7 @@ def _feedback_planes(
             for x, s in zip(inputs, squared)
         ]
         own = w[:, part] if input_axis == 1 else w[:, :, part]
-        parts.append(quantize_nested(own, np.stack(hessians), job.group_size, input_axis, job.emphasis))
+        parts.append(quantize_nested(own, np.stack(hessians), job.group_size, input_axis, emphasis))
     return jax.tree.map(lambda *a: np.concatenate(a, axis=input_axis), *parts)
 
 

@@ -148,7 +148,9 @@ def analyze(
         group_size=config.group_size,
         channel_block=config.channel_block,
         quantizer=config.quantizer,
-        emphasis=config.emphasis,
+        emphasis=np.broadcast_to(
+            np.array(config.emphasis), (source.config.num_moe_layers, source.config.num_experts, 3)
+        ),
         batch_size=config.batch_size,
         work=work,
         progress=progress,

@@ -48,7 +48,9 @@ def by_hand(w, factor, group_size):
     for c in range(columns):
         if c % group_size == 0:
             scales = np.asarray(
-                nested_gptq._search(jnp.asarray(targets[:, :, c : c + group_size], jnp.float32), nested_gptq.EMPHASIS),
+                nested_gptq._search(
+                    jnp.asarray(targets[:, :, c : c + group_size], jnp.float32), jnp.array(nested_gptq.EMPHASIS)
+                ),
                 np.float64,
             )
         for r in range(rows):

