@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo_jax.kernels.layout import LEVELS, WIDTHS
-from dynamo_jax.precision.allocate import RELATIVE_GAP, allocate, reallocate
+from dynamo_jax.precision import allocate as module
+from dynamo_jax.precision.allocate import RELATIVE_GAP, allocate, allocate_known, reallocate
 from dynamo_jax.precision.plan import block_costs
 
 CHOICES = np.asarray(WIDTHS)
@@ -120,6 +122,98 @@ def test_errors_that_are_not_finite_are_refused(bad):
         allocate(errors, costs, 20)
     with pytest.raises(ValueError, match="errors to allocate by hold NaN or infinity"):
         reallocate(errors, {3: 3, 4: 3, 8: 3}, costs.reshape(1, -1), np.array([99.0]))
+
+
+# Several datasets, and programs so large that the relaxation goes first
+
+
+def worst_ratio(errors, costs, budget, chosen):
+    """Of plans (P, I): the largest over datasets of the error over the least that is possible for it alone."""
+    plans = everything(errors.shape[1])
+    affordable = plans[total(costs, plans) <= budget]
+    return np.max([total(e, chosen) / total(e, affordable).min() for e in errors], axis=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 3), st.floats(0, 1), st.booleans(), st.integers(0, 9999))
+def test_the_worst_datasets_ratio_is_the_least_there_is(items, datasets, share, large, seed):
+    rng = np.random.default_rng(seed)
+    errors = np.stack([falling(rng, items) for _ in range(datasets)])
+    costs = np.tile(block_costs(16, 128, 64), (items, 1))
+    low, high = costs[:, 0].sum(), costs[:, 3].sum()
+    budget = low + share * (high - low)
+    with mock.patch.object(module, "LARGE", 0 if large else 10**9):
+        chosen = indices(allocate_known(errors, costs, budget, "worst"))
+    assert total(costs, chosen) <= budget
+    plans = everything(items)
+    best = worst_ratio(errors, costs, budget, plans[total(costs, plans) <= budget]).min()
+    found = worst_ratio(errors, costs, budget, chosen)[0]
+    assert found <= best * (1 + 3 * GAP) + 1e-4
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.floats(0, 1.1), st.booleans(), st.integers(0, 9999))
+def test_a_large_programs_two_steps_keep_the_best_plan(items, share, ordered, seed):
+    """Here the core holds every choice, so that nothing may be lost."""
+    rng = np.random.default_rng(seed)
+    errors = falling(rng, items) if ordered else rng.random((items, 4))
+    costs = rng.integers(1, 200, (items, 4)).astype(float)
+    budget = np.floor(costs.min(axis=1).sum() + share * (costs.max(axis=1).sum() - costs.min(axis=1).sum()))
+    with mock.patch.object(module, "LARGE", 0):
+        chosen = indices(allocate(errors, costs, budget))
+    assert total(costs, chosen) <= budget
+    plans = everything(items)
+    best = total(errors, plans)[total(costs, plans) <= budget].min()
+    assert total(errors, chosen) <= best * (1 + GAP) + 2e-6 * errors.max()
+
+
+@pytest.mark.parametrize("objective", ["sum", "worst"])
+def test_a_large_program_is_as_good_decomposed_as_whole(objective):
+    rng = np.random.default_rng(3)
+    errors = np.stack([falling(rng, 500) for _ in range(2)])
+    costs = np.tile(block_costs(16, 128, 64), (500, 1))
+    budget = 3 / 8 * 3 * 16 * 128 * 500
+    values = []
+    for large in (1000, 10**9):
+        with mock.patch.object(module, "LARGE", large):
+            chosen = indices(allocate_known(errors, costs, budget, objective))
+            alone = [total(e, indices(allocate(e, costs, budget)))[0] for e in errors]
+        sums = np.array([total(e, chosen)[0] for e in errors])
+        values.append(sums.sum() if objective == "sum" else (sums / alone).max())
+    assert values[0] <= values[1] * (1 + 1e-3)
+
+
+def test_weights_decide_whose_error_counts():
+    rng = np.random.default_rng(4)
+    errors = np.stack([falling(rng, 20), falling(rng, 20)])
+    costs = np.tile(block_costs(16, 128, 64), (20, 1))
+    budget = 3 / 8 * 3 * 16 * 128 * 20
+    only = allocate_known(errors, costs, budget, weights=np.array([0.0, 2.0]))
+    assert total(errors[1], indices(only)) == pytest.approx(
+        total(errors[1], indices(allocate(errors[1], costs, budget)))
+    )
+    both = allocate_known(errors, costs, budget)
+    assert total(errors.sum(axis=0), indices(both)) <= total(errors.sum(axis=0), indices(only)) * (1 + GAP)
+
+
+@pytest.mark.parametrize("bad", [[1.0], [-1.0, 1.0], [0.0, 0.0], [np.nan, 1.0]])
+def test_weights_that_count_nothing_are_refused(bad):
+    with pytest.raises(ValueError, match="expected 2 of them, none negative, not all zero"):
+        allocate_known(np.ones((2, 3, 4)), np.ones((3, 4)), 9, weights=np.array(bad))
+
+
+def test_a_dataset_without_errors_does_not_count_as_the_worst():
+    errors = np.stack([np.zeros((3, 4)), [[9.0, 1.0, 0.5, 0.1], [2.0, 1.0, 0.5, 0.1], [2.0, 1.0, 0.5, 0.1]]])
+    costs = np.tile([2.0, 3.0, 4.0, 8.0], (3, 1))
+    np.testing.assert_array_equal(allocate_known(errors, costs, 7, "worst"), [3, 2, 2])
+    assert total(costs, indices(allocate_known(errors[:1], costs, 7, "worst"))) <= 7
+
+
+def test_an_objective_that_is_not_known_is_named():
+    with pytest.raises(ValueError, match="objective 'best': known are sum, worst"):
+        allocate_known(np.ones((1, 3, 4)), np.ones((3, 4)), 9, "best")
+    with pytest.raises(ValueError, match="the objective worst takes no weights"):
+        allocate_known(np.ones((2, 3, 4)), np.ones((3, 4)), 9, "worst", np.array([1.0, 2.0]))
 
 
 # At run time: pages of a baseline, placed anew
