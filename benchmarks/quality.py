@@ -12,7 +12,7 @@ and what they calibrate on:
     mc             one known set      significance times error, an integer program a layer, 2, 3, 4 bits (GPTQ)
     data-free      nothing            error times kurtosis, one knapsack over bits and group sizes (rounding)
     dynamo         all known sets     nested planes and the plan that `dynamo-jax quantize` makes
-    dynamo-groups  all known sets     the same, the group size of each expert (32, 64, 128) chosen with its bits
+    dynamo-groups  all known sets     the same, the group size of each expert (64, 128, 256) chosen with its bits
 
 A row of "bits_per_weight" counts scales and zero points. Uniform methods cannot have any number of bits, so at each
 budget they take, of their grids within a quarter of a bit of it, the one with the least mean loss on the known kinds:
@@ -39,7 +39,7 @@ import peers
 from dynamo_jax.calibrate import Progress
 from dynamo_jax.checkpoint import stacked_planes
 from dynamo_jax.data import token_windows, write_json
-from dynamo_jax.demo import KNOWN, NOVEL, collect
+from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import parameters, with_parameters
@@ -60,7 +60,7 @@ UNIFORM_GRIDS = [
     for symmetric in (False, True)
     for clip in (False, True)
 ]
-GROUPS = (32, 64, 128)
+GROUPS = (64, 128, 256)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -87,6 +87,7 @@ class Bench:
     """Model, evaluation windows by kind of text, and what the unquantized model predicts on them."""
 
     model: Any
+    settings: QuantizeConfig
     data: dict[str, np.ndarray]
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -165,28 +166,26 @@ def at_widths(store: Any, widths: np.ndarray) -> np.ndarray:
 
 
 def run_dynamo(bench: Bench, calibration: dict[str, np.ndarray], budgets: list[float], seed: int, groups: bool) -> None:
-    model = bench.model
-    analyses, store = dynamo(model, calibration, QuantizeConfig())
+    hidden = bench.config.hidden_size
     for budget in budgets:
-        plan = baseline_plan(list(analyses.values()), QuantizeConfig(bits=budget), bench.config)
-        weights = at_widths(store, plan.widths[:, :, 0])
-        bench.add("dynamo", budget, plan.bits_per_weight(), seed, bench.measure(weights))
-    if not groups:
-        return
-    options, bits, errors = [], [], []
-    for group in GROUPS:
-        config = QuantizeConfig(group_size=group)
-        if group != QuantizeConfig().group_size:
-            analyses, store = dynamo(model, calibration, config)
-        errors.append(np.sum([a.expert_significance() for a in analyses.values()], axis=0))
-        options += [np.asarray(dequantize(store, width)) for width in WIDTHS]
-        weights_a_block = 3 * config.channel_block * bench.config.hidden_size
-        bits += (block_costs(config.channel_block, bench.config.hidden_size, group) * 8 / weights_a_block).tolist()
-    flat = np.concatenate(errors, axis=-1)
-    for budget in budgets:
-        choice = peers.knapsack(flat.reshape(-1, len(bits)), bits, budget).reshape(flat.shape[:2])
-        found = bench.measure(peers.mixed(options, choice))
-        bench.add("dynamo-groups", budget, float(np.asarray(bits)[choice].mean()), seed, found)
+        options, bits, errors = [], [], []
+        own = bench.settings.group(hidden)
+        for group in GROUPS if groups else (own,):
+            config = dataclasses.replace(bench.settings, bits=budget, group_size=group)
+            analyses, store = dynamo(bench.model, calibration, config)
+            if group == own:
+                plan = baseline_plan(list(analyses.values()), config, bench.config)
+                weights = at_widths(store, plan.widths[:, :, 0])
+                bench.add("dynamo", budget, plan.bits_per_weight(), seed, bench.measure(weights))
+            errors.append(np.sum([a.expert_significance() for a in analyses.values()], axis=0))
+            options += [np.asarray(dequantize(store, width)) for width in WIDTHS]
+            per_weight = 8 / (3 * config.channel_block * hidden)
+            bits += (block_costs(config.channel_block, hidden, group) * per_weight).tolist()
+        if groups:
+            flat = np.concatenate(errors, axis=-1)
+            choice = peers.knapsack(flat.reshape(-1, len(bits)), bits, budget).reshape(flat.shape[:2])
+            found = bench.measure(peers.mixed(options, choice))
+            bench.add("dynamo-groups", budget, float(np.asarray(bits)[choice].mean()), seed, found)
 
 
 def run_uniform(bench: Bench, weights: np.ndarray, sums: Any, budgets: list[float], seed: int, quick: bool) -> None:
@@ -327,14 +326,14 @@ def main() -> None:
     budgets = arguments.budget or [3.0, 2.5]
     start = time.time()
     model, tokenizer = load_checkpoint(BUNDLED), load_tokenizer(BUNDLED)
-    settings = QuantizeConfig()
+    settings = DemoConfig().quantize
     counted = {"known": 32 if arguments.quick else 96, "novel": 16 if arguments.quick else 48}
     data, spare = {}, {}
     for name, parts in {**KNOWN, **NOVEL}.items():
         windows = token_windows(collect(parts(arguments.texts)), tokenizer, settings.window, name)
         count = counted["known" if name in KNOWN else "novel"]
         data[name], spare[name] = windows[-count:], windows[:-count]
-    bench = Bench(model, data)
+    bench = Bench(model, settings, data)
     weights = peers.expert_weights(model)
     only = arguments.only or ["dynamo", "uniform", "one-set", "data-free"]
     bench.add("bf16", 16.0, 16.0, 0, bench.measure(None))

@@ -104,7 +104,7 @@ def analyze(
     check_json(json)
     source = Source(float_folder(model))
     tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
-    settings = QuantizeConfig(window=window, calibration_windows=windows)
+    settings = QuantizeConfig(window=window, calibration_windows=windows, favour=1.0)  # no plan is made
     with progress_bar() as progress:
         result = job.analyze_texts(source, tokenizer, texts["known"], settings, progress)
     for line in job.summary(result):
@@ -119,7 +119,9 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder to write the quantized model to.")],
     model: ModelOption = "tiny-moe",
     bits: Annotated[float, typer.Option(help="Bits a weight over all experts, scales included.")] = 3.0,
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale; by default the largest of 128, 64, .. that fits.")
+    ] = None,
     channel_block: Annotated[int, typer.Option(help="Channels that share a width.")] = 16,
     quantizer: Annotated[
         str, typer.Option(help="gptq: error feedback from calibration inputs; rtn: rounding, ten times faster.")

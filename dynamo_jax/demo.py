@@ -46,7 +46,7 @@ TEXT_BYTES = 200_000
 class DemoConfig:
     """What the demo runs; configs/demo.toml holds the same values."""
 
-    quantize: QuantizeConfig = dataclasses.field(default_factory=QuantizeConfig)
+    quantize: QuantizeConfig = dataclasses.field(default_factory=lambda: QuantizeConfig(group_size=256))
     evaluate: EvalConfig = dataclasses.field(default_factory=lambda: EvalConfig(limit=32))
 
 
@@ -142,7 +142,7 @@ def compute(config: DemoConfig, texts: Path, progress: Progress = no_progress) -
         for n, t in known.items()
     ]
     data += [make_dataset(n, "novel", t, tokenizer, config.evaluate) for n, t in novel.items()]
-    rows, floats = evaluate_uniform(model, data, config.evaluate, config.quantize.group_size, progress=progress)
+    rows, floats = evaluate_uniform(model, data, config.evaluate, progress=progress)
     switched, adaptations = evaluate_quantized(quantized, data, config.evaluate, references=floats, progress=progress)
     order = {d.name: i for i, d in enumerate(data)}
     rows = sorted(rows + switched, key=lambda r: order[r.dataset])

@@ -26,7 +26,7 @@ from dynamo_jax.analysis.significance import (
     whole_over_blocks,
 )
 from dynamo_jax.analysis.statistics import Statistics, merge
-from dynamo_jax.calibrate import QUANTIZERS, Calibration, LayerSource, Progress, calibrate, statistics_of
+from dynamo_jax.calibrate import QUANTIZERS, Calibration, Draft, LayerSource, Progress, calibrate, statistics_of
 from dynamo_jax.data import token_windows
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
@@ -49,19 +49,28 @@ def no_progress(stage: str, done: float, of: int) -> None:
 class QuantizeConfig:
     """What ``dynamo-jax quantize`` decides by. bits counts scales; windows are of ``window`` tokens.
 
+    group_size: weights that share a scale, by default the largest of 128, 64, 32, 16, 8 that divides the hidden size.
     quantizer: gptq or rtn (``calibrate.Calibration``). emphasis: what squared errors at 2, 3 and 4 bits count for
-    each other when gptq chooses the codes that these widths share.
+    each other when gptq chooses the codes that these widths share; favour: how many times more they count at the
+    width that a first plan gives the expert (1: no first plan is made).
     """
 
     bits: float = 3.0
-    group_size: int = 64
+    group_size: int | None = None
     channel_block: int = 16
     quantizer: str = "gptq"
     emphasis: tuple[float, float, float] = EMPHASIS
+    favour: float = 4.0
     window: int = 256
     calibration_windows: int = 32
     adaptation_windows: int = 8
     batch_size: int = 8
+
+    def group(self, hidden_size: int) -> int:
+        """The group size for a model."""
+        if self.group_size is not None:
+            return self.group_size
+        return next((g for g in (128, 64, 32, 16) if hidden_size % g == 0), 8)
 
 
 class Analysis(NamedTuple):
@@ -145,12 +154,11 @@ def analyze(
         source=source,
         tokens=tokens,
         dataset=dataset,
-        group_size=config.group_size,
+        group_size=config.group(source.config.hidden_size),
         channel_block=config.channel_block,
         quantizer=config.quantizer,
-        emphasis=np.broadcast_to(
-            np.array(config.emphasis), (source.config.num_moe_layers, source.config.num_experts, 3)
-        ),
+        emphasis=config.emphasis,
+        favour=functools.partial(favoured, config=config, model=source.config) if config.favour != 1 else None,
         batch_size=config.batch_size,
         work=work,
         progress=progress,
@@ -169,16 +177,30 @@ def analyze(
     return analyses
 
 
+def favoured(draft: Draft, config: QuantizeConfig, model: ModelConfig) -> Float[np.ndarray, "L E 3"]:
+    """The emphasis of each expert: ``config.emphasis``, with ``config.favour`` at its width in a drafted plan."""
+    losses = [
+        errors * loss_per_error(np.full(len(errors), tokens), sensitivity, model.hidden_size)[:, None, None]
+        for errors, sensitivity, tokens in zip(draft.errors, draft.sensitivity, draft.tokens)
+    ]
+    widths = _allocated(np.stack(losses), config, model).widths[:, :, :1]
+    return np.where(widths == np.array(WIDTHS[:3]), config.favour, 1.0) * np.array(config.emphasis)
+
+
 def baseline_plan(analyses: list[Analysis], config: QuantizeConfig, model: ModelConfig) -> Plan:
     """One width an expert, least loss summed over the known datasets, under the byte budget."""
-    costs = block_costs(config.channel_block, model.hidden_size, config.group_size)
+    return _allocated(np.stack([a.expert_significance() for a in analyses]), config, model)
+
+
+def _allocated(losses: Float[np.ndarray, "A L E W"], config: QuantizeConfig, model: ModelConfig) -> Plan:
+    group_size = config.group(model.hidden_size)
+    costs = block_costs(config.channel_block, model.hidden_size, group_size)
     blocks = model.intermediate_size // config.channel_block
-    errors = np.sum([a.expert_significance() for a in analyses], axis=0)
-    items = errors.reshape(-1, len(WIDTHS))
+    items = losses.sum(axis=0).reshape(-1, len(WIDTHS))
     budget = config.bits * model.num_expert_weights / 8
     widths = allocate(items, np.broadcast_to(costs * blocks, items.shape), budget)
     shape = (model.num_moe_layers, model.num_experts)
-    return expert_plan(widths.reshape(shape), blocks, config.channel_block, config.group_size, model.hidden_size)
+    return expert_plan(widths.reshape(shape), blocks, config.channel_block, group_size, model.hidden_size)
 
 
 def knowledge_of(
@@ -194,7 +216,7 @@ def knowledge_of(
     tokens = float(stats.tokens[0])
     blocks = np.asarray(stats.block_errors)
     correction = whole_over_blocks(np.asarray(stats.errors), blocks)
-    per_error = loss_per_error(stats, sensitivity, hidden_size) * tokens
+    per_error = loss_per_error(np.asarray(stats.tokens), sensitivity, hidden_size) * tokens
     block_errors = blocks * correction[:, :, None, :] / tokens * per_error[:, None, None, None]
     return Knowledge(
         names=tuple(analyses),
@@ -290,18 +312,19 @@ def check_shapes(model: ModelConfig, config: QuantizeConfig) -> None:
         raise ValueError(f"quantizer {config.quantizer!r}: known are {', '.join(QUANTIZERS)}")
     if len(config.emphasis) != 3 or not all(math.isfinite(e) and e > 0 for e in config.emphasis):
         raise ValueError(f"emphasis {config.emphasis}: expected three positive numbers, for 2, 3 and 4 bits")
+    if not (math.isfinite(config.favour) and config.favour > 0):
+        raise ValueError(f"favour {config.favour}: expected a positive number, 1 for none")
     if model.intermediate_size % config.channel_block:
         raise ValueError(f"channel_block {config.channel_block} does not divide the {model.intermediate_size} channels")
-    if model.hidden_size % config.group_size or config.group_size % 8:
-        raise ValueError(
-            f"group_size {config.group_size} does not divide the hidden size {model.hidden_size} in eights"
-        )
+    group_size = config.group(model.hidden_size)
+    if group_size <= 0 or model.hidden_size % group_size or group_size % 8:
+        raise ValueError(f"group_size {group_size} does not divide the hidden size {model.hidden_size} in eights")
     if config.window > model.max_position_embeddings:
         raise ValueError(f"window {config.window} is past the model's {model.max_position_embeddings} positions")
-    costs = block_costs(config.channel_block, model.hidden_size, config.group_size)
+    costs = block_costs(config.channel_block, model.hidden_size, group_size)
     least = 8 * costs[0] / (3 * config.channel_block * model.hidden_size)
     if config.bits < least:
         raise ValueError(
             f"a budget of {config.bits:g} bits a weight is too small: the least is {least:g}, "
-            f"2 bits and a scale for each group of {config.group_size}"
+            f"2 bits and a scale for each group of {group_size}"
         )

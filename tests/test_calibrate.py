@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from dynamo_jax.analysis.statistics import observe, output_sensitivity
-from dynamo_jax.calibrate import padded_rows
 from dynamo_jax.kernels.layout import WIDTHS
+from dynamo_jax.layer_experts import padded_rows
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.models.huggingface import Source, load_checkpoint
@@ -81,7 +81,7 @@ def digests(folder):
 
 
 def test_a_quantization_killed_three_times_ends_with_the_same_bits(texts, tmp_path):
-    """SIGKILL at random layers of either sweep; the last run is left alone."""
+    """SIGKILL at random layers of any sweep; the last run is left alone."""
     (tmp_path / "code.txt").write_text(texts["code"])
     command = [sys.executable, "-m", "dynamo_jax", "quantize", "--known", f"code={tmp_path / 'code.txt'}"]
     command += ["--windows", "2", "--window", "64", "--out"]
@@ -91,8 +91,9 @@ def test_a_quantization_killed_three_times_ends_with_the_same_bits(texts, tmp_pa
     rng = random.Random(seed)
     work = tmp_path / ".killed.partial"
     up, down = [f"hidden-{i:03d}" for i in range(1, 6)], [f"sensitivity-{i:03d}" for i in range(4, 0, -1)]
-    chosen = rng.sample(up + down, 3)
-    marks = [name for name in up + down if name in chosen]  # in the order in which they appear
+    steps = [*up, *down, "emphasis", *(f"stats-{i:03d}" for i in range(5))]
+    chosen = rng.sample(steps, 3)
+    marks = [name for name in steps if name in chosen]  # in the order in which they appear
     for mark in marks:
         process = subprocess.Popen(
             [*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -174,8 +174,8 @@ def test_calibration_windows_are_recognized_only_in_the_calibrated_text(quantize
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bits": 1.9}, "too small: the least is 2.25"),
-        ({"bits": 2.2}, "too small"),
+        ({"bits": 1.9}, "too small: the least is 2.125"),
+        ({"bits": 2.1}, "too small"),
         ({"channel_block": 24}, "channel_block 24 does not divide"),
         ({"group_size": 100}, "group_size 100"),
         ({"window": 100_000}, "positions"),

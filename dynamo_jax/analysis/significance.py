@@ -25,12 +25,14 @@ def expert_significance(
 
     ``sensitivity``: the sum of ``output_sensitivity`` over the same tokens.
     """
-    return np.asarray(stats.errors) * loss_per_error(stats, sensitivity, hidden_size)[:, None, None]
+    return np.asarray(stats.errors) * loss_per_error(np.asarray(stats.tokens), sensitivity, hidden_size)[:, None, None]
 
 
-def loss_per_error(stats: Statistics, sensitivity: Float[ArrayLike, " L"], hidden_size: int) -> Float[np.ndarray, " L"]:
-    """Nats a token for each unit of summed squared output error, by layer."""
-    tokens = np.asarray(stats.tokens, np.float64)
+def loss_per_error(
+    tokens: Float[np.ndarray, " L"], sensitivity: Float[ArrayLike, " L"], hidden_size: int
+) -> Float[np.ndarray, " L"]:
+    """Nats a token for each unit of squared output error, summed over ``tokens``, by layer."""
+    tokens = tokens.astype(np.float64)
     return 0.5 * np.asarray(sensitivity, np.float64) / tokens / hidden_size / tokens
 
 

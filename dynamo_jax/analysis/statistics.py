@@ -5,7 +5,7 @@ padded token out. g is the gate of a routed token, x the expert's input, h its h
 y its output: see docs/design.md for why each sum is kept.
 
 Axes: L layers, E experts, F channels, B channel blocks of an expert, D hidden, W widths (2, 3, 4, 8), N tokens,
-R = N*k rows.
+R = N*k rows, C channels of a block.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def observe_experts(
     row_mask = mask[order.token]
     g2 = (gates**2 * row_mask)[:, None]
 
-    def total(values: Float[Array, R * S]) -> Float[Array, E * S]:
+    def total(values: Float[Array, "R ..."]) -> Float[Array, "E ..."]:
         return jax.ops.segment_sum(values, expert, num_experts, indices_are_sorted=True)
 
     def run(w: ExpertWeights) -> tuple[Array, Array]:
@@ -75,10 +75,10 @@ def observe_experts(
     h, y = run(weights)
     blocks = h.shape[1] // channel_block
 
-    def by_block(hidden: Float[Array, R * F]) -> Float[Array, B * R * C]:
+    def by_block(hidden: Float[Array, "R F"]) -> Float[Array, "B R C"]:
         return hidden.reshape(-1, blocks, channel_block).swapaxes(0, 1)
 
-    def down_blocks(w: ExpertWeights) -> Float[Array, B * E * C * D]:
+    def down_blocks(w: ExpertWeights) -> Float[Array, "B E C D"]:
         return w.down.reshape(num_experts, blocks, channel_block, -1).swapaxes(0, 1)
 
     def measured(w: ExpertWeights) -> tuple[Array, Array]:
