@@ -349,10 +349,10 @@ def main() -> None:
         if "data-free" in only:
             run_data_free(bench, weights, budgets, seed)
         print(f"seed {seed}: {time.time() - start:.0f} s", flush=True)
-    found = summary(bench.rows, budgets)
+        found = summary(bench.rows, budgets)
+        if arguments.json:  # a run that is stopped leaves the seeds that it ended
+            write_json(arguments.json, {"rows": bench.rows, **found, "jax": jax.__version__})
     show(found)
-    if arguments.json:
-        write_json(arguments.json, {"rows": bench.rows, **found, "jax": jax.__version__})
 
 
 if __name__ == "__main__":

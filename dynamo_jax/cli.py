@@ -119,6 +119,9 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder to write the quantized model to.")],
     model: ModelOption = "tiny-moe",
     bits: Annotated[float, typer.Option(help="Bits a weight over all experts, scales included.")] = 3.0,
+    objective: Annotated[
+        str, typer.Option(help="sum: the loss over all known datasets; worst: that of the one which loses most.")
+    ] = "sum",
     group_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale; by default the largest of 128, 64, .. that fits.")
     ] = None,
@@ -140,6 +143,7 @@ def quantize(
     folder = float_folder(model)
     settings = QuantizeConfig(
         bits=bits,
+        objective=objective,
         group_size=group_size,
         channel_block=channel_block,
         quantizer=quantizer,

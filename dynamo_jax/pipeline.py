@@ -33,7 +33,7 @@ from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
 from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.models.huggingface import Source, load_tokenizer, side_files, side_files_of
-from dynamo_jax.precision.allocate import allocate
+from dynamo_jax.precision.allocate import OBJECTIVES, allocate_known
 from dynamo_jax.precision.plan import Plan, block_costs, expert_plan
 from dynamo_jax.quant.nested_gptq import EMPHASIS
 from dynamo_jax.runtime.monitor import novelty_threshold
@@ -49,6 +49,8 @@ def no_progress(stage: str, done: float, of: int) -> None:
 class QuantizeConfig:
     """What ``dynamo-jax quantize`` decides by. bits counts scales; windows are of ``window`` tokens.
 
+    objective: the loss of a plan over the known datasets, their sum or the worst (``precision.allocate``).
+
     group_size: weights that share a scale, by default the largest of 128, 64, 32, 16, 8 that divides the hidden size.
     quantizer: gptq or rtn (``calibrate.Calibration``). emphasis: what squared errors at 2, 3 and 4 bits count for
     each other when gptq chooses the codes that these widths share; favour: how many times more they count at the
@@ -56,6 +58,7 @@ class QuantizeConfig:
     """
 
     bits: float = 3.0
+    objective: str = "sum"
     group_size: int | None = None
     channel_block: int = 16
     quantizer: str = "gptq"
@@ -188,7 +191,7 @@ def favoured(draft: Draft, config: QuantizeConfig, model: ModelConfig) -> Float[
 
 
 def baseline_plan(analyses: list[Analysis], config: QuantizeConfig, model: ModelConfig) -> Plan:
-    """One width an expert, least loss summed over the known datasets, under the byte budget."""
+    """One width an expert, least loss over the known datasets by ``config.objective``, under the byte budget."""
     return _allocated(np.stack([a.expert_significance() for a in analyses]), config, model)
 
 
@@ -196,9 +199,9 @@ def _allocated(losses: Float[np.ndarray, "A L E W"], config: QuantizeConfig, mod
     group_size = config.group(model.hidden_size)
     costs = block_costs(config.channel_block, model.hidden_size, group_size)
     blocks = model.intermediate_size // config.channel_block
-    items = losses.sum(axis=0).reshape(-1, len(WIDTHS))
+    items = losses.reshape(len(losses), -1, len(WIDTHS))
     budget = config.bits * model.num_expert_weights / 8
-    widths = allocate(items, np.broadcast_to(costs * blocks, items.shape), budget)
+    widths = allocate_known(items, np.broadcast_to(costs * blocks, items.shape[1:]), budget, config.objective)
     shape = (model.num_moe_layers, model.num_experts)
     return expert_plan(widths.reshape(shape), blocks, config.channel_block, group_size, model.hidden_size)
 
@@ -310,6 +313,8 @@ def quantize_folder(
 def check_shapes(model: ModelConfig, config: QuantizeConfig) -> None:
     if config.quantizer not in QUANTIZERS:
         raise ValueError(f"quantizer {config.quantizer!r}: known are {', '.join(QUANTIZERS)}")
+    if config.objective not in OBJECTIVES:
+        raise ValueError(f"objective {config.objective!r}: known are {', '.join(OBJECTIVES)}")
     if len(config.emphasis) != 3 or not all(math.isfinite(e) and e > 0 for e in config.emphasis):
         raise ValueError(f"emphasis {config.emphasis}: expected three positive numbers, for 2, 3 and 4 bits")
     if not (math.isfinite(config.favour) and config.favour > 0):

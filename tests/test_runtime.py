@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from dynamo_jax.evaluate import (
     evaluate_uniform,
     make_dataset,
 )
-from dynamo_jax.pipeline import QuantizeConfig, quantize
+from dynamo_jax.kernels.layout import WIDTHS
+from dynamo_jax.pipeline import QuantizeConfig, baseline_plan, quantize
 from dynamo_jax.runtime.adapt import adapt
 from dynamo_jax.runtime.store import page_counts
 
@@ -176,6 +178,7 @@ def test_calibration_windows_are_recognized_only_in_the_calibrated_text(quantize
     [
         ({"bits": 1.9}, "too small: the least is 2.125"),
         ({"bits": 2.1}, "too small"),
+        ({"objective": "best"}, "known are sum, worst"),
         ({"channel_block": 24}, "channel_block 24 does not divide"),
         ({"group_size": 100}, "group_size 100"),
         ({"window": 100_000}, "positions"),
@@ -186,6 +189,34 @@ def test_settings_that_cannot_work_are_named(bundled, texts, change, message):
     settings = QuantizeConfig(**{**SETTINGS.__dict__, **change})
     with pytest.raises(ValueError, match=message):
         quantize(model, tokenizer, {"code": texts["code"]}, settings)
+
+
+class Losses(NamedTuple):
+    """One dataset's significance, where a plan needs nothing else of an analysis."""
+
+    values: np.ndarray
+
+    def expert_significance(self):
+        return self.values
+
+
+def test_the_objective_decides_which_datasets_a_plan_serves(bundled):
+    """Two datasets that need different experts, one of them with a hundredth of the other's loss."""
+    config = bundled[0].config
+    rng = np.random.default_rng(0)
+    own = rng.lognormal(0, 2, (2, config.num_moe_layers, config.num_experts, 1)) * np.array([1, 0.25, 0.06, 0.0003])
+    analyses = [Losses(own[0]), Losses(own[1] / 100)]
+
+    def losses(objective, known):
+        settings = dataclasses.replace(SETTINGS, objective=objective)
+        widths = baseline_plan(known, settings, config).widths[:, :, 0]
+        chosen = np.searchsorted(WIDTHS, widths)[..., None]
+        return np.array([np.take_along_axis(a.values, chosen, axis=-1).sum() for a in analyses])
+
+    alone = np.array([losses("sum", [a])[i] for i, a in enumerate(analyses)])
+    summed, worst = (losses(objective, analyses) for objective in ("sum", "worst"))
+    assert summed.sum() < worst.sum()
+    assert (worst / alone).max() < 0.7 * (summed / alone).max()
 
 
 def test_no_known_dataset_is_an_error(bundled):
