@@ -174,7 +174,7 @@ def run_dynamo(bench: Bench, calibration: dict[str, np.ndarray], budgets: list[f
             config = dataclasses.replace(bench.settings, bits=budget, group_size=group)
             analyses, store = dynamo(bench.model, calibration, config)
             if group == own:
-                plan = baseline_plan(list(analyses.values()), config, bench.config)
+                plan = baseline_plan(analyses, config, bench.config)
                 weights = at_widths(store, plan.widths[:, :, 0])
                 bench.add("dynamo", budget, plan.bits_per_weight(), seed, bench.measure(weights))
             errors.append(np.sum([a.expert_significance() for a in analyses.values()], axis=0))

@@ -24,9 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
+from jaxtyping import Float
 
 from dynamo_jax.calibrate import layer_name, planes_bundle
 from dynamo_jax.kernels.layout import PLANE_BITS, PROJECTIONS, WIDTHS
+from dynamo_jax.layer_experts import PRIOR_ROWS
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.huggingface import TOKENIZER, UNQUANTIZED
 from dynamo_jax.models.tensor_files import read_json, write_tensors
@@ -238,7 +240,7 @@ def stacked_planes(get: Callable[[str], Bundle], config: ModelConfig) -> Planes:
 
 def describe(folder: Path) -> dict[str, Any]:
     """What ``dynamo-jax inspect`` shows of a quantized model, without reading its layers."""
-    meta, config, plan, _ = read_description(folder)
+    meta, config, plan, arrays = read_description(folder)
     widths, counts = np.unique(plan.widths, return_counts=True)
     return {
         "family": config.family,
@@ -253,6 +255,15 @@ def describe(folder: Path) -> dict[str, Any]:
         "group_size": plan.group_size,
         "blocks_by_width": {int(w): int(c) for w, c in zip(widths, counts)},
         "known": {name: v[1] for name, v in meta["calibrated"].items()},
+        f"fewer than {PRIOR_ROWS} calibration tokens": hardly_reached(config, arrays["counts"]),
         "novelty_threshold_bits": meta["threshold"],
         "not quantized": meta["unquantized"],
     }
+
+
+def hardly_reached(config: ModelConfig, counts: Float[np.ndarray, "S L E"]) -> str:
+    """The experts that were quantized by their layer's inputs more than by their own, named layer by layer."""
+    few = counts.sum(axis=0) < PRIOR_ROWS
+    layers = [f"layer {n}: {', '.join(map(str, np.flatnonzero(row)))}" for n, row in zip(config.moe_layers, few)]
+    named = [words for words, row in zip(layers, few) if row.any()]
+    return f"{int(few.sum())} of {few.size} experts" + (f" ({'; '.join(named)})" if named else "")

@@ -118,7 +118,17 @@ def quantize(
     known: KnownOption,
     out: Annotated[Path, typer.Option(help="Folder to write the quantized model to.")],
     model: ModelOption = "tiny-moe",
-    bits: Annotated[float, typer.Option(help="Bits a weight over all experts, scales included.")] = 3.0,
+    bits: Annotated[
+        float | None, typer.Option(help="Budget: bits a weight over all experts, scales included; 3.0 by default.")
+    ] = None,
+    budget_bytes: Annotated[int | None, typer.Option("--bytes", help="Budget: bytes of all experts together.")] = None,
+    fits_gib: Annotated[
+        float | None, typer.Option(help="Budget: GiB for all weights, experts and what is not quantized.")
+    ] = None,
+    weight: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=NUMBER", help="What a known dataset counts for in the sum; 1 if not given."),
+    ] = [],  # noqa: B006
     objective: Annotated[
         str, typer.Option(help="sum: the loss over all known datasets; worst: that of the one which loses most.")
     ] = "sum",
@@ -143,7 +153,10 @@ def quantize(
     folder = float_folder(model)
     settings = QuantizeConfig(
         bits=bits,
+        budget_bytes=budget_bytes,
+        fits_gib=fits_gib,
         objective=objective,
+        weights=read_weights(weight) or None,
         group_size=group_size,
         channel_block=channel_block,
         quantizer=quantizer,
@@ -310,6 +323,18 @@ def read_datasets(known: list[str], novel: list[str]) -> dict[str, dict[str, str
             seen.add(name)
             texts[kind][name] = read_text(path)
     return texts
+
+
+def read_weights(items: list[str]) -> dict[str, float]:
+    """The numbers of all NAME=NUMBER arguments."""
+    weights = {}
+    for item in items:
+        name, _, number = item.partition("=")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            raise ValueError(f"--weight {item}: expected NAME=NUMBER") from None
+    return weights
 
 
 def check_json(path: Path | None) -> None:

@@ -40,6 +40,10 @@ from dynamo_jax.runtime.monitor import novelty_threshold
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.work import Bundle, FolderWork, MemoryWork, Work
 
+BITS = 3.0  # a weight, where no budget is given
+BUDGETS = ("bits", "budget_bytes", "fits_gib")  # fields of which one is given
+GIB = 2**30
+
 
 def no_progress(stage: str, done: float, of: int) -> None:
     """The callback that shows nothing."""
@@ -47,18 +51,24 @@ def no_progress(stage: str, done: float, of: int) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
-    """What ``dynamo-jax quantize`` decides by. bits counts scales; windows are of ``window`` tokens.
+    """What ``dynamo-jax quantize`` decides by. Windows are of ``window`` tokens.
 
-    objective: the loss of a plan over the known datasets, their sum or the worst (``precision.allocate``).
-
+    The budget is one of bits, a weight of the experts, scales included (3 by default); budget_bytes, of all experts;
+    fits_gib, memory in GiB for the weights of the whole model: the experts' planes and what is not quantized (not
+    the key/value cache, not activations).
+    objective: the loss of a plan over the known datasets, their sum or the worst (``precision.allocate``). weights:
+    what datasets count for in the sum, by name; 1 for those that are not named.
     group_size: weights that share a scale, by default the largest of 128, 64, 32, 16, 8 that divides the hidden size.
     quantizer: gptq or rtn (``calibrate.Calibration``). emphasis: what squared errors at 2, 3 and 4 bits count for
     each other when gptq chooses the codes that these widths share; favour: how many times more they count at the
     width that a first plan gives the expert (1: no first plan is made).
     """
 
-    bits: float = 3.0
+    bits: float | None = None
+    budget_bytes: int | None = None
+    fits_gib: float | None = None
     objective: str = "sum"
+    weights: dict[str, float] | None = None
     group_size: int | None = None
     channel_block: int = 16
     quantizer: str = "gptq"
@@ -68,6 +78,26 @@ class QuantizeConfig:
     calibration_windows: int = 32
     adaptation_windows: int = 8
     batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        given = [n for n in BUDGETS if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)}: a budget is given one way only")
+        if not given:
+            object.__setattr__(self, "bits", BITS)
+        elif not (math.isfinite(value := getattr(self, given[0])) and value > 0):
+            raise ValueError(f"{given[0]} {value}: expected a positive number")
+
+    def bytes_for(self, model: ModelConfig, others: int | None = None) -> float:
+        """The budget of all experts in bytes; ``others``: bytes of what is not quantized, which fits_gib needs."""
+        if self.bits is not None:
+            return self.bits * model.num_expert_weights / 8
+        if self.budget_bytes is not None:
+            return self.budget_bytes
+        assert self.fits_gib is not None
+        if others is None:
+            raise ValueError(f"fits_gib {self.fits_gib:g}: the bytes of what is not quantized are not known here")
+        return self.fits_gib * GIB - others
 
     def group(self, hidden_size: int) -> int:
         """The group size for a model."""
@@ -109,6 +139,10 @@ class DecoderSource:
     def expert(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         gate, up, down = (self._arrays[f"layers.{layer}.{part}"][expert] for part in ExpertWeights._fields)
         return gate, up, down
+
+    def other_bytes(self) -> int:
+        """Of all but the routed experts' weights."""
+        return sum(a.nbytes for n, a in self._arrays.items() if n.rpartition(".")[2] not in ExpertWeights._fields)
 
     def release(self) -> None:
         pass
@@ -153,6 +187,7 @@ def analyze(
     """Calibrate on all datasets at once; each one's sums."""
     tokens = np.concatenate(list(windows.values()))
     dataset = np.repeat(np.arange(len(windows)), [len(w) for w in windows.values()])
+    favour = functools.partial(favoured, names=list(windows), config=config, model=source.config)
     job = Calibration(
         source=source,
         tokens=tokens,
@@ -161,7 +196,7 @@ def analyze(
         channel_block=config.channel_block,
         quantizer=config.quantizer,
         emphasis=config.emphasis,
-        favour=functools.partial(favoured, config=config, model=source.config) if config.favour != 1 else None,
+        favour=favour if config.favour != 1 else None,
         batch_size=config.batch_size,
         work=work,
         progress=progress,
@@ -180,28 +215,34 @@ def analyze(
     return analyses
 
 
-def favoured(draft: Draft, config: QuantizeConfig, model: ModelConfig) -> Float[np.ndarray, "L E 3"]:
+def favoured(draft: Draft, names: list[str], config: QuantizeConfig, model: ModelConfig) -> Float[np.ndarray, "L E 3"]:
     """The emphasis of each expert: ``config.emphasis``, with ``config.favour`` at its width in a drafted plan."""
     losses = [
         errors * loss_per_error(np.full(len(errors), tokens), sensitivity, model.hidden_size)[:, None, None]
         for errors, sensitivity, tokens in zip(draft.errors, draft.sensitivity, draft.tokens)
     ]
-    widths = _allocated(np.stack(losses), config, model).widths[:, :, :1]
+    widths = _allocated(dict(zip(names, losses)), config, model).widths[:, :, :1]
     return np.where(widths == np.array(WIDTHS[:3]), config.favour, 1.0) * np.array(config.emphasis)
 
 
-def baseline_plan(analyses: list[Analysis], config: QuantizeConfig, model: ModelConfig) -> Plan:
+def baseline_plan(analyses: dict[str, Analysis], config: QuantizeConfig, model: ModelConfig) -> Plan:
     """One width an expert, least loss over the known datasets by ``config.objective``, under the byte budget."""
-    return _allocated(np.stack([a.expert_significance() for a in analyses]), config, model)
+    return _allocated({name: a.expert_significance() for name, a in analyses.items()}, config, model)
 
 
-def _allocated(losses: Float[np.ndarray, "A L E W"], config: QuantizeConfig, model: ModelConfig) -> Plan:
+def _allocated(losses: dict[str, Float[np.ndarray, "L E W"]], config: QuantizeConfig, model: ModelConfig) -> Plan:
     group_size = config.group(model.hidden_size)
     costs = block_costs(config.channel_block, model.hidden_size, group_size)
     blocks = model.intermediate_size // config.channel_block
-    items = losses.reshape(len(losses), -1, len(WIDTHS))
-    budget = config.bits * model.num_expert_weights / 8
-    widths = allocate_known(items, np.broadcast_to(costs * blocks, items.shape[1:]), budget, config.objective)
+    items = np.stack(list(losses.values())).reshape(len(losses), -1, len(WIDTHS))
+    weights = np.array([(config.weights or {}).get(name, 1.0) for name in losses])
+    widths = allocate_known(
+        items,
+        np.broadcast_to(costs * blocks, items.shape[1:]),
+        config.bytes_for(model),
+        config.objective,
+        weights,
+    )
     shape = (model.num_moe_layers, model.num_experts)
     return expert_plan(widths.reshape(shape), blocks, config.channel_block, group_size, model.hidden_size)
 
@@ -247,7 +288,7 @@ def _plan_and_knowledge(
 ) -> tuple[Plan, Knowledge, dict[str, Analysis]]:
     analyses = analyze(source, windows, config, work, progress)
     progress("allocate", 0, 1)
-    plan = baseline_plan(list(analyses.values()), config, source.config)
+    plan = baseline_plan(analyses, config, source.config)
     calibrated = {name: (digest(known[name]), len(w)) for name, w in windows.items()}
     knowledge = knowledge_of(analyses, config, source.config.hidden_size, calibrated)
     progress("allocate", 1, 1)
@@ -261,11 +302,12 @@ def quantize(
     config: QuantizeConfig,
     progress: Progress = no_progress,
 ) -> tuple[QuantizedModel, dict[str, Analysis]]:
-    """Calibrate a model in memory on the known texts (name -> text), allocate under ``config.bits``, quantize."""
-    check_shapes(model.config, config)
+    """Calibrate a model in memory on the known texts (name -> text), allocate under the budget, quantize."""
+    source = DecoderSource(model)
+    config = settled(config, model.config, source.other_bytes(), list(known))
     work = MemoryWork()
     windows = known_windows(known, tokenizer, config)
-    plan, knowledge, analyses = _plan_and_knowledge(DecoderSource(model), windows, known, config, work, progress)
+    plan, knowledge, analyses = _plan_and_knowledge(source, windows, known, config, work, progress)
     experts = set(expert_parameter_names(model.config))
     quantized = QuantizedModel(
         config=model.config,
@@ -289,7 +331,7 @@ def quantize_folder(
     and the result is the same bits.
     """
     source = Source(folder)
-    check_shapes(source.config, config)
+    config = settled(config, source.config, source.other_bytes(), list(known))
     checkpoint.check_free(out)
     tokenizer = load_tokenizer(folder, source.config.vocab_size)
     windows = known_windows(known, tokenizer, config)
@@ -326,10 +368,39 @@ def check_shapes(model: ModelConfig, config: QuantizeConfig) -> None:
         raise ValueError(f"group_size {group_size} does not divide the hidden size {model.hidden_size} in eights")
     if config.window > model.max_position_embeddings:
         raise ValueError(f"window {config.window} is past the model's {model.max_position_embeddings} positions")
+
+
+def settled(config: QuantizeConfig, model: ModelConfig, others: int, names: list[str]) -> QuantizeConfig:
+    """The settings, checked against a model and the known datasets' names, with a budget that needs no more facts.
+
+    others: bytes of what is not quantized.
+    """
+    check_shapes(model, config)
+    _check_weights(config, names)
+    group_size = config.group(model.hidden_size)
     costs = block_costs(config.channel_block, model.hidden_size, group_size)
-    least = 8 * costs[0] / (3 * config.channel_block * model.hidden_size)
-    if config.bits < least:
+    blocks = model.intermediate_size // config.channel_block
+    least = int(costs[0]) * blocks * model.num_experts * model.num_moe_layers
+    budget = config.bytes_for(model, others)
+    if budget < least:
+        asked = next(f"{n} {v:g}" for n in BUDGETS if (v := getattr(config, n)) is not None)
         raise ValueError(
-            f"a budget of {config.bits:g} bits a weight is too small: the least is {least:g}, "
-            f"2 bits and a scale for each group of {group_size}"
+            f"the budget, {asked}, is too small: the least is {8 * least / model.num_expert_weights:g} bits a weight "
+            f"(2 bits and a scale for each group of {group_size}), {least:,} bytes of experts, or "
+            f"{(least + others) / GIB:.4g} GiB with the {others:,} bytes that are not quantized"
         )
+    if config.fits_gib is None:
+        return config
+    return dataclasses.replace(config, fits_gib=None, budget_bytes=int(budget))
+
+
+def _check_weights(config: QuantizeConfig, names: list[str]) -> None:
+    for name, value in (config.weights or {}).items():
+        if name not in names:
+            raise ValueError(f"weights: {name} is none of the known datasets, {', '.join(names)}")
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"weights: {name} = {value}, expected a number of 0 or more")
+    if config.weights and not any(config.weights.get(name, 1.0) for name in names):
+        raise ValueError("weights: no known dataset counts for anything")
+    if config.objective == "worst" and any(v != 1 for v in (config.weights or {}).values()):
+        raise ValueError("weights: the objective worst takes none; each dataset is measured by its own best plan")

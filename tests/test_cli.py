@@ -117,8 +117,13 @@ def bad_inputs(files, folder, tmp_path):
         "short novel": (("eval", "--model", folder, "--novel", f"n={short}"), "n: 3 tokens, fewer than one window"),
         "budget": (
             ("quantize", "--known", f"a={code}", "--bits", "1.5", *FAST, *out),
-            "1.5 bits a weight is too small",
+            "bits 1.5, is too small: the least is",
         ),
+        "two budgets": (
+            ("quantize", "--known", f"a={code}", "--bits", "3", "--bytes", "9000", *out),
+            "bits and budget_bytes: a budget is given one way only",
+        ),
+        "weight": (("quantize", "--known", f"a={code}", "--weight", "a", *out), "--weight a: expected NAME=NUMBER"),
         "truncated": (("quantize", "--model", truncated, "--known", f"a={code}", *out), "model.safetensors: damaged"),
         "taken": (("quantize", "--known", f"a={code}", "--out", taken), "taken: exists and holds something else"),
         "no name": (("quantize", "--known", str(code), *out), "expected NAME=FILE"),
@@ -140,7 +145,19 @@ def bad_inputs(files, folder, tmp_path):
 
 
 CASES = [
-    *("no such file", "empty", "not UTF-8", "short", "short novel", "budget", "truncated", "taken", "no name"),
+    *(
+        "no such file",
+        "empty",
+        "not UTF-8",
+        "short",
+        "short novel",
+        "budget",
+        "two budgets",
+        "weight",
+        "truncated",
+        "taken",
+        "no name",
+    ),
     *("name twice", "no model", "nothing to do", "variant", "json", "window", "quantized twice"),
     *("empty prompt", "dtype", "top p", "prompt too long", "export of a float", "export to a full folder"),
     "inspect of a truncated",

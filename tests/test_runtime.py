@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from dynamo_jax.evaluate import (
     make_dataset,
 )
 from dynamo_jax.kernels.layout import WIDTHS
-from dynamo_jax.pipeline import QuantizeConfig, baseline_plan, quantize
+from dynamo_jax.pipeline import DecoderSource, QuantizeConfig, baseline_plan, quantize
 from dynamo_jax.runtime.adapt import adapt
 from dynamo_jax.runtime.store import page_counts
 
@@ -178,6 +179,14 @@ def test_calibration_windows_are_recognized_only_in_the_calibrated_text(quantize
     [
         ({"bits": 1.9}, "too small: the least is 2.125"),
         ({"bits": 2.1}, "too small"),
+        ({"bits": None, "budget_bytes": 1000}, "3,760,128 bytes of experts"),
+        ({"bits": None, "fits_gib": 0.001}, "GiB with the 6,712,320 bytes that are not quantized"),
+        ({"fits_gib": 1.0}, "bits and fits_gib: a budget is given one way only"),
+        ({"bits": math.nan}, "bits nan: expected a positive number"),
+        ({"weights": {"prose": 2.0}}, "prose is none of the known datasets, code"),
+        ({"weights": {"code": -1.0}}, "code = -1.0"),
+        ({"weights": {"code": 0.0}}, "no known dataset counts"),
+        ({"objective": "worst", "weights": {"code": 2.0}}, "the objective worst takes none"),
         ({"objective": "best"}, "known are sum, worst"),
         ({"channel_block": 24}, "channel_block 24 does not divide"),
         ({"group_size": 100}, "group_size 100"),
@@ -186,9 +195,19 @@ def test_calibration_windows_are_recognized_only_in_the_calibrated_text(quantize
 )
 def test_settings_that_cannot_work_are_named(bundled, texts, change, message):
     model, tokenizer = bundled
-    settings = QuantizeConfig(**{**SETTINGS.__dict__, **change})
     with pytest.raises(ValueError, match=message):
+        settings = QuantizeConfig(**{**SETTINGS.__dict__, **change})
         quantize(model, tokenizer, {"code": texts["code"]}, settings)
+
+
+def test_a_budget_in_bytes_or_gib_is_met_and_used(bundled, texts):
+    model, tokenizer = bundled
+    source = DecoderSource(model)
+    for given in ({"budget_bytes": 5_000_000}, {"fits_gib": 0.01}):
+        settings = dataclasses.replace(SETTINGS, bits=None, quantizer="rtn", **given)
+        plan = quantize(model, tokenizer, {"code": texts["code"]}, settings)[0].plan
+        budget = given.get("budget_bytes") or int(given["fits_gib"] * 2**30) - source.other_bytes()
+        assert 0.995 * budget < plan.stored_bytes() <= budget
 
 
 class Losses(NamedTuple):
@@ -205,18 +224,21 @@ def test_the_objective_decides_which_datasets_a_plan_serves(bundled):
     config = bundled[0].config
     rng = np.random.default_rng(0)
     own = rng.lognormal(0, 2, (2, config.num_moe_layers, config.num_experts, 1)) * np.array([1, 0.25, 0.06, 0.0003])
-    analyses = [Losses(own[0]), Losses(own[1] / 100)]
+    analyses = {"a": Losses(own[0]), "b": Losses(own[1] / 100)}
 
-    def losses(objective, known):
-        settings = dataclasses.replace(SETTINGS, objective=objective)
+    def losses(objective, known, weights=None):
+        settings = dataclasses.replace(SETTINGS, objective=objective, weights=weights)
         widths = baseline_plan(known, settings, config).widths[:, :, 0]
         chosen = np.searchsorted(WIDTHS, widths)[..., None]
-        return np.array([np.take_along_axis(a.values, chosen, axis=-1).sum() for a in analyses])
+        return np.array([np.take_along_axis(a.values, chosen, axis=-1).sum() for a in analyses.values()])
 
-    alone = np.array([losses("sum", [a])[i] for i, a in enumerate(analyses)])
+    alone = np.array([losses("sum", {name: a})[i] for i, (name, a) in enumerate(analyses.items())])
     summed, worst = (losses(objective, analyses) for objective in ("sum", "worst"))
     assert summed.sum() < worst.sum()
     assert (worst / alone).max() < 0.7 * (summed / alone).max()
+    weighted = losses("sum", analyses, {"b": 100.0})
+    assert weighted[1] < summed[1] and weighted[0] > summed[0]
+    assert losses("sum", analyses, {"b": 0.0}).tolist() == losses("sum", {"a": analyses["a"]}).tolist()
 
 
 def test_no_known_dataset_is_an_error(bundled):

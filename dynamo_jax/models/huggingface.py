@@ -120,6 +120,15 @@ class Source:
         names = [(a, b) for a, b, _ in tensor_names(self.config) if not a.startswith("layers.")]
         return {ours: self.files.read(theirs) for ours, theirs in names}
 
+    def quantized_tensors(self) -> set[str]:
+        """Names of the routed experts' weights; their biases are not quantized."""
+        names = {n for layer in self.config.moe_layers for n in expert_shapes(self.config, layer, self.mxfp4)}
+        return {n for n in names if not n.endswith("_bias")}
+
+    def other_bytes(self) -> int:
+        """Of all that is read but the routed experts' weights."""
+        return sum(self.files.headers[n].nbytes for n in self.expected.keys() - self.quantized_tensors())
+
     def release(self) -> None:
         self.files.release()
 
@@ -158,10 +167,8 @@ def describe(folder: Path) -> dict[str, Any]:
     """What a folder holds and what would be quantized, from headers alone."""
     source = Source(folder)
     config, headers = source.config, source.files.headers
-    experts = {n for layer in config.moe_layers for n in expert_shapes(config, layer, source.mxfp4)}
-    experts = {n for n in experts if not n.endswith("_bias")}
+    experts = source.quantized_tensors()
     expert_bytes = sum(headers[n].nbytes for n in experts)
-    rest_bytes = sum(headers[n].nbytes for n in source.expected.keys() - experts)
     dense, shared = len(config.dense_layers), config.shared_intermediate_size
     latent, heads = config.kv_lora_rank, config.num_key_value_heads
     keys = f"keys and values from {latent} latent numbers" if latent else f"{heads} of keys and values"
@@ -179,7 +186,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "bytes": f"{source.files.nbytes():,}",
         "dtypes": source.files.dtypes(),
         "quantized": f"{weights} of {len(experts):,} expert tensors, {expert_bytes:,} bytes",
-        "not quantized": f"{rest_bytes:,} bytes: {UNQUANTIZED}",
+        "not quantized": f"{source.other_bytes():,} bytes: {UNQUANTIZED}",
         "not read": f"{len(headers.keys() - source.expected.keys()):,} tensors that the decoder has no use for",
     }
 
