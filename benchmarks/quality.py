@@ -27,6 +27,7 @@ import argparse
 import dataclasses
 import functools
 import math
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.work import MemoryWork
 
 BATCH = 8
-ONE_SET = ("frequency", "mc")
+PART = 4  # of the windows of a known kind, one in so many helps to choose a grid
 NEAR = 0.25  # bits a weight, of a uniform grid's distance to the budget
 UNIFORM_GRIDS = [
     GridSpec(bits, group, symmetric, clip)
@@ -61,6 +62,7 @@ UNIFORM_GRIDS = [
     for clip in (False, True)
 ]
 GROUPS = (64, 128, 256)
+TEXT_BYTES = 600_000  # of each kind, for windows to draw from and to evaluate on
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -90,31 +92,45 @@ class Bench:
     settings: QuantizeConfig
     data: dict[str, np.ndarray]
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    excess: list[np.ndarray] = dataclasses.field(default_factory=list)  # of each row, by window
 
     def __post_init__(self) -> None:
         self.config = self.model.config
         self.params = {n: jnp.asarray(np.asarray(a), jnp.float32) for n, a in parameters(self.model).items()}
-        self.reference = {
-            name: [
-                np.asarray(log_probabilities(self.config, self.params, jnp.asarray(part)).astype(jnp.float16))
-                for part in _batches(windows)
-            ]
-            for name, windows in self.data.items()
-        }
+        self.reference = {name: self._predictions(windows) for name, windows in self.data.items()}
         self.exact = {name: self._losses(name, self.params) for name in self.data}
 
-    def _losses(self, name: str, params: dict) -> np.ndarray:
+    def _predictions(self, windows: np.ndarray) -> np.ndarray:
+        """Log-probabilities (S, T, V) in a temporary file: they are larger than all else together."""
+        shape = (len(windows), windows.shape[1] - 1, self.config.vocab_size)
+        with tempfile.TemporaryFile() as file:
+            out = np.memmap(file, np.float16, "w+", shape=shape)
+        for start in range(0, len(windows), BATCH):
+            part = jnp.asarray(windows[start : start + BATCH])
+            out[start : start + BATCH] = log_probabilities(self.config, self.params, part).astype(jnp.float16)
+        return out
+
+    def _losses(self, name: str, params: dict, every: int = 1) -> np.ndarray:
+        windows, reference = self.data[name][::every], self.reference[name][::every]
         parts = [
-            np.stack(compared(self.config, params, jnp.asarray(part), jnp.asarray(reference)))
-            for part, reference in zip(_batches(self.data[name]), self.reference[name])
+            np.stack(compared(self.config, params, *(jnp.asarray(a[i : i + BATCH]) for a in (windows, reference))))
+            for i in range(0, len(windows), BATCH)
         ]
         return np.concatenate(parts, axis=1).astype(np.float64)
 
-    def measure(self, weights: np.ndarray | None, names: list[str] | None = None) -> dict[str, dict[str, float]]:
+    def known_loss(self, weights: np.ndarray) -> float:
+        """Mean excess loss on a part of the known kinds, to choose between grids by."""
+        params = peers.with_experts(self.model, self.params, weights)
+        names = [name for name in self.data if name in KNOWN]
+        return float(
+            np.mean([(self._losses(n, params, PART)[0] - self.exact[n][0][::PART]).mean() for n in names]),
+        )
+
+    def measure(self, weights: np.ndarray | None) -> dict[str, dict[str, float]]:
         """For each kind of text: nll, accuracy, excess_nll, its standard error, kl."""
         params = self.params if weights is None else peers.with_experts(self.model, self.params, weights)
         out = {}
-        for name in names or self.data:
+        for name in self.data:
             found = self.exact[name] if weights is None else self._losses(name, params)
             excess = found[0] - self.exact[name][0]
             out[name] = {
@@ -123,6 +139,7 @@ class Bench:
                 "excess_nll": float(excess.mean()),
                 "standard_error": float(excess.std(ddof=1) / math.sqrt(len(excess))),
                 "kl": float(found[2].mean()),
+                "windows": excess,
             }
         return out
 
@@ -131,20 +148,35 @@ class Bench:
         for name, values in found.items():
             kind = "known" if name in KNOWN else "novel"
             row = {"method": method, "budget": budget, "bits_per_weight": bits, "dataset": name, "kind": kind}
+            self.excess.append(values.pop("windows"))
             self.rows.append(row | {"seed": seed} | values | more)
         own = self.rows[start:]
         means = [np.mean([r[key] for r in own if r["kind"] == kind]) for key in ("excess_nll", "kl") for kind in KINDS]
         note = " ".join(str(v) for v in more.values())
         print(
-            f"{method:14s} {budget:5.2f} {bits:6.3f}  " + "".join(f"{m:9.4f}" for m in means) + f"  {note}", flush=True
+            f"{method:19s} {budget:5.2f} {bits:6.3f}  " + "".join(f"{m:9.4f}" for m in means) + f"  {note}", flush=True
         )
+
+    def repeat(self, method: str, seed: int) -> None:
+        """The rows of seed 0 again, for a method that uses no calibration."""
+        own = [i for i, r in enumerate(self.rows) if r["method"] == method and r["seed"] == 0]
+        self.rows += [self.rows[i] | {"seed": seed} for i in own]
+        self.excess += [self.excess[i] for i in own]
+
+    def windows_of(self, method: str, budget: float, dataset: str) -> np.ndarray:
+        """Excess loss by window, mean over seeds and calibration sets."""
+        wanted = {"method": method, "budget": budget, "dataset": dataset}
+        return np.mean([e for e, r in zip(self.excess, self.rows) if wanted.items() <= r.items()], axis=0)
+
+    def above(self, peer: str, budget: float, kind: str) -> tuple[float, float]:
+        """A peer's excess loss minus dynamo's, nats a token, mean over the kinds of text; standard error by window."""
+        names = [name for name in self.data if (name in KNOWN) == (kind == "known")]
+        pairs = [self.windows_of(peer, budget, n) - self.windows_of("dynamo", budget, n) for n in names]
+        errors = [p.std(ddof=1) / math.sqrt(len(p)) for p in pairs]
+        return float(np.mean([p.mean() for p in pairs])), float(np.linalg.norm(errors) / len(errors))
 
 
 KINDS = ("known", "novel")
-
-
-def _batches(windows: np.ndarray) -> list[np.ndarray]:
-    return [windows[i : i + BATCH] for i in range(0, len(windows), BATCH)]
 
 
 def quiet(stage: str, done: float, of: int) -> None:
@@ -199,26 +231,25 @@ def run_uniform(bench: Bench, weights: np.ndarray, sums: Any, budgets: list[floa
     if quick:
         wanted = [s for s in wanted if s.group_size in (32, 128) and s.clip]
     for name, make in makers.items():
-        found = {}
+        loss, made = {}, {}
         for spec in dict.fromkeys(wanted):
             if name == "awq" and not spec.clip:
                 continue
             if name == "uniform-rtn" and (seed or not spec.clip):
                 continue
-            found[spec] = bench.measure(make(spec))
-        if not found:  # needs no calibration: the first seed's rows stand for all
-            bench.rows += [r | {"seed": seed} for r in bench.rows if r["method"] == name and r["seed"] == 0]
+            made[spec] = make(spec)
+            loss[spec] = bench.known_loss(made[spec])
+        if not loss:  # needs no calibration: the first seed's rows stand for all
+            bench.repeat(name, seed)
             continue
-        loss = {
-            spec: np.mean([f["excess_nll"] for n, f in values.items() if n in KNOWN]) for spec, values in found.items()
-        }
         for budget in budgets:
-            near = [spec for spec in found if abs(grids[spec] - budget) <= NEAR]
-            best = min(near, key=loss.get)
-            bench.add(name, budget, grids[best], seed, found[best], grid=_named(best))
+            near = [spec for spec in loss if abs(grids[spec] - budget) <= NEAR]
+            best = min(near, key=loss.__getitem__)
+            bench.add(name, budget, grids[best], seed, bench.measure(made[best]), grid=_named(best))
             if name == "uniform-gptq" and not quick:  # as the paper has it: from the least to the largest weight
-                best = min((s for s in near if not s.clip), key=loss.get)
-                bench.add("uniform-gptq-minmax", budget, grids[best], seed, found[best], grid=_named(best))
+                best = min((s for s in near if not s.clip), key=loss.__getitem__)
+                found = bench.measure(made[best])
+                bench.add("uniform-gptq-minmax", budget, grids[best], seed, found, grid=_named(best))
 
 
 def _named(spec: GridSpec) -> str:
@@ -246,7 +277,7 @@ def run_one_set(
 
 def run_data_free(bench: Bench, weights: np.ndarray, budgets: list[float], seed: int) -> None:
     if seed:
-        bench.rows += [r | {"seed": seed} for r in bench.rows if r["method"] == "data-free" and r["seed"] == 0]
+        bench.repeat("data-free", seed)
         return
     specs = [GridSpec(bits, group, clip=True) for bits in (2, 3, 4, 8) for group in GROUPS]
     options, bits = [peers.rtn_weights(weights, s) for s in specs], [peers.bits_of(s, weights) for s in specs]
@@ -272,8 +303,9 @@ def spread_of(rows: list[dict], key: str = "excess_nll", **where: Any) -> float:
     return float(np.std(means, ddof=1)) if len(means) > 1 else math.nan
 
 
-def summary(rows: list[dict], budgets: list[float]) -> dict[str, Any]:
-    """Means with the spread over seeds, and the marks: ratios of ours to the peers'."""
+def summary(bench: Bench, budgets: list[float]) -> dict[str, Any]:
+    """Means with the spread over seeds, paired differences to ours, and the marks: ratios of ours to the peers'."""
+    rows = bench.rows
     methods = list(dict.fromkeys(r["method"] for r in rows if r["method"] != "bf16"))
     table, marks = [], {}
     for budget in budgets:
@@ -287,6 +319,8 @@ def summary(rows: list[dict], budgets: list[float]) -> dict[str, Any]:
                 for key in ("excess_nll", "kl", "accuracy"):
                     line[f"{kind}_{key}"] = mean_of(own, key, kind=kind)
                 line[f"{kind}_excess_nll_spread"] = spread_of(own, kind=kind)
+                if method != "dynamo" and any(r["method"] == "dynamo" for r in rows):
+                    line[f"{kind}_above_dynamo"], line[f"{kind}_above_dynamo_error"] = bench.above(method, budget, kind)
             table.append(line)
         ours = mean_of(rows, method="dynamo", budget=budget, kind="known")
         for peer in [m for m in methods if not m.startswith("dynamo")]:
@@ -301,13 +335,16 @@ def summary(rows: list[dict], budgets: list[float]) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    print("\n| method | budget | bits | known, excess | known, divergence | novel, excess | novel, divergence |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    head = [f"{kind}, {what}" for kind in KINDS for what in ("excess", "above dynamo", "divergence", "accuracy")]
+    print("\n| method | budget | bits | " + " | ".join(head) + " |")
+    print("| --- |" + " ---: |" * (2 + len(head)))
     for r in found["table"]:
         cells = [f"{r['budget']:g}", f"{r['bits_per_weight']:.3f}"]
         for kind in KINDS:
             cells.append(f"{r[f'{kind}_excess_nll']:+.4f} ± {r[f'{kind}_excess_nll_spread']:.4f}")
-            cells.append(f"{r[f'{kind}_kl']:.4f}")
+            above = f"{kind}_above_dynamo"
+            cells.append(f"{r[above]:+.4f} ± {r[f'{above}_error']:.4f}" if above in r else "")
+            cells += [f"{r[f'{kind}_kl']:.4f}", f"{r[f'{kind}_accuracy']:.2%}"]
         print(f"| {r['method']} | " + " | ".join(cells) + " |")
     print()
     for name, ratio in found["marks"].items():
@@ -327,10 +364,10 @@ def main() -> None:
     start = time.time()
     model, tokenizer = load_checkpoint(BUNDLED), load_tokenizer(BUNDLED)
     settings = DemoConfig().quantize
-    counted = {"known": 32 if arguments.quick else 96, "novel": 16 if arguments.quick else 48}
+    counted = {"known": 32 if arguments.quick else 400, "novel": 16 if arguments.quick else 100}
     data, spare = {}, {}
     for name, parts in {**KNOWN, **NOVEL}.items():
-        windows = token_windows(collect(parts(arguments.texts)), tokenizer, settings.window, name)
+        windows = token_windows(collect(parts(arguments.texts), TEXT_BYTES), tokenizer, settings.window, name)
         count = counted["known" if name in KNOWN else "novel"]
         data[name], spare[name] = windows[-count:], windows[:-count]
     bench = Bench(model, settings, data)
@@ -349,7 +386,7 @@ def main() -> None:
         if "data-free" in only:
             run_data_free(bench, weights, budgets, seed)
         print(f"seed {seed}: {time.time() - start:.0f} s", flush=True)
-        found = summary(bench.rows, budgets)
+        found = summary(bench, budgets)
         if arguments.json:  # a run that is stopped leaves the seeds that it ended
             write_json(arguments.json, {"rows": bench.rows, **found, "jax": jax.__version__})
     show(found)

@@ -112,13 +112,13 @@ NOVEL: dict[str, Callable[[Path], Iterator[str]]] = {
 }
 
 
-def collect(parts: Iterator[str]) -> str:
-    """Documents joined by blank lines, up to ``TEXT_BYTES``; repeated ones once."""
+def collect(parts: Iterator[str], limit: int = TEXT_BYTES) -> str:
+    """Documents joined by blank lines, up to the one that makes it ``limit`` bytes; repeated ones once."""
     text, size = [], 0
     for part in _unique(parts):
         text.append(part.strip())
         size += len(part.encode())
-        if size >= TEXT_BYTES:
+        if size >= limit:
             break
     return "\n\n".join(text)
 
