@@ -10,7 +10,7 @@ the same bits: a result depends on its bundles and on nothing else.
 ``analysis/statistics.py`` defines the same sums over whole models in memory; tests compare the two.
 
 Axes: S windows of T tokens, N = S*T, A datasets, D hidden, L layers with experts, E experts, R rows of one
-expert, F channels, P = 3 projections, W widths.
+expert, F channels, P = 3 projections, W widths, U = 2 where gate with up and down have widths of their own, else 1.
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ Progress = Callable[[str, float, int], None]  # (stage, done, of)
 QUANTIZERS = ("gptq", "rtn")
 FORWARD, BACKWARD, QUANTIZE = "calibrate layers", "sensitivity of layers", "quantize layers"
 EMPHASIS_NAME = "emphasis"
+ERRORS = ("errors", "apart_errors", "block_errors")  # of a layer's statistics, what ``errors_at`` measures
 
 
 class Draft(NamedTuple):
-    """What is known before any layer is quantized: the squared output errors of rounding each expert, summed over
-    each dataset, and each layer's sensitivity."""
+    """What is known before any layer is quantized: the squared output errors of rounding each expert, or each part
+    of it that has its own width, summed over each dataset, and each layer's sensitivity."""
 
-    errors: Float[np.ndarray, "A L E W"]
+    errors: Float[np.ndarray, "A L E U W"]
     sensitivity: Float[np.ndarray, "A L"]
     tokens: Float[np.ndarray, " A"]
 
@@ -83,7 +84,7 @@ class Calibration:
 
     quantizer: gptq (``quant/nested_gptq.py``: error feedback along the calibration inputs) or rtn
     (``quant/planes.py``). emphasis: what errors at 2, 3 and 4 bits count for gptq; ``favour``, if there is one, gives
-    that of each expert from the drafts.
+    that of each expert from the drafts. apart: whether gate with up and down have widths of their own.
     """
 
     source: LayerSource
@@ -91,9 +92,10 @@ class Calibration:
     dataset: Int[np.ndarray, " S"]
     group_size: int
     channel_block: int
+    apart: bool
     quantizer: str
     emphasis: tuple[float, float, float]
-    favour: Callable[[Draft], Float[np.ndarray, "L E 3"]] | None
+    favour: Callable[[Draft], Float[np.ndarray, "L E U 3"]] | None
     batch_size: int
     work: Work
     progress: Progress
@@ -133,10 +135,10 @@ def calibrate(job: Calibration) -> None:
     job.work.drop(EMPHASIS_NAME)
 
 
-def _emphasis(job: Calibration) -> Float[np.ndarray, "L E 3"]:
+def _emphasis(job: Calibration) -> Float[np.ndarray, "L E U 3"]:
     config = job.source.config
     if job.favour is None or not job.drafts:
-        return np.broadcast_to(np.array(job.emphasis), (config.num_moe_layers, config.num_experts, 3))
+        return np.broadcast_to(np.array(job.emphasis), (config.num_moe_layers, config.num_experts, 1, 3))
     if not job.work.has(EMPHASIS_NAME):
         errors = np.stack([job.work.get(_draft(layer))["errors"] for layer in config.moe_layers], axis=1)
         sensitivity = [job.work.get(_sensitivity(layer))["sensitivity"] for layer in config.moe_layers]
@@ -231,12 +233,12 @@ def _outer_of(job: Calibration, layer: int, rest: Bundle, x: Float[np.ndarray, "
 
 def _experts_up(
     job: Calibration, layer: int, rest: Bundle, outer: Outer
-) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "A E W"]]:
+) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "A E U W"]]:
     """What the routed experts add, and their drafted errors (zeros if the job needs none)."""
     config = job.source.config
     owner = _owner(job)
     out = np.zeros(outer.normed.shape, np.float32)
-    drafts = np.zeros((job.datasets, config.num_experts, len(WIDTHS)), np.float32)
+    drafts = np.zeros((job.datasets, config.num_experts, 2 if job.apart else 1, len(WIDTHS)), np.float32)
     for together in expert_chunks(config):
         weights = [_finite_expert(job, layer, expert) for expert in together]
         planes = quantize(np.stack(weights), job.group_size) if job.drafts else None
@@ -248,8 +250,9 @@ def _experts_up(
             out[token] += np.asarray(y)[: len(token)] * rows.gates[: len(token), None]
             if job.drafts:
                 own = jax.tree.map(lambda a, i=i: a[i], planes)
-                errors = [errors_at(config, None, w, *measured, h, y, weights[i], own, biases)[0] for w in WIDTHS]
-                drafts[:, expert] = np.stack(errors, axis=-1)
+                for w, width in enumerate(WIDTHS):
+                    whole, each, _ = errors_at(config, None, job.apart, width, *measured, h, y, weights[i], own, biases)
+                    drafts[:, expert, :, w] = each if job.apart else np.asarray(whole)[:, None]
             job.progress(FORWARD, layer + (expert + 1) / (config.num_experts + 1), config.num_hidden_layers)
     return out, drafts
 
@@ -337,12 +340,12 @@ def _layer_down(job: Calibration, layer: int, d_out: Float[np.ndarray, "S T D"])
 # Each layer, once it is known what its planes shall favour
 
 
-def _quantize_layer(job: Calibration, layer: int, emphasis: Float[np.ndarray, "E 3"]) -> None:
+def _quantize_layer(job: Calibration, layer: int, emphasis: Float[np.ndarray, "E U 3"]) -> None:
     config = job.source.config
     rest = job.source.layer(layer)
     outer = _outer_of(job, layer, rest, job.work.get(_hidden(layer))["x"])
     owner = _owner(job)
-    sums, errors, block_errors, quantized = [], [], [], []
+    sums, quantized = [], []
     for together in expert_chunks(config):
         weights = [_finite_expert(job, layer, expert) for expert in together]
         found = [rows_of(outer, expert) for expert in together]
@@ -357,17 +360,14 @@ def _quantize_layer(job: Calibration, layer: int, emphasis: Float[np.ndarray, "E
             measured = (rows[i].x, rows[i].gates, _member(job, owner, found[i][0], len(rows[i].x)))
             h, y, total = run_expert(config, *measured, weights[i], biases[i])
             widths = [
-                errors_at(config, job.channel_block, width, *measured, h, y, weights[i], own, biases[i])
+                errors_at(config, job.channel_block, job.apart, width, *measured, h, y, weights[i], own, biases[i])
                 for width in WIDTHS
             ]
-            sums.append(jax.tree.map(np.asarray, total))
-            errors.append(np.stack([np.asarray(e) for e, _ in widths], axis=-1))
-            block_errors.append(np.stack([np.asarray(b) for _, b in widths], axis=-1))
+            errors = (np.stack(e, axis=-1) for e in zip(*widths))
+            sums.append(jax.tree.map(np.asarray, total) | dict(zip(ERRORS, errors)))
             job.progress(QUANTIZE, layer + (expert + 1) / (config.num_experts + 1), config.num_hidden_layers)
     stats = {name: np.stack([s[name] for s in sums], axis=1) for name in sums[0]}
-    stats["errors"] = np.stack(errors, axis=1)
     stats["tokens"] = np.bincount(owner, minlength=job.datasets).astype(np.float32)
-    stats["block_errors"] = np.stack(block_errors, axis=1)
     routed = outer.experts.reshape(len(job.tokens), -1)
     stats["windows"] = np.stack([np.bincount(r, minlength=config.num_experts) for r in routed]).astype(np.float32)
     planes = jax.tree.map(lambda *a: np.concatenate(a), *quantized)

@@ -39,7 +39,7 @@ from dynamo_jax.runtime.store import page_tables
 from dynamo_jax.settings import from_dict
 from dynamo_jax.work import Bundle, read_bundle
 
-FORMAT = 3
+FORMAT = 4
 NAME = "dynamo_jax quantized model"
 META, PLAN, TOP, SOURCE = "dynamo_jax.json", "plan.safetensors", "top.safetensors", "source"
 KNOWLEDGE = ("counts", "loss_per_error", "block_errors", "correction")
@@ -111,6 +111,7 @@ def describe_to(
         "window": window,
         "channel_block": plan.channel_block,
         "group_size": plan.group_size,
+        "per_projection": plan.apart,
         "names": list(known.names),
         "threshold": known.threshold,
         "tokens": known.tokens,
@@ -193,8 +194,9 @@ def read_description(folder: Path) -> Description:
             channel_block=meta["channel_block"],
             group_size=meta["group_size"],
             hidden_size=config.hidden_size,
+            apart=meta["per_projection"],
         )
-        blocks = config.intermediate_size // plan.channel_block
+        blocks = config.intermediate_size // plan.channel_block * (2 if plan.apart else 1)
         if plan.widths.shape != (config.num_moe_layers, config.num_experts, blocks):
             raise ValueError(f"the plan has the shape {plan.widths.shape}")
     except (KeyError, TypeError, ValueError) as error:
@@ -241,7 +243,11 @@ def stacked_planes(get: Callable[[str], Bundle], config: ModelConfig) -> Planes:
 def describe(folder: Path) -> dict[str, Any]:
     """What ``dynamo-jax inspect`` shows of a quantized model, without reading its layers."""
     meta, config, plan, arrays = read_description(folder)
-    widths, counts = np.unique(plan.widths, return_counts=True)
+    names = ("gate and up blocks by width", "down blocks by width") if plan.apart else ("blocks by width",)
+    blocks = {}
+    for name, part in zip(names, np.split(plan.widths, len(names), axis=2)):
+        widths, counts = np.unique(part, return_counts=True)
+        blocks[name] = ", ".join(f"{w} bits: {c:,}" for w, c in zip(widths, counts))
     return {
         "family": config.family,
         "layers": config.num_hidden_layers,
@@ -253,7 +259,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "stored_bytes": plan.stored_bytes(),
         "channel_block": plan.channel_block,
         "group_size": plan.group_size,
-        "blocks_by_width": {int(w): int(c) for w, c in zip(widths, counts)},
+        **blocks,
         "known": {name: v[1] for name, v in meta["calibrated"].items()},
         f"fewer than {PRIOR_ROWS} calibration tokens": hardly_reached(config, arrays["counts"]),
         "novelty_threshold_bits": meta["threshold"],

@@ -132,6 +132,9 @@ def quantize(
     objective: Annotated[
         str, typer.Option(help="sum: the loss over all known datasets; worst: that of the one which loses most.")
     ] = "sum",
+    per_projection: Annotated[
+        bool, typer.Option("--per-projection", help="Choose two widths for each expert: of gate and up, and of down.")
+    ] = False,
     group_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale; by default the largest of 128, 64, .. that fits.")
     ] = None,
@@ -157,6 +160,7 @@ def quantize(
         fits_gib=fits_gib,
         objective=objective,
         weights=read_weights(weight) or None,
+        per_projection=per_projection,
         group_size=group_size,
         channel_block=channel_block,
         quantizer=quantizer,

@@ -71,9 +71,9 @@ def _layer_tensors(folder: Path, config: ModelConfig, plan: Plan, layer: int) ->
         tensors[f"model.layers.{layer}.{theirs}"] = own[ours].T if turned else own[ours]
     if layer in config.dense_layers:
         return tensors
-    widths = plan.widths[config.moe_layers.index(layer)]
+    widths = plan.page_widths()[config.moe_layers.index(layer)].reshape(config.num_experts, -1, plan.blocks)
     planes = checkpoint.layer_planes(bundle)
-    experts = [dequantized_expert(_expert(planes, e), widths[e], plan.channel_block) for e in range(len(widths))]
+    experts = [dequantized_expert(_expert(planes, e), widths[e], plan.channel_block) for e in range(config.num_experts)]
     return tensors | expert_tensors(config, layer, experts, own)
 
 
@@ -81,15 +81,19 @@ def _expert(planes: Planes, expert: int) -> Planes:
     return jax.tree.map(lambda a: a[expert], planes)
 
 
-def dequantized_expert(planes: Planes, widths: Int[np.ndarray, " N"], channel_block: int) -> Triple:
-    """bfloat16 gate, up and down (F, D) of one expert whose planes are (P, F, ..), each block at its width."""
-    of_channel = np.repeat(widths, channel_block)
+def dequantized_expert(planes: Planes, widths: Int[np.ndarray, "U N"], channel_block: int) -> Triple:
+    """bfloat16 gate, up and down (F, D) of one expert whose planes are (P, F, ..), each block at its width; U is 1
+    or, where each projection has its own widths, 3."""
+    projections = planes.scales.shape[0]
+    of_channel = np.broadcast_to(
+        np.repeat(widths, channel_block, axis=1), (projections, widths.shape[1] * channel_block)
+    )
     out: Float[np.ndarray, "P F D"] | None = None
     for width in WIDTHS:
         if (at := of_channel == width).any():
             value = np.asarray(dequantize(planes, width).astype(ml_dtypes.bfloat16))
             out = np.zeros_like(value) if out is None else out
-            out[:, at] = value[:, at]
+            out[at] = value[at]
     assert out is not None
     gate, up, down = out
     return gate, up, down

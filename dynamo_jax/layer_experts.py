@@ -3,7 +3,7 @@
 What ``calibrate.py`` does with each expert, as functions of arrays.
 
 Axes: N tokens, k experts a token, X experts at once, R rows of one expert, A datasets, D hidden, F channels,
-B channel blocks, P = 3 projections.
+B channel blocks, P = 3 projections, U = 2 where gate with up and down are apart, else 0, M = B or U*B.
 """
 
 from __future__ import annotations
@@ -104,26 +104,34 @@ def expert_vjp(config, x, gates, weights, biases, d_out):
     return jax.vjp(weighted, x, gates)[1](d_out)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "channel_block", "width"))
-def errors_at(config, channel_block, width, x, gates, member, h, y, weights, planes, biases):
-    """By dataset, the summed squared output error at ``width`` of the whole expert (A,) and of its blocks (A, B);
-    without a channel_block of the whole alone."""
+@functools.partial(jax.jit, static_argnames=("config", "channel_block", "apart", "width"))
+def errors_at(config, channel_block, apart, width, x, gates, member, h, y, weights, planes, biases):
+    """By dataset, the summed squared output error at ``width``: of the whole expert (A,), of gate with up and of down
+    one without the other (A, U), and of blocks (A, M); no blocks without a channel_block."""
     rounded = dequantize(planes, width).astype(jnp.bfloat16).astype(jnp.float32)
     squared = member * gates**2
     h_at, y_at = _expert(config, x, rounded, biases)
     whole = squared @ jnp.sum((y_at - y) ** 2, axis=1)
-    if channel_block is None:
-        return whole, None
     down = weights[2].astype(jnp.float32)
+    pairs = ((h_at - h, down), (h, rounded[2] - down)) if apart else ()
+    each = [squared @ jnp.sum((hidden @ w) ** 2, axis=1) for hidden, w in pairs]
+    each = jnp.stack(each, axis=1) if apart else jnp.zeros((len(squared), 0))
+    if channel_block is None:
+        return whole, each, None
 
     def block(start):
-        def cut(a, axis):
-            return jax.lax.dynamic_slice_in_dim(a, start, channel_block, axis)
+        def product(hidden, w):
+            cut = jax.lax.dynamic_slice_in_dim
+            return cut(hidden, start, channel_block, 1) @ cut(w, start, channel_block, 0)
 
-        error = cut(h_at, 1) @ cut(rounded[2], 0) - cut(h, 1) @ cut(down, 0)
-        return squared @ jnp.sum(error**2, axis=1)
+        if apart:
+            found = jnp.stack([product(*pair) for pair in pairs])
+        else:
+            found = (product(h_at, rounded[2]) - product(h, down))[None]
+        return squared @ jnp.sum(found**2, axis=2).T
 
-    return whole, jax.lax.map(block, jnp.arange(0, down.shape[0], channel_block)).T
+    blocks = jax.lax.map(block, jnp.arange(0, down.shape[0], channel_block))  # (B, A, U or 1)
+    return whole, each, jnp.moveaxis(blocks, 2, 0).reshape(-1, len(squared)).T
 
 
 def planes_of(
@@ -134,9 +142,10 @@ def planes_of(
     rows: list[Rows],
     biases: list[Triple | None],
     outer: Outer,
-    emphasis: Float[np.ndarray, "X 3"],
+    emphasis: Float[np.ndarray, "X U 3"],
 ) -> Planes:
-    """Planes (X, P, F, ..) of some experts; emphasis: what errors at 2, 3 and 4 bits count for gptq."""
+    """Planes (X, P, F, ..) of some experts; emphasis: what errors at 2, 3 and 4 bits count for gptq, U = 1 for all
+    projections or U = 2 for gate with up and for down."""
     if quantizer == "rtn":
         return quantize(weights, group_size)
     count, _, channels, hidden_size = weights.shape
@@ -150,7 +159,7 @@ def planes_of(
         return (x * (shares / max(float(shares.sum()), 1e-30))[:, None]).T @ x
 
     gate_up = weights[:, :2].reshape(count, 2 * channels, hidden_size)
-    first = _feedback_planes(group_size, gate_up, inputs, squared, typical, 2, layer_hessian, emphasis)
+    first = _feedback_planes(group_size, gate_up, inputs, squared, typical, 2, layer_hessian, emphasis[:, 0])
     hidden = [np.asarray(_hidden_channels(config, r.x, w, b)) for r, w, b in zip(rows, weights, biases)]
     energy = sum(float(s @ np.square(h).mean(axis=1)) for s, h in zip(squared, hidden))
     spread = energy / max(sum(float(s.sum()) for s in squared), 1e-30)
@@ -158,7 +167,7 @@ def planes_of(
     def own_scale(part: slice) -> np.ndarray:  # hidden channels of different experts have nothing in common
         return np.eye(part.stop - part.start, dtype=np.float32) * np.float32(spread)
 
-    down = _feedback_planes(group_size, weights[:, 2], hidden, squared, typical, 1, own_scale, emphasis)
+    down = _feedback_planes(group_size, weights[:, 2], hidden, squared, typical, 1, own_scale, emphasis[:, -1])
     return jax.tree.map(
         lambda a, b: np.concatenate([a.reshape(count, 2, channels, -1), b[:, None]], axis=1), first, down
     )

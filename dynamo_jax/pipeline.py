@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 
 from dynamo_jax import checkpoint
 from dynamo_jax.analysis.significance import (
+    apart_significance,
     channel_significance,
     expert_significance,
     loss_per_error,
@@ -34,7 +35,7 @@ from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameter
 from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.models.huggingface import Source, load_tokenizer, side_files, side_files_of
 from dynamo_jax.precision.allocate import OBJECTIVES, allocate_known
-from dynamo_jax.precision.plan import Plan, block_costs, expert_plan
+from dynamo_jax.precision.plan import Plan, block_costs, expert_plan, item_costs
 from dynamo_jax.quant.nested_gptq import EMPHASIS
 from dynamo_jax.runtime.monitor import novelty_threshold
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
@@ -58,6 +59,7 @@ class QuantizeConfig:
     the key/value cache, not activations).
     objective: the loss of a plan over the known datasets, their sum or the worst (``precision.allocate``). weights:
     what datasets count for in the sum, by name; 1 for those that are not named.
+    per_projection: whether an expert's gate and up have one width and its down another.
     group_size: weights that share a scale, by default the largest of 128, 64, 32, 16, 8 that divides the hidden size.
     quantizer: gptq or rtn (``calibrate.Calibration``). emphasis: what squared errors at 2, 3 and 4 bits count for
     each other when gptq chooses the codes that these widths share; favour: how many times more they count at the
@@ -69,6 +71,7 @@ class QuantizeConfig:
     fits_gib: float | None = None
     objective: str = "sum"
     weights: dict[str, float] | None = None
+    per_projection: bool = False
     group_size: int | None = None
     channel_block: int = 16
     quantizer: str = "gptq"
@@ -116,6 +119,9 @@ class Analysis(NamedTuple):
 
     def expert_significance(self) -> Float[np.ndarray, "L E W"]:
         return expert_significance(self.stats, self.sensitivity, self.hidden_size)
+
+    def apart_significance(self) -> Float[np.ndarray, "L E U W"]:
+        return apart_significance(self.stats, self.sensitivity, self.hidden_size)
 
     def channel_significance(self, down: Float[ArrayLike, "L E F D"]) -> Float[np.ndarray, "L E F"]:
         return channel_significance(self.stats, down)
@@ -194,6 +200,7 @@ def analyze(
         dataset=dataset,
         group_size=config.group(source.config.hidden_size),
         channel_block=config.channel_block,
+        apart=config.per_projection,
         quantizer=config.quantizer,
         emphasis=config.emphasis,
         favour=favour if config.favour != 1 else None,
@@ -215,35 +222,43 @@ def analyze(
     return analyses
 
 
-def favoured(draft: Draft, names: list[str], config: QuantizeConfig, model: ModelConfig) -> Float[np.ndarray, "L E 3"]:
+def favoured(
+    draft: Draft, names: list[str], config: QuantizeConfig, model: ModelConfig
+) -> Float[np.ndarray, "L E U 3"]:
     """The emphasis of each expert: ``config.emphasis``, with ``config.favour`` at its width in a drafted plan."""
     losses = [
-        errors * loss_per_error(np.full(len(errors), tokens), sensitivity, model.hidden_size)[:, None, None]
+        errors * loss_per_error(np.full(len(errors), tokens), sensitivity, model.hidden_size)[:, None, None, None]
         for errors, sensitivity, tokens in zip(draft.errors, draft.sensitivity, draft.tokens)
     ]
-    widths = _allocated(dict(zip(names, losses)), config, model).widths[:, :, :1]
+    plan = _allocated(dict(zip(names, losses)), config, model)
+    widths = plan.widths[:, :, :: plan.blocks, None]
     return np.where(widths == np.array(WIDTHS[:3]), config.favour, 1.0) * np.array(config.emphasis)
 
 
 def baseline_plan(analyses: dict[str, Analysis], config: QuantizeConfig, model: ModelConfig) -> Plan:
-    """One width an expert, least loss over the known datasets by ``config.objective``, under the byte budget."""
-    return _allocated({name: a.expert_significance() for name, a in analyses.items()}, config, model)
+    """The plan of least loss over the known datasets, by ``config.objective``, under the byte budget."""
+    losses = {
+        name: a.apart_significance() if config.per_projection else a.expert_significance()[:, :, None]
+        for name, a in analyses.items()
+    }
+    return _allocated(losses, config, model)
 
 
-def _allocated(losses: dict[str, Float[np.ndarray, "L E W"]], config: QuantizeConfig, model: ModelConfig) -> Plan:
+def _allocated(losses: dict[str, Float[np.ndarray, "L E U W"]], config: QuantizeConfig, model: ModelConfig) -> Plan:
     group_size = config.group(model.hidden_size)
-    costs = block_costs(config.channel_block, model.hidden_size, group_size)
     blocks = model.intermediate_size // config.channel_block
+    costs = item_costs(blocks, config.channel_block, model.hidden_size, group_size, config.per_projection)
     items = np.stack(list(losses.values())).reshape(len(losses), -1, len(WIDTHS))
+    experts = model.num_moe_layers * model.num_experts
     weights = np.array([(config.weights or {}).get(name, 1.0) for name in losses])
     widths = allocate_known(
         items,
-        np.broadcast_to(costs * blocks, items.shape[1:]),
+        np.tile(costs[::blocks] * blocks, (experts, 1)),
         config.bytes_for(model),
         config.objective,
         weights,
     )
-    shape = (model.num_moe_layers, model.num_experts)
+    shape = (model.num_moe_layers, model.num_experts, -1)
     return expert_plan(widths.reshape(shape), blocks, config.channel_block, group_size, model.hidden_size)
 
 

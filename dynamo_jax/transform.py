@@ -10,6 +10,7 @@ Axes: N tokens, D hidden, E experts, k experts a token, F channels, B channel bl
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax.numpy as jnp
@@ -154,7 +155,7 @@ def _check(plan: Plan, index: int, modules: dict[tuple[Any, ...], ExpertsModule]
     layers = len(modules)
     for path, module in modules.items():
         experts, hidden, channels = module.gate.shape
-        expected = (layers, experts, channels // plan.channel_block)
+        expected = (layers, experts, channels // plan.channel_block * (2 if plan.apart else 1))
         fits = channels % plan.channel_block == 0 and plan.widths.shape == expected and plan.hidden_size == hidden
         if not fits:
             raise ValueError(
@@ -169,12 +170,7 @@ def _channel_major(module: Any, part: str) -> Float[Array, "E F D"]:
 
 
 def _one_layer(plan: Plan, layer: int) -> Plan:
-    return Plan(
-        widths=plan.widths[layer : layer + 1],
-        channel_block=plan.channel_block,
-        group_size=plan.group_size,
-        hidden_size=plan.hidden_size,
-    )
+    return dataclasses.replace(plan, widths=plan.widths[layer : layer + 1])
 
 
 def _replace(model: Any, path: tuple[Any, ...], module: nnx.Module) -> None:

@@ -12,14 +12,15 @@ and the last plane, which has to reach the weights that lie outside of that grid
 Zero points are the constants above, so nothing is stored for them; ratios are uint8. One scale
 serves ``group_size`` neighbouring weights along D. All three projections are channel-major, (F, D):
 a channel block is ``channel_block`` rows of gate, up and down together, so its precision touches no
-other block. Codes are packed along D, first weight in the lowest bits.
+other block. A plan may also give down a precision of its own; then a page holds a block of one projection.
+Codes are packed along D, first weight in the lowest bits.
 
 The base plane of every block is always there. Refinement planes lie in pools of pages, a page being
 one plane of one block; a page table says which page holds the plane of (layer, expert, block), -1
 where the variant does not have it. A pool without pages costs nothing at run time.
 
-Axes: L layers, E experts, P=3 projections, F channels, N channel blocks an expert, C channels a
-block, D hidden, G groups along D, Q pages of a pool.
+Axes: L layers, E experts, P=3 projections, F channels, N channel blocks an expert, C channels a block, D hidden,
+G groups along D, Q pages of a pool, p projections of a page (3, or 1), U = P / p of them apart.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ class BasePlanes(NamedTuple):
 class PagePool(NamedTuple):
     """The resident pages of one refinement level and where they belong.
 
-    codes: (Q, P, C, D*bits/8) uint8; ratios: (Q, P, C, G) uint8 at level 8, None at others;
-    table: (L, E, N) page index or -1.
+    codes: (Q, p, C, D*bits/8) uint8; ratios: (Q, p, C, G) uint8 at level 8, None at others;
+    table: (L, E, U*N) page index or -1; with p = 1 first the blocks of gate, then those of up and of down.
     """
 
-    codes: UInt8[Array, "Q P C Dp"]
-    ratios: UInt8[Array, "Q P C G"] | None
-    table: Int[Array, "L E N"]
+    codes: UInt8[Array, "Q p C Dp"]
+    ratios: UInt8[Array, "Q p C G"] | None
+    table: Int[Array, "L E UN"]
 
 
 Variant = dict[int, PagePool]  # refinement level -> its pages
@@ -105,17 +106,17 @@ def dequantize_layer(
         pool = variant[level]
         if pool.codes.shape[0] == 0:
             continue
-        table = picked(pool.table)  # (E, N)
-        channels = pool.codes.shape[2]
+        _, together, channels, _ = pool.codes.shape
+        table = picked(pool.table).reshape(len(weights), PROJECTIONS // together, -1)  # (E, U, N)
         page = jnp.maximum(table, 0)
-        # (E, N, P, C, ..) -> (E, P, N*C, ..): a page lies beside its block's base plane
         codes = _beside(pool.codes[page])
         ratios = None if pool.ratios is None else _beside(pool.ratios[page])
-        present = jnp.repeat(table >= 0, channels, axis=1)[:, None, :, None]
+        present = jnp.repeat(jnp.repeat(table >= 0, channels, axis=2), together, axis=1)[..., None]
         weights = weights + jnp.where(present, scaled(codes, step_of(scales, level, ratios), level), 0.0)
     return weights.swapaxes(0, 1).astype(jnp.bfloat16)
 
 
-def _beside(pages: Array) -> Array:
-    experts, blocks, projections, channels, last = pages.shape
-    return pages.swapaxes(1, 2).reshape(experts, projections, blocks * channels, last)
+def _beside(pages: UInt8[Array, "E U N p C last"]) -> UInt8[Array, "E P F last"]:
+    """Pages beside their blocks' base planes."""
+    experts, units, blocks, together, channels, last = pages.shape
+    return pages.swapaxes(2, 3).reshape(experts, units * together, blocks * channels, last)

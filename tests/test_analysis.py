@@ -159,6 +159,19 @@ def test_a_blocks_error_is_that_of_an_expert_whose_other_blocks_are_exact():
         np.testing.assert_allclose(stats.block_errors[:, block], alone.errors, rtol=1e-4, atol=1e-6)
 
 
+def test_the_error_of_gate_and_up_or_of_down_is_that_of_an_expert_whose_other_projections_are_exact():
+    x, routing, weights = layer()
+    other = noisy(weights)
+    _, stats = observe_experts(x, routing, weights, [other], jnp.ones(TOKENS), BLOCK, apart=True)
+    blocks = CHANNELS // BLOCK
+    assert stats.apart_errors.shape == (EXPERTS, 2, 1) and stats.block_errors.shape == (EXPERTS, 2 * blocks, 1)
+    for index, mixed in enumerate((other._replace(down=weights.down), weights._replace(down=other.down))):
+        _, alone = observe_experts(x, routing, weights, [mixed], jnp.ones(TOKENS), BLOCK)
+        np.testing.assert_allclose(stats.apart_errors[:, index], alone.errors, rtol=1e-4, atol=1e-6)
+        own = stats.block_errors[:, index * blocks : (index + 1) * blocks]
+        np.testing.assert_allclose(own, alone.block_errors, rtol=1e-4, atol=1e-6)
+
+
 def test_a_channels_significance_is_the_energy_that_it_adds_to_the_output():
     x, routing, weights = layer()
     _, stats = observe_experts(x, routing, weights, [], jnp.ones(TOKENS), BLOCK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -37,15 +38,16 @@ def tokenizer_file(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_loads_an_export_and_has_our_logits(family_model, family, tokenizer_file, tmp_path):
+@pytest.mark.parametrize(("family", "apart"), [*((family, False) for family in FAMILIES), ("olmoe", True)])
+def test_transformers_loads_an_export_and_has_our_logits(family_model, family, apart, tokenizer_file, tmp_path):
     """A bfloat16 checkpoint in several shards, quantized with several widths, exported, loaded in float32."""
     model = family_model(family).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "hub", max_shard_size="60KB")
     (tmp_path / "hub" / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
     rng = np.random.default_rng(0)
     text = " ".join(f"w{i}" for i in rng.integers(3, 61, 200))
-    plan = quantize_folder(tmp_path / "hub", tmp_path / "quantized", {"words": text}, SMALL)
+    settings = dataclasses.replace(SMALL, per_projection=apart)
+    plan = quantize_folder(tmp_path / "hub", tmp_path / "quantized", {"words": text}, settings)
     assert len(np.unique(plan.widths)) > 1
     export(tmp_path / "quantized", tmp_path / "out", no_progress)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -51,9 +53,10 @@ def test_a_plans_bytes_are_the_sum_of_its_blocks(layers, experts, blocks, seed):
     assert mixed.bits_per_weight() == pytest.approx(8 * np.sum(want) / (768 * widths.size))
 
 
-def test_a_plans_bytes_are_those_of_the_arrays_that_a_variant_holds():
-    widths = np.random.default_rng(0).choice(WIDTHS, (2, 3, 2))
-    mixed = plan(widths)
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_plans_bytes_are_those_of_the_arrays_that_a_variant_holds(apart):
+    widths = np.random.default_rng(0).choice(WIDTHS, (2, 3, 4 if apart else 2))
+    mixed = dataclasses.replace(plan([[[2, 2]]]), widths=widths, apart=apart)
     store = quantize(jax.random.normal(jax.random.key(0), (2, 3, 3, 8, 64)), 32)
     variant = variant_of(store, mixed)
     arrays = [
@@ -61,6 +64,17 @@ def test_a_plans_bytes_are_those_of_the_arrays_that_a_variant_holds():
         *(a for pool in variant.values() for a in (pool.codes, pool.ratios) if a is not None),
     ]
     assert mixed.stored_bytes() == sum(a.nbytes for a in arrays)
+
+
+def test_gate_and_up_cost_two_thirds_of_a_block_and_down_a_third():
+    two = Plan(widths=np.array([[[2, 4, 8, 3]]], np.int8), channel_block=4, group_size=32, hidden_size=64, apart=True)
+    want = (BY_HAND[2] + BY_HAND[4]) * 2 / 3 + (BY_HAND[8] + BY_HAND[3]) / 3
+    assert two.stored_bytes() == want and two.blocks == 2 and num_weights(two) == 2 * 768
+    assert two.page_widths().tolist() == [[[2, 4, 2, 4, 8, 3]]]
+    same = expert_plan(np.array([[[3, 3]]]), 2, 4, 32, 64)
+    assert same.apart and same.stored_bytes() == plan([[[3, 3]]]).stored_bytes()
+    with pytest.raises(ValueError, match="3 widths an expert, expected two for each block"):
+        Plan(widths=np.full((1, 1, 3), 2, np.int8), channel_block=4, group_size=32, hidden_size=64, apart=True)
 
 
 def test_the_bytes_that_a_token_reads_follow_the_routing():

@@ -44,12 +44,35 @@ def test_the_baseline_meets_its_budget_and_gives_each_expert_one_width(quantized
     assert (quantized.plan.widths == quantized.plan.widths[:, :, :1]).all()
 
 
-def test_adaptation_keeps_the_stored_bytes_and_the_bytes_read_in_each_window(quantized, novel):
-    plan = adapt(quantized, novel.first)
-    before, after = page_counts(quantized.plan), page_counts(plan)
+@pytest.fixture(scope="module")
+def apart(bundled, texts, tmp_path_factory):
+    """Two widths an expert, written and read back."""
+    model, tokenizer = bundled
+    settings = dataclasses.replace(SETTINGS, per_projection=True)
+    here = quantize(model, tokenizer, {"code": texts["code"], "sums": texts["sums"]}, settings)[0]
+    folder = tmp_path_factory.mktemp("apart") / "model"
+    checkpoint.save(folder, here)
+    assert "down blocks by width" in checkpoint.describe(folder)
+    loaded = checkpoint.load(folder)
+    np.testing.assert_array_equal(loaded.plan.widths, here.plan.widths)
+    return loaded
+
+
+def test_a_plan_by_projection_meets_its_budget_and_gives_down_widths_of_its_own(apart):
+    widths, blocks = apart.plan.widths, apart.plan.blocks
+    assert 0.995 * SETTINGS.bits < apart.plan.bits_per_weight() <= SETTINGS.bits
+    assert (widths[:, :, :blocks] == widths[:, :, :1]).all() and (widths[:, :, blocks:] == widths[:, :, -1:]).all()
+    assert (widths[:, :, 0] != widths[:, :, -1]).any()
+
+
+@pytest.mark.parametrize("kind", ["quantized", "apart"])
+def test_adaptation_keeps_the_stored_bytes_and_the_bytes_read_in_each_window(request, kind, novel):
+    model = request.getfixturevalue(kind)
+    plan = adapt(model, novel.first)
+    before, after = page_counts(model.plan), page_counts(plan)
     assert all(after[level] <= before[level] for level in before)
-    assert plan.stored_bytes() <= quantized.plan.stored_bytes()
-    assert not (plan.widths == quantized.plan.widths).all()
+    assert plan.stored_bytes() <= model.plan.stored_bytes()
+    assert plan.apart == model.plan.apart and not (plan.widths == model.plan.widths).all()
 
 
 def test_adaptation_is_a_function_of_the_window(quantized, novel):

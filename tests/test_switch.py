@@ -49,6 +49,15 @@ def random_plan(seed: int) -> Plan:
     return Plan(widths=widths, channel_block=BLOCK, group_size=GROUP, hidden_size=CONFIG.hidden_size)
 
 
+def apart_plan(seed: int) -> Plan:
+    """Gate and up of each block have one width, down has another."""
+    widths = np.random.default_rng(seed).choice([2, 3, 4, 8], size=(2, 6, 2 * BLOCKS)).astype(np.int8)
+    return Plan(widths=widths, channel_block=BLOCK, group_size=GROUP, hidden_size=CONFIG.hidden_size, apart=True)
+
+
+PLANS = {"together": random_plan, "apart": apart_plan}
+
+
 def uniform_plan(width: int) -> Plan:
     return expert_plan(np.full((2, 6), width), BLOCKS, BLOCK, GROUP, CONFIG.hidden_size)
 
@@ -59,9 +68,10 @@ def tokens(seed: int = 0) -> jax.Array:
 
 def oracle(params, store, plan, batch):
     """The float model whose expert weights are the planes' values at each block's width."""
-    channel_width = np.repeat(plan.widths, plan.channel_block, axis=2)  # (L, E, F)
+    by_block = plan.page_widths().reshape(2, 6, -1, BLOCKS)
+    width_of = np.repeat(by_block, plan.channel_block, axis=3)[..., None]  # (L, E, 1 or P, F, 1)
     values = {w: np.asarray(dequantize(store, w).astype(jnp.bfloat16)) for w in (2, 3, 4, 8)}
-    chosen = sum(np.where((channel_width == w)[:, :, None, :, None], v, 0) for w, v in values.items())
+    chosen = sum(np.where(width_of == w, v, 0) for w, v in values.items())
     replaced = dict(params)
     for layer in range(2):
         for index, part in enumerate(("gate", "up", "down")):
@@ -69,7 +79,9 @@ def oracle(params, store, plan, batch):
     return float_step(CONFIG, replaced, batch)
 
 
-@pytest.mark.parametrize("plan", [uniform_plan(2), uniform_plan(3), uniform_plan(8), random_plan(1), random_plan(2)])
+@pytest.mark.parametrize(
+    "plan", [uniform_plan(2), uniform_plan(3), uniform_plan(8), random_plan(1), random_plan(2), apart_plan(3)]
+)
 def test_a_variant_computes_what_its_dequantized_weights_compute(model, plan):
     params, rest, store = model
     variant = variant_of(store, plan)
@@ -88,13 +100,13 @@ def test_the_index_chooses_the_branch(model):
     assert not np.allclose(low, high, rtol=1e-4)
 
 
-def test_a_switch_compiles_nothing(model, compilations):
+@pytest.mark.parametrize("kind", PLANS)
+def test_a_switch_compiles_nothing(model, compilations, kind):
     _, rest, store = model
-    base, plan = base_planes(store), random_plan(3)
+    base, plan = base_planes(store), PLANS[kind](3)
     capacity = page_counts(plan)
     first = variant_of(store, plan, capacity)
-    shuffled = np.random.default_rng(4).permutation(plan.widths.reshape(-1)).reshape(plan.widths.shape)
-    moved = Plan(widths=shuffled, channel_block=BLOCK, group_size=GROUP, hidden_size=CONFIG.hidden_size)
+    moved = dataclasses.replace(plan, widths=np.random.default_rng(4).permutation(plan.widths, axis=0))
     second = variant_of(store, moved, capacity)
     batch, zero, one = tokens(), jnp.asarray(0), jnp.asarray(1)
     switched_step(CONFIG, rest, base, (first, first), zero, batch)
@@ -118,8 +130,9 @@ def test_pages_beyond_the_capacity_are_refused(model):
         variant_of(store, uniform_plan(4), {3: 1, 4: 1, 8: 0})
 
 
-def test_page_tables_and_plan_describe_each_other():
-    plan = random_plan(5)
+@pytest.mark.parametrize("kind", PLANS)
+def test_page_tables_and_plan_describe_each_other(kind):
+    plan = PLANS[kind](5)
     tables = page_tables(plan)
     assert [int((tables[level] >= 0).sum()) for level in LEVELS] == list(page_counts(plan).values())
     for level in LEVELS:

@@ -5,7 +5,7 @@ padded token out. g is the gate of a routed token, x the expert's input, h its h
 y its output: see docs/design.md for why each sum is kept.
 
 Axes: L layers, E experts, F channels, B channel blocks of an expert, D hidden, W widths (2, 3, 4, 8), N tokens,
-R = N*k rows, C channels of a block.
+R = N*k rows, C channels of a block, U = 2 where gate with up and down are measured apart, else 0, M = B or U*B.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Statistics(NamedTuple):
     hidden_energy: Float[Array, "L E F"]  # sum of g^2 h_f^2
     output_energy: Float[Array, "L E"]  # sum of g^2 |y|^2
     errors: Float[Array, "L E W"]  # sum of g^2 |y - y at width|^2; W is 0 where nothing was measured
-    block_errors: Float[Array, "L E B W"]  # the same when only one block of channels is at the width
+    apart_errors: Float[Array, "L E U W"]  # the same when only gate and up, and when only down is at the width
+    block_errors: Float[Array, "L E M W"]  # when only one block of channels is, or one block's gate and up, then down
 
 
 def observe_experts(
@@ -54,9 +55,10 @@ def observe_experts(
     mask: Float[Array, " N"],
     channel_block: int,
     form: ExpertForm = ExpertForm(silu_gated),  # noqa: B008 (immutable)
+    apart: bool = False,
 ) -> tuple[Float[Array, "N D"], Statistics]:
     """One layer's outputs and sums; ``candidates`` are the same experts at each width to be measured, whole and
-    ``channel_block`` channels at a time."""
+    ``channel_block`` channels at a time; ``apart``: gate with up and down one without the other."""
     num_experts = weights.gate.shape[0]
     order = sort_by_expert(routing.experts, num_experts)
     rows = gather_rows(x, order)
@@ -78,24 +80,33 @@ def observe_experts(
     def by_block(hidden: Float[Array, "R F"]) -> Float[Array, "B R C"]:
         return hidden.reshape(-1, blocks, channel_block).swapaxes(0, 1)
 
-    def down_blocks(w: ExpertWeights) -> Float[Array, "B E C D"]:
-        return w.down.reshape(num_experts, blocks, channel_block, -1).swapaxes(0, 1)
+    def down_blocks(down: Float[Array, "E F D"]) -> Float[Array, "B E C D"]:
+        return down.reshape(num_experts, blocks, channel_block, -1).swapaxes(0, 1)
 
-    def measured(w: ExpertWeights) -> tuple[Array, Array]:
-        """The squared error of whole experts (E,) and of single blocks (E, B)."""
+    def squared(hidden: Float[Array, "R C"], down: Float[Array, "E C D"]) -> Float[Array, " E"]:
+        error = grouped_matmul(hidden, down.astype(rows.dtype), order.group_sizes)
+        return total(g2[:, 0] * jnp.sum(error**2, axis=1))
+
+    def by_blocks(hidden: Float[Array, "B R C"], down: Float[Array, "B E C D"]) -> Float[Array, "B E"]:
+        return jax.lax.map(lambda part: squared(*part), (hidden, down))
+
+    def measured(w: ExpertWeights) -> tuple[Array, Array, Array]:
+        """The squared error of whole experts (E,), of what is apart in them (E, U), and of single blocks (E, M)."""
         h_at, y_at = run(w)
-
-        def block(part: tuple[Array, Array]) -> Array:
-            error = grouped_matmul(part[0], part[1].astype(rows.dtype), order.group_sizes)
-            return total(g2[:, 0] * jnp.sum(error**2, axis=1))
-
+        whole = total(g2[:, 0] * jnp.sum((y_at - y) ** 2, axis=1))
+        if apart:
+            pairs = ((h_at - h, weights.down), (h, w.down - weights.down))
+            each = jnp.stack([squared(*pair) for pair in pairs], axis=1)
+            parts = jnp.concatenate([by_blocks(by_block(a), down_blocks(b)) for a, b in pairs])
+            return whole, each, parts.T
         differences = jnp.concatenate([by_block(h_at), -by_block(h)], axis=2)
-        parts = jax.lax.map(block, (differences, jnp.concatenate([down_blocks(w), down_blocks(weights)], axis=2)))
-        return total(g2[:, 0] * jnp.sum((y_at - y) ** 2, axis=1)), parts.T
+        parts = by_blocks(differences, jnp.concatenate([down_blocks(w.down), down_blocks(weights.down)], axis=2))
+        return whole, jnp.zeros((num_experts, 0)), parts.T
 
     errors = [measured(w) for w in candidates]
-    none = jnp.zeros((num_experts, 0)), jnp.zeros((num_experts, blocks, 0))
-    whole, single = (jnp.stack(e, axis=-1) for e in zip(*errors)) if errors else none
+    units = 2 if apart else 0
+    none = tuple(jnp.zeros((num_experts, *shape, 0)) for shape in ((), (units,), (blocks * max(1, units),)))
+    whole, each, single = (jnp.stack(e, axis=-1) for e in zip(*errors)) if errors else none
     sums = Statistics(
         tokens=mask.sum(),
         counts=total(row_mask),
@@ -104,6 +115,7 @@ def observe_experts(
         hidden_energy=total(g2 * h**2),
         output_energy=total(g2[:, 0] * jnp.sum(y**2, axis=1)),
         errors=whole,
+        apart_errors=each,
         block_errors=single,
     )
     return combine_rows(y, routing.gates, order).astype(x.dtype), sums
@@ -116,6 +128,7 @@ def observe(
     weights: list[ExpertWeights],
     candidates: list[list[ExpertWeights]],
     channel_block: int,
+    apart: bool = False,
 ) -> tuple[Statistics, Float[Array, "B L E"]]:
     """Sums of one batch over all layers, and each sequence's routed tokens.
 
@@ -124,7 +137,7 @@ def observe(
 
     def experts(layer: int, x: Array, routing: Routing, _: ExpertWeights | None, form: ExpertForm) -> tuple[Array, Any]:
         measured = candidates[layer] if candidates else []
-        out, sums = observe_experts(x, routing, weights[layer], measured, mask.reshape(-1), channel_block, form)
+        out, sums = observe_experts(x, routing, weights[layer], measured, mask.reshape(-1), channel_block, form, apart)
         return out, (sums, routing)
 
     _, layers = model.hidden_states(tokens, experts=experts)

@@ -141,12 +141,17 @@ def reallocate(
     pages: dict[int, int],
     read_costs: Float[np.ndarray, "M IW"],
     read_budgets: Float[np.ndarray, " M"],
+    pages_each: Int[np.ndarray, " I"] | None = None,
 ) -> Int[np.ndarray, " I"]:
     """The least summed error with at most ``pages[level]`` pages of each refinement level, and with bytes
-    read a token within the budget in each of M samples. A plan that meets all limits must exist."""
+    read a token within the budget in each of M samples. A plan that meets all limits must exist.
+
+    pages_each: the pages of a level that an item takes, 1 by default.
+    """
     if not np.isfinite(errors).all():
         raise ValueError("errors to allocate by hold NaN or infinity")
-    rows = [np.tile(np.asarray(WIDTHS) >= level, len(errors)).astype(float) for level in LEVELS]
+    each = np.ones(len(errors)) if pages_each is None else np.asarray(pages_each, np.float64)
+    rows = [np.outer(each, np.asarray(WIDTHS) >= level).reshape(-1) for level in LEVELS]
     result = scipy.optimize.linprog(
         errors.reshape(-1) / max(float(np.abs(errors).max()), 1e-30),
         A_ub=scipy.sparse.csr_matrix(np.concatenate([np.stack(rows), read_costs])),

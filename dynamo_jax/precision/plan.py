@@ -1,6 +1,7 @@
 """A plan: the bit-width of every channel block, and what it costs in bytes.
 
-Axes: L layers, E experts, N channel blocks an expert.
+Axes: L layers, E experts, N channel blocks an expert, M = N or, where projections are apart, 2 N: what has a width
+of its own.
 """
 
 from __future__ import annotations
@@ -8,31 +9,59 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int, Int8
 
-from dynamo_jax.kernels.layout import WIDTHS, block_bytes
+from dynamo_jax.kernels.layout import PROJECTIONS, WIDTHS, block_bytes
+
+APART = (2, 1)  # projections that share a width where they do not all: gate and up, then down
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Widths in {2, 3, 4, 8}; ``widths[l, e, n]`` is that of channels n*channel_block .. of the expert."""
+    """Widths in {2, 3, 4, 8}; ``widths[l, e, n]`` is that of channels n*channel_block .. of the expert.
 
-    widths: Int8[np.ndarray, "L E N"]
+    apart: gate and up have one width, down another; ``widths[l, e]`` are then those of the N blocks in gate and up,
+    and behind them those of the N blocks in down.
+    """
+
+    widths: Int8[np.ndarray, "L E M"]
     channel_block: int
     group_size: int
     hidden_size: int
+    apart: bool = False
 
     def __post_init__(self) -> None:
         unknown = set(np.unique(self.widths)) - set(WIDTHS)
         if unknown:
             raise ValueError(f"plan holds widths {sorted(map(int, unknown))}; known are {WIDTHS}")
+        if self.apart and np.shape(self.widths)[-1] % 2:
+            raise ValueError(f"plan has {np.shape(self.widths)[-1]} widths an expert, expected two for each block")
 
-    def block_costs(self) -> Float[np.ndarray, " W"]:
-        return block_costs(self.channel_block, self.hidden_size, self.group_size)
+    @property
+    def blocks(self) -> int:
+        """N"""
+        return self.widths.shape[-1] // (2 if self.apart else 1)
+
+    def costs(self) -> Float[np.ndarray, "M W"]:
+        """Bytes of what each width of an expert is for, at each width."""
+        return item_costs(self.blocks, self.channel_block, self.hidden_size, self.group_size, self.apart)
+
+    def pages(self) -> Int[np.ndarray, " M"]:
+        """Pages of a level that each width of an expert stands for: a page holds what one width must serve."""
+        return np.repeat(APART, self.blocks) if self.apart else np.ones(self.blocks, int)
+
+    def page_widths(self) -> Int8[np.ndarray, "L E Np"]:
+        """The width of each page: of the N blocks, or of those of gate, of up and of down in turn."""
+        if not self.apart:
+            return self.widths
+        layers, experts, _ = self.widths.shape
+        each = self.widths.reshape(layers, experts, 2, self.blocks)
+        return each[:, :, [0, 0, 1]].reshape(layers, experts, -1)
 
     def expert_bytes(self) -> Float[np.ndarray, "L E"]:
         """Stored bytes of each expert, scales included."""
-        return self.block_costs()[np.searchsorted(WIDTHS, self.widths)].sum(axis=2)
+        at = np.searchsorted(WIDTHS, self.widths)
+        return self.costs()[np.arange(at.shape[-1]), at].sum(axis=2)
 
     def stored_bytes(self) -> int:
         return int(self.expert_bytes().sum())
@@ -50,13 +79,23 @@ def block_costs(channel_block: int, hidden_size: int, group_size: int) -> Float[
     return np.array([block_bytes(b, channel_block, hidden_size, group_size) for b in WIDTHS], np.float64)
 
 
+def item_costs(
+    blocks: int, channel_block: int, hidden_size: int, group_size: int, apart: bool
+) -> Float[np.ndarray, "M W"]:
+    """Bytes of each of an expert's widths: of a block's three projections, or of two, then of one."""
+    shares = np.repeat(APART, blocks) / PROJECTIONS if apart else np.ones(blocks)
+    return shares[:, None] * block_costs(channel_block, hidden_size, group_size)
+
+
 def num_weights(plan: Plan) -> int:
-    return 3 * plan.widths.size * plan.channel_block * plan.hidden_size
+    return PROJECTIONS * plan.page_widths()[..., : plan.blocks].size * plan.channel_block * plan.hidden_size
 
 
 def expert_plan(
-    widths: Int8[np.ndarray, "L E"], blocks: int, channel_block: int, group_size: int, hidden_size: int
+    widths: Int8[np.ndarray, "L E *U"], blocks: int, channel_block: int, group_size: int, hidden_size: int
 ) -> Plan:
-    """The plan in which all blocks of an expert share its width."""
-    full = np.repeat(np.asarray(widths, np.int8)[:, :, None], blocks, axis=2)
-    return Plan(widths=full, channel_block=channel_block, group_size=group_size, hidden_size=hidden_size)
+    """The plan in which all blocks of an expert share its width, or its two: of gate and up, and of down."""
+    each = np.asarray(widths, np.int8)
+    full = np.repeat(each, blocks, axis=2) if each.ndim == 3 else np.repeat(each[:, :, None], blocks, axis=2)
+    sizes = {"channel_block": channel_block, "group_size": group_size, "hidden_size": hidden_size}
+    return Plan(widths=full, apart=each.ndim == 3 and each.shape[2] == 2, **sizes)

@@ -4,11 +4,13 @@ One forward pass measures the output error of each block at each width. The know
 ``PRIOR_TOKENS`` tokens, so that a short window cannot overturn it. The same number of refinement
 pages as in the baseline then goes where it lowers the loss most, and in no window are more bytes read.
 
-Axes: L layers, E experts, N channel blocks, D hidden, W widths, S windows, T tokens.
+Axes: L layers, E experts, M widths of an expert (of its N channel blocks; twice as many where projections are apart),
+D hidden, W widths, S windows, T tokens.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -31,9 +33,14 @@ PRIOR_TOKENS = 1024
 READ_MARGIN = 0.015  # of the read budget, kept free: windows are a sample of the data to come
 
 
-@functools.partial(jax.jit, static_argnames=("config", "channel_block"))
+@functools.partial(jax.jit, static_argnames=("config", "channel_block", "apart"))
 def _observe(
-    config: ModelConfig, parameters: dict[str, Array], store: Planes, tokens: Int[Array, "B T"], channel_block: int
+    config: ModelConfig,
+    parameters: dict[str, Array],
+    store: Planes,
+    tokens: Int[Array, "B T"],
+    channel_block: int,
+    apart: bool,
 ) -> tuple[Statistics, Float[Array, "B L E"]]:
     def layer_weights(width: int, layer: int) -> ExpertWeights:
         own = jax.tree.map(lambda a: a[layer], store)
@@ -43,7 +50,7 @@ def _observe(
     full = [layer_weights(8, layer) for layer in layers]
     candidates = [[layer_weights(width, layer) for width in WIDTHS[:-1]] for layer in layers]
     model = with_parameters(config, parameters)
-    return observe(model, tokens, jnp.ones(tokens.shape), full, candidates, channel_block)
+    return observe(model, tokens, jnp.ones(tokens.shape), full, candidates, channel_block, apart)
 
 
 def adapt(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> Plan:
@@ -57,7 +64,7 @@ def adapt(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> Plan:
     plan, known = model.plan, model.knowledge
     params = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in model.parameters.items()}
     store = jax.tree.map(jnp.asarray, model.store)
-    stats, counts = _observe(model.config, params, store, jnp.asarray(windows[:, :-1]), plan.channel_block)
+    stats, counts = _observe(model.config, params, store, jnp.asarray(windows[:, :-1]), plan.channel_block, plan.apart)
     tokens = windows[:, 1:].size
 
     # the 8-bit weights stand for those that were quantized, so their own error is taken as none
@@ -67,15 +74,11 @@ def adapt(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> Plan:
     errors = share * seen + (1 - share) * known.block_errors
 
     routed = np.asarray(counts, np.float64)  # each window's own routing bounds the bytes: a mean would not carry over
-    read = routed[:, :, :, None, None] / windows[0, 1:].size * plan.block_costs()
+    read = routed[:, :, :, None, None] / windows[0, 1:].size * plan.costs()
     read = np.broadcast_to(read, (len(windows), *errors.shape)).reshape(len(windows), -1)
     budgets = np.array([plan.bytes_per_token(c, windows[0, 1:].size) for c in routed])
     least = read.reshape(len(windows), -1, len(WIDTHS))[:, :, 0].sum(axis=1)
     budgets = np.maximum(budgets * (1 - READ_MARGIN), least)
-    widths = reallocate(errors.reshape(-1, len(WIDTHS)), page_counts(plan), read, budgets)
-    return Plan(
-        widths=widths.reshape(plan.widths.shape).astype(np.int8),
-        channel_block=plan.channel_block,
-        group_size=plan.group_size,
-        hidden_size=plan.hidden_size,
-    )
+    pages_each = np.tile(plan.pages(), plan.widths[..., 0].size)
+    widths = reallocate(errors.reshape(-1, len(WIDTHS)), page_counts(plan), read, budgets, pages_each)
+    return dataclasses.replace(plan, widths=widths.reshape(plan.widths.shape).astype(np.int8))

@@ -1,6 +1,7 @@
 """All planes of all experts in host memory, and variants: the pages that one plan reads.
 
-Axes: L layers, E experts, P projections, F channels, N channel blocks of C channels, D hidden, G groups.
+Axes: L layers, E experts, P projections, F channels, N channel blocks of C channels, D hidden, G groups,
+U = 3 where a page holds one projection, else 1.
 """
 
 from __future__ import annotations
@@ -43,29 +44,31 @@ def variant_of(store: Planes, plan: Plan, capacity: dict[int, int] | None = None
 
 def page_counts(plan: Plan) -> dict[int, int]:
     """Pages of each refinement level that the plan reads."""
-    return {level: int((plan.widths >= level).sum()) for level in LEVELS}
+    return {level: int((plan.page_widths() >= level).sum()) for level in LEVELS}
 
 
-def page_tables(plan: Plan) -> dict[int, Int[np.ndarray, "L E N"]]:
+def page_tables(plan: Plan) -> dict[int, Int[np.ndarray, "L E UN"]]:
     """For each refinement level, the page of each block, counted in (layer, expert, block) order; -1: none."""
     tables = {}
     for level in LEVELS:
-        has = plan.widths >= level
+        has = plan.page_widths() >= level
         tables[level] = np.where(has, np.cumsum(has).reshape(has.shape) - 1, -1).astype(np.int32)
     return tables
 
 
 def _pool(store: Planes, plan: Plan, level: int, capacity: dict[int, int] | None) -> PagePool:
-    where = np.argwhere(plan.widths >= level)
+    widths = plan.page_widths()
+    units = widths.shape[-1] // plan.blocks
+    where = np.argwhere(widths.reshape(*widths.shape[:2], units, plan.blocks) >= level)
     room = len(where) if capacity is None else capacity[level]
     if len(where) > room:
         raise ValueError(f"the plan has {len(where)} pages of {level} bits, more than the capacity of {room}")
 
     def gather(planes: np.ndarray) -> Array:
         layers, experts, projections, _, last = planes.shape
-        blocks = planes.reshape(layers, experts, projections, -1, plan.channel_block, last)
-        out = np.zeros((room, projections, plan.channel_block, last), planes.dtype)
-        out[: len(where)] = blocks[where[:, 0], where[:, 1], :, where[:, 2]]
+        blocks = planes.reshape(layers, experts, units, projections // units, -1, plan.channel_block, last)
+        out = np.zeros((room, projections // units, plan.channel_block, last), planes.dtype)
+        out[: len(where)] = blocks[where[:, 0], where[:, 1], where[:, 2], :, where[:, 3]]
         return jnp.asarray(out)
 
     ratios = gather(store.ratios) if level == 8 else None
