@@ -166,9 +166,10 @@ def frequency_plan(rows: np.ndarray, bits: list[float], budget: float) -> np.nda
     return (rank < high).astype(int)
 
 
-def knapsack(errors: np.ndarray, bits: list[float], budget: float) -> np.ndarray:
-    """The options (I,) with the least summed errors (I, O) and mean bits within the budget."""
+def knapsack(errors: np.ndarray, bits: list[float], budget: float, shares: np.ndarray | None = None) -> np.ndarray:
+    """The options (I,) with the least summed errors (I, O) and mean bits, weighted by ``shares``, in the budget."""
     items, options = errors.shape
+    shares = np.ones(items) if shares is None else shares
     choose = np.kron(np.eye(items), np.ones(options))
     result = scipy.optimize.milp(
         errors.reshape(-1) / np.abs(errors).max(),
@@ -176,7 +177,7 @@ def knapsack(errors: np.ndarray, bits: list[float], budget: float) -> np.ndarray
         bounds=scipy.optimize.Bounds(0, 1),
         constraints=[
             scipy.optimize.LinearConstraint(choose, 1, 1),
-            scipy.optimize.LinearConstraint(np.tile(bits, items)[None] / items, -np.inf, budget),
+            scipy.optimize.LinearConstraint(np.outer(shares, bits).reshape(1, -1) / shares.sum(), -np.inf, budget),
         ],
         options={"mip_rel_gap": 1e-4, "time_limit": 20},
     )

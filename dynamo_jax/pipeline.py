@@ -71,7 +71,7 @@ class QuantizeConfig:
     fits_gib: float | None = None
     objective: str = "sum"
     weights: dict[str, float] | None = None
-    per_projection: bool = False
+    per_projection: bool = True
     group_size: int | None = None
     channel_block: int = 16
     quantizer: str = "gptq"
