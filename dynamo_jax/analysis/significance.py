@@ -28,6 +28,14 @@ def expert_significance(
     return np.asarray(stats.errors) * loss_per_error(np.asarray(stats.tokens), sensitivity, hidden_size)[:, None, None]
 
 
+def block_significance(
+    stats: Statistics, sensitivity: Float[ArrayLike, " L"], hidden_size: int
+) -> Float[np.ndarray, "L E N W"]:
+    """The same when one channel block alone is quantized to each width."""
+    per_error = loss_per_error(np.asarray(stats.tokens), sensitivity, hidden_size)
+    return np.asarray(stats.block_errors) * per_error[:, None, None, None]
+
+
 def loss_per_error(
     tokens: Float[np.ndarray, " L"], sensitivity: Float[ArrayLike, " L"], hidden_size: int
 ) -> Float[np.ndarray, " L"]:
