@@ -67,14 +67,14 @@ def _order_words(moved: Dynamics) -> str:
     overlap = _finite(a.overlap for a in moved.experts.values())
     within = _finite(moved.within_experts.values())
     if experts:
-        parts.append(f"experts correlate at {number(float(np.mean(experts)), '.2f')} by the rank of their significance")
+        parts.append(f"the ranks of experts by significance correlate at {_mean(np.array(experts))}")
     if overlap:
         parts.append(
-            f"{number(float(np.mean(overlap)), '.0%')} of the top tenth of experts are in common, "
-            f"{number(moved.chance_experts, '.0%')} by chance"
+            f"{number(float(np.mean(overlap)), '.0%')} of the top tenth of experts are in common "
+            f"(by chance {number(moved.chance_experts, '.0%')})"
         )
     if within:
-        parts.append(f"channel blocks of one expert correlate at {number(float(np.mean(within)), '.2f')}")
+        parts.append(f"the ranks of the channel blocks of one expert correlate at {_mean(np.array(within))}")
     return f"Between datasets, on the mean of layers and pairs, {listed(parts)}." if parts else ""
 
 
@@ -89,7 +89,8 @@ def _distances(moved: Dynamics) -> str:
     caption = (
         "Routing divergence (Jensen-Shannon) of a layer's experts, bits: 0 is the same routing, 1 no expert in common. "
         f"A mark is a dataset or a pair of datasets, the mean over its spans of {moved.spans.windows} windows. The "
-        "squares are what the same number of tokens of one text shows: diamonds to the right of them are real."
+        "squares are what as many tokens of one text show; diamonds to the right of them are more than chance and "
+        "drift within a text."
     )
     return figure(caption, legend, element("div", charts.strip_chart(rows, [0.0], "bits"), class_="strip"))
 
@@ -128,8 +129,8 @@ def _named(pair: Pair) -> str:
 
 def _table(moved: Dynamics) -> str:
     """A line for each pair, means over layers."""
-    head = ["datasets", "divergence, bits", "most", "use: ranks", "top tenth"]
-    head += ["experts: ranks", "top tenth", "blocks: ranks", "top tenth", "within an expert"]
+    head = ["datasets", "divergence, bits", "most", "use: ranks", "use: top tenth", "experts: ranks"]
+    head += ["experts: top tenth", "blocks: ranks", "blocks: top tenth", "blocks of an expert: ranks"]
     lines = []
     for pair, shift in moved.routing.items():
         most = max(_finite([shift.divergence]), default=math.nan)
@@ -144,7 +145,7 @@ def _table(moved: Dynamics) -> str:
     return figure(caption, table(head, lines))
 
 
-def _mean(values: np.ndarray, form: str = ".2f") -> str:
+def _mean(values: np.ndarray, form: str = "z.2f") -> str:
     finite = _finite([values])
     return number(float(np.mean(finite)) if finite else math.nan, form)
 

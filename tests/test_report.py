@@ -258,7 +258,7 @@ def test_the_section_on_movement_gives_the_numbers_of_the_pairs() -> None:
     assert line and line.groups() == (
         f"{shift.divergence.mean():.3f}",
         f"{shift.divergence.max():.3f}",
-        charts.number(float(experts.correlation.mean()), ".2f"),
+        charts.number(float(experts.correlation.mean()), "z.2f"),
     )
     assert "In 3 of 3 layers every pair of datasets is further apart than any dataset is from itself" in words
     titles = re.findall(r"layer \d, within code: [0-9.]+ bits", render(content))
@@ -270,7 +270,7 @@ def test_datasets_that_do_not_move_are_not_called_apart() -> None:
     flat = {n: np.ones((3, 5)) for n in ("a", "b")}
     moved = dynamics(dict(zip("ab", counts)), flat, {n: f[:, :, None] for n, f in flat.items()})
     words = checked(dataclasses.replace(make(("a", "b")), dynamics=moved)).text()
-    assert "In 3 of 3" not in words and "correlate at" not in words
+    assert "In 3 of 3" not in words and "significance correlate" not in words
 
 
 def test_a_false_alarm_and_a_missed_novelty_are_said() -> None:
