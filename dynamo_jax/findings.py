@@ -30,10 +30,10 @@ class ReportContent:
     """What a report shows.
 
     facts: of the model and the plan, in order. rows: the fields of ``evaluate.Row``. significance:
-    nats a token predicted when that expert alone is at 2 bits. channel_significance: the same by
-    channel block. baseline_bits: in {2, 3, 4, 8}. adapted_bits: of the datasets that were adapted to.
-    verdicts: nearest known dataset, divergence in bits, novel or not. dynamics: of the
-    known datasets.
+    nats a token predicted when that expert alone is at 2 bits. channel_significance: output energy
+    through each channel block. baseline_bits: in {2, 3, 4, 8}. adapted_bits: of the datasets that
+    were adapted to. verdicts: nearest known dataset, divergence in bits, novel or not. dynamics: of
+    the known datasets.
     """
 
     model: str

@@ -161,6 +161,12 @@ def test_spans_of_all_datasets_have_the_same_tokens():
     np.testing.assert_allclose(spans.within["short"].divergence, want)
 
 
+def test_every_span_of_one_dataset_is_compared_with_every_span_of_the_other():
+    a, b = drawn(0, windows=SPANS), drawn(1, windows=SPANS)  # a window is a span
+    want = np.mean([routing_divergence(x, y) for x in a for y in b], axis=0)
+    np.testing.assert_allclose(span_shifts({"a": a, "b": b}).between["a", "b"].divergence, want, rtol=1e-12)
+
+
 def test_a_dataset_is_nearer_to_itself_than_to_one_with_other_favourites():
     spans = span_shifts({"a": drawn(0), "b": drawn(1)})
     (between,) = spans.between.values()

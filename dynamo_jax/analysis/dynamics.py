@@ -9,8 +9,8 @@ Functions of arrays; no model is known here. What cannot be said is nan: a layer
 with a constant, a dataset without a second span. One dataset has no pairs.
 
 Two samples of one text differ too, so datasets are compared with themselves: each is cut into spans of as many
-windows, and spans of one dataset are compared as spans of two are. Windows hold routing counts only; how far
-significance moves within a dataset is not measured.
+windows, and spans of one dataset are compared as spans of two are. Windows hold routing counts only: for the
+movement of significance within a text, give its halves two names and compare them as two datasets.
 
 Axes: L layers, E experts, N channel blocks of an expert, S windows, n items that are ordered.
 """
