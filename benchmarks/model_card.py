@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from dynamo_jax.analyze_command import busiest_share
+from dynamo_jax.analysis.dynamics import busiest_share, routing_divergence
 from dynamo_jax.data import read_text, token_windows, write_json
 from dynamo_jax.evaluate import Dataset, EvalConfig, Reference, Row, evaluate_uniform
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
-from dynamo_jax.runtime.monitor import routing_divergence
 
 BATCH = 16
 
@@ -71,7 +70,7 @@ def layer_figures(references: dict[str, Reference]) -> list[dict[str, float]]:
     pairs = list(itertools.combinations(counts, 2))
     return [
         {
-            "divergence_bits": float(np.mean([routing_divergence(a[i : i + 1], b[i : i + 1]) for a, b in pairs])),
+            "divergence_bits": float(np.mean([routing_divergence(a[i], b[i]) for a, b in pairs])),
             "busiest_share_mean": float(shares[:, i].mean()),
             "busiest_share_most": float(shares[:, i].max()),
         }

@@ -71,6 +71,7 @@ h3 + svg { margin-bottom: .6rem; }
 svg .line { stroke: var(--line); } svg .zero { stroke: var(--soft); }
 .rtn { --mark: var(--rtn); } .baseline { --mark: var(--ink); } .auto { --mark: var(--auto); }
 .better { --mark: var(--better); } .worse { --mark: var(--worse); } .noise, .same, .unknown { --mark: var(--soft); }
+.strip .mark { fill-opacity: .6; }
 svg .mark { fill: var(--mark, var(--ink)); stroke: var(--mark, var(--ink)); }
 table.wide td.word { white-space: nowrap; } table.wide td.word:last-child { color: var(--mark); }
 tr.auto td.word { font-weight: 600; }
@@ -366,6 +367,32 @@ def _lollipop(mark: Mark, axis: _Axis, y: float) -> str:
         parts += [_line(at, y - 5, at, y + 5, "mark", 1.5) for at in (start, end)]
     parts += [marker(mark.series, x, y), _words(max(x + 4, end, axis.at(0)) + 6, y + 4, mark.words, class_="ink")]
     return element("g", element("title", text(mark.title)), *parts, class_=mark.series)
+
+
+def strip_chart(
+    rows: Sequence[tuple[str, Sequence[Mark]]], shown: Sequence[float], caption: str, width: float = 640
+) -> str:
+    """All marks of a row on one lane; what is not finite is left out. ``shown``: numbers the axis shows in any case."""
+    left, lane = _left_margin([name for name, _ in rows]), 22
+    axis = _axis([*shown, *(m.value for _, marks in rows for m in marks)], left, width - 20)
+    parts = []
+    for i, (name, marks) in enumerate(rows):
+        y = 6 + lane * (i + 0.5)
+        finite = [m for m in marks if math.isfinite(m.value)]
+        parts += [_row_label(left - 8, y, name), _line(left, y, width - 20, y)]
+        if not finite:
+            parts.append(_words(left + 6, y + 4, MISSING))
+        for m in finite:
+            title = element("title", text(f"{name}, {m.title}"))
+            parts.append(element("g", title, marker(m.series, axis.at(m.value), y), class_=m.series))
+    bottom = 6 + lane * len(rows)
+    return svg(width, bottom + 36, caption, axis.draw(6, bottom, caption), *parts)
+
+
+def key(series: str, words: str) -> str:
+    """A legend's entry: the mark of a series and what it means."""
+    drawing = svg(16, 14, words, element("g", marker(series, 8, 7), class_=series))
+    return element("span", drawing, text(words), class_="key")
 
 
 def range_chart(rows: Sequence[tuple[str, Sequence[float]]], start: float, caption: str, width: float = 640) -> str:

@@ -34,9 +34,8 @@ from dynamo_jax.findings import ReportContent
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import Decoder
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
-from dynamo_jax.pipeline import Analysis, QuantizeConfig, layer_weights, no_progress, quantize
+from dynamo_jax.pipeline import Analysis, QuantizeConfig, dynamics_of, layer_weights, no_progress, quantize
 from dynamo_jax.report import write_report
-from dynamo_jax.runtime.monitor import routing_divergence
 from dynamo_jax.runtime.quantized import QuantizedModel
 
 TEXT_BYTES = 200_000
@@ -164,17 +163,10 @@ def run(config: DemoConfig, texts: Path, out: Path, command: str, progress: Prog
     return result
 
 
-def mean_divergence(pairs: list[tuple[np.ndarray, np.ndarray]], layer: int) -> float:
-    """Mean routing divergence of one layer, bits; 0 where there is only one dataset."""
-    values = [float(routing_divergence(a[layer : layer + 1], b[layer : layer + 1])) for a, b in pairs]
-    return float(np.mean(values)) if values else 0.0
-
-
 def report_content(result: DemoResult, model: Decoder, command: str, seconds: float) -> ReportContent:
     config, plan, known = model.config, result.model.plan, result.model.knowledge
     down = np.stack([np.asarray(layer_weights(model, i).down, np.float32) for i in range(config.num_moe_layers)])
     blocks = (config.num_moe_layers, config.num_experts, -1, plan.channel_block)
-    pairs = [(a, b) for i, a in enumerate(known.counts) for b in known.counts[i + 1 :]]
     return ReportContent(
         model="tiny-moe",
         facts={
@@ -198,6 +190,6 @@ def report_content(result: DemoResult, model: Decoder, command: str, seconds: fl
         },
         verdicts={n: (a.verdict.nearest, a.verdict.divergence, a.verdict.novel) for n, a in result.adaptations.items()},
         threshold=known.threshold,
-        routing_divergence=[mean_divergence(pairs, i) for i in range(config.num_moe_layers)],
+        dynamics=dynamics_of(result.analyses),
         command=command,
     )

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import rankdata
 
+from dynamo_jax.analysis.dynamics import Dynamics, rank_correlation
 from dynamo_jax.charts import PLUS_MINUS, SPACE, number
 from dynamo_jax.kernels.layout import LEVELS
 
@@ -30,10 +30,10 @@ class ReportContent:
     """What a report shows.
 
     facts: of the model and the plan, in order. rows: the fields of ``evaluate.Row``. significance:
-    nats a token predicted when that expert alone is at 2 bits. channel_significance: the same by
-    channel block. baseline_bits: in {2, 3, 4, 8}. adapted_bits: of the datasets that were adapted to.
-    verdicts: nearest known dataset, divergence in bits, novel or not. routing_divergence: by layer,
-    mean over pairs of known datasets, bits.
+    nats a token predicted when that expert alone is at 2 bits. channel_significance: output energy
+    through each channel block. baseline_bits: in {2, 3, 4, 8}. adapted_bits: of the datasets that
+    were adapted to. verdicts: nearest known dataset, divergence in bits, novel or not. dynamics: of
+    the known datasets.
     """
 
     model: str
@@ -45,7 +45,7 @@ class ReportContent:
     adapted_bits: dict[str, Int[np.ndarray, "L E N"]]
     verdicts: dict[str, tuple[str, float, bool]]
     threshold: float
-    routing_divergence: list[float]
+    dynamics: Dynamics | None
     command: str
 
     def __post_init__(self) -> None:
@@ -257,18 +257,6 @@ def lead(content: ReportContent) -> str:
 
 
 # What the arrays say
-
-
-def rank_correlation(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
-    """Spearman's, over the pairs that are finite; nan where there are fewer than two or one side is constant."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    both = np.isfinite(a) & np.isfinite(b)
-    if both.sum() < 2:
-        return math.nan
-    x, y = (rankdata(v[both]) for v in (a, b))
-    x, y = x - x.mean(), y - y.mean()
-    scale = math.sqrt(float((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale > 0 else math.nan
 
 
 def rank_correlations(

@@ -19,8 +19,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from dynamo_jax import checkpoint
+from dynamo_jax.analysis.dynamics import Dynamics, dynamics
 from dynamo_jax.analysis.significance import (
     apart_significance,
+    block_significance,
     channel_significance,
     expert_significance,
     loss_per_error,
@@ -123,6 +125,9 @@ class Analysis(NamedTuple):
     def apart_significance(self) -> Float[np.ndarray, "L E U W"]:
         return apart_significance(self.stats, self.sensitivity, self.hidden_size)
 
+    def block_significance(self) -> Float[np.ndarray, "L E N W"]:
+        return block_significance(self.stats, self.sensitivity, self.hidden_size)
+
     def channel_significance(self, down: Float[ArrayLike, "L E F D"]) -> Float[np.ndarray, "L E F"]:
         return channel_significance(self.stats, down)
 
@@ -220,6 +225,15 @@ def analyze(
             source.config.hidden_size,
         )
     return analyses
+
+
+def dynamics_of(analyses: dict[str, Analysis]) -> Dynamics:
+    """How far routing and the significance at the least width move between the datasets."""
+    return dynamics(
+        {n: a.windows for n, a in analyses.items()},
+        {n: a.expert_significance()[..., 0] for n, a in analyses.items()},
+        {n: a.block_significance()[..., 0] for n, a in analyses.items()},
+    )
 
 
 def favoured(

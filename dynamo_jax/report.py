@@ -37,6 +37,8 @@ from dynamo_jax.findings import (
     reading,
 )
 from dynamo_jax.kernels.layout import LEVELS, WIDTHS
+from dynamo_jax.page import cells, figure, nothing, table
+from dynamo_jax.report_dynamics import dynamics_section
 
 VARIANTS = {
     "bf16": "not quantized",
@@ -63,29 +65,6 @@ BITS = {
 }
 
 # The sections
-
-
-def figure(caption: str, *content: str, whole: bool = True) -> str:
-    """Content with the words on how to read it; ``whole``: not to be broken over printed pages."""
-    plots = element("div", *content, class_="plot")
-    return element("figure", plots, element("figcaption", text(caption)), class_="whole" if whole else None)
-
-
-def cells(tag: str, values: Sequence[str], words: Sequence[int], **attributes: object) -> str:
-    """A line of a table; the columns in ``words`` are aligned left. Values are words, not markup."""
-    line = [element(tag, text(v), class_="word" if i in words else None) for i, v in enumerate(values)]
-    return element("tr", *line, **attributes)
-
-
-def table(head: Sequence[str], body: Sequence[Sequence[str]], words: int = 1, class_: str | None = None) -> str:
-    lines = [cells("td", line, range(words)) for line in body]
-    head_line = element("thead", cells("th", head, range(words)))
-    return element("table", head_line, element("tbody", *lines), class_=class_)
-
-
-def nothing(words: str) -> str:
-    return element("p", text(words), class_="soft")
-
 
 WORD_COLUMNS = (0, 8, 9)  # of the table of results
 
@@ -155,7 +134,7 @@ def adaptation_section(content: ReportContent) -> str:
     parts = []
     if any(marks for _, marks in above):
         chart = charts.lollipop_chart(above, "nll above bf16, nats a token")
-        legend = element("p", *(_series_key(series, variant) for variant, series in DRAWN.items()))
+        legend = element("p", *(charts.key(series, variant) for variant, series in DRAWN.items()))
         caption = (
             "What quantization costs: nll above the unquantized model, nats a token; zero is bf16, shorter is better. "
             f"Bars are {PLUS_MINUS}{SIGNIFICANT:g} standard errors, drawn where the row is paired with bf16."
@@ -169,11 +148,6 @@ def adaptation_section(content: ReportContent) -> str:
         )
         parts.append(figure(caption, charts.lollipop_chart(steps, "nll of auto minus nll of baseline, nats a token")))
     return "".join(parts) or nothing("The rows hold no pair to compare.")
-
-
-def _series_key(series: str, words: str) -> str:
-    drawing = charts.svg(16, 14, words, element("g", charts.marker(series, 8, 7), class_=series))
-    return element("span", drawing, text(words), class_="key")
 
 
 def _marks_above(group: dict[str, Row]) -> list[Mark]:
@@ -357,13 +331,6 @@ def monitor_section(content: ReportContent) -> str:
         parts.append(figure(caption, table(head, lines, words=5)))
     else:
         parts.append(nothing("The monitor was not asked."))
-    if content.routing_divergence:
-        bars = [(f"layer {i}", float(v), number(v), "var(--rtn)") for i, v in enumerate(content.routing_divergence)]
-        caption = (
-            "Where known datasets are told apart: Jensen-Shannon divergence between their routing by layer, bits, mean "
-            "over pairs. 0 is the same routing, 1 is no expert in common."
-        )
-        parts.append(figure(caption, charts.bar_chart(bars, "routing divergence by layer")))
     return "".join(parts)
 
 
@@ -377,6 +344,7 @@ SECTIONS = (
     ("results", "Results", results_section),
     ("adaptation", "Before and after adaptation", adaptation_section),
     ("significance", "Which experts matter", significance_section),
+    ("dynamics", "How significance moves between datasets", dynamics_section),
     ("bits", "Bits chosen for the baseline", bits_section),
     ("adapted", "Bits moved by adaptation", adapted_section),
     ("monitor", "What the monitor saw", monitor_section),

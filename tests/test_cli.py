@@ -7,7 +7,10 @@ import math
 import shutil
 import sys
 
+import numpy as np
 import pytest
+import scipy.spatial.distance
+import scipy.stats
 
 from dynamo_jax import cli
 from dynamo_jax.models.bundled import BUNDLED
@@ -86,7 +89,20 @@ def test_analyze_reports_each_dataset_and_their_divergence(run, files, tmp_path)
     assert code == 0 and "code | verse" in printed
     result = json.loads(out.read_text())
     assert set(result["datasets"]) == {"code", "verse"}
-    assert all(0 <= d <= 1 for d in result["routing_divergence"]["code | verse"])
+    layers, experts, blocks = np.shape(result["datasets"]["code"]["block_significance"])
+    counts = {n: np.array(d["counts"]) for n, d in result["datasets"].items()}
+    significance = {n: np.array(d["expert_significance"])[:, :, 0] for n, d in result["datasets"].items()}
+    moved = result["dynamics"]
+    pair = moved["between"]["code | verse"]
+    want = [scipy.spatial.distance.jensenshannon(p, q, base=2) ** 2 for p, q in zip(counts["code"], counts["verse"])]
+    np.testing.assert_allclose(pair["divergence"], want, rtol=1e-6)
+    for values, found in ((counts, pair["use"]), (significance, pair["experts"])):
+        ranks = [scipy.stats.spearmanr(x, y).statistic for x, y in zip(values["code"], values["verse"])]
+        np.testing.assert_allclose(found["correlation"], ranks, rtol=1e-6)
+    assert len(pair["blocks"]["correlation_within_experts"]) == layers
+    assert set(moved["spans"]["within"]) == {"code", "verse"} and moved["spans"]["tokens"] % 64 == 0
+    assert moved["by_chance"]["experts"] == -(-experts // 10) / experts
+    assert "NaN" not in out.read_text() and "blocks of one expert" in printed and blocks > 1
 
 
 @pytest.mark.parametrize("model", ["tiny-moe", "quantized"])

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_jax import charts
+from dynamo_jax.analysis.dynamics import Dynamics, dynamics
 from dynamo_jax.findings import (
     ReportContent,
     block_concentration,
@@ -22,7 +22,6 @@ from dynamo_jax.findings import (
     headline,
     lead,
     moved_pages,
-    rank_correlation,
     reading,
     span,
 )
@@ -59,6 +58,17 @@ def group(dataset: str, kind: str, step: float = 0.0, error: float = 0.0) -> lis
     return [*rows, row(dataset, "auto", 2.05 + step, kind, **paired)]
 
 
+def made_up_dynamics(names: tuple[str, ...], shape: tuple[int, int, int], one: float | None = None) -> Dynamics:
+    """Each dataset has favourite experts; ``one``: the significance of all experts and blocks, if it is to be one."""
+    rng = np.random.default_rng(1)
+    favourites = {n: rng.lognormal(0, 1, shape[:2]) for n in names}
+    return dynamics(
+        {n: rng.poisson(100 * f, (8, *shape[:2])) for n, f in favourites.items()},
+        {n: f if one is None else np.full_like(f, one) for n, f in favourites.items()},
+        {n: rng.lognormal(-7, 2, shape) if one is None else np.full(shape, one) for n in names},
+    )
+
+
 def make(
     known: tuple[str, ...] = ("prose", "code"),
     novel: dict[str, tuple[float, float]] | None = None,
@@ -82,7 +92,7 @@ def make(
         adapted_bits={n: rng.choice([2, 3, 4, 8], shape) for n in novel},
         verdicts={n: (known[0] if known else "none", 0.05 if n in novel else 0.001, n in novel) for n in names},
         threshold=0.01,
-        routing_divergence=[0.1] * shape[0],
+        dynamics=made_up_dynamics(known, shape),
         command="dynamo-jax demo --bits 3",
     )
 
@@ -238,6 +248,31 @@ def test_the_headline_owns_up_to_plain_rounding_that_beats_the_baseline() -> Non
     assert "2 of 3 datasets, but not on code" in finding.words and finding.mark == "worse"
 
 
+def test_the_section_on_movement_gives_the_numbers_of_the_pairs() -> None:
+    content = make()
+    moved = content.dynamics
+    assert moved is not None
+    words = checked(content).text()
+    (shift,), (experts,) = moved.routing.values(), moved.experts.values()
+    line = re.search(r"prose and code ([0-9.]+) ([0-9.]+) \S+ \S+ (\S+)", words)
+    assert line and line.groups() == (
+        f"{shift.divergence.mean():.3f}",
+        f"{shift.divergence.max():.3f}",
+        charts.number(float(experts.correlation.mean()), "z.2f"),
+    )
+    assert "In 3 of 3 layers every pair of datasets is further apart than any dataset is from itself" in words
+    titles = re.findall(r"layer \d, within code: [0-9.]+ bits", render(content))
+    assert len(titles) == 3
+
+
+def test_datasets_that_do_not_move_are_not_called_apart() -> None:
+    counts = np.random.default_rng(0).poisson(100, (2, 8, 3, 5))
+    flat = {n: np.ones((3, 5)) for n in ("a", "b")}
+    moved = dynamics(dict(zip("ab", counts)), flat, {n: f[:, :, None] for n, f in flat.items()})
+    words = checked(dataclasses.replace(make(("a", "b")), dynamics=moved)).text()
+    assert "In 3 of 3" not in words and "significance correlate" not in words
+
+
 def test_a_false_alarm_and_a_missed_novelty_are_said() -> None:
     content = make(novel={"recipes": (0.0, 0.0)})
     shape = next(iter(content.adapted_bits.values())).shape
@@ -280,7 +315,8 @@ def test_no_novel_data() -> None:
 
 
 def test_one_dataset_has_no_agreement_to_show() -> None:
-    assert "no agreement between datasets" in checked(make(known=("prose",), novel={})).text()
+    words = checked(make(known=("prose",), novel={})).text()
+    assert "no agreement between datasets" in words and "nothing moves between datasets" in words
 
 
 def test_nothing_at_all() -> None:
@@ -294,7 +330,7 @@ def test_nothing_at_all() -> None:
         adapted_bits={},
         verdicts={},
         threshold=0.0,
-        routing_divergence=[],
+        dynamics=None,
         command="",
     )
     checked(empty)
@@ -324,7 +360,11 @@ def test_numbers_that_are_not_finite_in_arrays(bad: float) -> None:
     verdicts = {n: ("prose", bad, False) for n in content.verdicts}
     page = checked(
         dataclasses.replace(
-            content, significance=everywhere, verdicts=verdicts, threshold=bad, routing_divergence=[bad, 0.1, bad]
+            content,
+            significance=everywhere,
+            verdicts=verdicts,
+            threshold=bad,
+            dynamics=made_up_dynamics(("prose", "code"), (3, 5, 4), bad),
         )
     )
     assert "expert 0" in page.text()
@@ -344,21 +384,6 @@ def test_arrays_of_another_shape_are_an_error_that_names_the_field() -> None:
 
 
 # What the arrays say
-
-
-@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=3, max_size=30))
-def test_rank_correlation_is_that_of_scipy(pairs: list[tuple[int, int]]) -> None:
-    a, b = np.array(pairs, np.float64).T
-    ours = rank_correlation(a, b)
-    if len(set(a)) == 1 or len(set(b)) == 1:
-        assert math.isnan(ours)
-    else:
-        assert ours == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-12)
-
-
-def test_rank_correlation_leaves_out_what_is_not_finite() -> None:
-    assert rank_correlation(np.array([1, 2, np.nan, 3.0]), np.array([1, 2, 9, 4.0])) == pytest.approx(1)
-    assert math.isnan(rank_correlation(np.array([1.0]), np.array([1.0])))
 
 
 def test_moved_pages_counts_each_level_once() -> None:

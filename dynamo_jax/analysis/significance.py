@@ -36,6 +36,19 @@ def apart_significance(
     return np.asarray(stats.apart_errors) * per_error[:, None, None, None]
 
 
+def block_significance(
+    stats: Statistics, sensitivity: Float[ArrayLike, " L"], hidden_size: int
+) -> Float[np.ndarray, "L E N W"]:
+    """The same when one channel block alone is quantized to each width; where its gate and up were measured apart
+    from its down, the sum of the two."""
+    per_error = loss_per_error(np.asarray(stats.tokens), sensitivity, hidden_size)
+    blocks = np.asarray(stats.block_errors)
+    if np.shape(stats.apart_errors)[2]:
+        layers, experts, both, widths = blocks.shape
+        blocks = blocks.reshape(layers, experts, 2, both // 2, widths).sum(axis=2)
+    return blocks * per_error[:, None, None, None]
+
+
 def loss_per_error(
     tokens: Float[np.ndarray, " L"], sensitivity: Float[ArrayLike, " L"], hidden_size: int
 ) -> Float[np.ndarray, " L"]:

@@ -8,10 +8,13 @@ Axes: L layers, E experts, S windows.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+
+from dynamo_jax.analysis.dynamics import routing_divergence
 
 THRESHOLD_MARGIN = 1.25
 
@@ -24,19 +27,12 @@ class Verdict(NamedTuple):
     novel: bool
 
 
-def routing_divergence(a: Float[np.ndarray, "*S L E"], b: Float[np.ndarray, "*S L E"]) -> Float[np.ndarray, "*S"]:
-    """Jensen-Shannon divergence in bits between routing counts, mean over layers. No tokens at all is an error."""
-    a, b = (np.asarray(x, np.float64) for x in (a, b))
-    if not ((a.sum(axis=-1) > 0).all() and (b.sum(axis=-1) > 0).all()):
+def mean_divergence(a: Float[np.ndarray, "L E"], b: Float[np.ndarray, "L E"]) -> float:
+    """Routing divergence in bits, mean over layers. No tokens at all is an error."""
+    divergence = float(routing_divergence(a, b).mean())
+    if math.isnan(divergence):
         raise ValueError("routing counts of a layer sum to zero: no tokens were seen")
-    p, q = (x / x.sum(axis=-1, keepdims=True) for x in (a, b))
-    middle = (p + q) / 2
-    return ((_entropy_sum(p, middle) + _entropy_sum(q, middle)) / 2).mean(axis=-1)
-
-
-def _entropy_sum(p: np.ndarray, middle: np.ndarray) -> np.ndarray:
-    ratio = np.divide(p, middle, out=np.ones_like(p), where=p > 0)
-    return (p * np.log2(ratio)).sum(axis=-1)
+    return divergence
 
 
 def novelty_threshold(windows: dict[str, Float[np.ndarray, "S L E"]], span: int) -> float:
@@ -48,7 +44,7 @@ def novelty_threshold(windows: dict[str, Float[np.ndarray, "S L E"]], span: int)
         for s in range(0, max(1, len(counts) - size + 1), size):
             rest = counts.sum(axis=0) - counts[s : s + size].sum(axis=0)
             if rest.sum(axis=-1).min() > 0:
-                worst = max(worst, float(routing_divergence(counts[s : s + size].sum(axis=0), rest)))
+                worst = max(worst, mean_divergence(counts[s : s + size].sum(axis=0), rest))
     return worst * THRESHOLD_MARGIN
 
 
@@ -56,6 +52,6 @@ def judge(
     counts: Float[np.ndarray, "L E"], signatures: dict[str, Float[np.ndarray, "L E"]], threshold: float
 ) -> Verdict:
     """Compare a span of tokens with every known signature."""
-    distances = {name: float(routing_divergence(counts, s)) for name, s in signatures.items()}
+    distances = {name: mean_divergence(counts, s) for name, s in signatures.items()}
     nearest = min(distances, key=distances.__getitem__)
     return Verdict(nearest, distances[nearest], distances[nearest] > threshold)
