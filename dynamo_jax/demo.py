@@ -175,7 +175,6 @@ def report_content(result: DemoResult, model: Decoder, command: str, seconds: fl
             "bits a weight": f"{plan.bits_per_weight():.3f}, scales included",
             "expert bytes stored": f"{plan.stored_bytes():,}, of {2 * config.num_expert_weights:,} in bfloat16",
             "channel block, group": f"{plan.channel_block} channels, {plan.group_size} weights a scale",
-            "widths": "of each expert's gate and up, shown below, and of its down" if plan.apart else "of each expert",
             "calibration": ", ".join(f"{n} ({w} windows)" for n, (_, w) in known.calibrated.items()),
             "time": f"{seconds:.0f} s from text to tables",
         },
@@ -184,10 +183,9 @@ def report_content(result: DemoResult, model: Decoder, command: str, seconds: fl
         channel_significance={
             n: a.channel_significance(down).reshape(blocks).sum(axis=-1) for n, a in result.analyses.items()
         },
-        baseline_bits=plan.widths[:, :, 0],
-        adapted_bits={
-            n: a.plan.widths[:, :, : plan.blocks] for n, a in result.adaptations.items() if a.plan is not plan
-        },
+        baseline_bits=plan.page_widths(),
+        apart=plan.apart,
+        adapted_bits={n: a.plan.page_widths() for n, a in result.adaptations.items() if a.plan is not plan},
         verdicts={n: (a.verdict.nearest, a.verdict.divergence, a.verdict.novel) for n, a in result.adaptations.items()},
         threshold=known.threshold,
         dynamics=dynamics_of(result.analyses),

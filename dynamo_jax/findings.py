@@ -31,9 +31,10 @@ class ReportContent:
 
     facts: of the model and the plan, in order. rows: the fields of ``evaluate.Row``. significance:
     nats a token predicted when that expert alone is at 2 bits. channel_significance: output energy
-    through each channel block. baseline_bits: in {2, 3, 4, 8}. adapted_bits: of the datasets that
-    were adapted to. verdicts: nearest known dataset, divergence in bits, novel or not. dynamics: of
-    the known datasets.
+    through each channel block. baseline_bits: of each page, in {2, 3, 4, 8}; apart: whether each
+    projection of a block has a page of its own, those of gate first. adapted_bits: of the datasets
+    that were adapted to. verdicts: nearest known dataset, divergence in bits, novel or not. dynamics:
+    of the known datasets.
     """
 
     model: str
@@ -41,17 +42,19 @@ class ReportContent:
     rows: list[Row]
     significance: dict[str, Float[np.ndarray, "L E"]]
     channel_significance: dict[str, Float[np.ndarray, "L E N"]]
-    baseline_bits: Int[np.ndarray, "L E"]
-    adapted_bits: dict[str, Int[np.ndarray, "L E N"]]
+    baseline_bits: Int[np.ndarray, "L E M"]
+    adapted_bits: dict[str, Int[np.ndarray, "L E M"]]
     verdicts: dict[str, tuple[str, float, bool]]
     threshold: float
     dynamics: Dynamics | None
     command: str
+    apart: bool = False
 
     def __post_init__(self) -> None:
         shape = np.shape(self.baseline_bits)
-        if len(shape) != 2:
-            raise ValueError(f"baseline_bits has shape {shape}, expected (layers, experts)")
+        if len(shape) != 3:
+            raise ValueError(f"baseline_bits has shape {shape}, expected (layers, experts, pages)")
+        shape = shape[:2]
         maps = {"significance": 2, "channel_significance": 3, "adapted_bits": 3}
         for field, rank in maps.items():
             for name, array in getattr(self, field).items():
@@ -272,10 +275,9 @@ def rank_correlations(
     return whole, within
 
 
-def moved_pages(baseline: Int[np.ndarray, "L E"], adapted: Int[np.ndarray, "L E N"]) -> dict[int, tuple[int, int]]:
+def moved_pages(baseline: Int[np.ndarray, "L E M"], adapted: Int[np.ndarray, "L E M"]) -> dict[int, tuple[int, int]]:
     """For each level, the refinement pages that the adapted plan has and the baseline has not, and the other way."""
-    before = np.broadcast_to(np.asarray(baseline)[:, :, None], np.shape(adapted))
-    after = np.asarray(adapted)
+    before, after = np.asarray(baseline), np.asarray(adapted)
     return {
         level: (int(((after >= level) & (before < level)).sum()), int(((after < level) & (before >= level)).sum()))
         for level in LEVELS

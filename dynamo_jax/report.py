@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from dynamo_jax import charts
 from dynamo_jax.charts import MINUS, PLUS_MINUS, TIMES, Mark, Paint, element, number, text
@@ -221,18 +221,24 @@ def _matrix(names: Sequence[str], values: Float[np.ndarray, "K K"]) -> str:
 
 
 def bits_section(content: ReportContent) -> str:
-    bits = np.asarray(content.baseline_bits)
-    if not bits.size:
+    pages = np.asarray(content.baseline_bits)
+    if not pages.size:
         return nothing("The plan has no experts.")
+    if not content.apart:
+        return _widths_of("each expert", pages[:, :, 0])
+    return _widths_of("each expert's gate and up", pages[:, :, 0]) + _widths_of("each expert's down", pages[:, :, -1])
+
+
+def _widths_of(what: str, bits: Int[np.ndarray, "L E"]) -> str:
     notes = [f"mean {row.mean():.2f}" for row in bits]
     legend = charts.swatches([(BITS[w], f"{w} bits") for w in WIDTHS])
     grid = charts.heat_map(
-        bits, lambda v: BITS.get(int(v), charts.NO_DATA), lambda i, e: f"{bits[i, e]} bits", "baseline bits", notes
+        bits, lambda v: BITS.get(int(v), charts.NO_DATA), lambda i, e: f"{bits[i, e]} bits", f"bits of {what}", notes
     )
     counts = {w: int((bits == w).sum()) for w in WIDTHS}
     bars = [(f"{w} bits", float(n), f"{n} ({n / bits.size:.0%})", BITS[w].fill) for w, n in counts.items()]
     return figure(
-        "The baseline's width of each expert in bits; a row is a layer, a column an expert. The number to the right is "
+        f"The baseline's width of {what} in bits; a row is a layer, a column an expert. The number to the right is "
         "the layer's mean width, scales not counted.",
         legend,
         grid,
@@ -248,7 +254,8 @@ def _change_maps(content: ReportContent) -> str:
     adapted = {n: np.asarray(a) for n, a in content.adapted_bits.items() if np.size(a)}
     if not adapted:
         return nothing("No dataset was adapted to.")
-    changes = {n: a.mean(axis=2) - base for n, a in adapted.items()}
+    means = base.mean(axis=2)
+    changes = {n: a.mean(axis=2) - means for n, a in adapted.items()}
     limit = max(float(np.abs(c).max()) for c in changes.values())
     ends = (
         [(charts.diverging(s * limit, limit), f"{number(s * limit, '+.2f')} bits") for s in (-1, -0.5, 0.5, 1)]
@@ -260,7 +267,7 @@ def _change_maps(content: ReportContent) -> str:
 
         def title(i: int, e: int, change: np.ndarray = change, after: np.ndarray = adapted[name]) -> str:
             counts = [f"{n} of {w} bits" for w in WIDTHS if (n := int((after[i, e] == w).sum()))]
-            return f"{number(float(change[i, e]), '+.2f')} bits, from {base[i, e]:.0f} to blocks: {', '.join(counts)}"
+            return f"{number(float(change[i, e]), '+.2f')} bits, from {means[i, e]:.3g} to blocks: {', '.join(counts)}"
 
         notes = [f"{number(float(row.mean()), '+.2f')}" for row in change]
         grid = charts.heat_map(change, lambda v: charts.diverging(v, limit), title, f"change of bits on {name}", notes)
@@ -276,16 +283,15 @@ def _moved_table(base: np.ndarray, adapted: dict[str, np.ndarray]) -> str:
     lines = []
     for name, bits in adapted.items():
         moved = moved_pages(base, bits)
-        touched = int((bits != base[:, :, None]).any(axis=2).sum())
-        pages = [f"+{a} {MINUS}{d} of {int((base >= level).sum()) * bits.shape[2]}" for level, (a, d) in moved.items()]
+        changed = (bits != base).any(axis=2)
+        pages = [f"+{a} {MINUS}{d} of {int((base >= level).sum())}" for level, (a, d) in moved.items()]
         width = f"{base.mean():.3f} to {bits.mean():.3f}"
-        lines.append([name, *pages, f"{touched} of {base.size}", width])
+        lines.append([name, *pages, f"{int(changed.sum())} of {changed.size}", width])
     head = ["dataset", *(f"pages of the {level}-bit level" for level in LEVELS), "experts touched", "mean width"]
     caption = (
-        "Pages moved: a page is the refinement of one channel block to the next width. For each level, pages that the "
-        "adapted plan reads and the baseline does not (+), the other way ("
-        + MINUS
-        + "), and how many the baseline has."
+        "Pages moved: a page is the refinement of one channel block to the next width, or of one projection of it if "
+        "down has a width of its own. For each level, pages that the adapted plan reads and the baseline does not (+), "
+        "the other way (" + MINUS + "), and how many the baseline has."
     )
     return figure(caption, table(head, lines))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -17,7 +18,6 @@ from dynamo_jax.models.decoder import parameters
 from dynamo_jax.models.families import FAMILIES
 from dynamo_jax.models.huggingface import load_checkpoint, side_files
 from dynamo_jax.pipeline import QuantizeConfig, quantize
-from dynamo_jax.precision.plan import expert_plan
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.runtime.generate import GenerateConfig, LanguageModel, Sampling, bucket, choose, generate, stream
 from dynamo_jax.runtime.store import page_counts, variant_of
@@ -90,7 +90,7 @@ def test_switching_the_variant_while_decoding_compiles_nothing(quantized, compil
     model = quantized_language_model(quantized)
     plan = quantized.plan
     capacity = page_counts(plan)
-    other = expert_plan(plan.widths[:, ::-1, 0], plan.widths.shape[2], plan.channel_block, plan.group_size, 256)
+    other = dataclasses.replace(plan, widths=plan.widths[:, ::-1])
     pages = tuple(variant_of(quantized.store, p, capacity) for p in (plan, other))
 
     def at(number):
@@ -108,7 +108,9 @@ def test_a_quantized_model_generates_what_its_dequantized_weights_generate(quant
     """Prefill goes through all experts of a layer, decoding through those that the tokens chose."""
     model = quantized_language_model(quantized)
     arrays = dict(model.parameters)
-    wide = np.repeat(quantized.plan.widths, quantized.plan.channel_block, axis=2)[:, :, None, :, None]
+    plan = quantized.plan
+    pages = plan.page_widths().reshape(*plan.widths.shape[:2], -1, plan.blocks)
+    wide = np.repeat(pages, plan.channel_block, axis=3)[..., None]
     values = {w: np.asarray(dequantize(quantized.store, w).astype(jnp.bfloat16)) for w in (2, 3, 4, 8)}
     full = sum(np.where(wide == w, value, 0) for w, value in values.items())
     for layer, weights in enumerate(full.astype(np.float32)):

@@ -88,7 +88,7 @@ def make(
         ],
         significance={n: rng.lognormal(-7, 2, shape[:2]) for n in names},
         channel_significance={n: rng.lognormal(-7, 2, shape) for n in names},
-        baseline_bits=base,
+        baseline_bits=np.repeat(base[:, :, None], shape[2], axis=2),
         adapted_bits={n: rng.choice([2, 3, 4, 8], shape) for n in novel},
         verdicts={n: (known[0] if known else "none", 0.05 if n in novel else 0.001, n in novel) for n in names},
         threshold=0.01,
@@ -273,6 +273,15 @@ def test_datasets_that_do_not_move_are_not_called_apart() -> None:
     assert "In 3 of 3" not in words and "significance correlate" not in words
 
 
+def test_two_widths_an_expert_are_two_maps() -> None:
+    content = make(shape=(3, 5, 4))
+    pages = np.repeat(np.stack([np.full((3, 5), 2), np.full((3, 5), 2), np.full((3, 5), 4)], axis=2), 4, axis=2)
+    adapted = {"recipes": pages[:, :, ::-1]}
+    words = checked(dataclasses.replace(content, baseline_bits=pages, adapted_bits=adapted, apart=True)).text()
+    assert "width of each expert's gate and up" in words and "width of each expert's down" in words
+    assert "+60 \N{MINUS SIGN}60 of 60" in words  # of each of the two levels up to 4 bits
+
+
 def test_a_false_alarm_and_a_missed_novelty_are_said() -> None:
     content = make(novel={"recipes": (0.0, 0.0)})
     shape = next(iter(content.adapted_bits.values())).shape
@@ -326,7 +335,7 @@ def test_nothing_at_all() -> None:
         rows=[],
         significance={},
         channel_significance={},
-        baseline_bits=np.zeros((0, 0), np.int8),
+        baseline_bits=np.zeros((0, 0, 0), np.int8),
         adapted_bits={},
         verdicts={},
         threshold=0.0,
@@ -388,7 +397,7 @@ def test_arrays_of_another_shape_are_an_error_that_names_the_field() -> None:
 
 def test_moved_pages_counts_each_level_once() -> None:
     adapted = np.array([[[2, 8, 4, 3]]])  # from 4: loses 3 and 4; gains 8; as it was; loses 4
-    assert moved_pages(np.array([[4]]), adapted) == {3: (0, 1), 4: (0, 2), 8: (1, 0)}
+    assert moved_pages(np.full((1, 1, 4), 4), adapted) == {3: (0, 1), 4: (0, 2), 8: (1, 0)}
 
 
 def test_block_concentration_is_one_where_blocks_are_alike_and_n_where_one_has_all() -> None:

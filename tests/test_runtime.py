@@ -24,7 +24,9 @@ from dynamo_jax.pipeline import DecoderSource, QuantizeConfig, baseline_plan, qu
 from dynamo_jax.runtime.adapt import adapt
 from dynamo_jax.runtime.store import page_counts
 
-SETTINGS = QuantizeConfig(bits=3.0, calibration_windows=4, window=64, batch_size=4, adaptation_windows=2)
+SETTINGS = QuantizeConfig(
+    bits=3.0, per_projection=False, calibration_windows=4, window=64, batch_size=4, adaptation_windows=2
+)
 EVAL = EvalConfig(window=64, batch_size=4, adaptation_windows=4, limit=4)
 
 
