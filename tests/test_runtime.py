@@ -20,6 +20,7 @@ from dynamo_jax.evaluate import (
     make_dataset,
 )
 from dynamo_jax.kernels.layout import WIDTHS
+from dynamo_jax.layer_experts import PRIOR_ROWS
 from dynamo_jax.pipeline import DecoderSource, QuantizeConfig, baseline_plan, quantize
 from dynamo_jax.runtime.adapt import adapt
 from dynamo_jax.runtime.store import page_counts
@@ -264,6 +265,15 @@ def test_the_objective_decides_which_datasets_a_plan_serves(bundled):
     weighted = losses("sum", analyses, {"b": 100.0})
     assert weighted[1] < summed[1] and weighted[0] > summed[0]
     assert losses("sum", analyses, {"b": 0.0}).tolist() == losses("sum", {"a": analyses["a"]}).tolist()
+
+
+def test_experts_that_calibration_hardly_reached_are_named_by_layer(bundled):
+    config = bundled[0].config
+    counts = np.full((2, config.num_moe_layers, config.num_experts), PRIOR_ROWS / 2)
+    assert checkpoint.hardly_reached(config, counts) == "0 of 288 experts"
+    counts[1, 2, [7, 40]] -= 1
+    counts[0, 5, 0] = 0
+    assert checkpoint.hardly_reached(config, counts) == "3 of 288 experts (layer 2: 7, 40; layer 5: 0)"
 
 
 def test_no_known_dataset_is_an_error(bundled):
