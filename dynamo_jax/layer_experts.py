@@ -104,11 +104,20 @@ def expert_vjp(config, x, gates, weights, biases, d_out):
     return jax.vjp(weighted, x, gates)[1](d_out)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "channel_block", "apart", "width"))
 def errors_at(config, channel_block, apart, width, x, gates, member, h, y, weights, planes, biases):
     """By dataset, the summed squared output error at ``width``: of the whole expert (A,), of gate with up and of down
     one without the other (A, U), and of blocks (A, M); no blocks without a channel_block."""
-    rounded = dequantize(planes, width).astype(jnp.bfloat16).astype(jnp.float32)
+    rounded = _at_width(planes, width)  # apart, so that one program for each number of rows serves all widths
+    return _errors(config, channel_block, apart, x, gates, member, h, y, weights, rounded, biases)
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def _at_width(planes, width):
+    return dequantize(planes, width).astype(jnp.bfloat16).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "channel_block", "apart"))
+def _errors(config, channel_block, apart, x, gates, member, h, y, weights, rounded, biases):
     squared = member * gates**2
     h_at, y_at = _expert(config, x, rounded, biases)
     whole = squared @ jnp.sum((y_at - y) ** 2, axis=1)
