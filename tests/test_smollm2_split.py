@@ -132,10 +132,11 @@ def test_the_correction_makes_up_for_part_of_what_is_left_out(ffn):
     mask = split.chosen(x, split.fit_router(x, split.expert_norms(h, down, parts.routed)), 3)
     seen = split.masked(h, parts.routed, mask)
     left = h @ down - seen @ down
-    corrected = split.corrected_down(seen, down, left, 1e-2)
+    wanted = np.ones_like(left)
+    corrected = split.corrected_down(seen, down, left, wanted, 1e-2)
     assert np.square(h @ down - seen @ corrected).sum() < np.square(left).sum()
     np.testing.assert_array_equal(split.masked(h, parts.routed, np.ones_like(mask)), h)
-    np.testing.assert_array_equal(split.corrected_down(h, down, np.zeros_like(left), 1e-2), down)
+    np.testing.assert_array_equal(split.corrected_down(h, down, 0 * left, wanted, 1e-2), down)
 
 
 def test_rows_of_neighbouring_pairs_come_back_in_halves():

@@ -76,7 +76,7 @@ def cut(h: np.ndarray, down: np.ndarray, shared: int, experts: int, seed: int = 
     return Cut(np.sort(order[:shared]), np.stack([rest[members == e] for e in range(experts)]))
 
 
-def balanced_clusters(features: np.ndarray, clusters: int, seed: int = 0, rounds: int = 12) -> np.ndarray:
+def balanced_clusters(features: np.ndarray, clusters: int, seed: int = 0, rounds: int = 6) -> np.ndarray:
     """The cluster of each point (P, N): k-means in which all clusters get P / clusters points, by assignment."""
     points = len(features)
     if points % clusters:
@@ -141,6 +141,9 @@ def masked(h: np.ndarray, routed: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return out
 
 
-def corrected_down(h: np.ndarray, down: np.ndarray, left: np.ndarray, share: float) -> np.ndarray:
-    """The down projection nearest to ``down`` that makes up for what is ``left`` (N, D) of the wanted output."""
-    return (down + ridge(h, left, share)).astype(np.float32)
+def corrected_down(h: np.ndarray, down: np.ndarray, left: np.ndarray, wanted: np.ndarray, share: float) -> np.ndarray:
+    """The down projection nearest to ``down`` that makes up for what is ``left`` (N, D) of the ``wanted`` stream.
+
+    Errors count relative to the stream, as the next norm sees them: else a few tokens of huge norm decide."""
+    size = np.sqrt(np.square(wanted).mean(axis=1, keepdims=True)) + 1e-6
+    return (down + ridge(h / size, left / size, share)).astype(np.float32)

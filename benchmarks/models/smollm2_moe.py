@@ -63,7 +63,7 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHARED, EXPERTS, CHANNELS = 4 * 96, 12, 96
 WINDOW, BATCH = 256, 8
 FIRST = 0.4  # of each text; quality.py evaluates on the end of the same texts
-CUT_TOKENS = 2048  # on which channels are clustered
+CUT_TOKENS = 1536  # on which channels are clustered
 PENALTY = 1e-2
 
 
@@ -105,7 +105,8 @@ def mixture_layers(
         if k < EXPERTS:
             after, x = attended(config, attention, stream)
             h = masked(hidden_channels(x, gate, up), parts.routed, chosen(x, router, k))
-            down = corrected_down(h, down, target.reshape(x.shape) - after - h @ down, PENALTY)
+            wanted = target.reshape(x.shape)
+            down = corrected_down(h, down, wanted - after - h @ down, wanted, PENALTY)
             stream = (after + h @ down).reshape(stream.shape)
         own = parts.shared
         arrays = {f"attention.{name}": a for name, a in attention.items()}
