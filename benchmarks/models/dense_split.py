@@ -116,10 +116,10 @@ def ridge(x: np.ndarray, target: np.ndarray, share: float) -> np.ndarray:
     return scipy.linalg.solve(gram, x.T @ target, assume_a="pos")
 
 
-def fit_router(x: np.ndarray, norms: np.ndarray, spread: float = 1e-3, share: float = 1e-2) -> np.ndarray:
+def fit_router(x: np.ndarray, norms: np.ndarray, spread: float = 1e-4, share: float = 1e-2) -> np.ndarray:
     """Weights (D, E) whose logits rank the experts by expected |output|, with standard deviation ``spread``.
 
-    Logits that small make the softmax gates of any chosen k experts equal to about one part in a thousand."""
+    Logits that small make the softmax gates of any chosen k experts equal to about one part in ten thousand."""
     weights = ridge(x, norms, share)
     weights -= weights.mean(axis=1, keepdims=True)  # softmax does not see it
     return (weights * (spread / (x @ weights).std())).astype(np.float32)

@@ -16,7 +16,8 @@ treat experts cut from a real model, not what a model trained as a mixture does.
 
 OUT is an ordinary Hugging Face folder of family ``qwen2_moe``, bfloat16 with float32 routers. With ``--active 12`` it
 computes what the dense model does. The gates of a dense model are all 1: the routers' logits are so small that each
-of k gates is 1/k to a thousandth, and the down projections hold the factor k. FOLDER: as for `dynamo-jax demo --texts`.
+of k gates is 1/k to about a thousandth at worst, and the down projections hold the factor k. FOLDER: as for
+`dynamo-jax demo --texts`.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ def main() -> None:
     texts.add_argument("--text", action="append", metavar="NAME=FILE")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--active", type=int, default=10, help=f"routed experts of {EXPERTS} that a token takes")
-    parser.add_argument("--windows", type=int, default=24, help=f"of {WINDOW} tokens, of each text")
+    parser.add_argument("--windows", type=int, default=10, help=f"of {WINDOW} tokens, of each text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     a = parser.parse_args()
