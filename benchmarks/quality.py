@@ -1,6 +1,7 @@
 """Quality at equal bytes: the baseline plan against uniform and one-set mixed-precision quantizers.
 
     python benchmarks/quality.py --texts FOLDER [--quick] [--seeds 3] [--json PATH]
+    python benchmarks/quality.py --texts FOLDER --model OUT --limit 16   # OUT: of benchmarks/models/smollm2_moe.py
 
 Calibration windows are drawn at random, with the seed, from a part of each known text that is not evaluated. Methods
 and what they calibrate on:
@@ -56,14 +57,14 @@ from dynamo_jax.work import MemoryWork
 BATCH = 8
 PART = 4  # of the windows of a known kind, one in so many helps to choose a grid
 NEAR = 0.25  # bits a weight, of a uniform grid's distance to the budget
+GROUPS = (32, 64, 96, 128, 192, 256, 288, 576)  # of which a model takes those that fit its sizes
 UNIFORM_GRIDS = [
     GridSpec(bits, group, symmetric, clip)
     for bits in (2, 3)
-    for group in (32, 64, 128, 256)
+    for group in GROUPS
     for symmetric in (False, True)
     for clip in (False, True)
 ]
-GROUPS = (64, 128, 256)
 TEXT_BYTES = 600_000  # of each kind, for windows to draw from and to evaluate on
 
 
@@ -187,6 +188,12 @@ class Bench:
 KINDS = ("known", "novel")
 
 
+def groups_of(config: Any) -> list[int]:
+    """Group sizes that divide both axes of the experts; one that is larger than the channels is the channels."""
+    hidden, channels = config.hidden_size, config.intermediate_size
+    return [g for g in GROUPS if g <= hidden and hidden % g == 0 and channels % min(g, channels) == 0]
+
+
 def quiet(stage: str, done: float, of: int) -> None:
     """No progress line."""
 
@@ -224,7 +231,7 @@ def run_dynamo(bench: Bench, calibration: dict[str, np.ndarray], budgets: list[f
         found = {config.group(bench.config.hidden_size): run("dynamo")}
         if more:
             run("dynamo-experts", per_projection=False)
-            found |= {group: run("", group_size=group) for group in GROUPS if group not in found}
+            found |= {group: run("", group_size=group) for group in groups_of(bench.config)[1:] if group not in found}
             run_groups(bench, found, config, budget, seed)
 
 
@@ -247,10 +254,11 @@ def run_uniform(bench: Bench, weights: np.ndarray, sums: Any, budgets: list[floa
         "uniform-gptq": lambda spec: peers.gptq_weights(weights, sums, spec),
         "awq": lambda spec: peers.awq_weights(weights, sums, spec),
     }
-    grids = {spec: peers.bits_of(spec, weights) for spec in UNIFORM_GRIDS}
+    groups = groups_of(bench.config)
+    grids = {spec: peers.bits_of(spec, weights) for spec in UNIFORM_GRIDS if spec.group_size in groups}
     wanted = [s for s, b in grids.items() if any(abs(b - budget) <= NEAR for budget in budgets)]
     if quick:
-        wanted = [s for s in wanted if s.group_size in (32, 128) and s.clip]
+        wanted = [s for s in wanted if s.group_size in (groups[0], groups[2]) and s.clip]
     for name, make in makers.items():
         if name == "uniform-rtn" and seed:
             bench.repeat(name, seed)
@@ -279,7 +287,7 @@ def _named(spec: GridSpec) -> str:
 def run_one_set(
     bench: Bench, weights: np.ndarray, calibration: dict[str, np.ndarray], budgets: list[float], seed: int
 ) -> None:
-    specs = [GridSpec(bits, 128, clip=True) for bits in (2, 3, 4)]
+    specs = [GridSpec(bits, groups_of(bench.config)[2], clip=True) for bits in (2, 3, 4)]
     bits = [peers.bits_of(spec, weights) for spec in specs]
     for name, windows in calibration.items():
         inputs = peers.observed(bench.config, bench.params, windows)
@@ -298,7 +306,7 @@ def run_data_free(bench: Bench, weights: np.ndarray, budgets: list[float], seed:
     if seed:
         bench.repeat("data-free", seed)
         return
-    specs = [GridSpec(bits, group, clip=True) for bits in (2, 3, 4, 8) for group in GROUPS]
+    specs = [GridSpec(bits, group, clip=True) for bits in (2, 3, 4, 8) for group in groups_of(bench.config)[1:]]
     options, bits = [peers.rtn_weights(weights, s) for s in specs], [peers.bits_of(s, weights) for s in specs]
     for budget in budgets:
         plan = peers.data_free_plan(weights, options, bits, budget)
@@ -377,17 +385,22 @@ def main() -> None:
     parser.add_argument("--budget", type=float, action="append", help="bits a weight; 3.0 and 2.5 by default")
     parser.add_argument("--only", action="append", choices=["dynamo", "uniform", "one-set", "data-free"])
     parser.add_argument("--quick", action="store_true", help="one seed, less text, fewer grids; ends in 10 minutes")
+    parser.add_argument("--model", type=Path, default=BUNDLED, help="a checkpoint folder; the bundled model by default")
+    parser.add_argument("--limit", type=int, help="evaluated windows of each kind at most; 4 or more")
+    parser.add_argument("--calibration-windows", type=int, help="of each known kind")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     budgets = arguments.budget or [3.0, 2.5]
     start = time.time()
-    model, tokenizer = load_checkpoint(BUNDLED), load_tokenizer(BUNDLED)
-    settings = DemoConfig().quantize
+    model, tokenizer = load_checkpoint(arguments.model), load_tokenizer(arguments.model)
+    settings = dataclasses.replace(DemoConfig().quantize, group_size=groups_of(model.config)[-1])
+    if arguments.calibration_windows:
+        settings = dataclasses.replace(settings, calibration_windows=arguments.calibration_windows)
     counted = {"known": 32 if arguments.quick else 224, "novel": 16 if arguments.quick else 48}
     data, spare = {}, {}
     for name, parts in {**KNOWN, **NOVEL}.items():
         windows = token_windows(collect(parts(arguments.texts), TEXT_BYTES), tokenizer, settings.window, name)
-        count = counted["known" if name in KNOWN else "novel"]
+        count = min(counted["known" if name in KNOWN else "novel"], arguments.limit or len(windows))
         data[name], spare[name] = windows[-count:], windows[:-count]
     bench = Bench(model, settings, data)
     weights = peers.expert_weights(model)
