@@ -15,9 +15,9 @@ the texts (``FIRST``) each time; nothing of it is stored here. No one trained th
 treat experts cut from a real model, not what a model trained as a mixture does.
 
 OUT is an ordinary Hugging Face folder of family ``qwen2_moe``, bfloat16 with float32 routers. With ``--active 12`` it
-computes what the dense model does. The gates of a dense model are all 1: the routers' logits are so small that each
-of k gates is 1/k to about a thousandth at worst, and the down projections hold the factor k. FOLDER: as for
-`dynamo-jax demo --texts`.
+computes what the dense model does, but for the gates: those of a dense model are all 1, and here the routers' logits
+are so small that each of k gates is 1/k to a few parts in ten thousand; the down projections hold the factor k.
+FOLDER: as for `dynamo-jax demo --texts`.
 """
 
 from __future__ import annotations
