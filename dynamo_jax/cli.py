@@ -148,7 +148,7 @@ def quantize(
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows a dataset.")] = 32,
     window: WindowOption = 256,
 ) -> None:
-    """Calibrate on the known datasets, choose each expert's width under the budget, and write the model.
+    """Calibrate on the known datasets, choose the experts' widths under the budget, and write the model.
 
     One layer's weights are in memory at a time. A run that was stopped resumes when it is called again.
     """
