@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,19 @@ def tokenizer_from_texts(paths: list[Path], vocab_size: int) -> tokenizers.Token
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write under a temporary name beside ``path`` and rename, so that no half file stays."""
+    """Write under a temporary name beside ``path`` and rename, so that no half file stays. Numbers that are not finite,
+    which JSON does not have, become null."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

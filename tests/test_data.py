@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 
@@ -71,6 +72,11 @@ def test_a_failed_write_leaves_the_old_file_and_no_half_one(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    write_json(tmp_path / "a.json", {"rows": [1.5, math.nan, (math.inf, "x")], "n": 3})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"rows": [1.5, None, [None, "x"]], "n": 3}
 
 
 @pytest.mark.parametrize(
