@@ -40,7 +40,6 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 
-from dynamo_jax.calibrate import Progress
 from dynamo_jax.checkpoint import stacked_planes
 from dynamo_jax.data import token_windows, write_json
 from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
@@ -194,15 +193,9 @@ def groups_of(config: Any) -> list[int]:
     return [g for g in GROUPS if g <= hidden and hidden % g == 0 and channels % min(g, channels) == 0]
 
 
-def quiet(stage: str, done: float, of: int) -> None:
-    """No progress line."""
-
-
-def dynamo(
-    model: Any, calibration: dict[str, np.ndarray], config: QuantizeConfig, progress: Progress = quiet
-) -> tuple[dict[str, Analysis], Any]:
+def dynamo(model: Any, calibration: dict[str, np.ndarray], config: QuantizeConfig) -> tuple[dict[str, Analysis], Any]:
     work = MemoryWork()
-    analyses = analyze(DecoderSource(model), calibration, config, work, progress)
+    analyses = analyze(DecoderSource(model), calibration, config, work)
     return analyses, stacked_planes(work.get, model.config)
 
 
