@@ -152,7 +152,7 @@ def _run_one(
         else:
             scale = _search(t.reshape(3, -1, group_size), emphasis)
         s = jnp.repeat(scale, share)
-        four = _choose(over(t, s), emphasis)
+        four = jnp.argmin(jnp.stack(_costs(over(t, s), emphasis)), axis=0)
         error = (t - jnp.asarray(VALUES)[:, four] * s) / own[j, j]
         left = left - error[:, :, None] * jnp.where(jnp.arange(block) > j, own[j], 0.0)
         errors = errors.at[:, :, j].set(error)
@@ -178,10 +178,9 @@ def _run_one(
     return jax.lax.fori_loop(0, columns // block, block_step, begin)[1]
 
 
-def _choose(t: Float[Array, "3 ..."], emphasis: Float[Array, " 3"]) -> Array:
-    """The code whose values at 2, 3 and 4 bits are nearest to the targets, in base scales."""
-    cost = sum(emphasis[k] * (t[k][..., None] - VALUES[k]) ** 2 for k in range(3))
-    return jnp.argmin(jnp.asarray(cost), axis=-1)
+def _costs(t: Float[Array, "3 *S"], emphasis: Float[Array, " 3"]) -> list[Float[Array, "*S"]]:
+    """Of each of the 16 codes, how far its values at 2, 3 and 4 bits are from the targets, in squared base scales."""
+    return [sum(emphasis[k] * (t[k] - value[k]) ** 2 for k in range(3)) for value in VALUES.T]  # type: ignore[misc]
 
 
 def _search(t: Float[Array, "3 *S g"], emphasis: Float[Array, " 3"]) -> Float[Array, "*S"]:
@@ -189,9 +188,9 @@ def _search(t: Float[Array, "3 *S g"], emphasis: Float[Array, " 3"]) -> Float[Ar
     largest = jnp.abs(t[1]).max(axis=-1)
 
     def error(fraction):
-        s = rounded_scale(largest * fraction)[..., None]
-        code = _choose(over(t, s), emphasis)
-        return sum(emphasis[k] * jnp.sum((t[k] - jnp.asarray(VALUES[k])[code] * s) ** 2, axis=-1) for k in range(3))
+        s = rounded_scale(largest * fraction)
+        nearest = functools.reduce(jnp.minimum, _costs(over(t, s[..., None]), emphasis))
+        return s**2 * nearest.sum(axis=-1)
 
     fractions = jnp.asarray(BASE_FRACTIONS)
     best = jnp.argmin(jax.lax.map(error, fractions), axis=0)
