@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -148,3 +149,34 @@ def family_model():
 @pytest.fixture(scope="session")
 def families():
     return tuple(FAMILY_MODELS)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory):
+    """A tokenizer of 61 tokens, w0 to w60: bytes would not fit the small models' vocabulary."""
+    import tokenizers
+
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    words = {f"w{i}": i for i in range(61)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w3"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_folder(tokenizer_file, tmp_path_factory):
+    """A bfloat16 checkpoint folder with a tokenizer: OLMoE's kind, five layers of eight experts."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("small") / "hub"
+    changes = {"num_hidden_layers": 5, "num_experts": 8, "intermediate_size": 32}
+    transformers_model("olmoe", **changes).to(torch.bfloat16).save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def words():
+    """``words(seed)``: 400 words for the small folder's tokenizer."""
+    return lambda seed: " ".join(f"w{i}" for i in random.Random(seed).choices(range(3, 61), k=400))

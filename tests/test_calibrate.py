@@ -19,9 +19,8 @@ import pytest
 from dynamo_jax.analysis.statistics import observe, output_sensitivity
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.layer_experts import padded_rows
-from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.experts import ExpertWeights
-from dynamo_jax.models.huggingface import Source, load_checkpoint
+from dynamo_jax.models.huggingface import Source, load_checkpoint, load_tokenizer
 from dynamo_jax.pipeline import QuantizeConfig, analyze, layer_weights, quantize, quantize_folder
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.quant.planes import quantize as quantize_planes
@@ -64,14 +63,14 @@ def test_the_sweeps_give_the_sums_of_the_plain_definitions(family_model, family,
         np.testing.assert_array_equal(got[name].windows, counts)
 
 
-def test_a_folder_and_memory_give_the_same_model(bundled, texts, tmp_path):
+def test_a_folder_and_memory_give_the_same_model(small_folder, words, tmp_path):
     """The planes bit for bit; and quantize leaves nothing but its result."""
     from dynamo_jax import checkpoint
 
-    settings = QuantizeConfig(calibration_windows=2, window=64)
-    known = {name: texts[name] for name in ("code", "sums")}
-    here, _ = quantize(*bundled, known, settings)
-    quantize_folder(BUNDLED, tmp_path / "out", known, settings)
+    settings = QuantizeConfig(calibration_windows=2, window=32, bits=3.5)
+    known = {"some": words(0), "other": words(1)}
+    here, _ = quantize(load_checkpoint(small_folder), load_tokenizer(small_folder), known, settings)
+    quantize_folder(small_folder, tmp_path / "out", known, settings)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     loaded = checkpoint.load(tmp_path / "out")
     np.testing.assert_array_equal(here.plan.widths, loaded.plan.widths)
@@ -86,11 +85,12 @@ def digests(folder):
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def test_a_quantization_killed_three_times_ends_with_the_same_bits(texts, tmp_path):
+def test_a_quantization_killed_three_times_ends_with_the_same_bits(small_folder, words, tmp_path):
     """SIGKILL at random layers of any sweep; the last run is left alone."""
-    (tmp_path / "code.txt").write_text(texts["code"])
-    command = [sys.executable, "-m", "dynamo_jax", "quantize", "--known", f"code={tmp_path / 'code.txt'}"]
-    command += ["--windows", "2", "--window", "64", "--out"]
+    (tmp_path / "words.txt").write_text(words(0))
+    command = [sys.executable, "-m", "dynamo_jax", "quantize", "--model", str(small_folder)]
+    command += ["--known", f"words={tmp_path / 'words.txt'}", "--windows", "2", "--window", "32", "--bits", "3.5"]
+    command += ["--out"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
     seed = random.SystemRandom().randrange(10**6)

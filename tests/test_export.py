@@ -25,19 +25,6 @@ from dynamo_jax.runtime.switch import switched_experts
 SMALL = QuantizeConfig(bits=5.5, group_size=8, channel_block=8, window=24, calibration_windows=2, batch_size=2)
 
 
-@pytest.fixture(scope="module")
-def tokenizer_file(tmp_path_factory):
-    """A tokenizer of 61 tokens: bytes would not fit the small models' vocabulary."""
-    import tokenizers
-
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    words = {f"w{i}": i for i in range(61)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w3"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(path))
-    return path
-
-
 @pytest.mark.parametrize(("family", "apart"), [*((family, False) for family in FAMILIES), ("olmoe", True)])
 def test_transformers_loads_an_export_and_has_our_logits(family_model, family, apart, tokenizer_file, tmp_path):
     """A bfloat16 checkpoint in several shards, quantized with several widths, exported, loaded in float32."""
@@ -71,20 +58,20 @@ def test_transformers_loads_an_export_and_has_our_logits(family_model, family, a
 
 
 @pytest.fixture(scope="module")
-def exported(texts, tmp_path_factory):
+def exported(small_folder, words, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
-    settings = QuantizeConfig(calibration_windows=1, window=64)
-    quantize_folder(BUNDLED, folder / "quantized", {"code": texts["code"]}, settings)
+    settings = QuantizeConfig(calibration_windows=1, window=32, bits=3.5)
+    quantize_folder(small_folder, folder / "quantized", {"words": words(0)}, settings)
     export(folder / "quantized", folder / "out", no_progress)
     return folder
 
 
-def test_an_export_is_a_whole_folder_with_a_tokenizer(exported):
+def test_an_export_is_a_whole_folder_with_a_tokenizer(exported, small_folder):
     config = json.loads((exported / "out" / "config.json").read_text())
     assert config["model_type"] == "olmoe" and config["dtype"] == "bfloat16"
     model = transformers.AutoModelForCausalLM.from_pretrained(exported / "out")
     assert next(model.parameters()).dtype == torch.bfloat16
-    assert (exported / "out" / "tokenizer.json").read_bytes() == (BUNDLED / "tokenizer.json").read_bytes()
+    assert (exported / "out" / "tokenizer.json").read_bytes() == (small_folder / "tokenizer.json").read_bytes()
     assert sorted(p.name for p in exported.iterdir()) == ["out", "quantized"]
 
 
