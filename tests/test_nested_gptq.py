@@ -11,7 +11,7 @@ import pytest
 
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.quant import nested_gptq
-from dynamo_jax.quant.gptq import DAMPING, feedback_factor
+from dynamo_jax.quant.gptq import DAMPING, damped, feedback_factor
 from dynamo_jax.quant.nested_gptq import quantize_nested, shrunk
 from dynamo_jax.quant.planes import VALUES, dequantize, quantize
 
@@ -39,26 +39,30 @@ def output_error(w, planes, hessian, width, input_axis):
     return float(np.einsum("xrc,xcd,xrd->", delta, hessian, delta))
 
 
-def by_hand(w, factor, group_size):
+def by_hand(w, hessian, group_size, sweeps):
     """The same algorithm for inputs on the last axis, in float64 loops without blocks or batches."""
-    rows, columns = w.shape
-    targets, out = np.repeat(w[None].astype(np.float64), 3, axis=0), np.zeros((3, rows, columns))
-    values = VALUES.astype(np.float64)
-    emphasis = np.array(nested_gptq.EMPHASIS)[:, None]
-    for c in range(columns):
-        if c % group_size == 0:
-            scales = np.asarray(
-                nested_gptq._search(
-                    jnp.asarray(targets[:, :, c : c + group_size], jnp.float32), jnp.array(nested_gptq.EMPHASIS)
-                ),
-                np.float64,
-            )
-        for r in range(rows):
-            t = targets[:, r, c] / scales[r]
-            code = np.argmin((emphasis * (t[:, None] - values) ** 2).sum(axis=0))
-            out[:, r, c] = scales[r] * values[:, code]
+    values, emphasis = VALUES.astype(np.float64), np.array(nested_gptq.EMPHASIS)
+    found = nested_gptq._scales(jnp.asarray(w[None]), jnp.array([nested_gptq.EMPHASIS]), group_size)[0]
+    scales = np.repeat(np.asarray(found, np.float64), group_size, axis=1)
+    order = np.argsort(-np.diag(hessian), kind="stable")
+    factor, damped_hessian = np.zeros(hessian.shape), np.zeros(hessian.shape)
+    at = np.ix_(order, order)
+    factor[at], damped_hessian[at] = feedback_factor(hessian[at]), damped(hessian[at])
+    targets, out = np.repeat(w[None].astype(np.float64), 3, axis=0), np.zeros((3, *w.shape))
+
+    def choose(c, target):  # (3, R)
+        t = target / scales[:, c]
+        code = np.argmin((emphasis[:, None, None] * (t[..., None] - values[:, None]) ** 2).sum(axis=0), axis=1)
+        out[:, :, c] = scales[:, c] * values[:, code]
+
+    for i, c in enumerate(order):
+        choose(c, targets[:, :, c])
         error = (targets[:, :, c] - out[:, :, c]) / factor[c, c]
-        targets[:, :, c + 1 :] -= error[:, :, None] * factor[c, c + 1 :]
+        later = order[i + 1 :]
+        targets[:, :, later] -= error[:, :, None] * factor[c, later]
+    for c in [*order] * sweeps:
+        slope = (w - out) @ damped_hessian[:, c]
+        choose(c, out[:, :, c] + slope / damped_hessian[c, c])
     return dict(zip(WIDTHS, out))
 
 
@@ -67,20 +71,53 @@ def test_the_factor_is_that_of_the_damped_inverse():
     factor = feedback_factor(h).astype(np.float64)
     assert (np.tril(factor, -1) == 0).all()
     scale = np.trace(h) / len(h)
-    damped = h / scale + DAMPING * np.eye(len(h))
-    np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(len(h)), atol=1e-3)
+    with_damping = h / scale + DAMPING * np.eye(len(h))
+    np.testing.assert_allclose(factor.T @ factor @ with_damping, np.eye(len(h)), atol=1e-3)
+    np.testing.assert_allclose(damped(h), with_damping, rtol=1e-5, atol=1e-6)
 
 
-def test_blocks_and_batches_change_nothing(monkeypatch):
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_blocks_and_batches_change_nothing(monkeypatch, sweeps):
     """Against loops in float64. A tie may round the other way, and its feedback then spreads: few weights may."""
     monkeypatch.setattr(nested_gptq, "BLOCK_COLUMNS", 16)
     monkeypatch.setattr(nested_gptq, "CHUNK_WEIGHTS", 16 * COLUMNS)
-    planes = quantize_nested(W, H[2], GROUP, 2)
+    planes = quantize_nested(W, H[2], GROUP, 2, sweeps=sweeps)
     for expert in range(EXPERTS):
-        want = by_hand(W[expert], feedback_factor(H[2][expert]), GROUP)
+        want = by_hand(W[expert], H[2][expert], GROUP, sweeps)
         for width in (2, 3, 4):
             found = np.asarray(dequantize(planes, width))[expert]
             assert np.mean(np.abs(found - want[width]) > 1e-4) < 0.02, (expert, width)
+
+
+def test_without_correlations_it_does_not_matter_which_axis_holds_the_inputs():
+    found = [quantize_nested(W, np.zeros_like(H[axis]), GROUP, axis) for axis in (1, 2)]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@pytest.mark.parametrize("input_axis", [1, 2])
+def test_no_sweep_makes_the_weighted_errors_larger(input_axis):
+    """Of the damped Hessian, which is what the sweeps descend on."""
+    h = np.stack([damped(one) * np.trace(one) / len(one) for one in H[input_axis]])
+    totals = []
+    for sweeps in range(5):
+        planes = quantize_nested(W, H[input_axis], GROUP, input_axis, sweeps=sweeps)
+        errors = [output_error(W, planes, h, width, input_axis) for width in (2, 3, 4)]
+        totals.append(float(np.dot(nested_gptq.EMPHASIS, errors)))
+    assert totals[1] < 0.95 * totals[0]
+    assert all(later <= earlier * (1 + 1e-5) for earlier, later in itertools.pairwise(totals))
+
+
+def test_a_column_is_at_its_best_given_the_others():
+    """After many sweeps no single code can be changed for the better."""
+    emphasis = np.array(nested_gptq.EMPHASIS)
+    planes = quantize_nested(W, H[2], GROUP, 2, sweeps=60)
+    h, scale = damped(H[2][0]), np.repeat(np.asarray(planes.scales, np.float64)[0], GROUP, axis=1)
+    at = np.stack([np.asarray(dequantize(planes, b), np.float64)[0] for b in (2, 3, 4)])
+    slope = (W[0] - at) @ h
+    change = VALUES[:, None, None, :] * scale[..., None] - at[..., None]  # (3, R, C, 16)
+    gain = 2 * change * slope[..., None] - change**2 * np.diag(h)[:, None]
+    total = (emphasis[:, None, None, None] * gain).sum(axis=0)
+    assert total.max() < 1e-3 * (scale**2).max()
 
 
 @pytest.mark.parametrize("input_axis", [1, 2])

@@ -65,16 +65,22 @@ def gptq(
     return GptqResult(np.asarray(out), starved)
 
 
-def feedback_factor(hessian: Float[np.ndarray, "C C"], damping: float = DAMPING) -> Float[np.ndarray, "C C"]:
-    """The upper triangular U with U^T U = (H + damping)^-1, float32; the identity for a Hessian of zeros."""
+def damped(hessian: Float[np.ndarray, "C C"], damping: float = DAMPING) -> Float[np.ndarray, "C C"]:
+    """The Hessian over its mean diagonal, plus ``damping`` on the diagonal, float64; the identity for zeros."""
     h = np.array(hessian, np.float64)
     if not np.isfinite(h).all():
         raise ValueError("the Hessian of the inputs holds NaN or infinity")
     scale = float(np.trace(h)) / len(h)
     if scale <= 0:
-        return np.eye(len(h), dtype=np.float32)
+        return np.eye(len(h))
     h /= scale  # so that no product over- or underflows
     h[np.diag_indices(len(h))] += damping
+    return h
+
+
+def feedback_factor(hessian: Float[np.ndarray, "C C"], damping: float = DAMPING) -> Float[np.ndarray, "C C"]:
+    """The upper triangular U with U^T U = (H + damping)^-1, float32; the identity for a Hessian of zeros."""
+    h = damped(hessian, damping)
     # H = A A^T with A upper triangular is the Cholesky factorization in reversed order; then U = A^-1
     upper = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
     return scipy.linalg.solve_triangular(upper, np.eye(len(h)), lower=False).astype(np.float32)
