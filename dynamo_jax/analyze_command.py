@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from dynamo_jax.analysis.dynamics import Agreement, Dynamics, Pair, Shift
+from dynamo_jax.analysis.dynamics import Agreement, Dynamics, Orders, Pair, Shift
 from dynamo_jax.calibrate import LayerSource, Progress
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.pipeline import QuantizeConfig, analyze, check_shapes, dynamics_of, known_windows
@@ -62,24 +62,24 @@ def plain(values: Any) -> Any:
 def dynamics_json(moved: Dynamics, window: int) -> dict[str, Any]:
     """Lists with a number for each layer: what the names mean is said in ``analysis.dynamics``.
 
-    between: of two datasets, all tokens. spans: of as many tokens within one dataset and between two. by_chance:
-    overlaps of unrelated orders. window: tokens of one.
+    between: of two datasets, all tokens. spans: routing of as many tokens within one dataset and between two. halves:
+    significance of half of each dataset's windows, likewise. by_chance: overlaps of unrelated orders. window: tokens
+    of one.
     """
     return {
         "busiest_share": {name: plain(share) for name, share in moved.busiest.items()},
         "between": {
-            joined(pair): {
-                **shift_json(shift),
-                "experts": agreement_json(moved.experts[pair]),
-                "blocks": agreement_json(moved.blocks[pair])
-                | {"correlation_within_experts": plain(moved.within_experts[pair])},
-            }
+            joined(pair): shift_json(shift) | orders_json(moved.significance[pair])
             for pair, shift in moved.routing.items()
         },
         "spans": {
             "tokens": moved.spans.windows * window,
             "within": {name: shift_json(s) for name, s in moved.spans.within.items()},
             "between": {joined(pair): shift_json(s) for pair, s in moved.spans.between.items()},
+        },
+        "halves": {
+            "within": {name: orders_json(o) for name, o in moved.halves.within.items()},
+            "between": {joined(pair): orders_json(o) for pair, o in moved.halves.between.items()},
         },
         "by_chance": {"experts": plain(moved.chance_experts), "blocks": plain(moved.chance_blocks)},
     }
@@ -91,6 +91,11 @@ def joined(pair: Pair) -> str:
 
 def shift_json(shift: Shift) -> dict[str, Any]:
     return {"divergence": plain(shift.divergence), "use": agreement_json(shift.use)}
+
+
+def orders_json(orders: Orders) -> dict[str, Any]:
+    blocks = agreement_json(orders.blocks) | {"correlation_within_experts": plain(orders.within_experts)}
+    return {"experts": agreement_json(orders.experts), "blocks": blocks}
 
 
 def agreement_json(agreement: Agreement) -> dict[str, Any]:
@@ -127,6 +132,12 @@ def _dynamics_lines(moved: dict[str, Any]) -> list[str]:
     lines.append(f"routing divergence of spans of {spans['tokens']} tokens, bits, layer by layer:")
     lines += [f"  within {name}: {_row(s['divergence'], '.3f')}" for name, s in spans["within"].items()]
     lines += [f"  between {pair}: {_row(s['divergence'], '.3f')}" for pair, s in spans["between"].items()]
+    lines.append("rank correlation of expert significance in halves of the datasets, layer by layer:")
+    lines += [
+        f"  {place} {name}: {_row(o['experts']['correlation'])}"
+        for place in ("within", "between")
+        for name, o in moved["halves"][place].items()
+    ]
     return lines
 
 

@@ -80,7 +80,8 @@ class LayerSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """One job. tokens: windows of all datasets, those of the first one first; dataset: of each window.
+    """One job. tokens: windows of all datasets, those of the first one first; dataset: of each window;
+    datasets: how many there are, one without windows counted.
 
     quantizer: gptq (``quant/nested_gptq.py``: error feedback along the calibration inputs) or rtn
     (``quant/planes.py``). emphasis: what errors at 2, 3 and 4 bits count for gptq; ``favour``, if there is one, gives
@@ -90,6 +91,7 @@ class Calibration:
     source: LayerSource
     tokens: Int[np.ndarray, "S T1"]
     dataset: Int[np.ndarray, " S"]
+    datasets: int
     group_size: int
     channel_block: int
     apart: bool
@@ -103,10 +105,6 @@ class Calibration:
     @property
     def drafts(self) -> bool:
         return self.favour is not None and self.quantizer == "gptq"
-
-    @property
-    def datasets(self) -> int:
-        return int(self.dataset.max()) + 1
 
 
 def calibrate(job: Calibration) -> None:

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from dynamo_jax import checkpoint
-from dynamo_jax.analysis.dynamics import Dynamics, dynamics
+from dynamo_jax.analysis.dynamics import Dynamics, Significance, dynamics
 from dynamo_jax.analysis.significance import (
     apart_significance,
     block_significance,
@@ -112,12 +112,14 @@ class QuantizeConfig:
 
 
 class Analysis(NamedTuple):
-    """One dataset's sums. windows: routing counts of each window (S, L, E); hidden_size: the model's."""
+    """One dataset's sums. windows: routing counts of each window (S, L, E); hidden_size: the model's; halves: the sums
+    of the first half of its windows and of the rest (which has no tokens if there is one window)."""
 
     stats: Statistics
     sensitivity: Float[np.ndarray, " L"]
     windows: Float[np.ndarray, "S L E"]
     hidden_size: int
+    halves: tuple[Analysis, ...] = ()
 
     def expert_significance(self) -> Float[np.ndarray, "L E W"]:
         return expert_significance(self.stats, self.sensitivity, self.hidden_size)
@@ -195,14 +197,16 @@ def analyze(
     work: Work,
     progress: Progress = no_progress,
 ) -> dict[str, Analysis]:
-    """Calibrate on all datasets at once; each one's sums."""
+    """Calibrate on all datasets at once; each one's sums, and those of its halves."""
     tokens = np.concatenate(list(windows.values()))
-    dataset = np.repeat(np.arange(len(windows)), [len(w) for w in windows.values()])
+    sizes = [size for w in windows.values() for size in ((len(w) + 1) // 2, len(w) // 2)]
+    half = np.repeat(np.arange(len(sizes)), sizes)
     favour = functools.partial(favoured, names=list(windows), config=config, model=source.config)
     job = Calibration(
         source=source,
         tokens=tokens,
-        dataset=dataset,
+        dataset=half,
+        datasets=len(sizes),
         group_size=config.group(source.config.hidden_size),
         channel_block=config.channel_block,
         apart=config.per_projection,
@@ -215,34 +219,50 @@ def analyze(
     )
     calibrate(job)
     records = statistics_of(work, source.config)
-    analyses = {}
-    for index, name in enumerate(windows):
+    halves = []
+    for index in range(len(sizes)):
         fields: dict[str, Any] = {f: np.stack([r[f][index] for r in records]) for f in Statistics._fields}
-        analyses[name] = Analysis(
-            Statistics(**fields),
-            np.array([r["sensitivity"][index] for r in records]),
-            np.stack([r["windows"][dataset == index] for r in records], axis=1),
-            source.config.hidden_size,
+        halves.append(
+            Analysis(
+                Statistics(**fields),
+                np.array([r["sensitivity"][index] for r in records]),
+                np.stack([r["windows"][half == index] for r in records], axis=1),
+                source.config.hidden_size,
+            )
         )
-    return analyses
+    return {name: _whole(halves[2 * i], halves[2 * i + 1]) for i, name in enumerate(windows)}
+
+
+def _whole(first: Analysis, second: Analysis) -> Analysis:
+    windows = np.concatenate([first.windows, second.windows])
+    sensitivity = first.sensitivity + second.sensitivity
+    return Analysis(merge(first.stats, second.stats), sensitivity, windows, first.hidden_size, (first, second))
 
 
 def dynamics_of(analyses: dict[str, Analysis]) -> Dynamics:
-    """How far routing and the significance at the least width move between the datasets."""
+    """How far routing and the significance at the least width move between the datasets and within them."""
+
+    def at_least_width(a: Analysis) -> Significance:
+        return Significance(a.expert_significance()[..., 0], a.block_significance()[..., 0])
+
     return dynamics(
         {n: a.windows for n, a in analyses.items()},
-        {n: a.expert_significance()[..., 0] for n, a in analyses.items()},
-        {n: a.block_significance()[..., 0] for n, a in analyses.items()},
+        {n: at_least_width(a) for n, a in analyses.items()},
+        {n: (at_least_width(a.halves[0]), at_least_width(a.halves[1])) for n, a in analyses.items()},
     )
 
 
 def favoured(
     draft: Draft, names: list[str], config: QuantizeConfig, model: ModelConfig
 ) -> Float[np.ndarray, "L E U 3"]:
-    """The emphasis of each expert: ``config.emphasis``, with ``config.favour`` at its width in a drafted plan."""
+    """The emphasis of each expert: ``config.emphasis``, with ``config.favour`` at its width in a drafted plan.
+
+    The draft holds the halves of each dataset, as ``analyze`` names them to the calibration.
+    """
+    whole = Draft(*(a[0::2] + a[1::2] for a in draft))
     losses = [
         errors * loss_per_error(np.full(len(errors), tokens), sensitivity, model.hidden_size)[:, None, None, None]
-        for errors, sensitivity, tokens in zip(draft.errors, draft.sensitivity, draft.tokens)
+        for errors, sensitivity, tokens in zip(*whole)
     ]
     plan = _allocated(dict(zip(names, losses)), config, model)
     widths = plan.widths[:, :, :: plan.blocks, None]

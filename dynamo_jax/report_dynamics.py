@@ -32,7 +32,7 @@ def dynamics_section(content: ReportContent) -> str:
         return nothing("One dataset only: nothing moves between datasets. " + words)
     sentences = [_distance_words(moved), _order_words(moved), words]
     lead = element("p", text(" ".join(s for s in sentences if s)))
-    return lead + _distances(moved) + _orders(moved) + _table(moved)
+    return lead + _distances(moved) + _orders(moved) + _halves(moved) + _table(moved)
 
 
 def _finite(arrays: Iterable[np.ndarray]) -> list[float]:
@@ -63,9 +63,9 @@ def _apart(between: list[float], within: list[float]) -> bool:
 
 def _order_words(moved: Dynamics) -> str:
     parts = []
-    experts = _finite(a.correlation for a in moved.experts.values())
-    overlap = _finite(a.overlap for a in moved.experts.values())
-    within = _finite(moved.within_experts.values())
+    experts = _finite(o.experts.correlation for o in moved.significance.values())
+    overlap = _finite(o.experts.overlap for o in moved.significance.values())
+    within = _finite(o.within_experts for o in moved.significance.values())
     if experts:
         parts.append(f"the ranks of experts by significance correlate at {_mean(np.array(experts))}")
     if overlap:
@@ -75,7 +75,11 @@ def _order_words(moved: Dynamics) -> str:
         )
     if within:
         parts.append(f"the ranks of the channel blocks of one expert correlate at {_mean(np.array(within))}")
-    return f"Between datasets, on the mean of layers and pairs, {listed(parts)}." if parts else ""
+    words = f"Between datasets, on the mean of layers and pairs, {listed(parts)}." if parts else ""
+    halves = _finite(o.experts.correlation for o in moved.halves.within.values())
+    if halves and words:
+        words += f" In the halves of one dataset the ranks of experts correlate at {_mean(np.array(halves))}."
+    return words
 
 
 def _distances(moved: Dynamics) -> str:
@@ -100,8 +104,9 @@ def _orders(moved: Dynamics) -> str:
     rows = []
     for i in range(layers):
         use = [_mark(s.use.correlation[i], USE, f"use, {_named(p)}") for p, s in moved.routing.items()]
-        experts = [_mark(a.correlation[i], EXPERTS, f"significance, {_named(p)}") for p, a in moved.experts.items()]
-        blocks = [_mark(v[i], BLOCKS, f"blocks of an expert, {_named(p)}") for p, v in moved.within_experts.items()]
+        own = moved.significance.items()
+        experts = [_mark(o.experts.correlation[i], EXPERTS, f"significance, {_named(p)}") for p, o in own]
+        blocks = [_mark(o.within_experts[i], BLOCKS, f"blocks of an expert, {_named(p)}") for p, o in own]
         rows.append((f"layer {i}", [*use, *experts, *blocks]))
     entries = (
         (USE, "use of experts"),
@@ -113,6 +118,28 @@ def _orders(moved: Dynamics) -> str:
         "Spearman's rank correlation between two datasets: 1 is the same order, 0 no relation. A mark is a pair of "
         "datasets. Significance: predicted loss when one expert, or one channel block, is rounded to 2 bits. Of "
         "blocks, the mean over the experts of the layer."
+    )
+    return figure(
+        caption, legend, element("div", charts.strip_chart(rows, [0.0, 1.0], "rank correlation"), class_="strip")
+    )
+
+
+def _halves(moved: Dynamics) -> str:
+    """Significance as the first picture shows routing."""
+    if not _finite(o.experts.correlation for o in moved.halves.within.values()):
+        return ""
+    rows = []
+    for i in range(len(next(iter(moved.busiest.values())))):
+        within = [_mark(o.experts.correlation[i], WITHIN, f"halves of {n}") for n, o in moved.halves.within.items()]
+        between = [
+            _mark(o.experts.correlation[i], BETWEEN, f"halves of {_named(p)}") for p, o in moved.halves.between.items()
+        ]
+        rows.append((f"layer {i}", within + between))
+    legend = element("p", charts.key(WITHIN, "halves of one dataset"), charts.key(BETWEEN, "halves of two datasets"))
+    caption = (
+        "Spearman's rank correlation of the significance of experts, measured on half of a dataset's windows. The "
+        "squares are how well half a dataset says what the other half needs; diamonds to the left of them are kinds of "
+        "text that need something else."
     )
     return figure(
         caption, legend, element("div", charts.strip_chart(rows, [0.0, 1.0], "rank correlation"), class_="strip")
@@ -135,7 +162,8 @@ def _table(moved: Dynamics) -> str:
     for pair, shift in moved.routing.items():
         most = max(_finite([shift.divergence]), default=math.nan)
         values = [_mean(shift.divergence, ".3f"), number(most, ".3f"), *_two(shift.use)]
-        values += [*_two(moved.experts[pair]), *_two(moved.blocks[pair]), _mean(moved.within_experts[pair])]
+        orders = moved.significance[pair]
+        values += [*_two(orders.experts), *_two(orders.blocks), _mean(orders.within_experts)]
         lines.append([_named(pair), *values])
     caption = (
         "All calibration tokens, means over layers (most: of a layer). Ranks: rank correlation of a layer's experts or "

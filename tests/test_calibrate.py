@@ -21,7 +21,7 @@ from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.layer_experts import padded_rows
 from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.models.huggingface import Source, load_checkpoint, load_tokenizer
-from dynamo_jax.pipeline import QuantizeConfig, analyze, layer_weights, quantize, quantize_folder
+from dynamo_jax.pipeline import QuantizeConfig, analyze, dynamics_of, layer_weights, quantize, quantize_folder
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.quant.planes import quantize as quantize_planes
 from dynamo_jax.work import FolderWork, MemoryWork
@@ -61,6 +61,20 @@ def test_the_sweeps_give_the_sums_of_the_plain_definitions(family_model, family,
             np.testing.assert_allclose(found, want, rtol=2e-3, atol=1e-5 * np.abs(want).max(initial=0), err_msg=field)
         np.testing.assert_allclose(got[name].sensitivity, sensitivity, rtol=1e-3)
         np.testing.assert_array_equal(got[name].windows, counts)
+        first, second = got[name].halves
+        assert (len(first.windows), len(second.windows)) == {"a": (2, 1), "b": (1, 1)}[name]
+        for half in (first, second):
+            np.testing.assert_array_equal(half.stats.counts, half.windows.sum(axis=0))
+
+
+def test_one_window_has_no_second_half(small_folder):
+    windows = {"one": np.arange(3, 36, dtype=np.int32)[None]}
+    found = analyze(Source(small_folder), windows, QuantizeConfig(quantizer="rtn", bits=3.5), MemoryWork())
+    first, second = found["one"].halves
+    assert len(first.windows) == 1 and len(second.windows) == 0
+    np.testing.assert_array_equal(found["one"].expert_significance(), first.expert_significance())
+    assert np.isnan(second.expert_significance()).all()
+    assert np.isnan(dynamics_of(found).halves.within["one"].experts.correlation).all()
 
 
 def test_a_folder_and_memory_give_the_same_model(small_folder, words, tmp_path):
@@ -114,12 +128,12 @@ def test_a_quantization_killed_three_times_ends_with_the_same_bits(small_folder,
     assert not work.exists()
 
 
-def test_a_full_disk_is_one_line_and_the_run_resumes_after_it(texts, tmp_path):
-    """Files may hold 3 MB at most, less than the embeddings; then they may hold anything."""
-    (tmp_path / "code.txt").write_text(texts["code"])
-    arguments = ["quantize", "--known", f"code={tmp_path / 'code.txt'}", "--windows", "1", "--window", "64"]
-    arguments += ["--out", str(tmp_path / "out")]
-    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))"
+def test_a_full_disk_is_one_line_and_the_run_resumes_after_it(small_folder, words, tmp_path):
+    """Files may hold 5 kB at most, less than the embeddings; then they may hold anything."""
+    (tmp_path / "words.txt").write_text(words(0))
+    arguments = ["quantize", "--model", str(small_folder), "--known", f"words={tmp_path / 'words.txt'}"]
+    arguments += ["--windows", "1", "--window", "32", "--bits", "3.5", "--out", str(tmp_path / "out")]
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))"
     program = f"import resource, sys; {limit}; sys.argv = ['dynamo-jax', *{arguments!r}]; import dynamo_jax.__main__"
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     failed = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
@@ -128,7 +142,7 @@ def test_a_full_disk_is_one_line_and_the_run_resumes_after_it(texts, tmp_path):
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / ".out.partial").glob("*.partial"))
     subprocess.run([sys.executable, "-m", "dynamo_jax", *arguments], env=environment, check=True, capture_output=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["code.txt", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "words.txt"]
 
 
 def test_an_unfinished_run_of_another_job_is_named_and_left(tmp_path):

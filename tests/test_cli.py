@@ -100,6 +100,8 @@ def test_analyze_reports_each_dataset_and_their_divergence(run, files, tmp_path)
         ranks = [scipy.stats.spearmanr(x, y).statistic for x, y in zip(values["code"], values["verse"])]
         np.testing.assert_allclose(found["correlation"], ranks, rtol=1e-6)
     assert len(pair["blocks"]["correlation_within_experts"]) == layers
+    halves = moved["halves"]["within"]
+    assert set(halves) == {"code", "verse"} and np.mean(halves["code"]["experts"]["correlation"]) > 0.5
     assert set(moved["spans"]["within"]) == {"code", "verse"} and moved["spans"]["tokens"] % 64 == 0
     assert moved["by_chance"]["experts"] == -(-experts // 10) / experts
     assert "NaN" not in out.read_text() and "blocks of one expert" in printed and blocks > 1

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 import scipy.spatial.distance
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from dynamo_jax.analysis.dynamics import (
     SPANS,
+    Significance,
     agreement,
     agreement_within_experts,
     busiest_share,
@@ -22,6 +24,8 @@ from dynamo_jax.analysis.dynamics import (
     cut,
     decile_overlap,
     dynamics,
+    half_orders,
+    orders,
     rank_correlation,
     routing_divergence,
     routing_shift,
@@ -43,7 +47,13 @@ def of(*names, **options):
     windows = {n: drawn(i, **options) for i, n in enumerate(names)}
     experts = {n: np.random.default_rng(i).random(w.shape[1:]) for i, (n, w) in enumerate(windows.items())}
     blocks = {n: np.random.default_rng(i).random((*e.shape, BLOCKS)) for i, (n, e) in enumerate(experts.items())}
-    return windows, experts, blocks
+    whole = {n: Significance(experts[n], blocks[n]) for n in names}
+    noise = np.random.default_rng(99).normal(0, 0.02, (len(names), 2, LAYERS, windows[names[0]].shape[2], BLOCKS))
+    halves = {
+        n: tuple(Significance(experts[n] + half[..., 0], blocks[n] + half) for half in own)
+        for n, own in zip(names, noise)
+    }
+    return windows, whole, halves
 
 
 # The measures
@@ -198,19 +208,31 @@ def test_no_window_is_an_error_that_names_the_dataset():
 
 
 def test_pairs_are_those_of_the_whole_counts():
-    windows, experts, blocks = of("a", "b", "c")
-    moved = dynamics(windows, experts, blocks)
+    windows, whole, halves = of("a", "b", "c")
+    moved = dynamics(windows, whole, halves)
     assert list(moved.routing) == [("a", "b"), ("a", "c"), ("b", "c")]
     want = routing_divergence(windows["a"].sum(axis=0), windows["c"].sum(axis=0))
     np.testing.assert_array_equal(moved.routing["a", "c"].divergence, want)
-    want = agreement(*(blocks[n].reshape(LAYERS, -1) for n in "bc"))
-    np.testing.assert_array_equal(moved.blocks["b", "c"].overlap, want.overlap)
+    want = agreement(*(whole[n].blocks.reshape(LAYERS, -1) for n in "bc"))
+    np.testing.assert_array_equal(moved.significance["b", "c"].blocks.overlap, want.overlap)
     assert moved.chance_experts == 2 / EXPERTS and moved.chance_blocks == 5 / (EXPERTS * BLOCKS)
+
+
+def test_halves_of_one_dataset_agree_more_than_those_of_two():
+    _, _, halves = of("a", "b", "c")
+    found = half_orders(halves)
+    assert list(found.within) == ["a", "b", "c"] and list(found.between) == [("a", "b"), ("a", "c"), ("b", "c")]
+    for within in found.within.values():
+        for between in found.between.values():
+            for values, others in zip(jax.tree.leaves(within), jax.tree.leaves(between)):
+                assert values.mean() > others.mean()
+    each = [orders(x, y).experts.correlation for x in halves["a"] for y in halves["b"]]
+    np.testing.assert_allclose(found.between["a", "b"].experts.correlation, np.mean(each, axis=0))
 
 
 def test_one_dataset_has_no_pairs():
     moved = dynamics(*of("a"))
-    assert not moved.routing and not moved.experts and not moved.spans.between
+    assert not moved.routing and not moved.significance and not moved.spans.between
     assert np.isfinite(moved.spans.within["a"].divergence).all()
 
 
@@ -223,16 +245,20 @@ def test_one_expert_cannot_be_ordered():
 
 
 def test_json_holds_null_where_a_number_is_missing():
-    windows, experts, blocks = of("a", "b", windows=1)
+    windows, whole, halves = of("a", "b", windows=1)
     windows["a"][:, 1] = 0  # a layer without tokens
-    experts["b"][0] = math.nan
-    told = dynamics_json(dynamics(windows, experts, blocks), 64)
+    whole["b"].experts[0] = math.nan
+    halves["a"][1].experts[:], halves["a"][1].blocks[:] = math.nan, math.nan  # of one window
+    told = dynamics_json(dynamics(windows, whole, halves), 64)
     assert json.loads(json.dumps(told, allow_nan=False)) == told
     pair = told["between"]["a | b"]
     assert [d is None for d in pair["divergence"]] == [False, True, False]
     assert pair["use"]["correlation"][1] is None and pair["experts"]["correlation"][0] is None
     assert told["busiest_share"]["a"][1] is None and told["spans"]["within"]["a"]["divergence"] == [None] * LAYERS
     assert told["spans"]["tokens"] == 64
+    alone, both = told["halves"]["within"]["a"], told["halves"]["between"]["a | b"]
+    assert alone["experts"]["correlation"] == alone["blocks"]["overlap"] == [None] * LAYERS
+    assert None not in both["experts"]["correlation"] + both["blocks"]["correlation_within_experts"]
 
 
 def test_plain_keeps_the_shape():

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_jax import charts
-from dynamo_jax.analysis.dynamics import Dynamics, dynamics
+from dynamo_jax.analysis.dynamics import Dynamics, Significance, dynamics
 from dynamo_jax.findings import (
     ReportContent,
     block_concentration,
@@ -62,10 +62,16 @@ def made_up_dynamics(names: tuple[str, ...], shape: tuple[int, int, int], one: f
     """Each dataset has favourite experts; ``one``: the significance of all experts and blocks, if it is to be one."""
     rng = np.random.default_rng(1)
     favourites = {n: rng.lognormal(0, 1, shape[:2]) for n in names}
+
+    def sample(name: str) -> Significance:
+        if one is not None:
+            return Significance(np.full(shape[:2], one), np.full(shape, one))
+        return Significance(favourites[name] * rng.lognormal(0, 0.1, shape[:2]), rng.lognormal(-7, 2, shape))
+
     return dynamics(
         {n: rng.poisson(100 * f, (8, *shape[:2])) for n, f in favourites.items()},
-        {n: f if one is None else np.full_like(f, one) for n, f in favourites.items()},
-        {n: rng.lognormal(-7, 2, shape) if one is None else np.full(shape, one) for n in names},
+        {n: sample(n) for n in names},
+        {n: (sample(n), sample(n)) for n in names},
     )
 
 
@@ -253,22 +259,25 @@ def test_the_section_on_movement_gives_the_numbers_of_the_pairs() -> None:
     moved = content.dynamics
     assert moved is not None
     words = checked(content).text()
-    (shift,), (experts,) = moved.routing.values(), moved.experts.values()
+    (shift,), (orders,) = moved.routing.values(), moved.significance.values()
     line = re.search(r"prose and code ([0-9.]+) ([0-9.]+) \S+ \S+ (\S+)", words)
     assert line and line.groups() == (
         f"{shift.divergence.mean():.3f}",
         f"{shift.divergence.max():.3f}",
-        charts.number(float(experts.correlation.mean()), "z.2f"),
+        charts.number(float(orders.experts.correlation.mean()), "z.2f"),
     )
     assert "In 3 of 3 layers every pair of datasets is further apart than any dataset is from itself" in words
     titles = re.findall(r"layer \d, within code: [0-9.]+ bits", render(content))
     assert len(titles) == 3
+    halves = np.mean([o.experts.correlation for o in moved.halves.within.values()])
+    assert f"In the halves of one dataset the ranks of experts correlate at {charts.number(halves, 'z.2f')}" in words
+    assert len(re.findall(r"layer \d, halves of code: ", render(content))) == 3
 
 
 def test_datasets_that_do_not_move_are_not_called_apart() -> None:
     counts = np.random.default_rng(0).poisson(100, (2, 8, 3, 5))
-    flat = {n: np.ones((3, 5)) for n in ("a", "b")}
-    moved = dynamics(dict(zip("ab", counts)), flat, {n: f[:, :, None] for n, f in flat.items()})
+    flat = Significance(np.ones((3, 5)), np.ones((3, 5, 1)))
+    moved = dynamics(dict(zip("ab", counts)), {"a": flat, "b": flat}, {"a": (flat, flat), "b": (flat, flat)})
     words = checked(dataclasses.replace(make(("a", "b")), dynamics=moved)).text()
     assert "In 3 of 3" not in words and "significance correlate" not in words
 

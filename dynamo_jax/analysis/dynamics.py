@@ -8,9 +8,8 @@ busiest expert's tokens over the mean expert's.
 Functions of arrays; no model is known here. What cannot be said is nan: a layer without tokens, the correlation
 with a constant, a dataset without a second span. One dataset has no pairs.
 
-Two samples of one text differ too, so datasets are compared with themselves: each is cut into spans of as many
-windows, and spans of one dataset are compared as spans of two are. Windows hold routing counts only: for the
-movement of significance within a text, give its halves two names and compare them as two datasets.
+Two samples of one text differ too, so datasets are compared with themselves: for routing each is cut into spans of as
+many windows, for significance into halves, and spans or halves of one dataset are compared as those of two are.
 
 Axes: L layers, E experts, N channel blocks of an expert, S windows, n items that are ordered.
 """
@@ -19,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -29,6 +28,7 @@ from scipy.stats import rankdata
 SPANS = 4  # of a dataset, at most
 
 Pair = tuple[str, str]
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -54,20 +54,38 @@ class Spans(NamedTuple):
     between: dict[Pair, Shift]
 
 
-class Dynamics(NamedTuple):
-    """Everything by layer. routing, experts, blocks, within_experts: of pairs of datasets, all tokens.
+class Significance(NamedTuple):
+    """Of one sample, at one width."""
 
-    experts, blocks: agreement on their significance; blocks are ordered over all experts of a layer.
-    within_experts: rank correlation of the blocks of one expert, mean over experts. chance_experts,
-    chance_blocks: the overlaps expected of orders that have nothing to do with each other.
-    """
+    experts: Float[np.ndarray, "L E"]
+    blocks: Float[np.ndarray, "L E N"]
+
+
+class Orders(NamedTuple):
+    """Agreement of two samples on what matters, by layer: the orders of experts, of all blocks of a layer, and (rank
+    correlation only, mean over experts) of the blocks of one expert."""
+
+    experts: Agreement
+    blocks: Agreement
+    within_experts: Float[np.ndarray, " L"]
+
+
+class Halves(NamedTuple):
+    """Agreement between the halves of one dataset's windows, and, mean over the four pairs of halves, of two."""
+
+    within: dict[str, Orders]
+    between: dict[Pair, Orders]
+
+
+class Dynamics(NamedTuple):
+    """Everything by layer. routing, significance: of pairs of datasets, all tokens. chance_experts, chance_blocks: the
+    overlaps expected of orders that have nothing to do with each other."""
 
     routing: dict[Pair, Shift]
-    experts: dict[Pair, Agreement]
-    blocks: dict[Pair, Agreement]
-    within_experts: dict[Pair, Float[np.ndarray, " L"]]
+    significance: dict[Pair, Orders]
     busiest: dict[str, Float[np.ndarray, " L"]]
     spans: Spans
+    halves: Halves
     chance_experts: float
     chance_blocks: float
 
@@ -165,7 +183,31 @@ def _finite_mean(values: np.ndarray, axis: int) -> np.ndarray:
     return _over(np.where(known, values, 0.0).sum(axis=axis), known.sum(axis=axis))
 
 
-def by_pair(of: dict[str, np.ndarray], compare: Callable[[np.ndarray, np.ndarray], T]) -> dict[Pair, T]:
+def orders(a: Significance, b: Significance) -> Orders:
+    """Of two samples."""
+    flat = (s.blocks.reshape(len(s.blocks), -1) for s in (a, b))
+    return Orders(agreement(a.experts, b.experts), agreement(*flat), agreement_within_experts(a.blocks, b.blocks))
+
+
+def mean_agreement(found: Sequence[Agreement]) -> Agreement:
+    """Layer by layer over what is finite."""
+    return Agreement(*_finite_mean(np.array(found), axis=0))
+
+
+def half_orders(halves: dict[str, tuple[Significance, Significance]]) -> Halves:
+    """Within and between datasets at half of each one's windows."""
+
+    def mean(pairs: Iterable[tuple[Significance, Significance]]) -> Orders:
+        experts, blocks, within = zip(*(orders(*pair) for pair in pairs))
+        return Orders(mean_agreement(experts), mean_agreement(blocks), _finite_mean(np.array(within), axis=0))
+
+    return Halves(
+        {n: orders(*pair) for n, pair in halves.items()},
+        {(a, b): mean(itertools.product(halves[a], halves[b])) for a, b in itertools.combinations(halves, 2)},
+    )
+
+
+def by_pair(of: dict[str, S], compare: Callable[[S, S], T]) -> dict[Pair, T]:
     """Every pair of datasets once, in their order."""
     return {(a, b): compare(of[a], of[b]) for a, b in itertools.combinations(of, 2)}
 
@@ -205,19 +247,17 @@ def span_shifts(windows: dict[str, Float[np.ndarray, "S L E"]]) -> Spans:
 
 def dynamics(
     windows: dict[str, Float[np.ndarray, "S L E"]],
-    experts: dict[str, Float[np.ndarray, "L E"]],
-    blocks: dict[str, Float[np.ndarray, "L E N"]],
+    significance: dict[str, Significance],
+    halves: dict[str, tuple[Significance, Significance]],
 ) -> Dynamics:
-    """Of datasets by name: routing counts of each window, significance of experts and of channel blocks."""
+    """Of datasets by name: routing counts of each window, significance of the whole and of both halves."""
     counts = {n: np.asarray(w).sum(axis=0) for n, w in windows.items()}
-    flat = {n: np.asarray(s).reshape(len(s), -1) for n, s in blocks.items()}
     return Dynamics(
         routing=by_pair(counts, routing_shift),
-        experts=by_pair(experts, agreement),
-        blocks=by_pair(flat, agreement),
-        within_experts=by_pair(blocks, agreement_within_experts),
+        significance=by_pair(significance, orders),
         busiest={n: busiest_share(c) for n, c in counts.items()},
         spans=span_shifts(windows),
+        halves=half_orders(halves),
         chance_experts=chance_overlap(max((c.shape[-1] for c in counts.values()), default=0)),
-        chance_blocks=chance_overlap(max((s.shape[-1] for s in flat.values()), default=0)),
+        chance_blocks=chance_overlap(max((s.blocks[0].size for s in significance.values()), default=0)),
     )

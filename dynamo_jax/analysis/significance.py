@@ -10,6 +10,8 @@ Axes: L layers, E experts, N channel blocks of C channels, F = N*C, D hidden, W 
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -52,9 +54,10 @@ def block_significance(
 def loss_per_error(
     tokens: Float[np.ndarray, " L"], sensitivity: Float[ArrayLike, " L"], hidden_size: int
 ) -> Float[np.ndarray, " L"]:
-    """Nats a token for each unit of squared output error, summed over ``tokens``, by layer."""
-    tokens = tokens.astype(np.float64)
-    return 0.5 * np.asarray(sensitivity, np.float64) / tokens / hidden_size / tokens
+    """Nats a token for each unit of squared output error, summed over ``tokens``, by layer; nan without tokens."""
+    tokens, sensitivity = tokens.astype(np.float64), np.asarray(sensitivity, np.float64)
+    nothing = np.full(tokens.shape, math.nan)
+    return np.divide(sensitivity, 2 * hidden_size * tokens**2, out=nothing, where=tokens > 0)
 
 
 def channel_significance(stats: Statistics, down: Float[ArrayLike, "L E F D"]) -> Float[np.ndarray, "L E F"]:
