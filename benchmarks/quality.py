@@ -29,9 +29,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,7 @@ UNIFORM_GRIDS = [
     for symmetric in (False, True)
     for clip in (False, True)
 ]
+PARTS = ("dynamo", "uniform", "one-set", "data-free")
 TEXT_BYTES = 600_000  # of each kind, for windows to draw from and to evaluate on
 
 
@@ -371,16 +374,58 @@ def show(found: dict[str, Any]) -> None:
         print(f"{name}: {ratio:.2f}")
 
 
+def run_part(
+    bench: Bench,
+    name: str,
+    weights: np.ndarray,
+    calibration: dict[str, np.ndarray],
+    budgets: list[float],
+    seed: int,
+    quick: bool,
+) -> None:
+    if name == "dynamo":
+        run_dynamo(bench, calibration, budgets, seed, more=not (quick or seed))
+    elif name == "uniform":
+        inputs = peers.observed(bench.config, bench.params, np.concatenate(list(calibration.values())))
+        run_uniform(bench, weights, peers.sums_of(bench.config, weights, inputs), budgets, seed, quick)
+    elif name == "one-set":
+        run_one_set(bench, weights, calibration, budgets, seed)
+    else:
+        run_data_free(bench, weights, budgets, seed)
+
+
+def part(bench: Bench, folder: Path | None, name: str, job: dict[str, Any], run: Callable[[], None]) -> None:
+    """Run one part of the work, or take its rows from a folder in which an earlier run of the same job kept them."""
+    path = folder / f"{name}.json" if folder else None
+    if path and path.exists():
+        kept = json.loads(path.read_text())
+        if kept["job"] != job:
+            raise SystemExit(f"{path}: of another job: {kept['job']}, expected {job}")
+        bench.rows += kept["rows"]
+        bench.excess += [np.asarray(e) for e in kept["windows"]]
+        bench.grids |= {(method, budget): GridSpec(**grid) for method, budget, grid in kept["grids"]}
+        print(f"{name}: kept in {folder}", flush=True)
+        return
+    start = len(bench.rows)
+    run()
+    if path:
+        grids = [(*key, dataclasses.asdict(spec)) for key, spec in bench.grids.items()]
+        windows = [e.tolist() for e in bench.excess[start:]]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"job": job, "rows": bench.rows[start:], "windows": windows, "grids": grids})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budget", type=float, action="append", help="bits a weight; 3.0 and 2.5 by default")
-    parser.add_argument("--only", action="append", choices=["dynamo", "uniform", "one-set", "data-free"])
+    parser.add_argument("--only", action="append", choices=PARTS)
     parser.add_argument("--quick", action="store_true", help="one seed, less text, fewer grids; ends in 10 minutes")
     parser.add_argument("--model", type=Path, default=BUNDLED, help="a checkpoint folder; the bundled model by default")
     parser.add_argument("--limit", type=int, help="evaluated windows of each kind at most; 4 or more")
     parser.add_argument("--calibration-windows", type=int, help="of each known kind")
+    parser.add_argument("--keep", type=Path, help="a folder for finished parts, from which a stopped run goes on")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     budgets = arguments.budget or [3.0, 2.5]
@@ -397,19 +442,16 @@ def main() -> None:
         data[name], spare[name] = windows[-count:], windows[:-count]
     bench = Bench(model, settings, data)
     weights = peers.expert_weights(model)
-    only = arguments.only or ["dynamo", "uniform", "one-set", "data-free"]
+    only = arguments.only or list(PARTS)
+    shapes = {name: list(windows.shape) for name, windows in data.items()}
+    job = {"model": str(arguments.model), "windows": shapes, "budgets": budgets, "quick": arguments.quick}
+    job |= {"calibration_windows": settings.calibration_windows}
     bench.add("bf16", 16.0, 16.0, 0, bench.measure(None))
     for seed in range(1 if arguments.quick else arguments.seeds):
         calibration = {name: sample(spare[name], settings.calibration_windows, seed) for name in KNOWN}
-        if "dynamo" in only:
-            run_dynamo(bench, calibration, budgets, seed, more=not (arguments.quick or seed))
-        if "uniform" in only:
-            inputs = peers.observed(bench.config, bench.params, np.concatenate(list(calibration.values())))
-            run_uniform(bench, weights, peers.sums_of(bench.config, weights, inputs), budgets, seed, arguments.quick)
-        if "one-set" in only:
-            run_one_set(bench, weights, calibration, budgets, seed)
-        if "data-free" in only:
-            run_data_free(bench, weights, budgets, seed)
+        for name in only:
+            run = functools.partial(run_part, bench, name, weights, calibration, budgets, seed, arguments.quick)
+            part(bench, arguments.keep, f"{name}-{seed}", job, run)
         print(f"seed {seed}: {time.time() - start:.0f} s", flush=True)
         found = summary(bench, budgets)
         if arguments.json:  # a run that is stopped leaves the seeds that it ended

@@ -33,7 +33,7 @@ EMPHASIS: Emphasis = (1.0, 2.0, 4.0)  # of a squared error at 2, 3 and 4 bits wh
 BASE_FRACTIONS = tuple(np.linspace(0.3, 0.75, 13).tolist())  # base scale over the group's largest weight
 SWEEPS = 3  # of coordinate descent
 BLOCK_COLUMNS = 128  # whose feedback waits until the block is done
-CHUNK_WEIGHTS = 2**22  # in the compiled loop at a time: about 0.2 GB of temporary arrays
+CHUNK_WEIGHTS = 2**22  # in the compiled loop at a time: about 0.3 GB of temporary arrays
 
 
 def quantize_nested(
