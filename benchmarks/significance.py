@@ -12,8 +12,8 @@ Estimators, from calibration windows: of experts
     frequency        tokens routed to it
     gate mass        sum of its gates
     error            squared output error at 2 bits, weighted by the squared gate, measured
-    error x layer    the same times the mean squared loss gradient at the layer's output (the default)
-    error x token    the same with each token's own squared gradient
+    error x layer    the same times the mean squared loss gradient at the layer's output
+    error x token    the same with each token's own squared gradient (the default)
     second order     half the squared product of gradient and error, token by token
     .., drawn        the last three with gradients of labels that the model draws itself (the Fisher information)
 and of channel blocks

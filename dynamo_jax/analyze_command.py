@@ -1,4 +1,5 @@
-"""What ``dynamo-jax analyze`` reports: routing and significance of several datasets, and how far they move between."""
+"""What ``dynamo-jax analyze`` reports: routing and significance of several datasets, and how far they move, between
+and within them."""
 
 from __future__ import annotations
 

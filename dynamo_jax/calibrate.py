@@ -57,7 +57,7 @@ ERRORS = ("errors", "apart_errors", "block_errors")  # of a layer's statistics, 
 
 class Draft(NamedTuple):
     """What is known before any layer is quantized: the squared output errors of rounding each expert, or each part
-    of it that has its own width, summed over each dataset, and each layer's sensitivity."""
+    of it that has its own width, and the importance of tokens in each layer, summed over each dataset."""
 
     errors: Float[np.ndarray, "A L E U W"]
     sensitivity: Float[np.ndarray, "A L"]
@@ -81,7 +81,7 @@ class LayerSource(Protocol):
 @dataclasses.dataclass(frozen=True)
 class Calibration:
     """One job. tokens: windows of all datasets, those of the first one first; dataset: of each window;
-    datasets: how many there are, one without windows counted.
+    datasets: how many there are, those without windows too. (A dataset here may be a part of one to the caller.)
 
     quantizer: gptq (``quant/nested_gptq.py``: error feedback along the calibration inputs) or rtn
     (``quant/planes.py``). emphasis: what errors at 2, 3 and 4 bits count for gptq; ``favour``, if there is one, gives
@@ -176,7 +176,7 @@ def statistics_of(work: Work, config: ModelConfig, fields: tuple[str, ...] = Sta
     for layer in config.moe_layers:
         bundle = work.get(stats_name(layer))
         wanted = {name: bundle[name] for name in (*fields, "windows")}
-        out.append(wanted | work.get(_sensitivity(layer)))
+        out.append(wanted | {"sensitivity": work.get(_sensitivity(layer))["sensitivity"]})
     return out
 
 
@@ -291,7 +291,7 @@ def _sweep_down(job: Calibration) -> None:
     for layer in range(min([layers, *reached]) - 1, lowest - 1, -1):
         d_out = work.get(_gradient(layer + 1))["d"]
         if layer in config.moe_layers:
-            work.put(_sensitivity(layer), {"sensitivity": _squared_by_dataset(job, d_out)})
+            work.put(_sensitivity(layer), _importance(job, d_out))
         if layer > lowest:
             work.put(_gradient(layer), {"d": _layer_down(job, layer, d_out)})
         work.drop(_gradient(layer + 1))
@@ -299,10 +299,12 @@ def _sweep_down(job: Calibration) -> None:
         job.progress(BACKWARD, layers - layer, layers - lowest)
 
 
-def _squared_by_dataset(job: Calibration, d_out: Float[np.ndarray, "S T D"]) -> Float[np.ndarray, " A"]:
-    scale = job.source.config.residual_multiplier
-    per_window = np.square(d_out * np.float32(scale), dtype=np.float32).sum(axis=(1, 2), dtype=np.float64)
-    return np.bincount(job.dataset, weights=per_window, minlength=job.datasets)
+def _importance(job: Calibration, d_out: Float[np.ndarray, "S T D"]) -> Bundle:
+    """importance (N,) of each token (``statistics.token_importance``), sensitivity (A,): its sums."""
+    scaled = d_out * np.float32(job.source.config.residual_multiplier)
+    importance = np.square(scaled).sum(axis=2).reshape(-1) / np.float32(2 * scaled.shape[2])
+    sensitivity = np.bincount(_owner(job), weights=importance, minlength=job.datasets)
+    return {"importance": importance, "sensitivity": sensitivity}
 
 
 def _layer_down(job: Calibration, layer: int, d_out: Float[np.ndarray, "S T D"]) -> Float[np.ndarray, "S T D"]:
@@ -342,7 +344,7 @@ def _quantize_layer(job: Calibration, layer: int, emphasis: Float[np.ndarray, "E
     config = job.source.config
     rest = job.source.layer(layer)
     outer = _outer_of(job, layer, rest, job.work.get(_hidden(layer))["x"])
-    owner = _owner(job)
+    owner, importance = _owner(job), job.work.get(_sensitivity(layer))["importance"]
     sums, quantized = [], []
     for together in expert_chunks(config):
         weights = [_finite_expert(job, layer, expert) for expert in together]
@@ -355,12 +357,12 @@ def _quantize_layer(job: Calibration, layer: int, emphasis: Float[np.ndarray, "E
         quantized.append(planes)
         for i, expert in enumerate(together):
             own = jax.tree.map(lambda a, i=i: a[i], planes)
-            measured = (rows[i].x, rows[i].gates, _member(job, owner, found[i][0], len(rows[i].x)))
-            h, y, total = run_expert(config, *measured, weights[i], biases[i])
-            widths = [
-                errors_at(config, job.channel_block, job.apart, width, *measured, h, y, weights[i], own, biases[i])
-                for width in WIDTHS
-            ]
+            token, (x, gates) = found[i][0], rows[i]
+            member = _member(job, owner, token, len(x))
+            h, y, total = run_expert(config, x, gates, member, weights[i], biases[i])
+            member[:, : len(token)] *= importance[token]
+            measured = (x, gates, member, h, y, weights[i], own, biases[i])
+            widths = [errors_at(config, job.channel_block, job.apart, width, *measured) for width in WIDTHS]
             errors = (np.stack(e, axis=-1) for e in zip(*widths))
             sums.append(jax.tree.map(np.asarray, total) | dict(zip(ERRORS, errors)))
             job.progress(QUANTIZE, layer + (expert + 1) / (config.num_experts + 1), config.num_hidden_layers)

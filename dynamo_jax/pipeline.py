@@ -25,7 +25,7 @@ from dynamo_jax.analysis.significance import (
     block_significance,
     channel_significance,
     expert_significance,
-    loss_per_error,
+    per_token,
     whole_over_blocks,
 )
 from dynamo_jax.analysis.statistics import Statistics, merge
@@ -45,6 +45,7 @@ from dynamo_jax.work import Bundle, FolderWork, MemoryWork, Work
 
 BITS = 3.0  # a weight, where no budget is given
 BUDGETS = ("bits", "budget_bytes", "fits_gib")  # fields of which one is given
+WORK_FORMAT = 2  # of unfinished work: raised when bundles change their meaning
 GIB = 2**30
 
 
@@ -112,23 +113,22 @@ class QuantizeConfig:
 
 
 class Analysis(NamedTuple):
-    """One dataset's sums. windows: routing counts of each window (S, L, E); hidden_size: the model's; halves: the sums
-    of the first half of its windows and of the rest (which has no tokens if there is one window)."""
+    """One dataset's sums. sensitivity: of its tokens' importance; windows: routing counts of each window (S, L, E);
+    halves: the sums of the first half of its windows and of the rest (no tokens if there is one window)."""
 
     stats: Statistics
     sensitivity: Float[np.ndarray, " L"]
     windows: Float[np.ndarray, "S L E"]
-    hidden_size: int
     halves: tuple[Analysis, ...] = ()
 
     def expert_significance(self) -> Float[np.ndarray, "L E W"]:
-        return expert_significance(self.stats, self.sensitivity, self.hidden_size)
+        return expert_significance(self.stats)
 
     def apart_significance(self) -> Float[np.ndarray, "L E U W"]:
-        return apart_significance(self.stats, self.sensitivity, self.hidden_size)
+        return apart_significance(self.stats)
 
     def block_significance(self) -> Float[np.ndarray, "L E N W"]:
-        return block_significance(self.stats, self.sensitivity, self.hidden_size)
+        return block_significance(self.stats)
 
     def channel_significance(self, down: Float[ArrayLike, "L E F D"]) -> Float[np.ndarray, "L E F"]:
         return channel_significance(self.stats, down)
@@ -227,7 +227,6 @@ def analyze(
                 Statistics(**fields),
                 np.array([r["sensitivity"][index] for r in records]),
                 np.stack([r["windows"][half == index] for r in records], axis=1),
-                source.config.hidden_size,
             )
         )
     return {name: _whole(halves[2 * i], halves[2 * i + 1]) for i, name in enumerate(windows)}
@@ -236,7 +235,7 @@ def analyze(
 def _whole(first: Analysis, second: Analysis) -> Analysis:
     windows = np.concatenate([first.windows, second.windows])
     sensitivity = first.sensitivity + second.sensitivity
-    return Analysis(merge(first.stats, second.stats), sensitivity, windows, first.hidden_size, (first, second))
+    return Analysis(merge(first.stats, second.stats), sensitivity, windows, (first, second))
 
 
 def dynamics_of(analyses: dict[str, Analysis]) -> Dynamics:
@@ -260,10 +259,7 @@ def favoured(
     The draft holds the halves of each dataset, as ``analyze`` names them to the calibration.
     """
     whole = Draft(*(a[0::2] + a[1::2] for a in draft))
-    losses = [
-        errors * loss_per_error(np.full(len(errors), tokens), sensitivity, model.hidden_size)[:, None, None, None]
-        for errors, sensitivity, tokens in zip(*whole)
-    ]
+    losses = [errors * (sensitivity / tokens**2)[:, None, None, None] for errors, sensitivity, tokens in zip(*whole)]
     plan = _allocated(dict(zip(names, losses)), config, model)
     widths = plan.widths[:, :, :: plan.blocks, None]
     return np.where(widths == np.array(WIDTHS[:3]), config.favour, 1.0) * np.array(config.emphasis)
@@ -299,23 +295,20 @@ def _allocated(losses: dict[str, Float[np.ndarray, "L E U W"]], config: Quantize
 def knowledge_of(
     analyses: dict[str, Analysis],
     config: QuantizeConfig,
-    hidden_size: int,
     calibrated: dict[str, tuple[str, int]],
 ) -> Knowledge:
     """Signatures, prior errors and corrections of the known datasets together."""
     runs = list(analyses.values())
     stats = functools.reduce(merge, (a.stats for a in runs))
-    sensitivity = np.sum([a.sensitivity for a in runs], axis=0)
     tokens = float(stats.tokens[0])
     blocks = np.asarray(stats.block_errors)
     correction = whole_over_blocks(np.asarray(stats.errors), blocks)
-    per_error = loss_per_error(np.asarray(stats.tokens), sensitivity, hidden_size) * tokens
-    block_errors = blocks * correction[:, :, None, :] / tokens * per_error[:, None, None, None]
+    block_errors = per_token(blocks * correction[:, :, None, :], stats)
     return Knowledge(
         names=tuple(analyses),
         counts=np.stack([np.asarray(a.stats.counts) for a in runs]),
         threshold=novelty_threshold({n: a.windows for n, a in analyses.items()}, config.adaptation_windows),
-        loss_per_error=per_error,
+        loss_per_error=np.sum([a.sensitivity for a in runs], axis=0) / tokens,
         block_errors=block_errors,
         correction=correction,
         calibrated=calibrated,
@@ -339,7 +332,7 @@ def _plan_and_knowledge(
     progress("allocate", 0, 1)
     plan = baseline_plan(analyses, config, source.config)
     calibrated = {name: (digest(known[name]), len(w)) for name, w in windows.items()}
-    knowledge = knowledge_of(analyses, config, source.config.hidden_size, calibrated)
+    knowledge = knowledge_of(analyses, config, calibrated)
     progress("allocate", 1, 1)
     return plan, knowledge, analyses
 
@@ -386,8 +379,9 @@ def quantize_folder(
     windows = known_windows(known, tokenizer, config)
     out = out.absolute()
     job = {
+        "format": WORK_FORMAT,
         "settings": dataclasses.asdict(config),
-        "texts": {name: digest(text) for name, text in known.items()},
+        "texts": [[name, digest(text)] for name, text in known.items()],  # in order: windows have that of the texts
         "model": source.fingerprint(),
     }
     with FolderWork(out.parent / f".{out.name}.partial", job) as work:

@@ -76,9 +76,14 @@ def _order_words(moved: Dynamics) -> str:
     if within:
         parts.append(f"the ranks of the channel blocks of one expert correlate at {_mean(np.array(within))}")
     words = f"Between datasets, on the mean of layers and pairs, {listed(parts)}." if parts else ""
-    halves = _finite(o.experts.correlation for o in moved.halves.within.values())
-    if halves and words:
-        words += f" In the halves of one dataset the ranks of experts correlate at {_mean(np.array(halves))}."
+    within, between = (
+        _finite(o.experts.correlation for o in side.values()) for side in (moved.halves.within, moved.halves.between)
+    )
+    if within and between:
+        words += (
+            f" On half of their windows, the ranks of experts correlate at {_mean(np.array(within))} within a dataset "
+            f"and at {_mean(np.array(between))} between two."
+        )
     return words
 
 

@@ -166,11 +166,11 @@ def tokenizer_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_folder(tokenizer_file, tmp_path_factory):
-    """A bfloat16 checkpoint folder with a tokenizer: OLMoE's kind, five layers of eight experts."""
+    """A bfloat16 checkpoint folder with a tokenizer: OLMoE's kind, six layers of eight experts."""
     import torch
 
     folder = tmp_path_factory.mktemp("small") / "hub"
-    changes = {"num_hidden_layers": 5, "num_experts": 8, "intermediate_size": 32}
+    changes = {"num_hidden_layers": 6, "num_experts": 8, "intermediate_size": 32}
     transformers_model("olmoe", **changes).to(torch.bfloat16).save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
     return folder

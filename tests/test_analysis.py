@@ -13,7 +13,7 @@ from dynamo_jax.analysis.significance import (
     expert_significance,
     whole_over_blocks,
 )
-from dynamo_jax.analysis.statistics import merge, observe, observe_experts, output_sensitivity
+from dynamo_jax.analysis.statistics import merge, observe, observe_experts, token_importance
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder
 from dynamo_jax.models.experts import ExpertWeights
@@ -103,10 +103,12 @@ def model():
     return Decoder(CONFIG, rngs=nnx.Rngs(1))
 
 
-def run(model, tokens, mask=None):
+def run(model, tokens, mask=None, importance=None):
     weights = [x.expert_weights() for x in model.layers]
+    candidates = [[noisy(w)] for w in weights]
     mask = jnp.ones(tokens.shape) if mask is None else mask
-    return jax.jit(lambda t, m: observe(model, t, m, weights, [[noisy(w)] for w in weights], BLOCK))(tokens, mask)
+    observed = jax.jit(lambda t, m, i: observe(model, t, m, weights, candidates, BLOCK, importance=i))
+    return observed(tokens, mask, importance)
 
 
 def test_two_batches_merged_are_one_batch(model):
@@ -125,10 +127,10 @@ def test_a_masked_sequence_counts_for_nothing(model):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_sensitivity_is_the_squared_gradient_by_the_experts_output(model):
-    """A finite difference along the gradient's own direction gives its length."""
+def test_importance_is_the_squared_gradient_by_the_experts_output(model):
+    """Against finite differences along each direction of each token."""
     tokens = jax.random.randint(jax.random.key(3), (1, 8), 0, 40)
-    got = output_sensitivity(model, tokens, jnp.ones((1, 7)))
+    got = token_importance(model, tokens, jnp.ones((1, 7)))
 
     def loss(shift):
         def experts(index, x, routing, weights, form):
@@ -143,7 +145,20 @@ def test_sensitivity_is_the_squared_gradient_by_the_experts_output(model):
     columns = basis.reshape(-1, 7, 32)
     shifted = jax.jit(jax.vmap(lambda d: loss(zero + d)))
     up, down = shifted(step * columns), shifted(-step * columns)
-    assert float(got[1]) == pytest.approx(float(np.sum(((up - down) / (2 * step)) ** 2)), rel=1e-2)
+    squared = (np.asarray(up - down).reshape(7, 32) / (2 * step)) ** 2
+    np.testing.assert_allclose(got[1, 0], squared.sum(axis=1) / 2 / 32, rtol=1e-2, atol=1e-3 * squared.sum())
+
+
+def test_errors_count_by_the_importance_of_their_tokens(model):
+    """One token alone: its errors are those of a run in which the others are masked."""
+    tokens = jax.random.randint(jax.random.key(0), (1, 6), 0, 40)
+    one = jnp.zeros((2, 1, 6)).at[0, 0, 4].set(3.0).at[1, 0, 4].set(5.0)
+    found, masked = run(model, tokens, importance=one)[0], run(model, tokens, one[0] / 3)[0]
+    for name in ("errors", "apart_errors", "block_errors"):
+        for layer, weight in enumerate((3.0, 5.0)):
+            want = weight * getattr(masked, name)[layer]
+            np.testing.assert_allclose(getattr(found, name)[layer], want, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(found.counts, run(model, tokens)[0].counts)
 
 
 def test_a_blocks_error_is_that_of_an_expert_whose_other_blocks_are_exact():
@@ -190,8 +205,8 @@ def test_repeating_the_data_leaves_significance_unchanged(model):
     twice = jnp.concatenate([tokens, tokens])
 
     def significance(t):
-        sensitivity = jax.jit(lambda t: output_sensitivity(model, t, jnp.ones((len(t), 10))))(t)
-        return expert_significance(run(model, t[:, :-1])[0], sensitivity, CONFIG.hidden_size)
+        importance = jax.jit(lambda t: token_importance(model, t, jnp.ones((len(t), 10))))(t)
+        return expert_significance(run(model, t[:, :-1], importance=importance)[0])
 
     np.testing.assert_allclose(significance(tokens), significance(twice), rtol=1e-3, atol=1e-9)
 

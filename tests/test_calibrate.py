@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynamo_jax.analysis.statistics import observe, output_sensitivity
+from dynamo_jax.analysis.statistics import observe, token_importance
+from dynamo_jax.calibrate import Draft
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.layer_experts import padded_rows
 from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.models.huggingface import Source, load_checkpoint, load_tokenizer
-from dynamo_jax.pipeline import QuantizeConfig, analyze, dynamics_of, layer_weights, quantize, quantize_folder
+from dynamo_jax.pipeline import QuantizeConfig, analyze, dynamics_of, favoured, layer_weights, quantize, quantize_folder
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.quant.planes import quantize as quantize_planes
 from dynamo_jax.work import FolderWork, MemoryWork
@@ -30,15 +31,16 @@ SMALL = QuantizeConfig(quantizer="rtn", bits=3.5, group_size=8, channel_block=8,
 
 
 def plain(model, windows, apart):
-    """Statistics and sensitivity by their definitions, on the whole model at once."""
+    """Statistics, sensitivity and routing by their definitions, on the whole model at once."""
     tokens, mask = jnp.asarray(windows), jnp.ones((len(windows), windows.shape[1] - 1))
     weights = [layer_weights(model, i) for i in range(model.config.num_moe_layers)]
     stored = [quantize_planes(np.stack(w, axis=1), SMALL.group_size) for w in weights]
     rounded = [[dequantize(s, w).astype(jnp.bfloat16).astype(jnp.float32) for w in WIDTHS] for s in stored]
     candidates = [[ExpertWeights(*w.swapaxes(0, 1)) for w in layer] for layer in rounded]
-    observed = jax.jit(lambda t: observe(model, t, mask, weights, candidates, SMALL.channel_block, apart))
-    stats, counts = observed(tokens[:, :-1])
-    return stats, jax.jit(lambda t: output_sensitivity(model, t, mask))(tokens), counts
+    importance = jax.jit(lambda t: token_importance(model, t, mask))(tokens)
+    observed = jax.jit(lambda t, i: observe(model, t, mask, weights, candidates, SMALL.channel_block, apart, i))
+    stats, counts = observed(tokens[:, :-1], importance)
+    return stats, importance.sum(axis=(1, 2)), counts
 
 
 @pytest.mark.parametrize(
@@ -53,18 +55,33 @@ def test_the_sweeps_give_the_sums_of_the_plain_definitions(family_model, family,
     settings = dataclasses.replace(SMALL, per_projection=apart)
     got = analyze(Source(tmp_path), windows, settings, MemoryWork())
     model = load_checkpoint(tmp_path)
-    for name, part in windows.items():
+    samples = [(got[name], part) for name, part in windows.items()]
+    samples += [(got["a"].halves[0], windows["a"][:2]), (got["b"].halves[1], windows["b"][1:])]
+    for found, part in samples:
         stats, sensitivity, counts = plain(model, part, apart)
         for field, want in stats._asdict().items():
-            want = np.asarray(want)
-            found = getattr(got[name].stats, field)
-            np.testing.assert_allclose(found, want, rtol=2e-3, atol=1e-5 * np.abs(want).max(initial=0), err_msg=field)
-        np.testing.assert_allclose(got[name].sensitivity, sensitivity, rtol=1e-3)
-        np.testing.assert_array_equal(got[name].windows, counts)
-        first, second = got[name].halves
-        assert (len(first.windows), len(second.windows)) == {"a": (2, 1), "b": (1, 1)}[name]
-        for half in (first, second):
-            np.testing.assert_array_equal(half.stats.counts, half.windows.sum(axis=0))
+            want, own = np.asarray(want), getattr(found.stats, field)
+            np.testing.assert_allclose(own, want, rtol=2e-3, atol=1e-5 * np.abs(want).max(initial=0), err_msg=field)
+        np.testing.assert_allclose(found.sensitivity, sensitivity, rtol=1e-3)
+        np.testing.assert_array_equal(found.windows, counts)
+
+
+def test_a_drafted_plan_is_that_of_whole_datasets(small_folder):
+    """However the sums of a dataset are spread over its halves."""
+    config = Source(small_folder).config
+    rng = np.random.default_rng(0)
+    widths = np.array([1.0, 0.25, 0.06, 0.001])
+    errors = rng.lognormal(0, 2, (2, config.num_moe_layers, config.num_experts, 2, 1)) * widths
+    sensitivity, tokens = rng.lognormal(0, 1, (2, config.num_moe_layers)), np.array([100.0, 300.0])
+
+    def emphasis(share):
+        parts = (np.stack([share * a, (1 - share) * a], axis=1) for a in (errors, sensitivity, tokens))
+        draft = Draft(*(p.reshape(4, *p.shape[2:]) for p in parts))
+        return favoured(draft, ["a", "b"], QuantizeConfig(bits=3.5, weights={"b": 7.0}), config)
+
+    whole = emphasis(1.0)
+    assert len(np.unique(whole)) > 3
+    np.testing.assert_array_equal(emphasis(0.3), whole)
 
 
 def test_one_window_has_no_second_half(small_folder):

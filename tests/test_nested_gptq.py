@@ -89,6 +89,41 @@ def test_blocks_and_batches_change_nothing(monkeypatch, sweeps):
             assert np.mean(np.abs(found - want[width]) > 1e-4) < 0.02, (expert, width)
 
 
+@pytest.mark.parametrize("input_axis", [1, 2])
+def test_slabs_of_rows_and_experts_change_nothing(monkeypatch, input_axis):
+    """Nor that each expert has an emphasis of its own. Few weights may differ, as above."""
+    emphasis = np.array([[1.0, 50.0, 1.0], [8.0, 1.0, 1.0]], np.float32)
+    whole = quantize_nested(W, H[input_axis], GROUP, input_axis, emphasis)
+    columns = W.shape[input_axis]
+    monkeypatch.setattr(nested_gptq, "CHUNK_WEIGHTS", 2 * GROUP * columns)  # 1 expert, at most 32 rows at a time
+    parts = quantize_nested(W, H[input_axis], GROUP, input_axis, emphasis)
+    for expert in range(EXPERTS):
+        alone = quantize_nested(
+            W[expert : expert + 1], H[input_axis][expert : expert + 1], GROUP, input_axis, emphasis[expert : expert + 1]
+        )
+        for width in (2, 3, 4):
+            want = np.asarray(dequantize(whole, width))[expert]
+            for found in (np.asarray(dequantize(parts, width))[expert], np.asarray(dequantize(alone, width))[0]):
+                assert np.mean(np.abs(found - want) > 1e-4) < 0.02, (expert, width)
+    np.testing.assert_array_equal(parts.scales, whole.scales)
+
+
+def test_no_other_fraction_of_a_group_has_a_smaller_weighted_error():
+    emphasis = np.array([[1.0, 2.0, 4.0], [9.0, 1.0, 1.0]])
+    found = np.asarray(nested_gptq._scales(jnp.asarray(W), jnp.asarray(emphasis, jnp.float32), GROUP), np.float64)
+    groups = W.reshape(EXPERTS, ROWS, -1, GROUP).astype(np.float64)
+
+    def error(scale):  # (X, R, G)
+        left = groups[..., None, None] - VALUES * scale[..., None, None, None]  # (X, R, G, g, 3, 16)
+        weighted = (left**2 * emphasis[:, None, None, None, :, None]).sum(axis=-2)
+        return weighted.min(axis=-1).sum(axis=-1)
+
+    largest = np.abs(groups).max(axis=-1)
+    for fraction in nested_gptq.BASE_FRACTIONS:
+        other = np.asarray(jnp.asarray(largest * fraction).astype(jnp.bfloat16), np.float64)
+        assert (error(found) <= error(other) * (1 + 1e-5)).all()
+
+
 def test_without_correlations_it_does_not_matter_which_axis_holds_the_inputs():
     found = [quantize_nested(W, np.zeros_like(H[axis]), GROUP, axis) for axis in (1, 2)]
     jax.tree.map(np.testing.assert_array_equal, *found)

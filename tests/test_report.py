@@ -269,8 +269,8 @@ def test_the_section_on_movement_gives_the_numbers_of_the_pairs() -> None:
     assert "In 3 of 3 layers every pair of datasets is further apart than any dataset is from itself" in words
     titles = re.findall(r"layer \d, within code: [0-9.]+ bits", render(content))
     assert len(titles) == 3
-    halves = np.mean([o.experts.correlation for o in moved.halves.within.values()])
-    assert f"In the halves of one dataset the ranks of experts correlate at {charts.number(halves, 'z.2f')}" in words
+    half = charts.number(np.mean([o.experts.correlation for o in moved.halves.within.values()]), "z.2f")
+    assert f"On half of their windows, the ranks of experts correlate at {half} within a dataset" in words
     assert len(re.findall(r"layer \d, halves of code: ", render(content))) == 3
 
 

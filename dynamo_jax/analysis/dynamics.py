@@ -6,7 +6,7 @@ the top ceil(n / 10) of n experts or channel blocks in common; by chance ceil(n 
 busiest expert's tokens over the mean expert's.
 
 Functions of arrays; no model is known here. What cannot be said is nan: a layer without tokens, the correlation
-with a constant, a dataset without a second span. One dataset has no pairs.
+with a constant, a dataset without a second span or half. One dataset has no pairs.
 
 Two samples of one text differ too, so datasets are compared with themselves: for routing each is cut into spans of as
 many windows, for significance into halves, and spans or halves of one dataset are compared as those of two are.
@@ -28,7 +28,7 @@ from scipy.stats import rankdata
 SPANS = 4  # of a dataset, at most
 
 Pair = tuple[str, str]
-S = TypeVar("S")
+A = TypeVar("A")
 T = TypeVar("T")
 
 
@@ -207,7 +207,7 @@ def half_orders(halves: dict[str, tuple[Significance, Significance]]) -> Halves:
     )
 
 
-def by_pair(of: dict[str, S], compare: Callable[[S, S], T]) -> dict[Pair, T]:
+def by_pair(of: dict[str, A], compare: Callable[[A, A], T]) -> dict[Pair, T]:
     """Every pair of datasets once, in their order."""
     return {(a, b): compare(of[a], of[b]) for a, b in itertools.combinations(of, 2)}
 

@@ -2,8 +2,9 @@
 
 To second order, and with independent errors, adding an error d to a layer's expert output costs
 1/2 E[(g . d)^2] nats a token, g being the loss gradient there; for d without a preferred direction
-that is 1/2 E|g|^2 E|d|^2 / D (the empirical Fisher of OBS/SqueezeLLM, arXiv 2306.07629, one number
-a layer). |d|^2 is measured, for experts and for channel blocks.
+that is E[|g|^2 |d|^2] / 2 D (the empirical Fisher of OBS/SqueezeLLM, arXiv 2306.07629, one number
+a token and layer). |d|^2 is measured, for experts and for channel blocks; the statistics hold the sums of
+|g|^2 |d|^2 / 2 D (``statistics.token_importance``).
 
 Axes: L layers, E experts, N channel blocks of C channels, F = N*C, D hidden, W widths.
 """
@@ -20,44 +21,31 @@ from jaxtyping import Float
 from dynamo_jax.analysis.statistics import Statistics
 
 
-def expert_significance(
-    stats: Statistics, sensitivity: Float[ArrayLike, " L"], hidden_size: int
-) -> Float[np.ndarray, "L E W"]:
-    """Predicted loss, nats a token, when one expert alone is quantized to each width.
-
-    ``sensitivity``: the sum of ``output_sensitivity`` over the same tokens.
-    """
-    return np.asarray(stats.errors) * loss_per_error(np.asarray(stats.tokens), sensitivity, hidden_size)[:, None, None]
+def expert_significance(stats: Statistics) -> Float[np.ndarray, "L E W"]:
+    """Predicted loss, nats a token, when one expert alone is quantized to each width; nan without tokens."""
+    return per_token(stats.errors, stats)
 
 
-def apart_significance(
-    stats: Statistics, sensitivity: Float[ArrayLike, " L"], hidden_size: int
-) -> Float[np.ndarray, "L E U W"]:
+def apart_significance(stats: Statistics) -> Float[np.ndarray, "L E U W"]:
     """As ``expert_significance``, when only an expert's gate and up are quantized, and when only its down is."""
-    per_error = loss_per_error(np.asarray(stats.tokens), sensitivity, hidden_size)
-    return np.asarray(stats.apart_errors) * per_error[:, None, None, None]
+    return per_token(stats.apart_errors, stats)
 
 
-def block_significance(
-    stats: Statistics, sensitivity: Float[ArrayLike, " L"], hidden_size: int
-) -> Float[np.ndarray, "L E N W"]:
+def block_significance(stats: Statistics) -> Float[np.ndarray, "L E N W"]:
     """The same when one channel block alone is quantized to each width; where its gate and up were measured apart
     from its down, the sum of the two."""
-    per_error = loss_per_error(np.asarray(stats.tokens), sensitivity, hidden_size)
     blocks = np.asarray(stats.block_errors)
     if np.shape(stats.apart_errors)[2]:
         layers, experts, both, widths = blocks.shape
         blocks = blocks.reshape(layers, experts, 2, both // 2, widths).sum(axis=2)
-    return blocks * per_error[:, None, None, None]
+    return per_token(blocks, stats)
 
 
-def loss_per_error(
-    tokens: Float[np.ndarray, " L"], sensitivity: Float[ArrayLike, " L"], hidden_size: int
-) -> Float[np.ndarray, " L"]:
-    """Nats a token for each unit of squared output error, summed over ``tokens``, by layer; nan without tokens."""
-    tokens, sensitivity = tokens.astype(np.float64), np.asarray(sensitivity, np.float64)
-    nothing = np.full(tokens.shape, math.nan)
-    return np.divide(sensitivity, 2 * hidden_size * tokens**2, out=nothing, where=tokens > 0)
+def per_token(sums: Float[ArrayLike, "L ..."], stats: Statistics) -> Float[np.ndarray, "L ..."]:
+    """Means over the tokens of each layer, float64; nan without tokens."""
+    sums = np.asarray(sums, np.float64)
+    tokens = np.asarray(stats.tokens, np.float64).reshape(-1, *[1] * (sums.ndim - 1))
+    return np.divide(sums, tokens, out=np.full(sums.shape, math.nan), where=tokens > 0)
 
 
 def channel_significance(stats: Statistics, down: Float[ArrayLike, "L E F D"]) -> Float[np.ndarray, "L E F"]:

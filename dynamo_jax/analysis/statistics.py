@@ -2,7 +2,8 @@
 
 Every field is a sum in float32, so merging two batches is addition, and a mask of zeros leaves a
 padded token out. g is the gate of a routed token, x the expert's input, h its hidden channels,
-y its output: see docs/design.md for why each sum is kept.
+y its output, w what an error at the token counts for (``token_importance``, or 1): see docs/design.md for why each
+sum is kept.
 
 Axes: L layers, E experts, F channels, B channel blocks of an expert, D hidden, W widths (2, 3, 4, 8), N tokens,
 R = N*k rows, C channels of a block, U = 2 where gate with up and down are measured apart, else 0, M = B or U*B.
@@ -42,7 +43,7 @@ class Statistics(NamedTuple):
     gate_sq: Float[Array, "L E"]  # sum of g^2
     hidden_energy: Float[Array, "L E F"]  # sum of g^2 h_f^2
     output_energy: Float[Array, "L E"]  # sum of g^2 |y|^2
-    errors: Float[Array, "L E W"]  # sum of g^2 |y - y at width|^2; W is 0 where nothing was measured
+    errors: Float[Array, "L E W"]  # sum of w g^2 |y - y at width|^2; W is 0 where nothing was measured
     apart_errors: Float[Array, "L E U W"]  # the same when only gate and up, and when only down is at the width
     block_errors: Float[Array, "L E M W"]  # when only one block of channels is, or one block's gate and up, then down
 
@@ -56,9 +57,11 @@ def observe_experts(
     channel_block: int,
     form: ExpertForm = ExpertForm(silu_gated),  # noqa: B008 (immutable)
     apart: bool = False,
+    importance: Float[Array, " N"] | None = None,
 ) -> tuple[Float[Array, "N D"], Statistics]:
     """One layer's outputs and sums; ``candidates`` are the same experts at each width to be measured, whole and
-    ``channel_block`` channels at a time; ``apart``: gate with up and down one without the other."""
+    ``channel_block`` channels at a time; ``apart``: gate with up and down one without the other; ``importance``: of
+    an error at each token, 1 by default."""
     num_experts = weights.gate.shape[0]
     order = sort_by_expert(routing.experts, num_experts)
     rows = gather_rows(x, order)
@@ -66,6 +69,7 @@ def observe_experts(
     gates = jnp.zeros(rows.shape[0]).at[order.position.reshape(-1)].set(routing.gates.reshape(-1))
     row_mask = mask[order.token]
     g2 = (gates**2 * row_mask)[:, None]
+    weight = g2[:, 0] if importance is None else g2[:, 0] * importance[order.token]
 
     def total(values: Float[Array, "R ..."]) -> Float[Array, "E ..."]:
         return jax.ops.segment_sum(values, expert, num_experts, indices_are_sorted=True)
@@ -85,7 +89,7 @@ def observe_experts(
 
     def squared(hidden: Float[Array, "R C"], down: Float[Array, "E C D"]) -> Float[Array, " E"]:
         error = grouped_matmul(hidden, down.astype(rows.dtype), order.group_sizes)
-        return total(g2[:, 0] * jnp.sum(error**2, axis=1))
+        return total(weight * jnp.sum(error**2, axis=1))
 
     def by_blocks(hidden: Float[Array, "B R C"], down: Float[Array, "B E C D"]) -> Float[Array, "B E"]:
         return jax.lax.map(lambda part: squared(*part), (hidden, down))
@@ -93,7 +97,7 @@ def observe_experts(
     def measured(w: ExpertWeights) -> tuple[Array, Array, Array]:
         """The squared error of whole experts (E,), of what is apart in them (E, U), and of single blocks (E, M)."""
         h_at, y_at = run(w)
-        whole = total(g2[:, 0] * jnp.sum((y_at - y) ** 2, axis=1))
+        whole = total(weight * jnp.sum((y_at - y) ** 2, axis=1))
         if apart:
             pairs = ((h_at - h, weights.down), (h, w.down - weights.down))
             each = jnp.stack([squared(*pair) for pair in pairs], axis=1)
@@ -129,15 +133,19 @@ def observe(
     candidates: list[list[ExpertWeights]],
     channel_block: int,
     apart: bool = False,
+    importance: Float[Array, "L B T"] | None = None,
 ) -> tuple[Statistics, Float[Array, "B L E"]]:
     """Sums of one batch over all layers, and each sequence's routed tokens.
 
-    weights, candidates: one entry a layer (candidates may be []). mask: 1 for a token that counts.
+    weights, candidates: one entry a layer (candidates may be []). mask: 1 for a token that counts. importance: of
+    an error at each token, ``token_importance``; 1 by default.
     """
 
     def experts(layer: int, x: Array, routing: Routing, _: ExpertWeights | None, form: ExpertForm) -> tuple[Array, Any]:
         measured = candidates[layer] if candidates else []
-        out, sums = observe_experts(x, routing, weights[layer], measured, mask.reshape(-1), channel_block, form, apart)
+        own = None if importance is None else importance[layer].reshape(-1)
+        common = (mask.reshape(-1), channel_block, form, apart, own)
+        out, sums = observe_experts(x, routing, weights[layer], measured, *common)
         return out, (sums, routing)
 
     _, layers = model.hidden_states(tokens, experts=experts)
@@ -146,9 +154,10 @@ def observe(
     return jax.tree.map(lambda *parts: jnp.stack(parts), *sums), counts
 
 
-def output_sensitivity(model: Decoder, tokens: Int[Array, "B T1"], mask: Float[Array, "B T"]) -> Float[Array, " L"]:
-    """Sum over tokens of |d loss / d (expert output of layer l)|^2, the loss being each sequence's summed
-    next-token negative log-likelihood. One backward pass."""
+def token_importance(model: Decoder, tokens: Int[Array, "B T1"], mask: Float[Array, "B T"]) -> Float[Array, "L B T"]:
+    """|d loss / d y|^2 / 2 D of each token, y being the sum of its experts' outputs in a layer and the loss each
+    sequence's summed next-token negative log-likelihood: nats for each unit of squared error there. One backward
+    pass."""
     config = model.config
 
     def loss(shifts: list[Array]) -> Array:
@@ -163,8 +172,8 @@ def output_sensitivity(model: Decoder, tokens: Int[Array, "B T1"], mask: Float[A
 
     zero = jnp.zeros((mask.size, config.hidden_size))
     gradients = jax.grad(loss)([zero] * config.num_moe_layers)
-    return jnp.stack([jnp.sum(g**2) for g in gradients])
+    return jnp.stack([jnp.sum(g**2, axis=1).reshape(mask.shape) for g in gradients]) / (2 * config.hidden_size)
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
-    return jax.tree.map(jnp.add, a, b)
+    return jax.tree.map(lambda x, y: x + y, a, b)

@@ -5,10 +5,10 @@ the rounding did to the outputs, as the inputs' correlations predict it, to the 
 each of the widths 2, 3 and 4 keeps a feedback of its own, so three versions of the remaining columns are carried,
 and the codes of a weight, which the widths share, are the ones with the least weighted sum of the widths'
 squared errors (``EMPHASIS``). Sweeps of coordinate descent follow (as in QuantEase, arXiv 2309.01885, for one width):
-each column's codes are chosen again, with all other columns as they are, which never makes the sum larger. The last
-plane, 8 bits, rounds what is left without feedback. Refining the finished 2-bit result by GPTQ on its residual
-instead does worse at 3 and 4 bits, since feedback drives the 2-bit weights away from the ones that they stand for
-(docs/log.md).
+each column's codes are chosen again, with all other columns as they are, which never makes the weighted sum of the
+widths' output errors larger, as the damped Hessian predicts them. The last plane, 8 bits, rounds what is left without
+feedback. Refining the finished 2-bit result by GPTQ on its residual instead does worse at 3 and 4 bits, since feedback
+drives the 2-bit weights away from the ones that they stand for (docs/log.md).
 
 Base scales are searched beforehand, for the weights as they are.
 
@@ -33,6 +33,7 @@ EMPHASIS: Emphasis = (1.0, 2.0, 4.0)  # of a squared error at 2, 3 and 4 bits wh
 BASE_FRACTIONS = tuple(np.linspace(0.3, 0.75, 13).tolist())  # base scale over the group's largest weight
 SWEEPS = 3  # of coordinate descent
 BLOCK_COLUMNS = 128  # whose feedback waits until the block is done
+EXACT = jax.lax.Precision.HIGHEST  # the slopes are kept up to date through all sweeps
 CHUNK_WEIGHTS = 2**22  # in the compiled loop at a time: about 0.3 GB of temporary arrays
 
 
@@ -181,7 +182,7 @@ def _run_one(w, scales, order, factor, hessian, emphasis, *, sweeps, block):
     targets = jnp.broadcast_to(w, (3, *w.shape))
     codes = visit(feed, targets, jnp.triu(factor, 1), jnp.diag(factor), jnp.zeros(w.shape, jnp.uint8))[1]
     wide = jnp.repeat(scales.T, len(w) // scales.shape[1], axis=0)
-    slopes = (w - values[:, codes] * wide) @ hessian
+    slopes = jnp.matmul(w - values[:, codes] * wide, hessian, precision=EXACT)
 
     def sweep(_, state):
         return visit(descend, state[0], hessian, jnp.diag(hessian), state[1])
@@ -220,7 +221,7 @@ def _visit(
         begin = (local, jnp.zeros_like(local), cut(codes, axis=1))
         _, changes, own_codes = jax.lax.fori_loop(0, block, column_step, begin)
         put = jax.lax.dynamic_update_slice_in_dim
-        return state + changes @ of_block, put(codes, own_codes, b * block, axis=1)
+        return state + jnp.matmul(changes, of_block, precision=EXACT), put(codes, own_codes, b * block, axis=1)
 
     return jax.lax.fori_loop(0, columns // block, block_step, (state, codes))
 
