@@ -360,8 +360,9 @@ def _quantize_layer(job: Calibration, layer: int, emphasis: Float[np.ndarray, "E
             token, (x, gates) = found[i][0], rows[i]
             member = _member(job, owner, token, len(x))
             h, y, total = run_expert(config, x, gates, member, weights[i], biases[i])
-            member[:, : len(token)] *= importance[token]
-            measured = (x, gates, member, h, y, weights[i], own, biases[i])
+            weighted = np.zeros_like(member)  # jax may still be reading member
+            weighted[:, : len(token)] = member[:, : len(token)] * importance[token]
+            measured = (x, gates, weighted, h, y, weights[i], own, biases[i])
             widths = [errors_at(config, job.channel_block, job.apart, width, *measured) for width in WIDTHS]
             errors = (np.stack(e, axis=-1) for e in zip(*widths))
             sums.append(jax.tree.map(np.asarray, total) | dict(zip(ERRORS, errors)))
