@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from dynamo_jax.analysis.statistics import Statistics
@@ -260,9 +261,12 @@ def _owner(job: Calibration) -> Int[np.ndarray, " N"]:
     return np.repeat(job.dataset, job.tokens.shape[1] - 1)
 
 
-def _member(job: Calibration, owner: np.ndarray, token: np.ndarray, size: int) -> Float[np.ndarray, "A R"]:
+def _member(
+    job: Calibration, owner: np.ndarray, token: np.ndarray, size: int, weight: ArrayLike = 1.0
+) -> Float[np.ndarray, "A R"]:
+    """The weight of each row in its dataset. A new array each time: jax may still be reading an earlier one."""
     member = np.zeros((job.datasets, size), np.float32)
-    member[owner[token], np.arange(len(token))] = 1
+    member[owner[token], np.arange(len(token))] = weight
     return member
 
 
@@ -360,8 +364,7 @@ def _quantize_layer(job: Calibration, layer: int, emphasis: Float[np.ndarray, "E
             token, (x, gates) = found[i][0], rows[i]
             member = _member(job, owner, token, len(x))
             h, y, total = run_expert(config, x, gates, member, weights[i], biases[i])
-            weighted = np.zeros_like(member)  # jax may still be reading member
-            weighted[:, : len(token)] = member[:, : len(token)] * importance[token]
+            weighted = _member(job, owner, token, len(x), importance[token])
             measured = (x, gates, weighted, h, y, weights[i], own, biases[i])
             widths = [errors_at(config, job.channel_block, job.apart, width, *measured) for width in WIDTHS]
             errors = (np.stack(e, axis=-1) for e in zip(*widths))

@@ -88,70 +88,68 @@ def _order_words(moved: Dynamics) -> str:
 
 
 def _distances(moved: Dynamics) -> str:
-    layers = len(next(iter(moved.busiest.values())))
-    rows = []
-    for i in range(layers):
-        within = [_mark(s.divergence[i], WITHIN, f"within {n}", " bits") for n, s in moved.spans.within.items()]
-        between = [_mark(s.divergence[i], BETWEEN, _named(p), " bits") for p, s in moved.spans.between.items()]
-        rows.append((f"layer {i}", within + between))
-    legend = element("p", charts.key(WITHIN, "spans of one dataset"), charts.key(BETWEEN, "spans of two datasets"))
+    within = [(WITHIN, f"within {n}", s.divergence) for n, s in moved.spans.within.items()]
+    between = [(BETWEEN, _named(p), s.divergence) for p, s in moved.spans.between.items()]
     caption = (
         "Routing divergence (Jensen-Shannon) of a layer's experts, bits: 0 is the same routing, 1 no expert in common. "
         f"A mark is a dataset or a pair of datasets, the mean over its spans of {moved.spans.windows} windows. The "
         "squares are what as many tokens of one text show; diamonds to the right of them are more than chance and "
         "drift within a text."
     )
-    return figure(caption, legend, element("div", charts.strip_chart(rows, [0.0], "bits"), class_="strip"))
+    keys = ((WITHIN, "spans of one dataset"), (BETWEEN, "spans of two datasets"))
+    return _lanes(caption, keys, within + between, [0.0], "bits", " bits")
 
 
 def _orders(moved: Dynamics) -> str:
-    layers = len(next(iter(moved.busiest.values())))
-    rows = []
-    for i in range(layers):
-        use = [_mark(s.use.correlation[i], USE, f"use, {_named(p)}") for p, s in moved.routing.items()]
-        own = moved.significance.items()
-        experts = [_mark(o.experts.correlation[i], EXPERTS, f"significance, {_named(p)}") for p, o in own]
-        blocks = [_mark(o.within_experts[i], BLOCKS, f"blocks of an expert, {_named(p)}") for p, o in own]
-        rows.append((f"layer {i}", [*use, *experts, *blocks]))
-    entries = (
-        (USE, "use of experts"),
-        (EXPERTS, "significance of experts"),
-        (BLOCKS, "significance of channel blocks within an expert"),
-    )
-    legend = element("p", *(charts.key(series, words) for series, words in entries))
+    own = moved.significance.items()
+    use = [(USE, f"use, {_named(p)}", s.use.correlation) for p, s in moved.routing.items()]
+    experts = [(EXPERTS, f"significance, {_named(p)}", o.experts.correlation) for p, o in own]
+    blocks = [(BLOCKS, f"blocks of an expert, {_named(p)}", o.within_experts) for p, o in own]
     caption = (
         "Spearman's rank correlation between two datasets: 1 is the same order, 0 no relation. A mark is a pair of "
         "datasets. Significance: predicted loss when one expert, or one channel block, is rounded to 2 bits. Of "
         "blocks, the mean over the experts of the layer."
     )
-    return figure(
-        caption, legend, element("div", charts.strip_chart(rows, [0.0, 1.0], "rank correlation"), class_="strip")
+    keys = (
+        (USE, "use of experts"),
+        (EXPERTS, "significance of experts"),
+        (BLOCKS, "significance of channel blocks within an expert"),
     )
+    return _lanes(caption, keys, use + experts + blocks, [0.0, 1.0], "rank correlation")
 
 
 def _halves(moved: Dynamics) -> str:
     """Significance as the first picture shows routing."""
     if not _finite(o.experts.correlation for o in moved.halves.within.values()):
         return ""
-    rows = []
-    for i in range(len(next(iter(moved.busiest.values())))):
-        within = [_mark(o.experts.correlation[i], WITHIN, f"halves of {n}") for n, o in moved.halves.within.items()]
-        between = [
-            _mark(o.experts.correlation[i], BETWEEN, f"halves of {_named(p)}") for p, o in moved.halves.between.items()
-        ]
-        rows.append((f"layer {i}", within + between))
-    legend = element("p", charts.key(WITHIN, "halves of one dataset"), charts.key(BETWEEN, "halves of two datasets"))
+    within = [(WITHIN, f"halves of {n}", o.experts.correlation) for n, o in moved.halves.within.items()]
+    between = [(BETWEEN, f"halves of {_named(p)}", o.experts.correlation) for p, o in moved.halves.between.items()]
     caption = (
         "Spearman's rank correlation of the significance of experts, measured on half of a dataset's windows. The "
         "squares are how well half a dataset says what the other half needs; diamonds to the left of them are kinds of "
         "text that need something else."
     )
-    return figure(
-        caption, legend, element("div", charts.strip_chart(rows, [0.0, 1.0], "rank correlation"), class_="strip")
-    )
+    keys = ((WITHIN, "halves of one dataset"), (BETWEEN, "halves of two datasets"))
+    return _lanes(caption, keys, within + between, [0.0, 1.0], "rank correlation")
 
 
-def _mark(value: float, series: str, words: str, unit: str = "") -> Mark:
+def _lanes(
+    caption: str,
+    keys: Iterable[tuple[str, str]],
+    series: list[tuple[str, str, np.ndarray]],
+    ticks: list[float],
+    label: str,
+    unit: str = "",
+) -> str:
+    """A picture with a lane for each layer. keys: looks and what they stand for; series: look, words and the values
+    by layer (L,) of each mark."""
+    layers = len(series[0][2])
+    rows = [(f"layer {i}", [_mark(v[i], look, words, unit) for look, words, v in series]) for i in range(layers)]
+    legend = element("p", *(charts.key(look, words) for look, words in keys))
+    return figure(caption, legend, element("div", charts.strip_chart(rows, ticks, label), class_="strip"))
+
+
+def _mark(value: float, series: str, words: str, unit: str) -> Mark:
     return Mark(float(value), None, series, "", f"{words}: {number(float(value), '.3f')}{unit}")
 
 

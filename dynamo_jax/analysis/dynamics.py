@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -197,14 +197,11 @@ def mean_agreement(found: Sequence[Agreement]) -> Agreement:
 def half_orders(halves: dict[str, tuple[Significance, Significance]]) -> Halves:
     """Within and between datasets at half of each one's windows."""
 
-    def mean(pairs: Iterable[tuple[Significance, Significance]]) -> Orders:
-        experts, blocks, within = zip(*(orders(*pair) for pair in pairs))
+    def between(s: tuple[Significance, Significance], t: tuple[Significance, Significance]) -> Orders:
+        experts, blocks, within = zip(*(orders(x, y) for x, y in itertools.product(s, t)))
         return Orders(mean_agreement(experts), mean_agreement(blocks), _finite_mean(np.array(within), axis=0))
 
-    return Halves(
-        {n: orders(*pair) for n, pair in halves.items()},
-        {(a, b): mean(itertools.product(halves[a], halves[b])) for a, b in itertools.combinations(halves, 2)},
-    )
+    return Halves({n: orders(*pair) for n, pair in halves.items()}, by_pair(halves, between))
 
 
 def by_pair(of: dict[str, A], compare: Callable[[A, A], T]) -> dict[Pair, T]:
