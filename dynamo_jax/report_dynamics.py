@@ -137,16 +137,16 @@ def _lanes(
     caption: str,
     keys: Iterable[tuple[str, str]],
     series: list[tuple[str, str, np.ndarray]],
-    ticks: list[float],
+    shown: list[float],
     label: str,
     unit: str = "",
 ) -> str:
     """A picture with a lane for each layer. keys: looks and what they stand for; series: look, words and the values
-    by layer (L,) of each mark."""
+    by layer (L,) of each mark; shown: numbers the axis shows in any case."""
     layers = len(series[0][2])
     rows = [(f"layer {i}", [_mark(v[i], look, words, unit) for look, words, v in series]) for i in range(layers)]
     legend = element("p", *(charts.key(look, words) for look, words in keys))
-    return figure(caption, legend, element("div", charts.strip_chart(rows, ticks, label), class_="strip"))
+    return figure(caption, legend, element("div", charts.strip_chart(rows, shown, label), class_="strip"))
 
 
 def _mark(value: float, series: str, words: str, unit: str) -> Mark:
