@@ -13,19 +13,19 @@ standard error paired by window, and the Kullback-Leibler divergence from its pr
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from divergence import changes, predictions
 
 from dynamo_jax.data import token_windows, write_json
 from dynamo_jax.demo import KNOWN, NOVEL, collect
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED
-from dynamo_jax.models.decoder import expert_parameter_names, parameters, with_parameters
+from dynamo_jax.models.decoder import expert_parameter_names, parameters
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
 from dynamo_jax.pipeline import QuantizeConfig, quantize
 from dynamo_jax.quant.planes import dequantize
@@ -39,21 +39,6 @@ METHODS = {
     "direct-3": (QuantizeConfig(favour=1.0, emphasis=(1.0, FAR, 1.0)), (3,)),
     "direct-4": (QuantizeConfig(favour=1.0, emphasis=(1.0, 1.0, FAR)), (4,)),
 }
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def log_probabilities(config, params, tokens):
-    model = with_parameters(config, params)
-    hidden, _ = model.hidden_states(tokens[:, :-1])
-    return jax.nn.log_softmax(model.logits(hidden).astype(jnp.float32))
-
-
-@jax.jit
-def compare(reference, other, targets):
-    """Each window's loss in nats a token with both, and the mean divergence."""
-    pick = lambda a: -jnp.take_along_axis(a, targets[..., None], axis=-1)[..., 0].mean(axis=1)  # noqa: E731
-    divergence = jnp.sum(jnp.exp(reference) * (reference - other), axis=-1).mean(axis=1)
-    return pick(reference), pick(other), divergence
 
 
 def main() -> None:
@@ -72,6 +57,8 @@ def main() -> None:
         skip = settings.calibration_windows if name in KNOWN else 0
         data[name] = token_windows(text, tokenizer, settings.window, name)[skip:][: arguments.limit]
     full = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in parameters(model).items()}
+    reference = {name: predictions(config, full, windows) for name, windows in data.items()}
+    exact = {name: changes(config, full, windows, reference[name]) for name, windows in data.items()}
     names = expert_parameter_names(config)  # gate, up, down of each layer in turn
     rows = []
     print(f"{'method':10s} {'bits':>4s}  " + "".join(f"{name:>22s}" for name in (*data, "mean known", "mean novel")))
@@ -82,22 +69,17 @@ def main() -> None:
             params = full | {name: jnp.asarray(weights[i // 3][:, i % 3]) for i, name in enumerate(names)}
             for name, windows in data.items():
                 rows.append({"method": method, "bits": width, "dataset": name, "kind": kinds[name]})
-                rows[-1] |= measured(config, full, params, windows)
+                rows[-1] |= measured(exact[name], changes(config, params, windows, reference[name]))
             print_line(method, width, rows[-len(data) :])
     if arguments.json:
         write_json(arguments.json, {"results": rows, "jax": jax.__version__})
 
 
-def measured(config, full, params, windows) -> dict[str, float]:
-    parts = []
-    for start in range(0, len(windows), 4):
-        tokens = jnp.asarray(windows[start : start + 4])
-        both = (log_probabilities(config, p, tokens) for p in (full, params))
-        parts.append([np.asarray(a, np.float64) for a in compare(*both, tokens[:, 1:])])
-    before, after, divergence = (np.concatenate(a) for a in zip(*parts))
-    excess = after - before
+def measured(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    """before, after: ``changes`` of the unquantized model and of another one, (3, S)."""
+    excess = after[0] - before[0]
     error = float(excess.std(ddof=1) / math.sqrt(len(excess))) if len(excess) > 1 else math.nan
-    return {"excess_nll": float(excess.mean()), "standard_error": error, "kl": float(divergence.mean())}
+    return {"excess_nll": float(excess.mean()), "standard_error": error, "kl": float(after[2].mean())}
 
 
 def print_line(method: str, width: int, rows: list[dict]) -> None:

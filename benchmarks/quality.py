@@ -31,7 +31,6 @@ import dataclasses
 import functools
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,13 +40,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
+from divergence import changes, predictions
 
 from dynamo_jax.checkpoint import stacked_planes
 from dynamo_jax.data import token_windows, write_json
 from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
 from dynamo_jax.kernels.layout import WIDTHS
-from dynamo_jax.models.bundled import BUNDLED
-from dynamo_jax.models.decoder import parameters, with_parameters
+from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME
+from dynamo_jax.models.decoder import parameters
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
 from dynamo_jax.pipeline import Analysis, DecoderSource, QuantizeConfig, analyze, baseline_plan
 from dynamo_jax.precision.plan import APART, Plan, block_costs
@@ -55,7 +55,6 @@ from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.work import MemoryWork
 
-BATCH = 8
 PART = 4  # of the windows of a known kind, one in so many helps to choose a grid
 NEAR = 0.25  # bits a weight, of a uniform grid's distance to the budget
 GROUPS = (32, 64, 96, 128, 192, 256, 288, 576)  # of which a model takes those that fit its sizes
@@ -68,25 +67,6 @@ UNIFORM_GRIDS = [
 ]
 PARTS = ("dynamo", "uniform", "one-set", "data-free")
 TEXT_BYTES = 600_000  # of each kind, for windows to draw from and to evaluate on
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def log_probabilities(config, params, tokens):
-    model = with_parameters(config, params)
-    hidden, _ = model.hidden_states(tokens[:, :-1])
-    return jax.nn.log_softmax(model.logits(hidden).astype(jnp.float32))
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def compared(config, params, tokens, reference):
-    """By window: loss and accuracy of the next token, divergence from ``reference`` (float16 log-probabilities)."""
-    own = log_probabilities(config, params, tokens)
-    targets = tokens[:, 1:]
-    loss = -jnp.take_along_axis(own, targets[..., None], axis=-1)[..., 0]
-    right = own.argmax(axis=-1) == targets
-    reference = reference.astype(jnp.float32)
-    divergence = jnp.sum(jnp.exp(reference) * (reference - own), axis=-1)
-    return loss.mean(axis=1), right.mean(axis=1), divergence.mean(axis=1)
 
 
 @dataclasses.dataclass
@@ -103,26 +83,11 @@ class Bench:
     def __post_init__(self) -> None:
         self.config = self.model.config
         self.params = {n: jnp.asarray(np.asarray(a), jnp.float32) for n, a in parameters(self.model).items()}
-        self.reference = {name: self._predictions(windows) for name, windows in self.data.items()}
+        self.reference = {name: predictions(self.config, self.params, windows) for name, windows in self.data.items()}
         self.exact = {name: self._losses(name, self.params) for name in self.data}
 
-    def _predictions(self, windows: np.ndarray) -> np.ndarray:
-        """Log-probabilities (S, T, V) in a temporary file: they are larger than all else together."""
-        shape = (len(windows), windows.shape[1] - 1, self.config.vocab_size)
-        with tempfile.TemporaryFile() as file:
-            out = np.memmap(file, np.float16, "w+", shape=shape)
-        for start in range(0, len(windows), BATCH):
-            part = jnp.asarray(windows[start : start + BATCH])
-            out[start : start + BATCH] = log_probabilities(self.config, self.params, part).astype(jnp.float16)
-        return out
-
     def _losses(self, name: str, params: dict, every: int = 1) -> np.ndarray:
-        windows, reference = self.data[name][::every], self.reference[name][::every]
-        parts = [
-            np.stack(compared(self.config, params, *(jnp.asarray(a[i : i + BATCH]) for a in (windows, reference))))
-            for i in range(0, len(windows), BATCH)
-        ]
-        return np.concatenate(parts, axis=1).astype(np.float64)
+        return changes(self.config, params, self.data[name][::every], self.reference[name][::every])
 
     def known_loss(self, weights: np.ndarray) -> float:
         """Mean excess loss on a part of the known kinds, to choose between grids by."""
@@ -310,6 +275,10 @@ def run_data_free(bench: Bench, weights: np.ndarray, budgets: list[float], seed:
         bench.add("data-free", budget, float(np.asarray(bits)[plan].mean()), seed, found)
 
 
+def name_of(model: Path) -> str:
+    return BUNDLED_NAME if model == BUNDLED else str(model.resolve())
+
+
 def sample(windows: np.ndarray, count: int, seed: int) -> np.ndarray:
     return windows[np.sort(np.random.default_rng(seed).choice(len(windows), count, replace=False))]
 
@@ -444,7 +413,7 @@ def main() -> None:
     weights = peers.expert_weights(model)
     only = arguments.only or list(PARTS)
     shapes = {name: list(windows.shape) for name, windows in data.items()}
-    job = {"model": str(arguments.model), "windows": shapes, "budgets": budgets, "quick": arguments.quick}
+    job = {"model": name_of(arguments.model), "windows": shapes, "budgets": budgets, "quick": arguments.quick}
     job |= {"calibration_windows": settings.calibration_windows}
     bench.add("bf16", 16.0, 16.0, 0, bench.measure(None))
     for seed in range(1 if arguments.quick else arguments.seeds):

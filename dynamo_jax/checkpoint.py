@@ -39,10 +39,10 @@ from dynamo_jax.runtime.store import page_tables
 from dynamo_jax.settings import from_dict
 from dynamo_jax.work import Bundle, read_bundle
 
-FORMAT = 4
+FORMAT = 5
 NAME = "dynamo_jax quantized model"
 META, PLAN, TOP, SOURCE = "dynamo_jax.json", "plan.safetensors", "top.safetensors", "source"
-KNOWLEDGE = ("counts", "loss_per_error", "block_errors", "correction")
+KNOWLEDGE = ("counts", "centre", "inverse", "limit", "loss_per_error", "block_errors", "correction")
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int
 
 from dynamo_jax.calibrate import Progress
 from dynamo_jax.data import token_windows
-from dynamo_jax.kernels.layout import Variant
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
 from dynamo_jax.pipeline import batches, digest, no_progress
@@ -29,7 +28,8 @@ from dynamo_jax.quant.rtn import round_to_nearest
 from dynamo_jax.runtime.adapt import adapt
 from dynamo_jax.runtime.monitor import Verdict, judge
 from dynamo_jax.runtime.quantized import QuantizedModel
-from dynamo_jax.runtime.store import base_planes, page_counts, variant_of
+from dynamo_jax.runtime.residency import Residency, commit, residency, stage, table_of
+from dynamo_jax.runtime.store import HostPages, host_pages, page_counts
 from dynamo_jax.runtime.switch import float_step, switched_step
 
 StepFn = Callable[[Array], tuple[Array, Array]]  # tokens (B, T1) -> losses (B,), counts (B, L, E)
@@ -202,17 +202,16 @@ def evaluate_quantized(
     Both variants are branches of one compiled program; evaluating the second is a switch. A row's
     difference is to the row before it, the first one's to ``references`` (by dataset) if given.
     """
-    capacity = page_counts(model.plan)
     rows, adaptations = [], {}
+    device = Device(model)
     for index, dataset in enumerate(data):
         plan = model.plan
         if "auto" in variants:
-            adaptations[dataset.name] = found = choose_plan(model, dataset.first, config.batch_size)
+            adaptations[dataset.name] = found = choose_plan(device, dataset.first, config.batch_size)
             plan = found.plan
-        pages = variant_of(model.store, plan, capacity)
         reference = (references or {}).get(dataset.name)
         for name in variants:
-            step = variant_step(model, pages, VARIANTS.index(name))
+            step = device.step(plan, VARIANTS.index(name))
             losses = run_windows(step, dataset.rest, config.batch_size)
             used = plan if name == "auto" else model.plan
             read = used.bytes_per_token(losses.counts, dataset.rest[:, 1:].size)
@@ -222,30 +221,42 @@ def evaluate_quantized(
     return rows, adaptations
 
 
-def choose_plan(model: QuantizedModel, first: Int[np.ndarray, "S T1"], batch_size: int) -> Adaptation:
+class Device:
+    """The model's planes, with room for the baseline's pages and those of one plan more of as many."""
+
+    def __init__(self, model: QuantizedModel):
+        self.model = model
+        self._parameters = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in model.parameters.items()}
+        self._host: HostPages = host_pages(model.store, model.plan)
+        slots = {level: 2 * count for level, count in page_counts(model.plan).items()}
+        self._here: Residency = residency(self._host, [model.plan], slots)
+
+    def step(self, adapted: Plan, number: int) -> StepFn:
+        """One batch at variant ``number``: 0 is the baseline, 1 the adapted one. Changing it compiles nothing."""
+        baseline = self.model.plan
+        self._here = here = commit(self._here, stage(self._host, self._here, adapted, keep=[baseline]))
+        tables = tuple(table_of(here, plan) for plan in (baseline, adapted))
+        index = jnp.asarray(number)
+        fixed = (self.model.config, self._parameters, here.resident, tables, index)
+        return lambda tokens: switched_step(*fixed, tokens)
+
+
+def choose_plan(device: Device, first: Int[np.ndarray, "S T1"], batch_size: int) -> Adaptation:
     """What the run time does after the first windows: keep the baseline on data that it knows, else adapt.
 
     An adapted plan must prove itself: it is taken only if it predicts the windows' own next tokens
     better than the baseline does. Errors that are small for the layers can still be harmful, or
     the baseline's lucky, on text that the model itself is poor at.
     """
-    before = run_windows(variant_step(model, variant_of(model.store, model.plan), 0), first, batch_size)
+    model = device.model
+    before = run_windows(device.step(model.plan, 0), first, batch_size)
     verdict = judge(before.counts, model.knowledge.signatures(), model.knowledge.threshold)
     if not verdict.novel:
         return Adaptation(verdict, model.plan, None)
     plan = adapt(model, first)
-    pages = variant_of(model.store, plan, page_counts(model.plan))
-    after = run_windows(variant_step(model, pages, 1), first, batch_size)
+    after = run_windows(device.step(plan, 1), first, batch_size)
     gain = float((before.nll - after.nll).sum() / first[:, 1:].size)
     return Adaptation(verdict, plan if gain > 0 else model.plan, gain)
-
-
-def variant_step(model: QuantizedModel, adapted: Variant, number: int) -> StepFn:
-    """One batch at variant ``number``: 0 is the baseline, 1 the adapted one. Changing it compiles nothing."""
-    base, baseline = base_planes(model.store), variant_of(model.store, model.plan)
-    params = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in model.parameters.items()}
-    index = jnp.asarray(number)
-    return lambda tokens: switched_step(model.config, params, base, (baseline, adapted), index, tokens)
 
 
 def make_dataset(name: str, kind: str, text: str, tokenizer: Any, config: EvalConfig, calibrated: int = 0) -> Dataset:

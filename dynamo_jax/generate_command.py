@@ -16,7 +16,8 @@ from dynamo_jax.models.decoder import parameters
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer, side_files
 from dynamo_jax.runtime.generate import GenerateConfig, LanguageModel, Quantized, stream
 from dynamo_jax.runtime.quantized import QuantizedModel
-from dynamo_jax.runtime.store import base_planes, variant_of
+from dynamo_jax.runtime.residency import levels_of, residency, table_of
+from dynamo_jax.runtime.store import host_pages
 
 REPLACEMENT = "\ufffd"  # stands for bytes that are not yet a whole character
 
@@ -24,7 +25,8 @@ REPLACEMENT = "\ufffd"  # stands for bytes that are not yet a whole character
 def quantized_language_model(model: QuantizedModel, dtype: Any = jnp.float32) -> LanguageModel:
     """The baseline variant of a quantized model, ready to generate; ``quantized.number`` chooses the variant."""
     arrays = {name: jnp.asarray(np.asarray(a), dtype) for name, a in model.parameters.items()}
-    quantized = Quantized(base_planes(model.store), (variant_of(model.store, model.plan),), jnp.int32(0))
+    here = residency(host_pages(model.store, model.plan), [model.plan])
+    quantized = Quantized(here.resident, (table_of(here, model.plan, levels_of(model.plan)),), jnp.int32(0))
     return LanguageModel(config=model.config, parameters=arrays, quantized=quantized, dtype=dtype)
 
 

@@ -39,7 +39,7 @@ from dynamo_jax.models.huggingface import Source, load_tokenizer, side_files, si
 from dynamo_jax.precision.allocate import OBJECTIVES, allocate_known
 from dynamo_jax.precision.plan import Plan, block_costs, expert_plan, item_costs
 from dynamo_jax.quant.nested_gptq import EMPHASIS
-from dynamo_jax.runtime.monitor import novelty_threshold
+from dynamo_jax.runtime.monitor import HOP, learn, novelty_threshold, spans
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.work import Bundle, FolderWork, MemoryWork, Work
 
@@ -304,9 +304,14 @@ def knowledge_of(
     blocks = np.asarray(stats.block_errors)
     correction = whole_over_blocks(np.asarray(stats.errors), blocks)
     block_errors = per_token(blocks * correction[:, :, None, :], stats)
+    size = max(1, round(2 * HOP / config.window))  # windows of what the monitor looks at
+    scatter = learn([spans(a.windows, size) for a in runs])
     return Knowledge(
         names=tuple(analyses),
         counts=np.stack([np.asarray(a.stats.counts) for a in runs]),
+        centre=np.asarray(scatter.centre),
+        inverse=np.asarray(scatter.inverse),
+        limit=np.asarray(scatter.limit),
         threshold=novelty_threshold({n: a.windows for n, a in analyses.items()}, config.adaptation_windows),
         loss_per_error=np.sum([a.sensitivity for a in runs], axis=0) / tokens,
         block_errors=block_errors,

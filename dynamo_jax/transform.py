@@ -18,11 +18,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dynamo_jax.kernels.layout import LEVELS, BasePlanes, PagePool, Variant
+from dynamo_jax.kernels.layout import LEVELS, BasePlanes, Pages, PageTable, Resident
 from dynamo_jax.models.experts import ExpertForm, ExpertWeights, silu_gated
 from dynamo_jax.models.routing import Routing
 from dynamo_jax.precision.plan import Plan, expert_plan
-from dynamo_jax.runtime.store import base_planes, quantize_experts, variant_of
+from dynamo_jax.runtime.residency import levels_of, residency, table_of
+from dynamo_jax.runtime.store import host_pages, quantize_experts
 from dynamo_jax.runtime.switch import switched_experts
 
 M = TypeVar("M", bound=nnx.Module)
@@ -53,35 +54,42 @@ class SwitchedExperts(nnx.Module):
     """Stands where the user's experts stood, and is called as they were. ``inner`` is the user's module without
     its three weights: it still routes."""
 
-    def __init__(self, inner: Any, base: BasePlanes, variants: list[Variant], number: VariantNumber):
+    def __init__(self, inner: Any, resident: Resident, tables: list[PageTable], number: VariantNumber):
         self.inner = inner
         self.number = number
-        self.variants = len(variants)
-        self.base_codes, self.base_scales = Plane(base.codes), Plane(base.scales)
-        for index, variant in enumerate(variants):
-            for level, pool in variant.items():
-                for field, array in pool._asdict().items():
-                    if array is not None:
-                        setattr(self, _name(index, level, field), Plane(array))
+        self.variants = len(tables)
+        self.base_codes, self.base_scales = Plane(resident.base.codes), Plane(resident.base.scales)
+        for level, pages in resident.pages.items():
+            self._keep(f"pages_to{level}_codes", pages.codes)
+            self._keep(f"pages_to{level}_ratios", pages.ratios)
+            for index, table in enumerate(tables):
+                self._keep(f"variant{index}_to{level}", table.get(level))
+
+    def _keep(self, name: str, array: Array | None) -> None:
+        if array is not None:
+            setattr(self, name, Plane(array))
+
+    def _kept(self, name: str) -> Any:
+        found = getattr(self, name, None)
+        return None if found is None else found[...]
 
     def __call__(self, x: Float[Array, "N D"], router_logits: Float[Array, "N E"]) -> Float[Array, "N D"]:
         experts, gates = self.inner.route(router_logits)
         routing = Routing(router_logits, experts.astype(jnp.int32), gates)
         form = ExpertForm(getattr(self.inner, "activation", silu_gated))
-        base = BasePlanes(self.base_codes[...], self.base_scales[...])
-        run = switched_experts(base, tuple(map(self._variant, range(self.variants))), self.number[...])
+        run = switched_experts(self.resident(), tuple(map(self.table, range(self.variants))), self.number[...])
         return run(0, x, routing, None, form)[0]
 
-    def _variant(self, index: int) -> Variant:
-        def plane(level: int, field: str) -> Any:
-            found = getattr(self, _name(index, level, field), None)
-            return None if found is None else found[...]
+    def resident(self) -> Resident:
+        pages = {
+            level: Pages(self._kept(f"pages_to{level}_codes"), self._kept(f"pages_to{level}_ratios"))
+            for level in LEVELS
+        }
+        return Resident(BasePlanes(self.base_codes[...], self.base_scales[...]), pages)
 
-        return {level: PagePool(*(plane(level, field) for field in PagePool._fields)) for level in LEVELS}
-
-
-def _name(variant: int, level: int, field: str) -> str:
-    return f"variant{variant}_to{level}_{field}"
+    def table(self, variant: int) -> PageTable:
+        found = {level: self._kept(f"variant{variant}_to{level}") for level in LEVELS}
+        return {level: table for level, table in found.items() if table is not None}
 
 
 def experts_modules(model: nnx.Module) -> dict[tuple[Any, ...], ExpertsModule]:
@@ -125,6 +133,9 @@ def quantize_model(model: M, plan: Plan, *more: Plan) -> M:
     modules = experts_modules(model)
     for index, each in enumerate((plan, *more)):
         _check(each, index, modules)
+        for field in ("channel_block", "group_size", "apart"):  # variants share pages
+            if getattr(each, field) != getattr(plan, field):
+                raise ValueError(f"plan {index} has {field} {getattr(each, field)}, plan 0 {getattr(plan, field)}")
     number = VariantNumber(jnp.zeros((), jnp.int32))
     for layer, (path, module) in enumerate(modules.items()):
         weights = ExpertWeights(*(_channel_major(module, part) for part in ExpertWeights._fields))
@@ -132,10 +143,12 @@ def quantize_model(model: M, plan: Plan, *more: Plan) -> M:
             store = quantize_experts([weights], plan.group_size)
         except ValueError as error:
             raise ValueError(f"{'.'.join(map(str, path))}: {error}") from error
-        variants = [variant_of(store, _one_layer(each, layer)) for each in (plan, *more)]
+        plans = [_one_layer(each, layer) for each in (plan, *more)]
+        here = residency(host_pages(store, plans[0]), plans)
+        tables = [table_of(here, p, levels_of(p)) for p in plans]
         for part in ExpertWeights._fields:
             delattr(module, part)
-        switched = SwitchedExperts(module, base_planes(store), variants, number)
+        switched = SwitchedExperts(module, here.resident, tables, number)
         if not path:
             return switched  # type: ignore[return-value]
         _replace(model, path, switched)

@@ -15,12 +15,13 @@ a channel block is ``channel_block`` rows of gate, up and down together, so its 
 other block. A plan may also give down a precision of its own; then a page holds a block of one projection.
 Codes are packed along D, first weight in the lowest bits.
 
-The base plane of every block is always there. Refinement planes lie in pools of pages, a page being
-one plane of one block; a page table says which page holds the plane of (layer, expert, block), -1
-where the variant does not have it. A pool without pages costs nothing at run time.
+The base plane of every block is always there. Refinement planes lie in pages, a page being one plane of one block.
+All variants share the pages that are on the device; a variant is a page table, which says which page holds the plane
+of (layer, expert, block), -1 where the variant does not read it. A level that a variant has no table for costs it
+nothing.
 
 Axes: L layers, E experts, P=3 projections, F channels, N channel blocks an expert, C channels a block, D hidden,
-G groups along D, Q pages of a pool, p projections of a page (3, or 1), U = P / p of them apart.
+G groups along D, Q pages of a level, p projections of a page (3, or 1), U = P / p of them apart.
 """
 
 from __future__ import annotations
@@ -46,19 +47,26 @@ class BasePlanes(NamedTuple):
     scales: BFloat16[Array, "L E P F G"]
 
 
-class PagePool(NamedTuple):
-    """The resident pages of one refinement level and where they belong.
+class Pages(NamedTuple):
+    """The resident pages of one refinement level, whichever variants read them.
 
-    codes: (Q, p, C, D*bits/8) uint8; ratios: (Q, p, C, G) uint8 at level 8, None at others;
-    table: (L, E, U*N) page index or -1; with p = 1 first the blocks of gate, then those of up and of down.
+    codes: (Q, p, C, D*bits/8) uint8; ratios: (Q, p, C, G) uint8 at level 8, None at others.
     """
 
     codes: UInt8[Array, "Q p C Dp"]
     ratios: UInt8[Array, "Q p C G"] | None
-    table: Int[Array, "L E UN"]
 
 
-Variant = dict[int, PagePool]  # refinement level -> its pages
+class Resident(NamedTuple):
+    """The planes on the device: the base of everything, and the pages of each refinement level."""
+
+    base: BasePlanes
+    pages: dict[int, Pages]
+
+
+# A variant: for each refinement level that it reads, (L, E, U*N): which page holds the plane of a block, or -1; with
+# p = 1 first the blocks of gate, then those of up and of down. A level that is missing is not in the program at all.
+PageTable = dict[int, Int[Array, "L E UN"]]
 
 
 def block_bytes(width: int, channel_block: int, hidden_size: int, group_size: int) -> int:
@@ -91,28 +99,35 @@ def scaled(codes: UInt8[Array, "*S Dp"], scales: Float[Array, "*S G"], level: in
 
 
 def dequantize_layer(
-    base: BasePlanes, variant: Variant, layer: int, experts: Int[Array, " R"] | None = None
+    resident: Resident, table: PageTable, layer: int, experts: Int[Array, " R"] | None = None
 ) -> BFloat16[Array, "P E F D"]:
-    """The weights of one layer's experts at the variant's precision, gate, up and down first: the sum of the
+    """The weights of one layer's experts at a variant's precision, gate, up and down first: the sum of the
     planes in float32, rounded to bfloat16, the operand of a matrix unit. ``experts`` picks some of them, R for E.
     """
 
     def picked(array: Array) -> Array:
         return array[layer] if experts is None else array[layer][experts]
 
-    scales = picked(base.scales).astype(jnp.float32)
-    weights = scaled(picked(base.codes), scales, 2)
+    base = BasePlanes(*map(picked, resident.base))
+    return dequantize_experts(base, resident.pages, {level: picked(rows) for level, rows in table.items()})
+
+
+def dequantize_experts(
+    base: BasePlanes, pages: dict[int, Pages], table: dict[int, Int[Array, "R UN"]]
+) -> BFloat16[Array, "P R F D"]:
+    """The same for R experts of any layers, given their own base planes (R, P, F, ..) and rows of page tables."""
+    scales = base.scales.astype(jnp.float32)
+    weights = scaled(base.codes, scales, 2)
     for level in LEVELS:
-        pool = variant[level]
-        if pool.codes.shape[0] == 0:
+        if level not in table or pages[level].codes.shape[0] == 0:
             continue
-        _, together, channels, _ = pool.codes.shape
-        table = picked(pool.table).reshape(len(weights), PROJECTIONS // together, -1)  # (E, U, N)
-        page = jnp.maximum(table, 0)
-        codes = _beside(pool.codes[page])
-        ratios = None if pool.ratios is None else _beside(pool.ratios[page])
-        present = jnp.repeat(jnp.repeat(table >= 0, channels, axis=2), together, axis=1)[..., None]
-        weights = weights + jnp.where(present, scaled(codes, step_of(scales, level, ratios), level), 0.0)
+        codes, ratios = pages[level]
+        _, together, channels, _ = codes.shape
+        own = table[level].reshape(len(weights), PROJECTIONS // together, -1)  # (R, U, N)
+        page = jnp.maximum(own, 0)
+        step = step_of(scales, level, None if ratios is None else _beside(ratios[page]))
+        present = jnp.repeat(jnp.repeat(own >= 0, channels, axis=2), together, axis=1)[..., None]
+        weights = weights + jnp.where(present, scaled(_beside(codes[page]), step, level), 0.0)
     return weights.swapaxes(0, 1).astype(jnp.bfloat16)
 
 

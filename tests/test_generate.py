@@ -19,8 +19,18 @@ from dynamo_jax.models.families import FAMILIES
 from dynamo_jax.models.huggingface import load_checkpoint, side_files
 from dynamo_jax.pipeline import QuantizeConfig, quantize
 from dynamo_jax.quant.planes import dequantize
-from dynamo_jax.runtime.generate import GenerateConfig, LanguageModel, Sampling, bucket, choose, generate, stream
-from dynamo_jax.runtime.store import page_counts, variant_of
+from dynamo_jax.runtime.generate import (
+    GenerateConfig,
+    LanguageModel,
+    Quantized,
+    Sampling,
+    bucket,
+    choose,
+    generate,
+    stream,
+)
+from dynamo_jax.runtime.residency import residency, table_of
+from dynamo_jax.runtime.store import host_pages
 
 PROMPTS = [[5, 9, 33, 7, 50, 12, 8, 3, 21, 44, 17, 29], [40, 6], [11, 12, 13, 14, 15, 16, 17]]
 
@@ -89,12 +99,12 @@ def test_a_capacity_that_is_too_small_is_named(tiny):
 def test_switching_the_variant_while_decoding_compiles_nothing(quantized, compilations):
     model = quantized_language_model(quantized)
     plan = quantized.plan
-    capacity = page_counts(plan)
     other = dataclasses.replace(plan, widths=plan.widths[:, ::-1])
-    pages = tuple(variant_of(quantized.store, p, capacity) for p in (plan, other))
+    here = residency(host_pages(quantized.store, plan), [plan, other])
+    tables = tuple(table_of(here, p) for p in (plan, other))
 
     def at(number):
-        chosen = model.quantized._replace(variants=pages, number=jnp.int32(number))
+        chosen = Quantized(here.resident, tables, jnp.int32(number))
         return LanguageModel(config=model.config, parameters=model.parameters, quantized=chosen)
 
     first = generate(at(0), [[5] * 10], GenerateConfig(max_tokens=4))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.precision.plan import Plan, block_costs, expert_plan, num_weights
 from dynamo_jax.quant.planes import quantize
-from dynamo_jax.runtime.store import base_planes, variant_of
+from dynamo_jax.runtime.residency import residency
+from dynamo_jax.runtime.store import host_pages
 
 # A block of 4 channels of 64, groups of 32: 3 * 4 * 64 = 768 weights in 24 groups.
 #   2 bits: 768 * 2 / 8 = 192 bytes of codes and 24 * 2 of bfloat16 scales: 240
@@ -58,11 +59,7 @@ def test_a_plans_bytes_are_those_of_the_arrays_that_a_variant_holds(apart):
     widths = np.random.default_rng(0).choice(WIDTHS, (2, 3, 4 if apart else 2))
     mixed = dataclasses.replace(plan([[[2, 2]]]), widths=widths, apart=apart)
     store = quantize(jax.random.normal(jax.random.key(0), (2, 3, 3, 8, 64)), 32)
-    variant = variant_of(store, mixed)
-    arrays = [
-        *base_planes(store),
-        *(a for pool in variant.values() for a in (pool.codes, pool.ratios) if a is not None),
-    ]
+    arrays = jax.tree.leaves(residency(host_pages(store, mixed), [mixed]).resident)
     assert mixed.stored_bytes() == sum(a.nbytes for a in arrays)
 
 

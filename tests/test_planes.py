@@ -19,7 +19,8 @@ from dynamo_jax.kernels.layout import (
     WIDTHS,
     ZERO_POINT,
     BasePlanes,
-    PagePool,
+    Pages,
+    Resident,
     block_bytes,
     dequantize_layer,
     unpack,
@@ -240,7 +241,7 @@ def store():
 def paged(store, widths, spare, seed):
     """Pools whose pages lie in random places among ``spare`` pages that nobody owns, full of rubbish."""
     rng = np.random.default_rng(seed)
-    variant = {}
+    pages, tables = {}, {}
     for level in LEVELS:
         blocks = np.argwhere(widths >= level)
         slots = rng.permutation(len(blocks) + spare)[: len(blocks)]
@@ -253,8 +254,8 @@ def paged(store, widths, spare, seed):
             codes[slot] = store.codes[level][layer, expert, :, rows]
             ratios[slot] = store.ratios[layer, expert, :, rows]
         kept = jnp.asarray(ratios) if level == 8 else None
-        variant[level] = PagePool(jnp.asarray(codes), kept, jnp.asarray(table))
-    return BasePlanes(jnp.asarray(store.codes[2]), jnp.asarray(store.scales)), variant
+        pages[level], tables[level] = Pages(jnp.asarray(codes), kept), jnp.asarray(table)
+    return Resident(BasePlanes(jnp.asarray(store.codes[2]), jnp.asarray(store.scales)), pages), tables
 
 
 def mixed(seed, choices=WIDTHS):
@@ -268,10 +269,10 @@ def mixed(seed, choices=WIDTHS):
     ids=["mixed", "mixed again", "2 and 8", "no pages of 4 and 8", "all 2", "all 3", "all 4", "all 8"],
 )
 def test_a_layer_reads_each_block_at_its_own_width(store, widths, spare):
-    base, variant = paged(store, widths, spare, 7)
+    resident, table = paged(store, widths, spare, 7)
     by_width = {w: dequantize(store, w).astype(jnp.bfloat16) for w in WIDTHS}  # what matrix units multiply
     for layer in range(LAYERS):
-        got = dequantize_layer(base, variant, layer)
+        got = dequantize_layer(resident, table, layer)
         assert got.shape == (3, EXPERTS, CHANNELS, HIDDEN)
         for expert, block in itertools.product(range(EXPERTS), range(BLOCKS)):
             rows = slice(block * BLOCK, (block + 1) * BLOCK)

@@ -11,10 +11,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from dynamo_jax import checkpoint, evaluate
+from dynamo_jax import checkpoint
 from dynamo_jax.evaluate import (
+    Device,
     EvalConfig,
     calibrated_windows,
+    choose_plan,
     evaluate_quantized,
     evaluate_uniform,
     make_dataset,
@@ -97,22 +99,22 @@ def test_rows_count_exactly_the_tokens_after_the_adaptation_windows(quantized, n
 @pytest.mark.parametrize("shift", [-100.0, 100.0])
 def test_an_adapted_plan_is_taken_only_if_it_predicts_its_own_windows_better(quantized, novel, monkeypatch, shift):
     """``shift`` nats are added to what the adapted variant loses on each window."""
-    real = evaluate.variant_step
+    real = Device.step
 
-    def shifted(model, pages, number):
-        step = real(model, pages, number)
+    def shifted(device, plan, number):
+        step = real(device, plan, number)
         return lambda tokens: (step(tokens)[0] + number * shift, step(tokens)[1])
 
-    monkeypatch.setattr(evaluate, "variant_step", shifted)
+    monkeypatch.setattr(Device, "step", shifted)
     unknown = dataclasses.replace(quantized, knowledge=dataclasses.replace(quantized.knowledge, threshold=0.0))
-    found = evaluate.choose_plan(unknown, novel.first, EVAL.batch_size)
+    found = choose_plan(Device(unknown), novel.first, EVAL.batch_size)
     assert found.verdict.novel
     assert (found.gain < 0 and found.plan is quantized.plan) if shift > 0 else (found.plan is not quantized.plan)
 
 
 def test_known_data_keeps_the_baseline(quantized, novel):
     sure = dataclasses.replace(quantized, knowledge=dataclasses.replace(quantized.knowledge, threshold=1.0))
-    found = evaluate.choose_plan(sure, novel.first, EVAL.batch_size)
+    found = choose_plan(Device(sure), novel.first, EVAL.batch_size)
     assert found.gain is None and found.plan is quantized.plan
 
 

@@ -107,10 +107,13 @@ def observe_experts(
         parts = by_blocks(differences, jnp.concatenate([down_blocks(w.down), down_blocks(weights.down)], axis=2))
         return whole, jnp.zeros((num_experts, 0)), parts.T
 
-    errors = [measured(w) for w in candidates]
-    units = 2 if apart else 0
-    none = tuple(jnp.zeros((num_experts, *shape, 0)) for shape in ((), (units,), (blocks * max(1, units),)))
-    whole, each, single = (jnp.stack(e, axis=-1) for e in zip(*errors)) if errors else none
+    if candidates:  # one after the other, in one loop: a program for one width, and the memory of one
+        errors = jax.lax.map(measured, jax.tree.map(lambda *w: jnp.stack(w), *candidates))
+        whole, each, single = (jnp.moveaxis(e, 0, -1) for e in errors)
+    else:
+        units = 2 if apart else 0
+        shapes = ((), (units,), (blocks * max(1, units),))
+        whole, each, single = (jnp.zeros((num_experts, *shape, 0)) for shape in shapes)
     sums = Statistics(
         tokens=mask.sum(),
         counts=total(row_mask),

@@ -142,20 +142,27 @@ def reallocate(
     read_costs: Float[np.ndarray, "M IW"],
     read_budgets: Float[np.ndarray, " M"],
     pages_each: Int[np.ndarray, " I"] | None = None,
+    now: Int[np.ndarray, " I"] | None = None,
+    spare: dict[int, int] | None = None,
 ) -> Int[np.ndarray, " I"]:
     """The least summed error with at most ``pages[level]`` pages of each refinement level, and with bytes
     read a token within the budget in each of M samples. A plan that meets all limits must exist.
 
-    pages_each: the pages of a level that an item takes, 1 by default.
+    pages_each: the pages of a level that an item takes, 1 by default. spare: of each level, how many pages may be
+    among them that the widths ``now`` do not read.
     """
     if not np.isfinite(errors).all():
         raise ValueError("errors to allocate by hold NaN or infinity")
     each = np.ones(len(errors)) if pages_each is None else np.asarray(pages_each, np.float64)
     rows = [np.outer(each, np.asarray(WIDTHS) >= level).reshape(-1) for level in LEVELS]
+    most = [float(pages[level]) for level in LEVELS]
+    if now is not None and spare is not None:
+        rows += [np.outer(each * (now < level), np.asarray(WIDTHS) >= level).reshape(-1) for level in LEVELS]
+        most += [float(spare[level]) for level in LEVELS]
     result = scipy.optimize.linprog(
         errors.reshape(-1) / max(float(np.abs(errors).max()), 1e-30),
         A_ub=scipy.sparse.csr_matrix(np.concatenate([np.stack(rows), read_costs])),
-        b_ub=np.concatenate([[float(pages[level]) for level in LEVELS], read_budgets]),
+        b_ub=np.concatenate([most, read_budgets]),
         A_eq=_one_choice(*errors.shape),
         b_eq=np.ones(len(errors)),
         bounds=(0, 1),

@@ -1,8 +1,9 @@
 """A plan for novel data, from a window of its own tokens: no labels, no gradients.
 
-One forward pass measures the output error of each block at each width. The known datasets' mean is the prior, worth
-``PRIOR_TOKENS`` tokens, so that a short window cannot overturn it. The same number of refinement
-pages as in the baseline then goes where it lowers the loss most, and in no window are more bytes read.
+One forward pass measures the output error of each block at each width (``observe_windows``). The known datasets' mean
+is the prior, worth ``PRIOR_TOKENS`` tokens, so that a short window cannot overturn it. The same number of refinement
+pages as in the baseline then goes where it lowers the loss most, and in no window are more bytes read
+(``adapted_plan``, a small linear program).
 
 Axes: L layers, E experts, M widths of an expert (of its N channel blocks; twice as many where projections are apart),
 D hidden, W widths, S windows, T tokens.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +28,23 @@ from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.precision.allocate import reallocate
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import Planes, dequantize
-from dynamo_jax.runtime.quantized import QuantizedModel
+from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.store import page_counts
 
 PRIOR_TOKENS = 1024
 READ_MARGIN = 0.015  # of the read budget, kept free: windows are a sample of the data to come
+
+
+class Observation(NamedTuple):
+    """What a text showed, as sums over its tokens.
+
+    errors: gate-weighted squared output error of each of an expert's widths, 8 bits taken as exact. counts: routed
+    tokens of each window. tokens: of each window.
+    """
+
+    errors: Float[np.ndarray, "L E M W"]
+    counts: Float[np.ndarray, "S L E"]
+    tokens: Float[np.ndarray, " S"]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "channel_block", "apart"))
@@ -53,32 +67,57 @@ def _observe(
     return observe(model, tokens, jnp.ones(tokens.shape), full, candidates, channel_block, apart)
 
 
-def adapt(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> Plan:
-    """The plan for data like ``windows``: the baseline's page counts, placed anew.
-
-    Its stored bytes equal the baseline's at most, and so do the bytes read a token under the routing
-    of the windows.
-    """
-    if len(windows) == 0:
-        raise ValueError("no tokens to adapt to")
-    plan, known = model.plan, model.knowledge
+def observe_windows(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> Observation:
+    """Measure the planes on windows of tokens, one after the other, so that one program serves any number."""
+    if windows.shape[0] == 0 or windows.shape[1] < 2:
+        raise ValueError(f"no tokens to adapt to: {windows.shape[0]} windows of {windows.shape[1]} tokens")
     params = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in model.parameters.items()}
     store = jax.tree.map(jnp.asarray, model.store)
-    stats, counts = _observe(model.config, params, store, jnp.asarray(windows[:, :-1]), plan.channel_block, plan.apart)
-    tokens = windows[:, 1:].size
+    errors, counts = np.zeros(()), []
+    for window in windows:
+        tokens = jnp.asarray(window[None, :-1])
+        stats, routed = _observe(model.config, params, store, tokens, model.plan.channel_block, model.plan.apart)
+        errors = errors + np.asarray(stats.block_errors, np.float64)
+        counts.append(np.asarray(routed[0], np.float64))
+    each = np.full(len(windows), windows.shape[1] - 1.0)
+    return Observation(np.pad(errors, [(0, 0)] * 3 + [(0, 1)]), np.stack(counts), each)
 
-    # the 8-bit weights stand for those that were quantized, so their own error is taken as none
-    measured = np.pad(np.asarray(stats.block_errors), [(0, 0)] * 3 + [(0, 1)]) / tokens
-    seen = measured * known.correction[:, :, None, :] * known.loss_per_error[:, None, None, None]
+
+def adapted_plan(plan: Plan, known: Knowledge, seen: Observation, spare: dict[int, int] | None = None) -> Plan:
+    """The plan for what was seen: the page counts of ``plan``, the baseline, placed anew.
+
+    Its stored bytes equal the baseline's at most, and so do the bytes read a token under the routing
+    of the windows. ``spare``: pages of each level that may be others than the baseline's, any number by default.
+    """
+    tokens = float(seen.tokens.sum())
+    measured = seen.errors / tokens * known.correction[:, :, None, :] * known.loss_per_error[:, None, None, None]
     share = tokens / (tokens + PRIOR_TOKENS)
-    errors = share * seen + (1 - share) * known.block_errors
+    errors = share * measured + (1 - share) * known.block_errors
+    return placed_anew(plan, errors, seen.counts, seen.tokens, spare=spare)
 
-    routed = np.asarray(counts, np.float64)  # each window's own routing bounds the bytes: a mean would not carry over
-    read = routed[:, :, :, None, None] / windows[0, 1:].size * plan.costs()
-    read = np.broadcast_to(read, (len(windows), *errors.shape)).reshape(len(windows), -1)
-    budgets = np.array([plan.bytes_per_token(c, windows[0, 1:].size) for c in routed])
-    least = read.reshape(len(windows), -1, len(WIDTHS))[:, :, 0].sum(axis=1)
-    budgets = np.maximum(budgets * (1 - READ_MARGIN), least)
+
+def placed_anew(
+    plan: Plan,
+    errors: Float[np.ndarray, "L E M W"],
+    counts: Float[np.ndarray, "S L E"],
+    tokens: Float[np.ndarray, " S"],
+    margin: float = READ_MARGIN,
+    spare: dict[int, int] | None = None,
+) -> Plan:
+    """The pages of ``plan`` where they lower the errors most; in no window, with ``counts`` of ``tokens`` routed to
+    each expert, are more bytes read a token than by ``plan``, less a share of ``margin``."""
+    # each window's own routing bounds the bytes: a mean would not carry over
+    read = counts[:, :, :, None, None] / tokens[:, None, None, None, None] * plan.costs()
+    read = np.broadcast_to(read, (len(counts), *errors.shape)).reshape(len(counts), -1)
+    budgets = np.array([plan.bytes_per_token(c, t) for c, t in zip(counts, tokens)])
+    least = read.reshape(len(counts), -1, len(WIDTHS))[:, :, 0].sum(axis=1)
+    budgets = np.maximum(budgets * (1 - margin), least)
     pages_each = np.tile(plan.pages(), plan.widths[..., 0].size)
-    widths = reallocate(errors.reshape(-1, len(WIDTHS)), page_counts(plan), read, budgets, pages_each)
+    now = plan.widths.reshape(-1)
+    widths = reallocate(errors.reshape(-1, len(WIDTHS)), page_counts(plan), read, budgets, pages_each, now, spare)
     return dataclasses.replace(plan, widths=widths.reshape(plan.widths.shape).astype(np.int8))
+
+
+def adapt(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> Plan:
+    """``adapted_plan`` of the model for data like ``windows``."""
+    return adapted_plan(model.plan, model.knowledge, observe_windows(model, windows))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dynamo_jax.kernels.layout import BasePlanes, Variant
+from dynamo_jax.kernels.layout import PageTable, Resident
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Cache, new_cache, with_parameters
 from dynamo_jax.models.experts import float_experts
@@ -30,11 +30,12 @@ SMALLEST_CAPACITY = 1024  # slots of the cache, unless the caller or a longer te
 
 
 class Quantized(NamedTuple):
-    """Quantized experts as an argument of a jitted function: the variant in use is ``variants[number]``."""
+    """Quantized experts as an argument of a jitted function: the variant in use is ``tables[number]``; ``number`` is
+    that of all prompts, or of each."""
 
-    base: BasePlanes
-    variants: tuple[Variant, ...]
-    number: Int[Array, ""]
+    resident: Resident
+    tables: tuple[PageTable, ...]
+    number: Int[Array, ""] | Int[Array, " B"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

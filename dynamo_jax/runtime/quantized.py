@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from jaxtyping import Array, Float
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import Planes
+from dynamo_jax.runtime.monitor import Signatures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,7 @@ class Knowledge:
     """What calibration on the known datasets left behind for run time.
 
     counts: routed tokens a dataset, layer and expert: the signatures that the monitor compares with.
+    centre, inverse, limit: how windows of each dataset scatter around them (``monitor.Signatures``).
     threshold: divergence in bits above which data is novel.
     loss_per_error: nats a token for each unit of mean squared expert-output error, by layer.
     block_errors: nats a token that each block loses at each width, mean over the known datasets.
@@ -31,6 +34,9 @@ class Knowledge:
 
     names: tuple[str, ...]
     counts: Float[np.ndarray, "S L E"]
+    centre: Float[np.ndarray, "S S"]
+    inverse: Float[np.ndarray, "S S S"]
+    limit: Float[np.ndarray, " S"]
     threshold: float
     loss_per_error: Float[np.ndarray, " L"]
     block_errors: Float[np.ndarray, "L E N W"]
@@ -40,6 +46,12 @@ class Knowledge:
 
     def signatures(self) -> dict[str, Float[np.ndarray, "L E"]]:
         return dict(zip(self.names, self.counts))
+
+    def monitor(self) -> Signatures:
+        """What a stream is compared with, on the device."""
+        shares = self.counts / self.counts.sum(axis=-1, keepdims=True)
+        arrays = (shares, self.centre, self.inverse, self.limit)
+        return Signatures(*(jnp.asarray(a, jnp.float32) for a in arrays))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

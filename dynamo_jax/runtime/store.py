@@ -1,17 +1,23 @@
-"""All planes of all experts in host memory, and variants: the pages that one plan reads.
+"""All planes of all experts in host memory, cut into pages with checksums.
+
+A page is one refinement plane of one block. What it is made of, and which plan reads it, is defined here; which pages
+are on the device is ``residency.py``'s.
 
 Axes: L layers, E experts, P projections, F channels, N channel blocks of C channels, D hidden, G groups,
-U = 3 where a page holds one projection, else 1.
+U = 3 where a page holds one projection, else 1, Q pages.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int, UInt8, UInt32
 
-from dynamo_jax.kernels.layout import LEVELS, BasePlanes, PagePool, Variant
+from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS
 from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import Planes, quantize
@@ -28,48 +34,71 @@ def quantize_experts(layers: list[ExpertWeights], group_size: int) -> Planes:
     return jax.tree.map(lambda *a: np.stack(a), *parts)
 
 
-def base_planes(store: Planes) -> BasePlanes:
-    """The planes that every variant reads, on the device."""
-    return BasePlanes(jnp.asarray(store.codes[2]), jnp.asarray(store.scales))
-
-
-def variant_of(store: Planes, plan: Plan, capacity: dict[int, int] | None = None) -> Variant:
-    """The pages that ``plan`` reads, copied from the store, with their tables.
-
-    ``capacity``: pages of each level to make room for, so that another plan with no more pages has
-    arrays of the same shapes (and needs no new program); the plan's own counts by default.
-    """
-    return {level: _pool(store, plan, level, capacity) for level in LEVELS}
-
-
 def page_counts(plan: Plan) -> dict[int, int]:
     """Pages of each refinement level that the plan reads."""
-    return {level: int((plan.page_widths() >= level).sum()) for level in LEVELS}
+    return {level: int(has.sum()) for level, has in pages_of(plan).items()}
+
+
+def pages_of(plan: Plan) -> dict[int, np.ndarray]:
+    """For each refinement level, which pages (L, E, U*N) the plan reads."""
+    widths = plan.page_widths()
+    return {level: widths >= level for level in LEVELS}
 
 
 def page_tables(plan: Plan) -> dict[int, Int[np.ndarray, "L E UN"]]:
     """For each refinement level, the page of each block, counted in (layer, expert, block) order; -1: none."""
-    tables = {}
-    for level in LEVELS:
-        has = plan.page_widths() >= level
-        tables[level] = np.where(has, np.cumsum(has).reshape(has.shape) - 1, -1).astype(np.int32)
-    return tables
+    return {
+        level: np.where(has, np.cumsum(has).reshape(has.shape) - 1, -1).astype(np.int32)
+        for level, has in pages_of(plan).items()
+    }
 
 
-def _pool(store: Planes, plan: Plan, level: int, capacity: dict[int, int] | None) -> PagePool:
-    widths = plan.page_widths()
-    units = widths.shape[-1] // plan.blocks
-    where = np.argwhere(widths.reshape(*widths.shape[:2], units, plan.blocks) >= level)
-    room = len(where) if capacity is None else capacity[level]
-    if len(where) > room:
-        raise ValueError(f"the plan has {len(where)} pages of {level} bits, more than the capacity of {room}")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostPages:
+    """Planes in host memory and the checksums that their pages had when they were put there."""
 
-    def gather(planes: np.ndarray) -> Array:
-        layers, experts, projections, _, last = planes.shape
-        blocks = planes.reshape(layers, experts, units, projections // units, -1, plan.channel_block, last)
-        out = np.zeros((room, projections // units, plan.channel_block, last), planes.dtype)
-        out[: len(where)] = blocks[where[:, 0], where[:, 1], where[:, 2], :, where[:, 3]]
-        return jnp.asarray(out)
+    planes: Planes
+    channel_block: int
+    together: int  # projections of a page, 3 or 1
+    checksums: dict[int, UInt32[np.ndarray, "L E UN"]]
 
-    ratios = gather(store.ratios) if level == 8 else None
-    return PagePool(gather(store.codes[level]), ratios, jnp.asarray(page_tables(plan)[level]))
+    def arrays(
+        self, level: int, where: Int[np.ndarray, "Q 3"]
+    ) -> tuple[UInt8[np.ndarray, "Q p C Dp"], UInt8[np.ndarray, "Q p C G"] | None]:
+        """Codes of the pages at (layer, expert, block), and their ratios at level 8; ValueError if one is not what
+        it was."""
+        codes, ratios = _cut(self.planes, self.channel_block, self.together, level, where)
+        for place, found in zip(where, _sums(codes, ratios)):
+            if found != self.checksums[level][tuple(place)]:
+                layer, expert, block = map(int, place)
+                raise ValueError(
+                    f"the {level}-bit page of layer {layer}, expert {expert}, block {block} is damaged in host memory"
+                )
+        return codes, ratios
+
+
+def host_pages(planes: Planes, plan: Plan) -> HostPages:
+    """The pages that plans of this one's blocks read."""
+    together = 1 if plan.apart else PROJECTIONS
+    sums = {}
+    for level, has in pages_of(plan).items():
+        everywhere = np.argwhere(np.ones(has.shape, bool))
+        parts = _cut(planes, plan.channel_block, together, level, everywhere)
+        sums[level] = np.array(list(_sums(*parts)), np.uint32).reshape(has.shape)
+    return HostPages(planes=planes, channel_block=plan.channel_block, together=together, checksums=sums)
+
+
+def _cut(planes: Planes, channel_block: int, together: int, level: int, where: np.ndarray) -> tuple:
+    def cut(array: np.ndarray) -> np.ndarray:
+        layers, experts, projections, channels, last = array.shape
+        units, blocks = projections // together, channels // channel_block
+        parts = np.asarray(array).reshape(layers, experts, units, together, blocks, channel_block, last)
+        layer, expert, index = where.T
+        return parts[layer, expert, index // blocks, :, index % blocks]
+
+    return cut(planes.codes[level]), cut(planes.ratios) if level == 8 else None
+
+
+def _sums(codes: np.ndarray, ratios: np.ndarray | None) -> list[int]:
+    own = [zlib.crc32(page.tobytes()) for page in codes]
+    return own if ratios is None else [zlib.crc32(page.tobytes(), start) for page, start in zip(ratios, own)]

@@ -1,9 +1,11 @@
 """Switching: one jitted function, several precompiled precision variants, an index that chooses.
 
-``lax.switch`` runs one branch, and a branch reads only the planes that its variant has pages for: a
-level without pages is not in that branch's program. Variants are arguments, so new pages of the same
-shapes are new data and no new program. The index is one scalar for the batch; it must not be vmapped,
-since a batched ``lax.switch`` runs every branch.
+``lax.switch`` runs one branch, and a branch reads only the levels that its variant has a table for. Planes, pages and
+tables are arguments, so new pages of the same shapes are new data and no new program. The index is one scalar for the
+batch, or one for each sequence: then the rows of each variant and expert are multiplied together, and what a sequence
+gets does not depend on its neighbours. It must not be vmapped, since a batched ``lax.switch`` runs every branch.
+
+Axes: B sequences, N = B*T tokens, k experts a token, R = N*k rows, V variants.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dynamo_jax.kernels.layout import BasePlanes, Variant, dequantize_layer
+from dynamo_jax.kernels.layout import BasePlanes, PageTable, Resident, dequantize_experts, dequantize_layer
 from dynamo_jax.kernels.quantized_xla import quantized_experts_xla
 from dynamo_jax.kernels.rows import combine_rows, gather_rows, sort_by_expert
 from dynamo_jax.models.config import ModelConfig
@@ -32,29 +35,92 @@ from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.models.routing import Routing
 
 
-def switched_experts(base: BasePlanes, variants: tuple[Variant, ...], index: Int[Array, ""]) -> ExpertsFn:
-    """Experts at the precision of ``variants[index]``; an index out of range is clamped, as lax.switch does."""
+def switched_experts(
+    resident: Resident, tables: tuple[PageTable, ...], index: Int[Array, ""] | Int[Array, " B"]
+) -> ExpertsFn:
+    """Experts at the precision of ``tables[index]``; an index out of range is clamped, as lax.switch does.
+
+    index: of all tokens, or of each of B sequences, whose tokens lie one sequence after the other.
+    """
 
     def experts(
         layer: int, x: Array, routing: Routing, _: ExpertWeights | None, form: ExpertForm
     ) -> tuple[Array, Routing]:
-        def few(variant: Variant) -> Array:
-            """Unpack only the experts that the rows chose, all at once."""
-            chosen, own_routing, own_form = one_expert_a_row(routing, form)
-            weights = ExpertWeights(*dequantize_layer(base, variant, layer, chosen))
-            return expert_outputs(x, own_routing, weights, own_form)
-
-        def many(variant: Variant) -> Array:
-            order = sort_by_expert(routing.experts, base.codes.shape[1])
-            rows, sizes = gather_rows(x, order), order.group_sizes
-            out = quantized_experts_xla(rows, sizes, base, variant, layer, form.activation, form.biases)
-            return combine_rows(out, routing.gates, order).astype(x.dtype)
-
-        branch = few if few_rows(routing, base.codes.shape[1]) else many
-        branches = [functools.partial(branch, variant) for variant in variants]
-        return jax.lax.switch(index, branches), routing
+        run = _at_one_variant if jnp.ndim(index) == 0 else _by_sequence
+        return run(resident, tables, jnp.asarray(index), layer, x, routing, form), routing
 
     return experts
+
+
+def _at_one_variant(
+    resident: Resident,
+    tables: tuple[PageTable, ...],
+    index: Int[Array, ""],
+    layer: int,
+    x: Float[Array, "N D"],
+    routing: Routing,
+    form: ExpertForm,
+) -> Float[Array, "N D"]:
+    num_experts = resident.base.codes.shape[1]
+
+    def few(table: PageTable) -> Array:
+        """Unpack only the experts that the rows chose, all at once."""
+        chosen, own_routing, own_form = one_expert_a_row(routing, form)
+        weights = ExpertWeights(*dequantize_layer(resident, table, layer, chosen))
+        return expert_outputs(x, own_routing, weights, own_form)
+
+    def many(table: PageTable) -> Array:
+        return _grouped(resident, (table,), layer, x, routing, routing.experts, form)
+
+    branch = few if few_rows(routing, num_experts) else many
+    return jax.lax.switch(index, [functools.partial(branch, table) for table in tables])
+
+
+def _by_sequence(
+    resident: Resident,
+    tables: tuple[PageTable, ...],
+    index: Int[Array, " B"],
+    layer: int,
+    x: Float[Array, "N D"],
+    routing: Routing,
+    form: ExpertForm,
+) -> Float[Array, "N D"]:
+    num_experts = resident.base.codes.shape[1]
+    tokens, sequences = x.shape[0], index.shape[0]
+    if tokens % sequences:
+        raise ValueError(f"{tokens} tokens are not of {sequences} sequences of one length")
+    number = jnp.repeat(jnp.clip(index, 0, len(tables) - 1), tokens // sequences)  # of each token
+    if not few_rows(routing, num_experts):
+        groups = number[:, None] * num_experts + routing.experts
+        return _grouped(resident, tables, layer, x, routing, groups, form)
+    chosen, own_routing, own_form = one_expert_a_row(routing, form)
+    row_number = jnp.repeat(number, routing.experts.shape[1])
+    levels = [level for level in resident.pages if any(level in table for table in tables)]
+    own = {}
+    for level in levels:
+        shape = next(table[level].shape[1:] for table in tables if level in table)
+        missing = jnp.full(shape, -1, jnp.int32)
+        each = jnp.stack([table[level][layer] if level in table else missing for table in tables])
+        own[level] = each[row_number, chosen]
+    base = BasePlanes(*(a[layer][chosen] for a in resident.base))
+    weights = ExpertWeights(*dequantize_experts(base, resident.pages, own))
+    return expert_outputs(x, own_routing, weights, own_form)
+
+
+def _grouped(
+    resident: Resident,
+    tables: tuple[PageTable, ...],
+    layer: int,
+    x: Float[Array, "N D"],
+    routing: Routing,
+    groups: Int[Array, "N k"],
+    form: ExpertForm,
+) -> Float[Array, "N D"]:
+    """Rows in the order of ``groups``: variant times the number of experts, plus expert."""
+    order = sort_by_expert(groups, len(tables) * resident.base.codes.shape[1])
+    rows, sizes = gather_rows(x, order), order.group_sizes
+    out = quantized_experts_xla(rows, sizes, resident, tables, layer, form.activation, form.biases)
+    return combine_rows(out, routing.gates, order).astype(x.dtype)
 
 
 def window_losses(
@@ -79,10 +145,10 @@ def float_step(
 def switched_step(
     config: ModelConfig,
     parameters: dict[str, Array],
-    base: BasePlanes,
-    variants: tuple[Variant, ...],
-    index: Int[Array, ""],
+    resident: Resident,
+    tables: tuple[PageTable, ...],
+    index: Int[Array, ""] | Int[Array, " B"],
     tokens: Int[Array, "B T1"],
 ) -> tuple[Float[Array, " B"], Float[Array, "B L E"]]:
-    """``window_losses`` at the precision of ``variants[index]``; changing the index compiles nothing."""
-    return window_losses(config, parameters, tokens, experts=switched_experts(base, variants, index))
+    """``window_losses`` at the precision of ``tables[index]``; changing the index compiles nothing."""
+    return window_losses(config, parameters, tokens, experts=switched_experts(resident, tables, index))

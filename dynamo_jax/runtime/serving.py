@@ -1,0 +1,154 @@
+"""The run time as a functional core: a state of arrays, and functions from state to state.
+
+    host, state = init(model, requests=4)           # planes, pages, page tables, a monitor for each request
+    out, routings = decoder(.., experts=experts(state))   # in the user's own jit, scan or shard_map
+    state = observe(state, routings)                # what the router did, into the monitors
+    state = switch(state, 1)                        # or one number for each request; nothing compiles
+    host, state = adapt(model, host, state, windows)      # on the host, between two steps
+
+``state`` is a pytree of arrays: its shapes never change, so a function that takes it compiles once. ``host`` is what
+stays in host memory: all pages with their checksums, the plans of the variants, and which page lies where. Variant 0 is
+the baseline and never changes; adaptation fills another.
+
+Axes: B requests, T tokens, k experts a token, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Int
+
+from dynamo_jax.kernels.layout import PageTable, Resident
+from dynamo_jax.models.experts import ExpertsFn
+from dynamo_jax.models.routing import Routing
+from dynamo_jax.precision.plan import Plan
+from dynamo_jax.runtime.adapt import adapted_plan, observe_windows
+from dynamo_jax.runtime.monitor import HOP, Signatures, Watch, start, watch
+from dynamo_jax.runtime.quantized import QuantizedModel
+from dynamo_jax.runtime.residency import Residency, Staged, commit, levels_of, residency, stage, table_of
+from dynamo_jax.runtime.store import HostPages, host_pages, page_counts
+from dynamo_jax.runtime.switch import switched_experts
+
+SPARE = 0.5  # of the baseline's pages: slots beside theirs, for those of other variants
+
+
+class State(NamedTuple):
+    """All that a jitted step needs beside the model's own parameters. number: the variant of each request."""
+
+    resident: Resident
+    tables: tuple[PageTable, ...]
+    number: Int[Array, " B"]
+    signatures: Signatures
+    watch: Watch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Host:
+    """What stays in host memory. plans: of the variants; slots: of each level, the slot of each page, or -1."""
+
+    pages: HostPages
+    plans: tuple[Plan, ...]
+    slots: dict[int, np.ndarray]
+
+    def spare(self, capacity: dict[int, int]) -> dict[int, int]:
+        """Slots of each level that the baseline does not need."""
+        return {level: capacity[level] - count for level, count in page_counts(self.plans[0]).items()}
+
+
+def init(
+    model: QuantizedModel, requests: int = 1, variants: int = 2, slots: dict[int, int] | None = None
+) -> tuple[Host, State]:
+    """The model on the device: all ``variants`` are the baseline until ``place`` or ``adapt`` fills them.
+
+    slots: the page budget of each refinement level, at least the baseline's pages; by default those and half as many.
+    """
+    if requests < 1 or variants < 1:
+        raise ValueError(f"{requests} requests, {variants} variants: expected one or more")
+    counts = page_counts(model.plan)
+    if slots is None:
+        slots = {level: count + int(SPARE * count) for level, count in counts.items()}
+    pages = host_pages(model.store, model.plan)
+    here = residency(pages, [model.plan], slots)
+    table = table_of(here, model.plan, levels_of(model.plan))
+    signatures = model.knowledge.monitor()
+    state = State(
+        here.resident, (table,) * variants, jnp.zeros(requests, jnp.int32), signatures, start(signatures, requests)
+    )
+    return Host(pages=pages, plans=(model.plan,) * variants, slots=here.slots), state
+
+
+def experts(state: State) -> ExpertsFn:
+    """The experts of ``dynamo_jax.models.decoder`` at each request's variant; a single request runs ``lax.switch``."""
+    number = state.number[0] if state.number.shape[0] == 1 else state.number
+    return switched_experts(state.resident, state.tables, number)
+
+
+def observe(state: State, routings: list[Routing], mask: Bool[Array, "B T"] | None = None) -> State:
+    """The state after a step that routed T tokens of each request; ``mask`` is False where one is padding."""
+    requests, (num_layers, num_experts) = state.number.shape[0], state.signatures.shares.shape[1:]
+    if len(routings) != num_layers:
+        raise ValueError(f"routings of {len(routings)} layers; the monitor knows {num_layers}")
+    tokens = routings[0].experts.shape[0] // requests
+    real = jnp.ones((requests, tokens)) if mask is None else mask.astype(jnp.float32)
+    pieces = -(-tokens // HOP)
+    more = ((0, 0), (0, pieces * HOP - tokens)) if pieces > 1 else ((0, 0), (0, 0))
+    cut = (requests, pieces, -1)
+
+    def counted(chosen: Int[Array, "N k"]) -> Array:
+        each = jnp.pad(chosen.reshape(requests, tokens, -1), (*more, (0, 0))).reshape(requests, pieces, -1)
+        weight = jnp.repeat(jnp.pad(real, more).reshape(cut), chosen.shape[1], axis=2)
+        add = jax.vmap(jax.vmap(lambda e, w: jnp.zeros(num_experts).at[e].add(w)))
+        return add(each, weight)
+
+    counts = jnp.stack([counted(r.experts) for r in routings], axis=2)
+    seen = jnp.pad(real, more).reshape(cut).sum(axis=2)
+    return state._replace(watch=watch(state.signatures, state.watch, counts, seen))
+
+
+def switch(state: State, number: Int[ArrayLike, "*B"]) -> State:
+    """All requests at one variant, or each at its own; for use inside jit and outside, where it compiles nothing."""
+    xp = jnp if isinstance(number, jax.Array) else np
+    clipped = xp.clip(xp.broadcast_to(number, state.number.shape), 0, len(state.tables) - 1)
+    return state._replace(number=jnp.asarray(clipped.astype(np.int32)))
+
+
+def follow(state: State, novel: int = 1) -> State:
+    """Each request at variant ``novel`` where its monitor says novel, else at the baseline."""
+    return switch(state, jnp.where(state.watch.label == len(state.signatures.limit), novel, 0))
+
+
+def begin(host: Host, state: State, plan: Plan, variant: int = 1) -> Staged:
+    """Send the pages that ``plan`` needs for ``variant`` on their way; steps may go on meanwhile.
+
+    ValueError: too few free slots, a page that is damaged in host memory, no such variant, or the baseline itself.
+    """
+    if not 0 < variant < len(host.plans):
+        raise ValueError(f"variant {variant}: those that can change are 1..{len(host.plans) - 1}")
+    keep = [p for index, p in enumerate(host.plans) if index != variant]
+    return stage(host.pages, Residency(state.resident, host.slots), plan, keep)
+
+
+def finish(host: Host, state: State, plan: Plan, staged: Staged, variant: int = 1) -> tuple[Host, State]:
+    """Take the pages in and make ``plan`` the variant. The given state's pages are given up: use the one returned."""
+    here = commit(Residency(state.resident, host.slots), staged)
+    table = table_of(here, plan, levels_of(host.plans[0]))
+    tables = (*state.tables[:variant], table, *state.tables[variant + 1 :])
+    plans = (*host.plans[:variant], plan, *host.plans[variant + 1 :])
+    return dataclasses.replace(host, plans=plans, slots=here.slots), state._replace(
+        resident=here.resident, tables=tables
+    )
+
+
+def adapt(
+    model: QuantizedModel, host: Host, state: State, windows: Int[np.ndarray, "S T1"], variant: int = 1
+) -> tuple[Host, State]:
+    """``variant`` adapted to data like ``windows``, within the page budget; the numbers stay as they are."""
+    capacity = {level: pages.codes.shape[0] for level, pages in state.resident.pages.items()}
+    plan = adapted_plan(model.plan, model.knowledge, observe_windows(model, windows), host.spare(capacity))
+    return finish(host, state, plan, begin(host, state, plan, variant), variant)
