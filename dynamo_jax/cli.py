@@ -238,10 +238,15 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     raw: Annotated[bool, typer.Option("--raw", help="Leave the model's chat template out.")] = False,
+    adapt: Annotated[
+        bool,
+        typer.Option("--adapt", help="Watch the text, prompt after prompt, and switch precision where it is novel."),
+    ] = False,
 ) -> None:
     """Continue a text; standard output gets the continuation alone, as it is made.
 
-    Of several prompts, which run as one batch, the continuations come one after the other, a line between.
+    Of several prompts, which run as one batch, the continuations come one after the other, a line between. With --adapt
+    they run one after the other, as one client's, and standard error says what the monitor saw and what was switched.
     """
     from dynamo_jax import generate_command as job
 
@@ -251,10 +256,20 @@ def generate(
         raise ValueError("--prompt is empty")
     import jax.numpy as jnp
 
-    loaded, tokenizer, files = job.load_language_model(model_folder(model), jnp.dtype(dtype))
+    loaded, tokenizer, files, follower = job.load_language_model(model_folder(model), jnp.dtype(dtype), adapt)
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     settings = job.settings(files, max_tokens=max_tokens, **sampling)
     tokens = [job.prompt_tokens(tokenizer, files, p, chat=not raw) for p in prompt]
+    if follower:  # one client's texts, one after the other
+        for index, one in enumerate(tokens):
+            print("\n" if index else "", end="")
+            for pieces in job.continuations(loaded, tokenizer, [one], settings, follower):
+                print(pieces[0], end="", flush=True)
+            loaded = job.continued(loaded, follower)
+        print()
+        for event in follower.events:
+            print(job.describe(event), file=sys.stderr)
+        return
     texts = [""] * len(prompt)
     for pieces in job.continuations(loaded, tokenizer, tokens, settings):
         texts = [text + piece for text, piece in zip(texts, pieces)]

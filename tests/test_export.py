@@ -20,7 +20,7 @@ from dynamo_jax.models.families import FAMILIES
 from dynamo_jax.models.huggingface import load_checkpoint
 from dynamo_jax.pipeline import QuantizeConfig, no_progress, quantize_folder
 from dynamo_jax.runtime.generate import GenerateConfig, generate
-from dynamo_jax.runtime.switch import switched_experts
+from dynamo_jax.runtime.serving import experts
 
 SMALL = QuantizeConfig(bits=5.5, group_size=8, channel_block=8, window=24, calibration_windows=2, batch_size=2)
 
@@ -39,11 +39,9 @@ def test_transformers_loads_an_export_and_has_our_logits(family_model, family, a
     export(tmp_path / "quantized", tmp_path / "out", no_progress)
 
     quantized = checkpoint.load(tmp_path / "quantized")
-    ours = quantized_language_model(quantized)
+    ours, _ = quantized_language_model(quantized)
     tokens = rng.integers(3, 61, (2, 20))
-    logits, _ = with_parameters(ours.config, ours.parameters)(
-        jnp.asarray(tokens), experts=switched_experts(*ours.quantized)
-    )
+    logits, _ = with_parameters(ours.config, ours.parameters)(jnp.asarray(tokens), experts=experts(ours.state))
     read, info = type(model).from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] - {"lm_head.weight"} and not info["unexpected_keys"]
     with torch.no_grad():

@@ -12,25 +12,31 @@ import pytest
 import torch
 
 from dynamo_jax import chat
-from dynamo_jax.generate_command import continuations, load_language_model, prompt_tokens, quantized_language_model
+from dynamo_jax.generate_command import (
+    continuations,
+    continued,
+    describe,
+    load_language_model,
+    prompt_tokens,
+    quantized_language_model,
+)
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import parameters
 from dynamo_jax.models.families import FAMILIES
 from dynamo_jax.models.huggingface import load_checkpoint, side_files
 from dynamo_jax.pipeline import QuantizeConfig, quantize
 from dynamo_jax.quant.planes import dequantize
+from dynamo_jax.runtime import online, serving
 from dynamo_jax.runtime.generate import (
     GenerateConfig,
     LanguageModel,
-    Quantized,
     Sampling,
     bucket,
     choose,
     generate,
     stream,
 )
-from dynamo_jax.runtime.residency import residency, table_of
-from dynamo_jax.runtime.store import host_pages
+from dynamo_jax.runtime.store import page_counts
 
 PROMPTS = [[5, 9, 33, 7, 50, 12, 8, 3, 21, 44, 17, 29], [40, 6], [11, 12, 13, 14, 15, 16, 17]]
 
@@ -97,26 +103,73 @@ def test_a_capacity_that_is_too_small_is_named(tiny):
 
 
 def test_switching_the_variant_while_decoding_compiles_nothing(quantized, compilations):
-    model = quantized_language_model(quantized)
+    model, _ = quantized_language_model(quantized)
     plan = quantized.plan
     other = dataclasses.replace(plan, widths=plan.widths[:, ::-1])
-    here = residency(host_pages(quantized.store, plan), [plan, other])
-    tables = tuple(table_of(here, p) for p in (plan, other))
+    host, state = serving.init(quantized, slots={n: 2 * c for n, c in page_counts(plan).items()})
+    host, state = serving.finish(host, state, other, serving.begin(host, state, other))
 
-    def at(number):
-        chosen = Quantized(here.resident, tables, jnp.int32(number))
-        return LanguageModel(config=model.config, parameters=model.parameters, quantized=chosen)
+    def run(number):
+        """Prompts [5] * 10, at the variant that ``number`` says before each step after the first."""
+        both = LanguageModel(config=model.config, parameters=model.parameters, state=state)
+        switch = lambda s, _: serving.switch(s, number)  # noqa: E731
+        return [t[0] for t in stream(both, [[5] * 10], GenerateConfig(max_tokens=4), between=switch)]
 
-    first = generate(at(0), [[5] * 10], GenerateConfig(max_tokens=4))
+    first = run(0)
     with compilations() as count:
-        second = generate(at(1), [[5] * 10], GenerateConfig(max_tokens=4))
-    assert count.compiled == 0 and first == generate(model, [[5] * 10], GenerateConfig(max_tokens=4))
-    assert len(second[0]) == 4
+        second = run(1)
+    assert count.compiled == 0 and [first] == generate(model, [[5] * 10], GenerateConfig(max_tokens=4))
+    assert len(second) == 4
+
+
+def followed(quantized, texts, prompts=3):
+    """A client's prompts, 200 tokens of verse each, where the monitor takes everything for novel; all new tokens."""
+    model, follower = quantized_language_model(quantized, adaptive=True)
+    strict = model.state.signatures._replace(limit=jnp.full(2, 1e-3))
+    model = dataclasses.replace(model, state=model.state._replace(signatures=strict))
+    ids = quantized.tokenizer.encode(texts["verse"]).ids
+    out = []
+    for index in range(prompts):
+        prompt = ids[200 * index : 200 * (index + 1)]
+        out += [list(stream(model, [prompt], GenerateConfig(max_tokens=3), between=follower))]
+        model = continued(model, follower)
+    return follower, out
+
+
+def test_a_text_that_turns_novel_is_adapted_to_between_two_steps(quantized, texts):
+    follower, out = followed(quantized, texts)
+    assert [len(steps) for steps in out] == [3] * 3
+    first, second = follower.events
+    assert (first.what, first.token, first.request) == ("novel", 201, 0)  # in the second prompt, at 256 tokens
+    assert second.what in ("adapted", "not better") and (second.gain > 0) == (second.what == "adapted")
+    assert second.moved > 0 and "token 201" in describe(second) and "novel" in describe(first)
+    assert follower.host.plans[1].stored_bytes() <= quantized.plan.stored_bytes()
+    assert follower.state.number.tolist() == [int(second.what == "adapted")]
+
+
+def test_texts_that_are_too_short_say_nothing(quantized):
+    model, follower = quantized_language_model(quantized, adaptive=True)
+    list(stream(model, [[5] * 20, [9] * 12], GenerateConfig(max_tokens=3), between=follower))
+    assert follower.events == [] and follower.state.number.tolist() == [0, 0]
+
+
+def test_adapting_that_fails_leaves_the_baseline_running(quantized, texts, monkeypatch):
+    def damaged(*_):
+        raise ValueError("the 3-bit page of layer 0, expert 1, block 2 is damaged in host memory")
+
+    monkeypatch.setattr(online, "begin", damaged)
+    follower, out = followed(quantized, texts)
+    assert follower.events[1].what == "failed" and "expert 1, block 2 is damaged" in describe(follower.events[1])
+    plain, _ = quantized_language_model(quantized)
+    ids = quantized.tokenizer.encode(texts["verse"]).ids
+    for index, steps in enumerate(out):
+        prompt = ids[200 * index : 200 * (index + 1)]
+        assert [t[0] for t in steps] == generate(plain, [prompt], GenerateConfig(max_tokens=3))[0]
 
 
 def test_a_quantized_model_generates_what_its_dequantized_weights_generate(quantized):
     """Prefill goes through all experts of a layer, decoding through those that the tokens chose."""
-    model = quantized_language_model(quantized)
+    model, _ = quantized_language_model(quantized)
     arrays = dict(model.parameters)
     plan = quantized.plan
     pages = plan.page_widths().reshape(*plan.widths.shape[:2], -1, plan.blocks)
@@ -249,6 +302,6 @@ def test_stop_tokens_come_from_the_generation_settings_first():
 
 
 def test_a_model_in_bfloat16_generates(bundled):
-    model, tokenizer, files = load_language_model(BUNDLED, jnp.bfloat16)
+    model, tokenizer, files, _ = load_language_model(BUNDLED, jnp.bfloat16)
     tokens = prompt_tokens(tokenizer, files, "def main():", chat=True)
     assert len(generate(model, [tokens], GenerateConfig(max_tokens=5))[0]) == 5

@@ -67,7 +67,7 @@ def test_switching_and_adapting_between_steps_compiles_nothing(model, compilatio
     windows = np.asarray(tokens_of(1, 4, 65, 20, 30))
     host, state = serving.adapt(model, host, state, windows)
     tokens = tokens_of(0)
-    first, _ = run(model, state, tokens)
+    first, _ = run(model, serving.switch(state, 0), tokens)
     with compilations() as count:
         state = serving.switch(state, 1)
         adapted, state = run(model, state, tokens)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,32 +19,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dynamo_jax.kernels.layout import PageTable, Resident
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Cache, new_cache, with_parameters
 from dynamo_jax.models.experts import float_experts
-from dynamo_jax.runtime.switch import switched_experts
+from dynamo_jax.runtime.monitor import Watch
+from dynamo_jax.runtime.serving import State, experts, for_requests, observe
 
+Between = Callable[[State, list[list[int]]], State]
 SMALLEST_BUCKET = 16
 SMALLEST_CAPACITY = 1024  # slots of the cache, unless the caller or a longer text asks for others
 
 
-class Quantized(NamedTuple):
-    """Quantized experts as an argument of a jitted function: the variant in use is ``tables[number]``; ``number`` is
-    that of all prompts, or of each."""
-
-    resident: Resident
-    tables: tuple[PageTable, ...]
-    number: Int[Array, ""] | Int[Array, " B"]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageModel:
-    """What generation needs. ``quantized`` is None where ``parameters`` hold the experts in float."""
+    """What generation needs. state: of quantized experts, None where ``parameters`` hold the experts in float."""
 
     config: ModelConfig
     parameters: dict[str, Array]
-    quantized: Quantized | None = None
+    state: State | None = None
     dtype: Any = jnp.float32
 
 
@@ -105,30 +97,30 @@ def _next(
     config: ModelConfig,
     dtype: Any,
     parameters: dict[str, Array],
-    quantized: Quantized | None,
+    state: State | None,
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     cache: Cache,
     sampling: Sampling,
-) -> tuple[Int[Array, " B"], Cache]:
+) -> tuple[Int[Array, " B"], Cache, Watch | None]:
     model = with_parameters(config, parameters)
-    experts = float_experts if quantized is None else switched_experts(*quantized)
-    hidden, _, cache = model.cached_states(tokens, mask, cache, experts=experts, dtype=dtype)
+    run = float_experts if state is None else experts(state)
+    hidden, routings, cache = model.cached_states(tokens, mask, cache, experts=run, dtype=dtype)
     logits = model.logits(hidden[:, -1:])[:, 0]
-    return choose(logits, sampling, cache.used), cache
+    return choose(logits, sampling, cache.used), cache, state and observe(state, routings, mask).watch
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="cache")
-def prefill(config, dtype, parameters, quantized, tokens, mask, cache, sampling):
-    """Run the prompts (B, T), padding first, into an empty cache; their next tokens (B,) and the cache."""
-    return _next(config, dtype, parameters, quantized, tokens, mask, cache, sampling)
+def prefill(config, dtype, parameters, state, tokens, mask, cache, sampling):
+    """Run the prompts (B, T), padding first, into an empty cache; their next tokens (B,), the cache, the monitor."""
+    return _next(config, dtype, parameters, state, tokens, mask, cache, sampling)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="cache")
-def decode(config, dtype, parameters, quantized, token, cache, sampling):
-    """One token (B,) more; the next ones and the cache."""
+def decode(config, dtype, parameters, state, token, cache, sampling):
+    """One token (B,) more; the next ones, the cache, the monitor."""
     tokens = token[:, None]
-    return _next(config, dtype, parameters, quantized, tokens, jnp.ones_like(tokens, bool), cache, sampling)
+    return _next(config, dtype, parameters, state, tokens, jnp.ones_like(tokens, bool), cache, sampling)
 
 
 def bucket(length: int) -> int:
@@ -137,13 +129,19 @@ def bucket(length: int) -> int:
 
 
 def stream(
-    model: LanguageModel, prompts: list[list[int]], config: GenerateConfig, capacity: int | None = None
+    model: LanguageModel,
+    prompts: list[list[int]],
+    config: GenerateConfig,
+    capacity: int | None = None,
+    between: Between | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue all prompts together: at each step one token for each, None for one that has ended.
 
     A sequence ends at a stop token (which is not given out), after ``max_tokens``, or at the model's last
     position. ``capacity`` is the number of the cache's slots; by default 1,024, or the power of two that the
-    call needs, so that calls of different lengths share one decoding program.
+    call needs, so that calls of different lengths share one decoding program. ``between``, for a quantized model, is
+    called after each step with the state and all tokens of each prompt so far; the next step takes the state that
+    it returns.
     """
     limit = model.config.max_position_embeddings
     for number, prompt in enumerate(prompts):
@@ -168,18 +166,27 @@ def stream(
     sampling = Sampling(
         jnp.float32(config.temperature), jnp.int32(config.top_k), jnp.float32(config.top_p), jax.random.key(config.seed)
     )
-    fixed = (model.config, model.dtype, model.parameters, model.quantized)
+    fixed = (model.config, model.dtype, model.parameters)
+    state = model.state and for_requests(model.state, len(prompts))
     cache = new_cache(model.config, len(prompts), slots, model.dtype)
-    token, cache = prefill(*fixed, tokens, mask, cache, sampling)
+    token, cache, seen = prefill(*fixed, state, tokens, mask, cache, sampling)
+    texts = [list(prompt) for prompt in prompts]
     room = np.array([min(config.max_tokens, limit - len(p)) for p in prompts])
     for step in range(int(room.max())):
         found = np.asarray(token)
         room = np.where(np.isin(found, config.stop), 0, room)
         if not (room > step).any():
             return
-        yield [int(t) if left > step else None for t, left in zip(found, room)]
-        if (room > step + 1).any():
-            token, cache = decode(*fixed, token, cache, sampling)
+        new = [int(t) if left > step else None for t, left in zip(found, room)]
+        yield new
+        if state is not None:
+            state = state._replace(watch=seen)
+            if between:
+                texts = [text if t is None else [*text, t] for text, t in zip(texts, new)]
+                state = between(state, texts)
+        if not (room > step + 1).any():
+            return
+        token, cache, seen = decode(*fixed, state, token, cache, sampling)
 
 
 def generate(

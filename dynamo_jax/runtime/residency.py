@@ -45,9 +45,10 @@ class Chunk(NamedTuple):
 
 
 class Staged(NamedTuple):
-    """Pages on their way, and the slots of all pages once they are there."""
+    """Pages on their way, how many, and the slots of all pages once they are there."""
 
     chunks: dict[int, list[Chunk]]
+    pages: int
     slots: dict[int, Int[np.ndarray, "L E UN"]]
 
     def ready(self) -> bool:
@@ -110,7 +111,7 @@ def stage(host: HostPages, now: Residency, plan: Plan, keep: list[Plan]) -> Stag
         after[tuple(missing.T)] = taken
         slots[level], moving[level] = after, (missing, taken)
     chunks = {level: _chunks(host, now, level, *moving[level]) for level in LEVELS}
-    return Staged(chunks, slots)
+    return Staged(chunks, sum(len(where) for where, _ in moving.values()), slots)
 
 
 def _chunks(host: HostPages, now: Residency, level: int, where: np.ndarray, slots: np.ndarray) -> list[Chunk]:

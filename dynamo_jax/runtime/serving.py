@@ -39,13 +39,14 @@ SPARE = 0.5  # of the baseline's pages: slots beside theirs, for those of other 
 
 
 class State(NamedTuple):
-    """All that a jitted step needs beside the model's own parameters. number: the variant of each request."""
+    """All that a jitted step needs beside the model's own parameters. number: the variant of each request; watch: None
+    where nobody watches."""
 
     resident: Resident
     tables: tuple[PageTable, ...]
     number: Int[Array, " B"]
     signatures: Signatures
-    watch: Watch
+    watch: Watch | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,11 @@ class Host:
     plans: tuple[Plan, ...]
     slots: dict[int, np.ndarray]
 
-    def spare(self, capacity: dict[int, int]) -> dict[int, int]:
-        """Slots of each level that the baseline does not need."""
-        return {level: capacity[level] - count for level, count in page_counts(self.plans[0]).items()}
+
+def spare(host: Host, state: State) -> dict[int, int]:
+    """Slots of each level that the baseline does not need."""
+    counts = page_counts(host.plans[0])
+    return {level: pages.codes.shape[0] - counts[level] for level, pages in state.resident.pages.items()}
 
 
 def init(
@@ -83,14 +86,26 @@ def init(
     return Host(pages=pages, plans=(model.plan,) * variants, slots=here.slots), state
 
 
+def for_requests(state: State, requests: int) -> State:
+    """The state for as many requests: as it is if it is of as many, so that monitors go on from one text of a client to
+    the next; else all at the baseline, with new monitors."""
+    if state.number.shape[0] == requests:
+        return state
+    fresh = None if state.watch is None else start(state.signatures, requests)
+    return state._replace(number=jnp.zeros(requests, jnp.int32), watch=fresh)
+
+
 def experts(state: State) -> ExpertsFn:
     """The experts of ``dynamo_jax.models.decoder`` at each request's variant; a single request runs ``lax.switch``."""
-    number = state.number[0] if state.number.shape[0] == 1 else state.number
-    return switched_experts(state.resident, state.tables, number)
+    alone = state.number.shape[0] == 1 or len(state.tables) == 1
+    return switched_experts(state.resident, state.tables, state.number[0] if alone else state.number)
 
 
 def observe(state: State, routings: list[Routing], mask: Bool[Array, "B T"] | None = None) -> State:
-    """The state after a step that routed T tokens of each request; ``mask`` is False where one is padding."""
+    """The state after a step that routed T tokens of each request; ``mask`` is False where one is padding. A state that
+    nobody watches stays as it is."""
+    if state.watch is None:
+        return state
     requests, (num_layers, num_experts) = state.number.shape[0], state.signatures.shares.shape[1:]
     if len(routings) != num_layers:
         raise ValueError(f"routings of {len(routings)} layers; the monitor knows {num_layers}")
@@ -120,7 +135,14 @@ def switch(state: State, number: Int[ArrayLike, "*B"]) -> State:
 
 def follow(state: State, novel: int = 1) -> State:
     """Each request at variant ``novel`` where its monitor says novel, else at the baseline."""
-    return switch(state, jnp.where(state.watch.label == len(state.signatures.limit), novel, 0))
+    return switch(state, jnp.where(is_novel(state), novel, 0))
+
+
+def is_novel(state: State) -> Bool[Array, " B"]:
+    """Which requests' text the monitor calls novel."""
+    if state.watch is None:
+        raise ValueError("nobody watches this state: it has no monitor")
+    return state.watch.label == len(state.signatures.limit)
 
 
 def begin(host: Host, state: State, plan: Plan, variant: int = 1) -> Staged:
@@ -149,6 +171,5 @@ def adapt(
     model: QuantizedModel, host: Host, state: State, windows: Int[np.ndarray, "S T1"], variant: int = 1
 ) -> tuple[Host, State]:
     """``variant`` adapted to data like ``windows``, within the page budget; the numbers stay as they are."""
-    capacity = {level: pages.codes.shape[0] for level, pages in state.resident.pages.items()}
-    plan = adapted_plan(model.plan, model.knowledge, observe_windows(model, windows), host.spare(capacity))
+    plan = adapted_plan(model.plan, model.knowledge, observe_windows(model, windows), spare(host, state))
     return finish(host, state, plan, begin(host, state, plan, variant), variant)
