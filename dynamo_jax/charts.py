@@ -69,6 +69,7 @@ svg text.on-dark { fill: #fff; } svg text.on-light { fill: #111; }
 svg .cell text { font-size: 10px; pointer-events: none; }
 h3 + svg { margin-bottom: .6rem; }
 svg .line { stroke: var(--line); } svg .zero { stroke: var(--soft); }
+svg .trace { fill: none; stroke: var(--ink); stroke-width: 1.5; }
 .rtn { --mark: var(--rtn); } .baseline { --mark: var(--ink); } .auto { --mark: var(--auto); }
 .better { --mark: var(--better); } .worse { --mark: var(--worse); } .noise, .same, .unknown { --mark: var(--soft); }
 .strip .mark { fill-opacity: .6; }
@@ -435,3 +436,48 @@ def bar_chart(rows: Sequence[tuple[str, float, str, str]], label: str, width: fl
             _words(left + length + 6, y + 14, words, class_="ink"),
         ]
     return svg(width, lane * len(rows) + 2, label, *parts)
+
+
+class Stretch(NamedTuple):
+    """A piece of a timeline. end: where it ends; upper: what its dot shows; lower: a point of the line below it."""
+
+    end: float
+    upper: float
+    lower: float
+    series: str
+    title: str
+    shaded: bool
+
+
+def timeline_chart(stretches: Sequence[Stretch], upper: str, lower: str, most: float, unit: str, caption: str) -> str:
+    """Dots from 0 to ``most`` with a rule at 1, what lies above drawn at the edge, over a line with a rule at 0."""
+    width, left, tall, top = 900, _left_margin([upper, lower]), 48, 6
+    last, reach = stretches[-1].end, max([abs(s.lower) for s in stretches if math.isfinite(s.lower)], default=0.0)
+    below, bottom = top + tall + 12, top + 2 * tall + 12
+
+    def x(value: float) -> float:
+        return left + value / last * (width - left - 12)
+
+    def y(value: float) -> float:
+        return top + tall * (1 - min(value, most) / most)
+
+    def under(value: float) -> float:
+        return below + tall * (0.5 - 0.5 * value / (reach or 1.0))
+
+    shade, dots, points, start = [], [], [], 0.0
+    for stretch in stretches:
+        middle = x((start + stretch.end) / 2)
+        if stretch.shaded:
+            shade.append(_box(x(start), top, x(stretch.end) - x(start), bottom - top, "fill:var(--panel)"))
+        if math.isfinite(stretch.upper):
+            dot = marker(stretch.series, middle, y(stretch.upper))
+            dots.append(element("g", element("title", text(stretch.title)), dot))
+        if math.isfinite(stretch.lower):
+            points.append(f"{middle:.1f},{under(stretch.lower):.1f}")
+        start = stretch.end
+    rules = [_line(left, level, width - 12, level, "zero") for level in (y(1.0), under(0.0))]
+    words = [_row_label(left - 8, y(1.0), upper), _row_label(left - 8, under(0.0), lower)]
+    words += [_words(left, bottom + 14, "0"), _words(width - 12, bottom + 14, f"{last:,.0f} {unit}", "end")]
+    words.append(_words(left + 4, below + 9, f"edges: {PLUS_MINUS}{number(reach, '.2g')}"))
+    line = element("polyline", points=" ".join(points), class_="trace")
+    return svg(width, bottom + 20, caption, *shade, *rules, line, *dots, *words)

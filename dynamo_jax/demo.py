@@ -25,12 +25,13 @@ from dynamo_jax.evaluate import (
     Adaptation,
     EvalConfig,
     Row,
+    Timeline,
     calibrated_windows,
     evaluate_quantized,
     evaluate_uniform,
     make_dataset,
 )
-from dynamo_jax.findings import ReportContent
+from dynamo_jax.findings import Line, ReportContent
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import Decoder
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
@@ -163,6 +164,12 @@ def run(config: DemoConfig, texts: Path, out: Path, command: str, progress: Prog
     return result
 
 
+def line_of(of: Timeline) -> Line:
+    return Line(
+        of.tokens.tolist(), of.score.tolist(), of.nearest, (of.auto - of.baseline).tolist(), of.adapted.tolist()
+    )
+
+
 def report_content(result: DemoResult, model: Decoder, command: str, seconds: float) -> ReportContent:
     config, plan, known = model.config, result.model.plan, result.model.knowledge
     down = np.stack([np.asarray(layer_weights(model, i).down, np.float32) for i in range(config.num_moe_layers)])
@@ -189,5 +196,6 @@ def report_content(result: DemoResult, model: Decoder, command: str, seconds: fl
         verdicts={n: (a.verdict.nearest, a.verdict.divergence, a.verdict.novel) for n, a in result.adaptations.items()},
         threshold=known.threshold,
         dynamics=dynamics_of(result.analyses),
+        timelines={n: line_of(a.timeline) for n, a in result.adaptations.items() if a.timeline},
         command=command,
     )

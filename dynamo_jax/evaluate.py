@@ -13,9 +13,10 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.calibrate import Progress
 from dynamo_jax.data import token_windows
@@ -26,7 +27,7 @@ from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.rtn import round_to_nearest
 from dynamo_jax.runtime.adapt import adapt
-from dynamo_jax.runtime.monitor import Verdict, judge
+from dynamo_jax.runtime.monitor import HOP, Verdict, decide, judge, spans
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.residency import Residency, commit, residency, stage, table_of
 from dynamo_jax.runtime.store import HostPages, host_pages, page_counts
@@ -46,10 +47,10 @@ class EvalConfig:
 
 
 class Losses(NamedTuple):
-    """nll: (S,) summed nats a window; counts: (L, E) routed tokens."""
+    """nll: (S,) summed nats a window; counts: (S, L, E) its routed tokens."""
 
     nll: Float[np.ndarray, " S"]
-    counts: Float[np.ndarray, "L E"]
+    counts: Float[np.ndarray, "S L E"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,13 +87,13 @@ class Dataset(NamedTuple):
 
 def run_windows(step: StepFn, windows: Int[np.ndarray, "S T1"], batch_size: int) -> Losses:
     """Losses of all windows in batches of one shape."""
-    nll, counts = [], 0.0
+    nll, counts = [], []
     for tokens, mask in batches(windows, batch_size):
         losses, routed = step(jnp.asarray(tokens))
         real = mask[:, 0] > 0
         nll.append(np.asarray(losses, np.float64)[real])
-        counts = counts + np.asarray(routed, np.float64)[real].sum(axis=0)
-    return Losses(np.concatenate(nll), np.asarray(counts))
+        counts.append(np.asarray(routed, np.float64)[real])
+    return Losses(np.concatenate(nll), np.concatenate(counts))
 
 
 def make_row(
@@ -177,16 +178,32 @@ def evaluate_uniform(
 VARIANTS = ("baseline", "auto")
 
 
+class Timeline(NamedTuple):
+    """A text from its first token on, in stretches of what the monitor looks at. tokens: at the end of each stretch;
+    score: the stream monitor's, above 1 for novel; nearest: what the text is taken for there; baseline, auto: nats a
+    token; adapted: whether auto ran at an adapted plan."""
+
+    tokens: Int[np.ndarray, " Z"]
+    score: Float[np.ndarray, " Z"]
+    nearest: tuple[str, ...]
+    baseline: Float[np.ndarray, " Z"]
+    auto: Float[np.ndarray, " Z"]
+    adapted: Bool[np.ndarray, " Z"]
+
+
 class Adaptation(NamedTuple):
     """What the monitor said of a dataset and the plan that its auto variant used.
 
     gain: nats a token that the adapted plan gained over the baseline on the first windows; None where
-    the data was known. A plan that gained nothing there was not taken.
+    the data was known. A plan that gained nothing there was not taken. first: what the baseline lost on the first
+    windows. timeline: of the whole text, where both variants were evaluated.
     """
 
     verdict: Verdict
     plan: Plan
     gain: float | None
+    first: Losses
+    timeline: Timeline | None = None
 
 
 def evaluate_quantized(
@@ -210,15 +227,48 @@ def evaluate_quantized(
             adaptations[dataset.name] = found = choose_plan(device, dataset.first, config.batch_size)
             plan = found.plan
         reference = (references or {}).get(dataset.name)
+        found_losses: dict[str, Losses] = {}
         for name in variants:
             step = device.step(plan, VARIANTS.index(name))
             losses = run_windows(step, dataset.rest, config.batch_size)
             used = plan if name == "auto" else model.plan
-            read = used.bytes_per_token(losses.counts, dataset.rest[:, 1:].size)
+            read = used.bytes_per_token(losses.counts.sum(axis=0), dataset.rest[:, 1:].size)
             rows.append(make_row(dataset, name, losses, used.bits_per_weight(), read, reference))
             reference = (name, losses)
+            found_losses[name] = losses
+        if set(VARIANTS) <= set(found_losses):
+            line = timeline(model, found.first, found_losses["baseline"], found_losses["auto"], dataset, plan)
+            adaptations[dataset.name] = found._replace(timeline=line)
         progress("evaluate quantized", index + 1, len(data))
     return rows, adaptations
+
+
+def timeline(
+    model: QuantizedModel, first: Losses, baseline: Losses, auto: Losses, data: Dataset, plan: Plan
+) -> Timeline:
+    """What the monitor would have said, and what both variants lost, over the first windows and the rest."""
+    window = data.first[0, 1:].size
+    size = max(1, round(2 * HOP / window))
+    counts = spans(np.concatenate([first.counts, baseline.counts]), size)
+    labels, scores = _decide(model.knowledge.monitor(), jnp.asarray(counts, jnp.float32))
+    names = (*model.knowledge.names, "novel")
+
+    def stretches(later: Losses) -> np.ndarray:
+        each = np.concatenate([first.nll, later.nll]) / window
+        return each[: len(counts) * size].reshape(len(counts), -1).mean(axis=1)
+
+    ends = np.arange(1, len(counts) + 1) * size * window
+    return Timeline(
+        tokens=ends,
+        score=np.asarray(scores, np.float64),
+        nearest=tuple(names[i] for i in np.asarray(labels)),
+        baseline=stretches(baseline),
+        auto=stretches(auto),
+        adapted=(ends > len(first.nll) * window) & (plan is not model.plan),
+    )
+
+
+_decide = jax.jit(jax.vmap(decide, in_axes=(None, 0)))
 
 
 class Device:
@@ -250,13 +300,13 @@ def choose_plan(device: Device, first: Int[np.ndarray, "S T1"], batch_size: int)
     """
     model = device.model
     before = run_windows(device.step(model.plan, 0), first, batch_size)
-    verdict = judge(before.counts, model.knowledge.signatures(), model.knowledge.threshold)
+    verdict = judge(before.counts.sum(axis=0), model.knowledge.signatures(), model.knowledge.threshold)
     if not verdict.novel:
-        return Adaptation(verdict, model.plan, None)
+        return Adaptation(verdict, model.plan, None, before)
     plan = adapt(model, first)
     after = run_windows(device.step(plan, 1), first, batch_size)
     gain = float((before.nll - after.nll).sum() / first[:, 1:].size)
-    return Adaptation(verdict, plan if gain > 0 else model.plan, gain)
+    return Adaptation(verdict, plan if gain > 0 else model.plan, gain, before)
 
 
 def make_dataset(name: str, kind: str, text: str, tokenizer: Any, config: EvalConfig, calibrated: int = 0) -> Dataset:

@@ -25,6 +25,17 @@ SIGNIFICANT = 2.0  # standard errors
 Row = dict[str, Any]
 
 
+class Line(NamedTuple):
+    """A text's stretches: where each ends, the monitor's score, what the text is taken for, nll of auto minus that of
+    the baseline, and whether auto ran at an adapted plan."""
+
+    tokens: Sequence[float]
+    score: Sequence[float]
+    nearest: Sequence[str]
+    gained: Sequence[float]
+    adapted: Sequence[bool]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportContent:
     """What a report shows.
@@ -34,7 +45,7 @@ class ReportContent:
     through each channel block. baseline_bits: of each page, in {2, 3, 4, 8}; apart: whether each
     projection of a block has a page of its own, those of gate first. adapted_bits: of the datasets
     that were adapted to. verdicts: nearest known dataset, divergence in bits, novel or not. dynamics:
-    of the known datasets.
+    of the known datasets. timelines: of the evaluated ones.
     """
 
     model: str
@@ -49,6 +60,7 @@ class ReportContent:
     dynamics: Dynamics | None
     command: str
     apart: bool = False
+    timelines: dict[str, Line] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = np.shape(self.baseline_bits)

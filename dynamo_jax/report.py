@@ -39,6 +39,7 @@ from dynamo_jax.findings import (
 from dynamo_jax.kernels.layout import LEVELS, WIDTHS
 from dynamo_jax.page import cells, figure, nothing, table
 from dynamo_jax.report_dynamics import dynamics_section
+from dynamo_jax.report_timeline import timeline_section
 
 VARIANTS = {
     "bf16": "not quantized",
@@ -354,6 +355,7 @@ SECTIONS = (
     ("bits", "Bits chosen for the baseline", bits_section),
     ("adapted", "Bits moved by adaptation", adapted_section),
     ("monitor", "What the monitor saw", monitor_section),
+    ("timeline", "Over the text", timeline_section),
     ("facts", "Facts", facts_section),
 )
 

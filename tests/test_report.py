@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from dynamo_jax import charts
 from dynamo_jax.analysis.dynamics import Dynamics, Significance, dynamics
 from dynamo_jax.findings import (
+    Line,
     ReportContent,
     block_concentration,
     byte_text,
@@ -100,7 +101,16 @@ def make(
         threshold=0.01,
         dynamics=made_up_dynamics(known, shape),
         command="dynamo-jax demo --bits 3",
+        timelines={n: made_up_line(n in novel, rng) for n in names},
     )
+
+
+def made_up_line(novel: bool, rng: np.random.Generator) -> Line:
+    score = rng.uniform(0.8, 3.0, 9) if novel else rng.uniform(0.1, 0.9, 9)
+    nearest = ["novel" if s > 1 else "prose" for s in score]
+    gained = np.where(np.arange(9) > 3, rng.normal(-0.01, 0.01, 9), 0) * novel
+    ends = (256 * np.arange(1, 10)).tolist()
+    return Line(ends, score.tolist(), nearest, gained.tolist(), [novel and i > 3 for i in range(9)])
 
 
 class Page(html.parser.HTMLParser):
@@ -462,3 +472,24 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path, monkeypatch:
         with pytest.raises(KeyboardInterrupt):
             write_report(path, make())
     assert [p.name for p in tmp_path.iterdir()] == ["older.html"] and older.read_text() == "old"
+
+
+def test_the_timeline_has_a_dot_for_each_stretch_and_shades_what_ran_adapted() -> None:
+    content = make()
+    page = render(content)
+    start, end = page.index('id="timeline"'), page.index('id="facts"')
+    section = page[start:end]
+    assert section.count("<polyline") == 3 and section.count("to token ") == 27
+    line = content.timelines["recipes"]
+    assert section.count("<rect") == sum(line.adapted) == 5
+    novel = sum(n == "novel" for n in line.nearest)
+    assert section.count(": novel, score") == novel > 0
+    assert "2,304 tokens" in section
+
+
+def test_a_timeline_copes_with_nothing_and_with_what_is_not_finite() -> None:
+    content = make()
+    for line in (Line([], [], [], [], []), Line([256], [math.nan], ["prose"], [math.inf], [False])):
+        page = render(dataclasses.replace(content, timelines={"odd": line}))
+        assert "nan" not in page[page.index('id="timeline"') : page.index('id="facts"')]
+    assert "No text was followed" in render(dataclasses.replace(content, timelines={}))

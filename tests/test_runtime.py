@@ -80,6 +80,20 @@ def test_adaptation_keeps_the_stored_bytes_and_the_bytes_read_in_each_window(req
     assert plan.apart == model.plan.apart and not (plan.widths == model.plan.widths).all()
 
 
+def test_the_timeline_tells_of_the_first_windows_and_the_rest(quantized, novel):
+    unknown = dataclasses.replace(quantized, knowledge=dataclasses.replace(quantized.knowledge, threshold=0.0))
+    rows, found = evaluate_quantized(unknown, [novel], EVAL)
+    line = found["verse"].timeline
+    assert line.tokens.tolist() == [256, 512]  # four windows of 64 tokens each
+    assert set(line.nearest) <= {"code", "sums", "novel"} and np.isfinite(line.score).all()
+    assert line.auto[0] == line.baseline[0] and line.baseline[1] == pytest.approx(rows[0].nll, rel=1e-6)
+    assert line.auto[1] == pytest.approx(rows[1].nll, rel=1e-6)
+    taken = found["verse"].gain > 0
+    assert line.adapted.tolist() == [False, taken]
+    only, found = evaluate_quantized(quantized, [novel], EVAL, variants=("auto",))
+    assert found["verse"].timeline is None and len(only) == 1
+
+
 def test_adaptation_is_a_function_of_the_window(quantized, novel):
     np.testing.assert_array_equal(adapt(quantized, novel.first).widths, adapt(quantized, novel.first).widths)
 
