@@ -245,10 +245,13 @@ def generate(
 ) -> None:
     """Continue a text; standard output gets the continuation alone, as it is made.
 
-    Of several prompts, which run as one batch, the continuations come one after the other, a line between. With --adapt
-    they run one after the other, as one client's, and standard error says what the monitor saw and what was switched.
+    Of several prompts, which run as one batch, the continuations come one after the other, a line between.
+
+    With --adapt prompts run one after the other, as one client's; at the end standard error says what the monitor saw
+    and what was switched. It takes 256 tokens, of prompts and continuations together, before it says anything.
     """
     from dynamo_jax import generate_command as job
+    from dynamo_jax.runtime.generate import check_prompts
 
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"--dtype {dtype}: known are bfloat16, float32")
@@ -261,6 +264,7 @@ def generate(
     settings = job.settings(files, max_tokens=max_tokens, **sampling)
     tokens = [job.prompt_tokens(tokenizer, files, p, chat=not raw) for p in prompt]
     if follower:  # one client's texts, one after the other
+        check_prompts(loaded.config, tokens)
         for index, one in enumerate(tokens):
             print("\n" if index else "", end="")
             for pieces in job.continuations(loaded, tokenizer, [one], settings, follower):

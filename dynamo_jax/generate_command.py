@@ -112,4 +112,4 @@ def describe(event: Event) -> str:
         "failed": f"adapting failed: {event.name}; baseline",
     }[event.what]
     more = "" if event.gain is None else f", {event.gain:+.4f} nats a token on what was seen"
-    return f"prompt {event.request}, token {event.token}: {text} (score {event.score:.2f}{more})"
+    return f"text {event.text}, token {event.token}: {text} (score {event.score:.2f}{more})"

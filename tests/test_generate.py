@@ -140,9 +140,14 @@ def test_a_text_that_turns_novel_is_adapted_to_between_two_steps(quantized, text
     follower, out = followed(quantized, texts)
     assert [len(steps) for steps in out] == [3] * 3
     first, second = follower.events
-    assert (first.what, first.token, first.request) == ("novel", 201, 0)  # in the second prompt, at 256 tokens
+    assert (first.what, first.text, first.token, first.request) == (
+        "novel",
+        2,
+        201,
+        0,
+    )  # in the second prompt, at 256 tokens
     assert second.what in ("adapted", "not better") and (second.gain > 0) == (second.what == "adapted")
-    assert second.moved > 0 and "token 201" in describe(second) and "novel" in describe(first)
+    assert second.moved > 0 and "text 2, token 201" in describe(second) and "novel" in describe(first)
     assert follower.host.plans[1].stored_bytes() <= quantized.plan.stored_bytes()
     assert follower.state.number.tolist() == [int(second.what == "adapted")]
 

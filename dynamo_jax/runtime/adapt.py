@@ -2,7 +2,7 @@
 
 One forward pass measures the output error of each block at each width (``observe_windows``). The known datasets' mean
 is the prior, worth ``PRIOR_TOKENS`` tokens, so that a short window cannot overturn it. The same number of refinement
-pages as in the baseline then goes where it lowers the loss most, and in no window are more bytes read
+pages as in the baseline then goes where it lowers the loss most, and in no eighth of the text are more bytes read
 (``adapted_plan``, a small linear program).
 
 Axes: L layers, E experts, M widths of an expert (of its N channel blocks; twice as many where projections are apart),
@@ -32,6 +32,7 @@ from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.store import page_counts
 
 PRIOR_TOKENS = 1024
+MOST_SPANS = 8  # of a text, whose reads are bounded one by one: the time to solve grows with them
 READ_MARGIN = 0.015  # of the read budget, kept free: windows are a sample of the data to come
 
 
@@ -104,9 +105,11 @@ def placed_anew(
     margin: float = READ_MARGIN,
     spare: dict[int, int] | None = None,
 ) -> Plan:
-    """The pages of ``plan`` where they lower the errors most; in no window, with ``counts`` of ``tokens`` routed to
-    each expert, are more bytes read a token than by ``plan``, less a share of ``margin``."""
-    # each window's own routing bounds the bytes: a mean would not carry over
+    """The pages of ``plan`` where they lower the errors most; in no part of the windows, with ``counts`` of
+    ``tokens`` routed to each expert, are more bytes read a token than by ``plan``, less a share of ``margin``."""
+    # routing of parts of the text bounds the bytes: a mean over all of it would not carry over
+    spans = range(0, len(counts), -(-len(counts) // MOST_SPANS))
+    counts, tokens = np.add.reduceat(counts, spans), np.add.reduceat(tokens, spans)
     read = counts[:, :, :, None, None] / tokens[:, None, None, None, None] * plan.costs()
     read = np.broadcast_to(read, (len(counts), *errors.shape)).reshape(len(counts), -1)
     budgets = np.array([plan.bytes_per_token(c, t) for c, t in zip(counts, tokens)])

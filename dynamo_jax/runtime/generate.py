@@ -128,6 +128,18 @@ def bucket(length: int) -> int:
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
+def check_prompts(config: ModelConfig, prompts: list[list[int]]) -> None:
+    """ValueError that names the first prompt that the model cannot take."""
+    limit = config.max_position_embeddings
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {number} has no tokens")
+        if len(prompt) >= limit:
+            raise ValueError(f"prompt {number} has {len(prompt)} tokens; the model has {limit} positions")
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise ValueError(f"prompt {number} has tokens outside the vocabulary of {config.vocab_size}")
+
+
 def stream(
     model: LanguageModel,
     prompts: list[list[int]],
@@ -143,14 +155,8 @@ def stream(
     called after each step with the state and all tokens of each prompt so far; the next step takes the state that
     it returns.
     """
+    check_prompts(model.config, prompts)
     limit = model.config.max_position_embeddings
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {number} has no tokens")
-        if len(prompt) >= limit:
-            raise ValueError(f"prompt {number} has {len(prompt)} tokens; the model has {limit} positions")
-        if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
-            raise ValueError(f"prompt {number} has tokens outside the vocabulary of {model.config.vocab_size}")
     if not prompts:
         return
     length = bucket(max(map(len, prompts)))

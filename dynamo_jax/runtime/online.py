@@ -24,11 +24,12 @@ AGAIN = 4  # times more tokens of novel text, and the variant is adapted once mo
 
 
 class Event(NamedTuple):
-    """What happened after ``token`` tokens of request ``request``. gain: nats a token that the adapted plan gained on
-    the text that it saw; moved: pages sent to the device."""
+    """What happened after ``token`` tokens of a request's ``text``-th text. gain: nats a token that the adapted plan
+    gained on the text that it saw; moved: pages sent to the device."""
 
     token: int
     request: int
+    text: int
     what: str  # known | novel | adapted | not better | failed
     name: str  # the nearest known dataset, or why it failed
     score: float
@@ -52,6 +53,7 @@ class Follower:
     def __post_init__(self) -> None:
         self._labels = np.full(self.state.number.shape[0], UNKNOWN)
         self._texts: list[list[list[int]]] = [[] for _ in self._labels]  # of each request, since it is of its label
+        self._texts_begun = np.zeros(len(self._labels), int)
         self._next = FIRST
         self._good = False
         self._parameters: dict[str, Array] | None = None
@@ -61,15 +63,15 @@ class Follower:
         novel, labels = np.asarray(is_novel(state)), np.asarray(state.watch.label)
         if len(labels) != len(self._labels):
             self._labels, self._texts = np.full(len(labels), UNKNOWN), [[] for _ in labels]
+            self._texts_begun = np.zeros(len(labels), int)
         for request, (text, label) in enumerate(zip(texts, labels)):
             own = self._texts[request]
+            goes_on = bool(own) and own[-1] == text[: len(own[-1])]
+            self._texts_begun[request] += not goes_on
             if label != self._labels[request]:
                 self._note(state, texts, request, "novel" if novel[request] else "known")
-                own.clear()
-            if own and own[-1] == text[: len(own[-1])]:
-                own[-1] = text
-            else:
-                own.append(text)
+                del own[: len(own) - goes_on]
+            own[len(own) - goes_on :] = [text]
         self._labels = labels
         windows = self._windows([text for own, new in zip(self._texts, novel) if new for text in own])
         if len(windows) * WINDOW >= self._next:
@@ -119,6 +121,5 @@ class Follower:
         label = int(state.watch.label[request])
         names = self.model.knowledge.names
         name = name or (names[label] if 0 <= label < len(names) else "")
-        self.events.append(
-            Event(len(texts[request]), int(request), what, name, float(state.watch.score[request]), **more)
-        )
+        score, text = float(state.watch.score[request]), int(self._texts_begun[request])
+        self.events.append(Event(len(texts[request]), request, text, what, name, score, **more))
