@@ -49,6 +49,8 @@ from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows, placed_anew
 from dynamo_jax.runtime.quantized import QuantizedModel
+from dynamo_jax.runtime.serving import SPARE
+from dynamo_jax.runtime.store import page_counts
 from dynamo_jax.work import MemoryWork
 
 TEXT_BYTES = 600_000  # of each kind
@@ -155,6 +157,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     quantized = case.quantized
     plan, known = quantized.plan, quantized.knowledge
+    spare = {level: int(SPARE * count) for level, count in page_counts(plan).items()}
     looked = [observe_windows(quantized, w[None]) for w in case.first]
     truth = observe_windows(quantized, case.rest)
     own = truth.counts.sum(axis=0), truth.tokens.sum()
@@ -192,7 +195,7 @@ def rows_of(
         tokens = int(seen.tokens.sum())
         add_plan("hotness", hot_experts(plan, seen), tokens)
         start = time.perf_counter()
-        new = adapted_plan(plan, known, seen)
+        new = adapted_plan(plan, known, seen, spare)
         seconds = time.perf_counter() - start
         gain = case.first_loss(plan, count) - case.first_loss(new, count)
         more = {"gain_on_seen": gain, "moved": float((new.widths != plan.widths).mean()), "seconds_to_solve": seconds}
@@ -264,8 +267,10 @@ def main() -> None:
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, {"job": job, "rows": found})
-            if arguments.json:
+            if arguments.json:  # a run that is stopped leaves the kinds that it ended
                 write_json(arguments.json, {"results": rows, "marks": marks(rows), "jax": jax.__version__})
+    if arguments.json:
+        write_json(arguments.json, {"results": rows, "marks": marks(rows), "jax": jax.__version__})
     for name, value in marks(rows).items():
         print(f"{name}: {value:+.1%}")
 

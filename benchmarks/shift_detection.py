@@ -123,7 +123,8 @@ def main() -> None:
             found, decisions = map(np.asarray, labels(signatures, jnp.asarray(run(stream))))
             seen = np.arange(1, len(found) + 1) * PIECE - size  # tokens of the new kind so far
             late = (seen > 0) & (found != known.index(name)) & (decisions > 0)
-            delays.append(int(seen[late][0]) if late.any() else None)
+            if found[seen <= 0][-1] == known.index(name):  # else there is no change to notice
+                delays.append(int(seen[late][0]) if late.any() else None)
         in_time = float(np.mean([d is not None and d <= IN_TIME for d in delays]))
         median = float(np.median([d if d is not None else np.inf for d in delays]))
         rows.append({"from": name, "to": other, "noticed_in_time": in_time, "tokens": delays})

@@ -34,6 +34,7 @@ from dynamo_jax.models.decoder import new_cache
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
 from dynamo_jax.pipeline import QuantizeConfig, quantize
 from dynamo_jax.runtime import serving
+from dynamo_jax.runtime.adapt import adapted_plan, observe_windows
 from dynamo_jax.runtime.generate import Sampling, decode
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.store import page_counts
@@ -75,13 +76,14 @@ def counted(language: Any, states: dict[str, serving.State], batch: int) -> dict
     token, cache, sampling = step_arguments(language, batch)
     for name, state in states.items():
         fixed = (language.config, language.dtype, language.parameters, state)
-        found = decode.lower(*fixed, token, cache, sampling).compile().cost_analysis()
+        found = decode.lower(*fixed, token, np.ones(batch, bool), cache, sampling).compile().cost_analysis()
         out[name] = {"flops": float(found["flops"]), "bytes": float(found["bytes accessed"])}
     return out
 
 
 def measured(language: Any, states: dict[str, serving.State], batch: int, steps: int) -> dict[str, float]:
     """Median seconds of a step."""
+    alive = np.ones(batch, bool)
     running = {name: step_arguments(language, batch) for name in states}
     times: dict[str, list[float]] = {name: [] for name in states}
     for step in range(min(steps, CAPACITY - 1)):
@@ -89,7 +91,7 @@ def measured(language: Any, states: dict[str, serving.State], batch: int, steps:
             token, cache, sampling = running[name]
             start = time.perf_counter()
             fixed = (language.config, language.dtype, language.parameters)
-            token, cache, watch = decode(*fixed, state, token, cache, sampling)
+            token, cache, watch = decode(*fixed, state, token, alive, cache, sampling)
             token.block_until_ready()
             if step >= 5:
                 times[name].append(time.perf_counter() - start)
@@ -101,9 +103,16 @@ def measured(language: Any, states: dict[str, serving.State], batch: int, steps:
 def moved(language: Any, model: QuantizedModel, host: serving.Host, state: serving.State, batch: int) -> dict[str, Any]:
     """Compilations and bytes of switches and of one adaptation between steps that run already."""
     token, cache, sampling = step_arguments(language, batch)
+    alive = np.ones(batch, bool)
     fixed = (language.config, language.dtype, language.parameters)
-    windows = np.random.default_rng(0).integers(0, model.config.vocab_size, (4, 129))
-    host, state = serving.adapt(model, host, serving.switch(state, 0), windows)  # whatever happens once
+    rng = np.random.default_rng(0)
+
+    def text() -> np.ndarray:
+        """Four windows that use a few tokens only, other ones each time."""
+        return rng.choice(rng.integers(0, model.config.vocab_size, 50), (4, 129))
+
+    host, state = serving.adapt(model, host, serving.switch(state, 0), text())  # whatever happens once
+    token, cache, watch = decode(*fixed, state, token, alive, cache, sampling)
     handler, logger = Compilations(), logging.getLogger("jax")
     level = logger.level
     logger.addHandler(handler)
@@ -113,12 +122,13 @@ def moved(language: Any, model: QuantizedModel, host: serving.Host, state: servi
         with jax.log_compiles():
             for index in range(100):
                 state = serving.switch(state, index % 2)
-                token, cache, watch = decode(*fixed, state, token, cache, sampling)
+                token, cache, watch = decode(*fixed, state, token, alive, cache, sampling)
                 state = state._replace(watch=watch)
-            back = model.plan
-            host, state = serving.finish(host, state, back, serving.begin(host, state, back))
-            host, state = serving.adapt(model, host, state, windows[::-1])
-            token, cache, watch = decode(*fixed, serving.switch(state, 1), token, cache, sampling)
+            seen = observe_windows(model, text())
+            plan = adapted_plan(model.plan, model.knowledge, seen, serving.spare(host, state))
+            move = serving.begin(host, state, plan)
+            host, state = serving.finish(host, state, move)
+            token, cache, watch = decode(*fixed, serving.switch(state, 1), token, alive, cache, sampling)
             jax.block_until_ready(token)
     finally:
         logger.removeHandler(handler)
@@ -126,13 +136,12 @@ def moved(language: Any, model: QuantizedModel, host: serving.Host, state: servi
         logger.propagate = True
     held = state.resident.pages.items()
     pages = {n: sum(a.nbytes for a in jax.tree.leaves(own)) // max(1, len(own.codes)) for n, own in held}
-    plan, counts = host.plans[1], page_counts(back)
-    new = {n: int(((plan.page_widths() >= n) & (back.page_widths() < n)).sum()) for n in pages}
+    counts = page_counts(model.plan)
     return {
         "compilations": handler.count,
         "page_bytes": pages,
-        "pages_moved": new,
-        "bytes_moved": sum(new[n] * pages[n] for n in pages),
+        "pages_moved": move.staged.pages,
+        "bytes_moved": move.staged.nbytes(),
         "bytes_of_pages": sum(counts[n] * pages[n] for n in pages),
     }
 
@@ -167,7 +176,10 @@ def main() -> None:
     print(f"compilations in 100 switches and an adaptation: {switches['compilations']}")
     print(f"bytes of a page, by level: {switches['page_bytes']}")
     share = switches["bytes_moved"] / switches["bytes_of_pages"]
-    print(f"an adaptation moved {switches['bytes_moved']:,} bytes, {share:.0%} of those of the baseline's pages")
+    print(
+        f"an adaptation moved {switches['pages_moved']:,} pages in {switches['bytes_moved']:,} bytes, chunks filled up,"
+    )
+    print(f"{share:.0%} of the bytes of the baseline's pages")
     if arguments.json:
         write_json(arguments.json, {"results": rows, "switches": switches, "jax": jax.__version__})
 

@@ -27,9 +27,10 @@ from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.rtn import round_to_nearest
 from dynamo_jax.runtime.adapt import adapt
-from dynamo_jax.runtime.monitor import HOP, Verdict, decide, judge, spans
+from dynamo_jax.runtime.monitor import HOP, LONGEST, Verdict, decide, judge, spans
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.residency import Residency, commit, residency, stage, table_of
+from dynamo_jax.runtime.serving import SPARE
 from dynamo_jax.runtime.store import HostPages, host_pages, page_counts
 from dynamo_jax.runtime.switch import float_step, switched_step
 
@@ -236,7 +237,7 @@ def evaluate_quantized(
             rows.append(make_row(dataset, name, losses, used.bits_per_weight(), read, reference))
             reference = (name, losses)
             found_losses[name] = losses
-        if set(VARIANTS) <= set(found_losses):
+        if set(VARIANTS) <= set(found_losses) and dataset.first[0, 1:].size <= LONGEST:
             line = timeline(model, found.first, found_losses["baseline"], found_losses["auto"], dataset, plan)
             adaptations[dataset.name] = found._replace(timeline=line)
         progress("evaluate quantized", index + 1, len(data))
@@ -272,13 +273,15 @@ _decide = jax.jit(jax.vmap(decide, in_axes=(None, 0)))
 
 
 class Device:
-    """The model's planes, with room for the baseline's pages and those of one plan more of as many."""
+    """The model's planes, with the slots for pages that the run time has by default."""
 
     def __init__(self, model: QuantizedModel):
         self.model = model
         self._parameters = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in model.parameters.items()}
         self._host: HostPages = host_pages(model.store, model.plan)
-        slots = {level: 2 * count for level, count in page_counts(model.plan).items()}
+        counts = page_counts(model.plan)
+        self.spare = {level: int(SPARE * count) for level, count in counts.items()}
+        slots = {level: count + self.spare[level] for level, count in counts.items()}
         self._here: Residency = residency(self._host, [model.plan], slots)
 
     def step(self, adapted: Plan, number: int) -> StepFn:
@@ -303,7 +306,7 @@ def choose_plan(device: Device, first: Int[np.ndarray, "S T1"], batch_size: int)
     verdict = judge(before.counts.sum(axis=0), model.knowledge.signatures(), model.knowledge.threshold)
     if not verdict.novel:
         return Adaptation(verdict, model.plan, None, before)
-    plan = adapt(model, first)
+    plan = adapt(model, first, device.spare)
     after = run_windows(device.step(plan, 1), first, batch_size)
     gain = float((before.nll - after.nll).sum() / first[:, 1:].size)
     return Adaptation(verdict, plan if gain > 0 else model.plan, gain, before)

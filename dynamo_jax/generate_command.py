@@ -109,7 +109,7 @@ def describe(event: Event) -> str:
         "novel": "the text is novel",
         "adapted": f"switched to a variant adapted to it, {event.moved} pages moved",
         "not better": f"adapted, but no better on what was seen, {event.moved} pages moved: baseline",
-        "failed": f"adapting failed: {event.name}; baseline",
+        "failed": f"adapting failed, no switch: {event.name}",
     }[event.what]
     more = "" if event.gain is None else f", {event.gain:+.4f} nats a token on what was seen"
     return f"text {event.text}, token {event.token}: {text} (score {event.score:.2f}{more})"

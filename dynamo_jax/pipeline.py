@@ -39,7 +39,7 @@ from dynamo_jax.models.huggingface import Source, load_tokenizer, side_files, si
 from dynamo_jax.precision.allocate import OBJECTIVES, allocate_known
 from dynamo_jax.precision.plan import Plan, block_costs, expert_plan, item_costs
 from dynamo_jax.quant.nested_gptq import EMPHASIS
-from dynamo_jax.runtime.monitor import HOP, learn, novelty_threshold, spans
+from dynamo_jax.runtime.monitor import HOP, LONGEST, learn, novelty_threshold, spans
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.work import Bundle, FolderWork, MemoryWork, Work
 
@@ -306,6 +306,8 @@ def knowledge_of(
     block_errors = per_token(blocks * correction[:, :, None, :], stats)
     size = max(1, round(2 * HOP / config.window))  # windows of what the monitor looks at
     scatter = learn([spans(a.windows, size) for a in runs])
+    if config.window > LONGEST:  # longer windows scatter less than what it looks at, and would make all of that novel
+        scatter = scatter._replace(limit=scatter.limit * np.inf)
     return Knowledge(
         names=tuple(analyses),
         counts=np.stack([np.asarray(a.stats.counts) for a in runs]),

@@ -36,6 +36,7 @@ from dynamo_jax.runtime.generate import (
     generate,
     stream,
 )
+from dynamo_jax.runtime.monitor import start
 from dynamo_jax.runtime.store import page_counts
 
 PROMPTS = [[5, 9, 33, 7, 50, 12, 8, 3, 21, 44, 17, 29], [40, 6], [11, 12, 13, 14, 15, 16, 17]]
@@ -107,7 +108,7 @@ def test_switching_the_variant_while_decoding_compiles_nothing(quantized, compil
     plan = quantized.plan
     other = dataclasses.replace(plan, widths=plan.widths[:, ::-1])
     host, state = serving.init(quantized, slots={n: 2 * c for n, c in page_counts(plan).items()})
-    host, state = serving.finish(host, state, other, serving.begin(host, state, other))
+    host, state = serving.finish(host, state, serving.begin(host, state, other))
 
     def run(number):
         """Prompts [5] * 10, at the variant that ``number`` says before each step after the first."""
@@ -147,9 +148,70 @@ def test_a_text_that_turns_novel_is_adapted_to_between_two_steps(quantized, text
         0,
     )  # in the second prompt, at 256 tokens
     assert second.what in ("adapted", "not better") and (second.gain > 0) == (second.what == "adapted")
-    assert second.moved > 0 and "text 2, token 201" in describe(second) and "novel" in describe(first)
+    assert second.moved > 0 and "text 2, token 20" in describe(second) and "novel" in describe(first)
     assert follower.host.plans[1].stored_bytes() <= quantized.plan.stored_bytes()
     assert follower.state.number.tolist() == [int(second.what == "adapted")]
+
+
+def follower_of(quantized, requests=1):
+    model, follower = quantized_language_model(quantized, adaptive=True)
+    return follower, model.state._replace(
+        number=jnp.zeros(requests, jnp.int32), watch=start(model.state.signatures, requests)
+    )
+
+
+def labelled(state, *labels):
+    return state._replace(watch=state.watch._replace(label=jnp.asarray(labels, jnp.int32)))
+
+
+def test_the_follower_adapts_to_the_last_novel_tokens_of_all_texts(quantized, monkeypatch):
+    """Windows end with the text, whatever came before it turned novel; short texts count together."""
+    seen = []
+    monkeypatch.setattr(online, "observe_windows", lambda _, windows: seen.append(windows) or 1 / 0)
+    follower, state = follower_of(quantized)
+    known, novel = list(range(1000, 2000)), list(range(300))
+    state = follower(labelled(state, 0), [known])
+    with pytest.raises(ZeroDivisionError):
+        follower(labelled(state, 2), [known + novel])
+    assert seen[0].shape[0] * online.WINDOW >= online.FIRST and seen[0][0, -1] == 299
+    assert seen[0].min() >= 0 and (seen[0] >= 1000).sum() < online.FIRST
+
+    seen.clear()
+    follower, state = follower_of(quantized)
+    state = labelled(state, 2)
+    for begin in (0, 100):
+        state = labelled(follower(state, [list(range(begin, begin + 100))]), 2)
+    assert seen == []
+    with pytest.raises(ZeroDivisionError):
+        follower(state, [list(range(200, 300))])
+    np.testing.assert_array_equal(seen[0], [np.arange(171, 300), np.arange(43, 172)])
+
+
+def test_known_text_forgets_the_variant_and_other_requests_begin_anew(quantized):
+    follower, state = follower_of(quantized)
+    follower._good, follower._next = True, 4096
+    assert follower(labelled(state, 2), [[1, 2, 3]]).number.tolist() == [1]
+    assert follower(labelled(state, 0), [[1, 2, 3, 4]]).number.tolist() == [0]
+    assert (follower._good, follower._next) == (False, online.FIRST)
+    follower._good = True
+    _, two = follower_of(quantized, 2)
+    assert follower(labelled(two, 2, 0), [[1], [2]]).number.tolist() == [0, 0]
+    assert [(e.request, e.text, e.what) for e in follower.events[-2:]] == [(0, 1, "novel"), (1, 1, "known")]
+
+
+def test_a_request_that_has_ended_is_not_watched(quantized):
+    model, _ = quantized_language_model(quantized, adaptive=True)
+    first = generate(model, [[5] * 20], GenerateConfig(max_tokens=1))[0][0]
+    states = []
+    list(
+        stream(
+            model,
+            [[5] * 20, [9] * 12],
+            GenerateConfig(max_tokens=5, stop=(first,)),
+            between=lambda s, _: states.append(s.watch.newer_tokens.tolist()) or s,
+        )
+    )
+    assert states[0] == [20, 12] and states[-1][0] == 20 and states[-1][1] > 12
 
 
 def test_texts_that_are_too_short_say_nothing(quantized):

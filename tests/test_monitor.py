@@ -116,6 +116,13 @@ def test_too_few_windows_set_no_limit_and_then_nothing_is_novel(windows):
     assert (labels(text(OTHER, 100, 32, 83), signatures=signatures)[7:] < 2).all()
 
 
+def test_a_dataset_with_few_windows_is_taken_to_scatter_as_the_others_do():
+    signatures = learn([text(A, 32, 2 * HOP, 80), text(B, 2, 2 * HOP, 81)])
+    assert np.isfinite(signatures.limit).all()
+    assert (labels(text(B, 100, 32, 82), signatures=signatures)[7:] == 1).all()
+    assert (labels(text(OTHER, 100, 32, 83), signatures=signatures)[7:] == 2).all()
+
+
 def test_one_known_dataset_is_told_from_novel_text():
     signatures = learn([text(A, 32, 2 * HOP, 90)])
     assert (labels(text(A, 100, 32, 91), signatures=signatures)[7:] == 0).all()

@@ -164,9 +164,9 @@ def test_pages_travel_while_steps_go_on(model):
     plan = dataclasses.replace(model.plan, widths=model.plan.widths[:, ::-1])
     host, state = serving.init(model, slots={n: 2 * c for n, c in page_counts(model.plan).items()})
     tokens = tokens_of(0, 1)
-    staged = serving.begin(host, state, plan)
+    move = serving.begin(host, state, plan)
     before, state = run(model, state, tokens)
-    host, state = serving.finish(host, state, plan, staged)
+    host, state = serving.finish(host, state, move)
     assert host.plans[1] is plan and host.plans[0] is model.plan
     np.testing.assert_array_equal(run(model, state, tokens)[0], before)
 
@@ -189,3 +189,52 @@ def test_bad_input_is_named(model):
     host, state = serving.adapt(model, host, state, np.full((1, 17), 7))  # 16 tokens, all the same
     assert host.plans[1].stored_bytes() <= model.plan.stored_bytes()
     assert serving.switch(state, 9).number.tolist() == [1]
+
+
+def test_variants_share_the_spare_slots_and_moves_do_not_cross(model):
+    host, state = serving.init(model, variants=3)
+    free = serving.spare(host, state)
+    host, state = serving.adapt(model, host, state, np.asarray(tokens_of(7, 4, 65, 20, 30)), variant=1)
+    left = serving.spare(host, state, variant=2)
+    new = {n: int(((host.plans[1].page_widths() >= n) & (model.plan.page_widths() < n)).sum()) for n in LEVELS}
+    assert left == {level: free[level] - new[level] for level in LEVELS} and sum(new.values()) > 0
+    early = serving.begin(host, state, model.plan, variant=2)
+    host, state = serving.adapt(model, host, state, np.asarray(tokens_of(8, 4, 65, 40, 50)), variant=2)
+    with pytest.raises(ValueError, match="pages were moved since this move began"):
+        serving.finish(host, state, early)
+    first, state = run(model, serving.switch(state, 1), tokens_of(0, 1))
+    second, _ = run(model, serving.switch(state, 2), tokens_of(0, 1))
+    assert not np.allclose(first, second, atol=1e-4)
+
+
+def test_a_level_that_the_baseline_does_not_read_is_refused_before_anything_moves(model):
+    low = dataclasses.replace(model.plan, widths=np.minimum(model.plan.widths, 3))
+    host, state = serving.init(dataclasses.replace(model, plan=low), slots={3: page_counts(low)[3], 4: 4, 8: 4})
+    plan = dataclasses.replace(low, widths=low.widths.copy())
+    plan.widths[0, 0, 0] = 4
+    with pytest.raises(ValueError, match="reads pages of 4 bits, of which the baseline has none"):
+        serving.begin(host, state, plan)
+
+
+def test_requests_may_be_sharded_over_devices(model):
+    """One device in most test runs; JAX_NUM_CPU_DEVICES=2 gives two."""
+    count = len(jax.devices())
+    mesh = jax.make_mesh((count,), ("requests",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole, own = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("requests")
+    _, state = serving.init(model, requests=2 * count)
+    state = serving.switch(state, [0, 1] * count)
+    tokens = tokens_of(6, 2 * count)
+
+    def local(params, state, tokens):
+        logits, routings = with_parameters(model.config, params)(tokens, experts=serving.experts(state))
+        return logits, serving.observe(state, routings).watch
+
+    specs = serving.State(whole, whole, own, whole, own)
+    sharded = jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=(whole, specs, own), out_specs=(own, own), check_vma=False)
+    )
+    logits, watch = sharded(model.parameters, state, tokens)
+    expected, after = run(model, state, tokens)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    for one, two in zip(watch, after.watch):
+        np.testing.assert_allclose(one, two, rtol=1e-6)

@@ -121,6 +121,6 @@ def placed_anew(
     return dataclasses.replace(plan, widths=widths.reshape(plan.widths.shape).astype(np.int8))
 
 
-def adapt(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> Plan:
+def adapt(model: QuantizedModel, windows: Int[np.ndarray, "S T1"], spare: dict[int, int] | None = None) -> Plan:
     """``adapted_plan`` of the model for data like ``windows``."""
-    return adapted_plan(model.plan, model.knowledge, observe_windows(model, windows))
+    return adapted_plan(model.plan, model.knowledge, observe_windows(model, windows), spare)

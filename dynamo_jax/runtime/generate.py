@@ -102,25 +102,27 @@ def _next(
     mask: Bool[Array, "B T"],
     cache: Cache,
     sampling: Sampling,
+    watched: Bool[Array, "B T"],
 ) -> tuple[Int[Array, " B"], Cache, Watch | None]:
     model = with_parameters(config, parameters)
     run = float_experts if state is None else experts(state)
     hidden, routings, cache = model.cached_states(tokens, mask, cache, experts=run, dtype=dtype)
     logits = model.logits(hidden[:, -1:])[:, 0]
-    return choose(logits, sampling, cache.used), cache, state and observe(state, routings, mask).watch
+    return choose(logits, sampling, cache.used), cache, state and observe(state, routings, watched).watch
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="cache")
 def prefill(config, dtype, parameters, state, tokens, mask, cache, sampling):
     """Run the prompts (B, T), padding first, into an empty cache; their next tokens (B,), the cache, the monitor."""
-    return _next(config, dtype, parameters, state, tokens, mask, cache, sampling)
+    return _next(config, dtype, parameters, state, tokens, mask, cache, sampling, mask)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="cache")
-def decode(config, dtype, parameters, state, token, cache, sampling):
-    """One token (B,) more; the next ones, the cache, the monitor."""
+def decode(config, dtype, parameters, state, token, alive, cache, sampling):
+    """One token (B,) more; the next ones, the cache, the monitor, which does not watch those not ``alive`` (B,)."""
     tokens = token[:, None]
-    return _next(config, dtype, parameters, state, tokens, jnp.ones_like(tokens, bool), cache, sampling)
+    mask = jnp.ones_like(tokens, bool)
+    return _next(config, dtype, parameters, state, tokens, mask, cache, sampling, alive[:, None])
 
 
 def bucket(length: int) -> int:
@@ -160,7 +162,8 @@ def stream(
     if not prompts:
         return
     length = bucket(max(map(len, prompts)))
-    needed = length + config.max_tokens - 1
+    room = np.array([min(config.max_tokens, limit - len(p)) for p in prompts])
+    needed = length + int(room.max()) - 1
     if capacity is not None and capacity < needed:
         raise ValueError(f"capacity {capacity} is less than {needed}: a bucket of {length} and max_tokens less one")
     slots = capacity or max(SMALLEST_CAPACITY, bucket(needed))
@@ -177,22 +180,21 @@ def stream(
     cache = new_cache(model.config, len(prompts), slots, model.dtype)
     token, cache, seen = prefill(*fixed, state, tokens, mask, cache, sampling)
     texts = [list(prompt) for prompt in prompts]
-    room = np.array([min(config.max_tokens, limit - len(p)) for p in prompts])
     for step in range(int(room.max())):
         found = np.asarray(token)
         room = np.where(np.isin(found, config.stop), 0, room)
-        if not (room > step).any():
-            return
         new = [int(t) if left > step else None for t, left in zip(found, room)]
-        yield new
         if state is not None:
             state = state._replace(watch=seen)
             if between:
                 texts = [text if t is None else [*text, t] for text, t in zip(texts, new)]
                 state = between(state, texts)
+        if not (room > step).any():
+            return
+        yield new
         if not (room > step + 1).any():
             return
-        token, cache, seen = decode(*fixed, state, token, cache, sampling)
+        token, cache, seen = decode(*fixed, state, token, room > step + 1, cache, sampling)
 
 
 def generate(

@@ -30,6 +30,7 @@ from dynamo_jax.analysis.dynamics import routing_divergence
 
 THRESHOLD_MARGIN = 1.25
 HOP = 128  # tokens between two decisions; each looks at twice as many
+LONGEST = 3 * HOP  # tokens of a window that streams can be compared by
 FALSE_ALARMS = 1e-5  # a token of unchanged text
 RIDGE = 0.1  # of each variance, added to it
 LEAST_SPREAD = 0.05  # of a log divergence: no dataset is taken to scatter less
@@ -54,7 +55,8 @@ def mean_divergence(a: Float[np.ndarray, "L E"], b: Float[np.ndarray, "L E"]) ->
 
 def novelty_threshold(windows: dict[str, Float[np.ndarray, "S L E"]], span: int) -> float:
     """The largest divergence that ``span`` successive windows of a known dataset have from the rest of it,
-    times a margin. ``windows``: routing counts by window. Of a dataset with few windows half are compared."""
+    times a margin; 1, which no divergence passes, where there is one window of each only. ``windows``: routing counts
+    by window. Of a dataset with few windows half are compared."""
     worst = 0.0
     for counts in windows.values():
         size = max(1, min(span, len(counts) // 2))
@@ -62,7 +64,7 @@ def novelty_threshold(windows: dict[str, Float[np.ndarray, "S L E"]], span: int)
             rest = counts.sum(axis=0) - counts[s : s + size].sum(axis=0)
             if rest.sum(axis=-1).min() > 0:
                 worst = max(worst, mean_divergence(counts[s : s + size].sum(axis=0), rest))
-    return worst * THRESHOLD_MARGIN
+    return worst * THRESHOLD_MARGIN if worst else 1.0
 
 
 def judge(
@@ -77,7 +79,7 @@ def judge(
 class Signatures(NamedTuple):
     """What ``watch`` compares with. shares: each dataset's share of the routed tokens; centre[a, b]: mean log
     divergence of windows of a from b; inverse: of the covariances; limit: of the squared distance, infinite where
-    calibration had too few windows to tell."""
+    calibration had too few windows of every dataset to tell."""
 
     shares: Float[Array, "A L E"]
     centre: Float[Array, "A A"]
@@ -113,7 +115,8 @@ def learn(windows: list[Float[np.ndarray, "S L E"]], rate: float = FALSE_ALARMS)
     if not (totals.sum(axis=-1) > 0).all():
         raise ValueError("a known dataset has no tokens in a layer")
     datasets = len(windows)
-    centre, inverse, limit = np.zeros((datasets,) * 2), np.zeros((datasets,) * 3), np.full(datasets, np.inf)
+    covariances = np.zeros((datasets,) * 3)
+    centre, limit = np.zeros((datasets,) * 2), np.full(datasets, np.inf)
     for a, own in enumerate(windows):
         places = []
         for window in own:
@@ -126,10 +129,14 @@ def learn(windows: list[Float[np.ndarray, "S L E"]], rate: float = FALSE_ALARMS)
         centre[a] = found.mean(axis=0)
         covariance = np.cov(found.T).reshape(datasets, datasets) if count > 1 else np.zeros((datasets,) * 2)
         spread = np.maximum(np.diag(covariance), LEAST_SPREAD**2)
-        inverse[a] = np.linalg.inv(covariance + np.diag(spread - np.diag(covariance) + RIDGE * spread))
+        covariances[a] = covariance + np.diag(spread - np.diag(covariance) + RIDGE * spread)
         if count > datasets:
             tail = scipy.stats.f.isf(min(1.0, rate * HOP), datasets, count - datasets)
             limit[a] = tail * datasets * (count + 1) * (count - 1) / (count * (count - datasets))
+    told = np.isfinite(limit)
+    if told.any():  # one with too few windows is taken to scatter as the others do
+        covariances[~told], limit[~told] = covariances[told].mean(axis=0), limit[told].max()
+    inverse = np.linalg.inv(covariances)
     shares = totals / totals.sum(axis=-1, keepdims=True)
     return Signatures(*(jnp.asarray(a, jnp.float32) for a in (shares, centre, inverse, limit)))
 

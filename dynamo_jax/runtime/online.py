@@ -13,14 +13,16 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from dynamo_jax.runtime.adapt import adapted_plan, observe_windows
-from dynamo_jax.runtime.monitor import UNKNOWN
+from dynamo_jax.runtime.monitor import HOP, UNKNOWN
 from dynamo_jax.runtime.quantized import QuantizedModel
-from dynamo_jax.runtime.serving import Host, State, begin, finish, is_novel, spare, switch
+from dynamo_jax.runtime.serving import Host, Move, State, begin, finish, is_novel, spare, switch
 from dynamo_jax.runtime.switch import switched_step
 
 WINDOW = 128  # tokens that are measured at a time
 FIRST = 256  # tokens of novel text, before a variant is adapted to it
 AGAIN = 4  # times more tokens of novel text, and the variant is adapted once more
+MOST = 2048  # tokens that a variant is adapted to
+KEPT = 8192  # tokens of a request that are remembered
 
 
 class Event(NamedTuple):
@@ -51,57 +53,88 @@ class Follower:
     events: list[Event] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._labels = np.full(self.state.number.shape[0], UNKNOWN)
-        self._texts: list[list[list[int]]] = [[] for _ in self._labels]  # of each request, since it is of its label
-        self._texts_begun = np.zeros(len(self._labels), int)
-        self._next = FIRST
-        self._good = False
         self._parameters: dict[str, Array] | None = None
+        self._move: tuple[Move, np.ndarray] | None = None  # pages on their way, and the windows that they are for
+        self._begin(self.state.number.shape[0])
+
+    def _begin(self, requests: int) -> None:
+        """Nothing is known of the requests."""
+        self._labels = np.full(requests, UNKNOWN)
+        self._streams: list[list[int]] = [[] for _ in range(requests)]  # tokens, since about when the label is the same
+        self._current: list[list[int]] = [[] for _ in range(requests)]
+        self._text = np.zeros(requests, int)
+        self._forget()
+
+    def _forget(self) -> None:
+        """No variant is fit for what may come."""
+        self._next, self._good = FIRST, False
 
     def __call__(self, state: State, texts: list[list[int]]) -> State:
         assert state.watch is not None
         novel, labels = np.asarray(is_novel(state)), np.asarray(state.watch.label)
         if len(labels) != len(self._labels):
-            self._labels, self._texts = np.full(len(labels), UNKNOWN), [[] for _ in labels]
-            self._texts_begun = np.zeros(len(labels), int)
-        for request, (text, label) in enumerate(zip(texts, labels)):
-            own = self._texts[request]
-            goes_on = bool(own) and own[-1] == text[: len(own[-1])]
-            self._texts_begun[request] += not goes_on
-            if label != self._labels[request]:
-                self._note(state, texts, request, "novel" if novel[request] else "known")
-                del own[: len(own) - goes_on]
-            own[len(own) - goes_on :] = [text]
+            self._begin(len(labels))
+        for request, text in enumerate(texts):
+            self._append(request, text)
+            if labels[request] != self._labels[request]:
+                self._note(state, request, "novel" if novel[request] else "known")
+                del self._streams[request][: -2 * HOP - 1]
         self._labels = labels
-        windows = self._windows([text for own, new in zip(self._texts, novel) if new for text in own])
-        if len(windows) * WINDOW >= self._next:
-            self._next *= AGAIN
-            state = self._adapt(state, texts, int(np.flatnonzero(novel)[0]), windows)
+        if not novel.any():
+            self._forget()
+        elif self._move is None:
+            state = self._adapt(state, novel)
+        if self._move is not None and self._move[0].staged.ready():
+            state = self._take(state, novel)
         self.state = switch(state, np.where(novel & self._good, 1, 0))
         return self.state
 
-    def _windows(self, texts: list[list[int]]) -> Int[np.ndarray, "S T1"]:
-        """The last tokens of the texts, at most as many as are asked for, in whole windows."""
-        out: list[np.ndarray] = []
-        for text in reversed(texts):
-            count = (len(text) - 1) // WINDOW
-            own = np.asarray(text[len(text) - 1 - count * WINDOW :], np.int32)
-            out += [own[i * WINDOW : (i + 1) * WINDOW + 1] for i in range(count)]
-        return np.array(out[: self._next // WINDOW], np.int32).reshape(-1, WINDOW + 1)
+    def _append(self, request: int, text: list[int]) -> None:
+        before, stream = self._current[request], self._streams[request]
+        goes_on = bool(before) and text[: len(before)] == before
+        stream += text[len(before) :] if goes_on else text
+        del stream[:-KEPT]
+        self._text[request] += not goes_on
+        self._current[request] = text
 
-    def _adapt(self, state: State, texts: list[list[int]], request: int, windows: np.ndarray) -> State:
-        model = self.model
-        plan = adapted_plan(model.plan, model.knowledge, observe_windows(model, windows), spare(self.host, state))
-        try:
-            staged = begin(self.host, state, plan)
-        except (ValueError, RuntimeError) as error:  # damaged pages, a transfer that failed: the baseline serves on
-            self._note(state, texts, request, "failed", name=str(error))
+    def _windows(self, novel: np.ndarray) -> Int[np.ndarray, "S T1"]:
+        """The last novel tokens in whole windows, those of one request after those of another."""
+        out = []
+        for stream in (s for s, new in zip(self._streams, novel) if new):
+            for end in range(len(stream), WINDOW, -WINDOW):
+                out.append(stream[end - WINDOW - 1 : end])
+        return np.array(out, np.int32).reshape(-1, WINDOW + 1)
+
+    def _adapt(self, state: State, novel: np.ndarray) -> State:
+        """Send a plan's pages on their way, if there is enough new text to make one for."""
+        windows = self._windows(novel)
+        if len(windows) * WINDOW < self._next:
             return state
-        moved = staged.pages
-        self.host, state = finish(self.host, state, plan, staged)
+        while self._next <= len(windows) * WINDOW:
+            self._next *= AGAIN
+        windows = windows[: MOST // WINDOW]
+        try:
+            seen = observe_windows(self.model, windows)
+            plan = adapted_plan(self.model.plan, self.model.knowledge, seen, spare(self.host, state))
+            self._move = begin(self.host, state, plan), windows
+        except (ValueError, RuntimeError) as error:  # damaged pages, no memory: what runs goes on
+            self._note(state, int(np.flatnonzero(novel)[0]), "failed", name=" ".join(str(error).split()))
+        return state
+
+    def _take(self, state: State, novel: np.ndarray) -> State:
+        """Make the plan whose pages have come the variant, if it is better on the windows that it is for."""
+        assert self._move is not None
+        (move, windows), self._move = self._move, None
+        request = int(np.flatnonzero(novel)[0]) if novel.any() else 0
+        try:
+            self.host, state = finish(self.host, state, move)
+        except (ValueError, RuntimeError) as error:
+            self._note(state, request, "failed", name=" ".join(str(error).split()))
+            return state
         gain = self._gain(state, windows)
-        self._good = gain > 0
-        self._note(state, texts, request, "adapted" if self._good else "not better", gain=gain, moved=moved)
+        self._good = gain > 0 and bool(novel.any())
+        what = "adapted" if self._good else "not better"
+        self._note(state, request, what, gain=gain, moved=move.staged.pages)
         return state
 
     def _gain(self, state: State, windows: np.ndarray) -> float:
@@ -116,10 +149,9 @@ class Follower:
         ]
         return (sum(losses[0]) - sum(losses[1])) / windows[:, 1:].size
 
-    def _note(self, state: State, texts: list[list[int]], request: int, what: str, name: str = "", **more: Any) -> None:
+    def _note(self, state: State, request: int, what: str, name: str = "", **more: Any) -> None:
         assert state.watch is not None
-        label = int(state.watch.label[request])
-        names = self.model.knowledge.names
+        label, names = int(state.watch.label[request]), self.model.knowledge.names
         name = name or (names[label] if 0 <= label < len(names) else "")
-        score, text = float(state.watch.score[request]), int(self._texts_begun[request])
-        self.events.append(Event(len(texts[request]), request, text, what, name, score, **more))
+        token, text, score = len(self._current[request]), int(self._text[request]), state.watch.score[request]
+        self.events.append(Event(token, request, text, what, name, float(score), **more))

@@ -32,7 +32,7 @@ from dynamo_jax.runtime.adapt import adapted_plan, observe_windows
 from dynamo_jax.runtime.monitor import HOP, Signatures, Watch, start, watch
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.residency import Residency, Staged, commit, levels_of, residency, stage, table_of
-from dynamo_jax.runtime.store import HostPages, host_pages, page_counts
+from dynamo_jax.runtime.store import HostPages, host_pages, page_counts, pages_of
 from dynamo_jax.runtime.switch import switched_experts
 
 SPARE = 0.5  # of the baseline's pages: slots beside theirs, for those of other variants
@@ -58,10 +58,20 @@ class Host:
     slots: dict[int, np.ndarray]
 
 
-def spare(host: Host, state: State) -> dict[int, int]:
-    """Slots of each level that the baseline does not need."""
-    counts = page_counts(host.plans[0])
-    return {level: pages.codes.shape[0] - counts[level] for level, pages in state.resident.pages.items()}
+class Move(NamedTuple):
+    """Pages on their way to make ``plan`` the ``variant``. before: where pages lay when they were sent."""
+
+    plan: Plan
+    variant: int
+    staged: Staged
+    before: dict[int, np.ndarray]
+
+
+def spare(host: Host, state: State, variant: int = 1) -> dict[int, int]:
+    """Slots of each level that neither the baseline nor another variant than ``variant`` needs."""
+    others = [pages_of(plan) for index, plan in enumerate(host.plans) if index != variant]
+    used = {level: int(np.logical_or.reduce([has[level] for has in others]).sum()) for level in others[0]}
+    return {level: pages.codes.shape[0] - used[level] for level, pages in state.resident.pages.items()}
 
 
 def init(
@@ -145,31 +155,38 @@ def is_novel(state: State) -> Bool[Array, " B"]:
     return state.watch.label == len(state.signatures.limit)
 
 
-def begin(host: Host, state: State, plan: Plan, variant: int = 1) -> Staged:
+def begin(host: Host, state: State, plan: Plan, variant: int = 1) -> Move:
     """Send the pages that ``plan`` needs for ``variant`` on their way; steps may go on meanwhile.
 
-    ValueError: too few free slots, a page that is damaged in host memory, no such variant, or the baseline itself.
+    ValueError: too few free slots, a page that is damaged in host memory, a level that the baseline's program does not
+    read, no such variant, or the baseline itself.
     """
     if not 0 < variant < len(host.plans):
         raise ValueError(f"variant {variant}: those that can change are 1..{len(host.plans) - 1}")
+    if more := set(levels_of(plan)) - set(levels_of(host.plans[0])):
+        raise ValueError(f"the plan reads pages of {max(more)} bits, of which the baseline has none")
     keep = [p for index, p in enumerate(host.plans) if index != variant]
-    return stage(host.pages, Residency(state.resident, host.slots), plan, keep)
+    return Move(plan, variant, stage(host.pages, Residency(state.resident, host.slots), plan, keep), host.slots)
 
 
-def finish(host: Host, state: State, plan: Plan, staged: Staged, variant: int = 1) -> tuple[Host, State]:
-    """Take the pages in and make ``plan`` the variant. The given state's pages are given up: use the one returned."""
-    here = commit(Residency(state.resident, host.slots), staged)
-    table = table_of(here, plan, levels_of(host.plans[0]))
-    tables = (*state.tables[:variant], table, *state.tables[variant + 1 :])
-    plans = (*host.plans[:variant], plan, *host.plans[variant + 1 :])
-    return dataclasses.replace(host, plans=plans, slots=here.slots), state._replace(
-        resident=here.resident, tables=tables
-    )
+def finish(host: Host, state: State, move: Move) -> tuple[Host, State]:
+    """Wait for the pages, take them in and make their plan the variant. The given state's pages are given up: use the
+    one returned. ValueError: another move was finished since this one began."""
+    if host.slots is not move.before:
+        raise ValueError("pages were moved since this move began; begin it again")
+    jax.block_until_ready(move.staged.chunks)  # a transfer that failed fails here, before anything is written
+    here = commit(Residency(state.resident, host.slots), move.staged)
+    table = table_of(here, move.plan, levels_of(host.plans[0]))
+    tables = (*state.tables[: move.variant], table, *state.tables[move.variant + 1 :])
+    plans = (*host.plans[: move.variant], move.plan, *host.plans[move.variant + 1 :])
+    host = dataclasses.replace(host, plans=plans, slots=here.slots)
+    return host, state._replace(resident=here.resident, tables=tables)
 
 
 def adapt(
     model: QuantizedModel, host: Host, state: State, windows: Int[np.ndarray, "S T1"], variant: int = 1
 ) -> tuple[Host, State]:
     """``variant`` adapted to data like ``windows``, within the page budget; the numbers stay as they are."""
-    plan = adapted_plan(model.plan, model.knowledge, observe_windows(model, windows), spare(host, state))
-    return finish(host, state, plan, begin(host, state, plan, variant), variant)
+    free = spare(host, state, variant)
+    plan = adapted_plan(model.plan, model.knowledge, observe_windows(model, windows), free)
+    return finish(host, state, begin(host, state, plan, variant))
