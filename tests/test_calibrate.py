@@ -50,7 +50,13 @@ def plain(model, apart):
 
 @pytest.mark.parametrize(
     ("family", "apart"),
-    [("qwen2_moe", True), ("deepseek_v3", False), ("gpt_oss", False), ("gpt_oss", True), ("granitemoe", False)],
+    [
+        ("qwen2_moe", True),
+        ("deepseek_v3", False),
+        ("gpt_oss", True),
+        pytest.param("gpt_oss", False, marks=pytest.mark.slow),
+        pytest.param("granitemoe", False, marks=pytest.mark.slow),
+    ],
 )
 def test_the_sweeps_give_the_sums_of_the_plain_definitions(family_model, family, apart, tmp_path):
     """With dense and shared parts, biases, windows and scaled residuals; two datasets at once, a part batch."""

@@ -56,7 +56,7 @@ def check_budget(here, slots):
 
 
 @pytest.mark.parametrize("apart", [False, True])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_any_row_of_switches_stays_in_the_budget_and_reads_what_its_plans_say(apart, data):
     baseline = data.draw(plans(apart))
