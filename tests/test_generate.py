@@ -126,7 +126,7 @@ def test_switching_the_variant_while_decoding_compiles_nothing(quantized, compil
 def followed(quantized, texts, prompts=3):
     """A client's prompts, 200 tokens of verse each, where the monitor takes everything for novel; all new tokens."""
     model, follower = quantized_language_model(quantized, adaptive=True)
-    strict = model.state.signatures._replace(limit=jnp.full(2, 1e-3))
+    strict = model.state.signatures._replace(limit=jnp.full(1, 1e-3))
     model = dataclasses.replace(model, state=model.state._replace(signatures=strict))
     ids = quantized.tokenizer.encode(texts["verse"]).ids
     out = []
@@ -172,15 +172,15 @@ def test_the_follower_adapts_to_the_last_novel_tokens_of_all_texts(quantized, mo
     known, novel = list(range(1000, 2000)), list(range(300))
     state = follower(labelled(state, 0), [known])
     with pytest.raises(ZeroDivisionError):
-        follower(labelled(state, 2), [known + novel])
+        follower(labelled(state, 1), [known + novel])
     assert seen[0].shape[0] * online.WINDOW >= online.FIRST and seen[0][0, -1] == 299
     assert seen[0].min() >= 0 and (seen[0] >= 1000).sum() < online.FIRST
 
     seen.clear()
     follower, state = follower_of(quantized)
-    state = labelled(state, 2)
+    state = labelled(state, 1)
     for begin in (0, 100):
-        state = labelled(follower(state, [list(range(begin, begin + 100))]), 2)
+        state = labelled(follower(state, [list(range(begin, begin + 100))]), 1)
     assert seen == []
     with pytest.raises(ZeroDivisionError):
         follower(state, [list(range(200, 300))])
@@ -190,12 +190,12 @@ def test_the_follower_adapts_to_the_last_novel_tokens_of_all_texts(quantized, mo
 def test_known_text_forgets_the_variant_and_other_requests_begin_anew(quantized):
     follower, state = follower_of(quantized)
     follower._good, follower._next = True, 4096
-    assert follower(labelled(state, 2), [[1, 2, 3]]).number.tolist() == [1]
+    assert follower(labelled(state, 1), [[1, 2, 3]]).number.tolist() == [1]
     assert follower(labelled(state, 0), [[1, 2, 3, 4]]).number.tolist() == [0]
     assert (follower._good, follower._next) == (False, online.FIRST)
     follower._good = True
     _, two = follower_of(quantized, 2)
-    assert follower(labelled(two, 2, 0), [[1], [2]]).number.tolist() == [0, 0]
+    assert follower(labelled(two, 1, 0), [[1], [2]]).number.tolist() == [0, 0]
     assert [(e.request, e.text, e.what) for e in follower.events[-2:]] == [(0, 1, "novel"), (1, 1, "known")]
 
 
