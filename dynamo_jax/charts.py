@@ -471,13 +471,14 @@ def timeline_chart(stretches: Sequence[Stretch], upper: str, lower: str, most: f
             shade.append(_box(x(start), top, x(stretch.end) - x(start), bottom - top, "fill:var(--panel)"))
         if math.isfinite(stretch.upper):
             dot = marker(stretch.series, middle, y(stretch.upper))
-            dots.append(element("g", element("title", text(stretch.title)), dot))
+            dots.append(element("g", element("title", text(stretch.title)), dot, class_=stretch.series))
         if math.isfinite(stretch.lower):
             points.append(f"{middle:.1f},{under(stretch.lower):.1f}")
         start = stretch.end
     rules = [_line(left, level, width - 12, level, "zero") for level in (y(1.0), under(0.0))]
     words = [_row_label(left - 8, y(1.0), upper), _row_label(left - 8, under(0.0), lower)]
     words += [_words(left, bottom + 14, "0"), _words(width - 12, bottom + 14, f"{last:,.0f} {unit}", "end")]
-    words.append(_words(left + 4, below + 9, f"edges: {PLUS_MINUS}{number(reach, '.2g')}"))
+    if reach:
+        words.append(_words(left + 4, below + 9, f"edges: {PLUS_MINUS}{number(reach, '.2g')}"))
     line = element("polyline", points=" ".join(points), class_="trace")
     return svg(width, bottom + 20, caption, *shade, *rules, line, *dots, *words)
