@@ -205,6 +205,22 @@ def test_generate_prints_the_continuation_alone(run):
     assert run("generate", "--prompt", "def main(", "--prompt", "King of", *GREEDY)[1] == one + other
 
 
+def test_generate_that_adapts_serves_prompts_one_after_the_other_and_says_what_it_saw(run, folder, texts):
+    """Two halves of a text of a known kind: the same continuations, and a word on the second at 256 tokens."""
+    prompts = ("--prompt", texts["code"][:300], "--prompt", texts["code"][300:600])
+    plain = run("generate", "--model", folder, *prompts, *GREEDY)
+    code, printed, err = run("generate", "--model", folder, "--adapt", *prompts, *GREEDY)
+    assert (code, printed) == (0, plain[1])
+    assert all(line.startswith("text 2, token ") for line in err.splitlines())
+
+
+def test_only_a_quantized_model_can_adapt_and_all_prompts_are_checked_first(run, folder):
+    code, printed, err = run("generate", "--adapt", "--prompt", "x")
+    assert code == 2 and not printed and "is not quantized; --adapt switches the precision" in err
+    code, printed, err = run("generate", "--model", folder, "--adapt", "--prompt", "x", "--prompt", "1 2 " * 200)
+    assert code == 2 and not printed and "prompt 1 has" in err and "the model has 256 positions" in err
+
+
 def test_an_exported_model_generates_what_the_quantized_one_does(run, folder, tmp_path):
     code, printed, _ = run("export", "--model", folder, "--out", tmp_path / "out")
     assert code == 0 and str(tmp_path / "out") in printed
