@@ -263,8 +263,16 @@ def describe(folder: Path) -> dict[str, Any]:
         "known": {name: v[1] for name, v in meta["calibrated"].items()},
         f"fewer than {PRIOR_ROWS} calibration tokens": hardly_reached(config, arrays["counts"]),
         "novelty_threshold_bits": meta["threshold"],
+        "stream monitor": monitor_words(arrays["limit"]),
         "not quantized": meta["unquantized"],
     }
+
+
+def monitor_words(limit: Float[np.ndarray, " S"]) -> str:
+    """Whether streams can be found novel."""
+    if np.isfinite(limit).all():
+        return f"squared distances up to {', '.join(f'{v:.3g}' for v in limit)} are known"
+    return "calls nothing novel: calibration had too few windows to set a limit, or windows that are too long"
 
 
 def hardly_reached(config: ModelConfig, counts: Float[np.ndarray, "S L E"]) -> str:

@@ -451,7 +451,7 @@ def print_facts(facts: dict[str, Any]) -> None:
     for name, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k}={v}" for k, v in value.items())
-        print(f"{name:24}{value}")
+        print(f"{name:23} {value}")
 
 
 def main() -> None:

@@ -292,6 +292,11 @@ def test_experts_that_calibration_hardly_reached_are_named_by_layer(bundled):
     assert checkpoint.hardly_reached(config, counts) == "3 of 288 experts (layer 2: 7, 40; layer 5: 0)"
 
 
+def test_a_monitor_that_can_call_nothing_novel_says_so():
+    assert checkpoint.monitor_words(np.array([17.87, 22.6])) == "squared distances up to 17.9, 22.6 are known"
+    assert "calls nothing novel" in checkpoint.monitor_words(np.array([np.inf, np.inf]))
+
+
 def test_no_known_dataset_is_an_error(bundled):
     with pytest.raises(ValueError, match="no known dataset"):
         quantize(*bundled, {}, SETTINGS)
