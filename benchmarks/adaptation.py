@@ -49,8 +49,7 @@ from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows, placed_anew
 from dynamo_jax.runtime.quantized import QuantizedModel
-from dynamo_jax.runtime.serving import SPARE
-from dynamo_jax.runtime.store import page_counts
+from dynamo_jax.runtime.serving import default_spare
 from dynamo_jax.work import MemoryWork
 
 TEXT_BYTES = 600_000  # of each kind
@@ -97,7 +96,9 @@ class Case:
         return float(changes(self.config, self.with_weights(self.weights(plan)), own, nothing)[0].mean())
 
 
-def case_of(model: Any, windows: dict[str, np.ndarray], novel: str, settings: QuantizeConfig, limit: int) -> Case:
+def case_of(
+    model: Any, tokenizer: Any, windows: dict[str, np.ndarray], novel: str, settings: QuantizeConfig, limit: int
+) -> Case:
     known = {name: w[: settings.calibration_windows] for name, w in windows.items() if name != novel}
     work = MemoryWork()
     analyses = analyze(DecoderSource(model), known, settings, work)
@@ -107,7 +108,7 @@ def case_of(model: Any, windows: dict[str, np.ndarray], novel: str, settings: Qu
     quantized = QuantizedModel(
         config=model.config,
         parameters={name: a for name, a in arrays.items() if name not in experts},
-        tokenizer=None,  # type: ignore[arg-type]
+        tokenizer=tokenizer,
         store=store,
         plan=baseline_plan(analyses, settings, model.config),
         window=settings.window,
@@ -157,7 +158,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     quantized = case.quantized
     plan, known = quantized.plan, quantized.knowledge
-    spare = {level: int(SPARE * count) for level, count in page_counts(plan).items()}
+    spare = default_spare(plan)
     looked = [observe_windows(quantized, w[None]) for w in case.first]
     truth = observe_windows(quantized, case.rest)
     own = truth.counts.sum(axis=0), truth.tokens.sum()
@@ -260,7 +261,7 @@ def main() -> None:
                     raise SystemExit(f"{path}: of another job: {kept['job']}, expected {job}")
                 rows += kept["rows"]
                 continue
-            case = case_of(model, windows, novel, dataclasses.replace(base, bits=budget), arguments.limit)
+            case = case_of(model, tokenizer, windows, novel, dataclasses.replace(base, bits=budget), arguments.limit)
             known = np.concatenate([w[: base.calibration_windows] for name, w in windows.items() if name != novel])
             found = rows_of(case, functools.partial(uniform_weights, model, params, known), novel, budget)
             rows += found

@@ -31,6 +31,7 @@ from dynamo_jax.data import write_json
 from dynamo_jax.demo import KNOWN, NOVEL, collect
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import parameters, with_parameters
+from dynamo_jax.models.experts import routing_counts
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
 from dynamo_jax.runtime.monitor import HOP, Signatures, learn, start, watch
 
@@ -43,9 +44,7 @@ IN_TIME = 512
 @functools.partial(jax.jit, static_argnames="config")
 def _pieces(config, params, tokens):
     _, routings = with_parameters(config, params).hidden_states(tokens)
-    flat = [r.experts.reshape(-1, PIECE * config.num_experts_per_tok) for r in routings]
-    each = [jax.vmap(lambda e: jnp.bincount(e, length=config.num_experts))(e) for e in flat]
-    return jnp.stack(each, axis=1)
+    return routing_counts(routings, tokens.size // PIECE, config.num_experts)
 
 
 def routed(config: Any, params: dict, tokens: np.ndarray) -> np.ndarray:

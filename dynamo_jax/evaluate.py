@@ -29,9 +29,7 @@ from dynamo_jax.quant.rtn import round_to_nearest
 from dynamo_jax.runtime.adapt import adapt
 from dynamo_jax.runtime.monitor import HOP, LONGEST, Verdict, decide, judge, spans
 from dynamo_jax.runtime.quantized import QuantizedModel
-from dynamo_jax.runtime.residency import Residency, commit, residency, stage, table_of
-from dynamo_jax.runtime.serving import SPARE
-from dynamo_jax.runtime.store import HostPages, host_pages, page_counts
+from dynamo_jax.runtime.serving import begin, finish, init, spare
 from dynamo_jax.runtime.switch import float_step, switched_step
 
 StepFn = Callable[[Array], tuple[Array, Array]]  # tokens (B, T1) -> losses (B,), counts (B, L, E)
@@ -277,20 +275,14 @@ class Device:
 
     def __init__(self, model: QuantizedModel):
         self.model = model
-        self._parameters = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in model.parameters.items()}
-        self._host: HostPages = host_pages(model.store, model.plan)
-        counts = page_counts(model.plan)
-        self.spare = {level: int(SPARE * count) for level, count in counts.items()}
-        slots = {level: count + self.spare[level] for level, count in counts.items()}
-        self._here: Residency = residency(self._host, [model.plan], slots)
+        self._parameters = model.device_parameters()
+        self._host, self._state = init(model)
+        self.spare = spare(self._host, self._state)
 
     def step(self, adapted: Plan, number: int) -> StepFn:
         """One batch at variant ``number``: 0 is the baseline, 1 the adapted one. Changing it compiles nothing."""
-        baseline = self.model.plan
-        self._here = here = commit(self._here, stage(self._host, self._here, adapted, keep=[baseline]))
-        tables = tuple(table_of(here, plan) for plan in (baseline, adapted))
-        index = jnp.asarray(number)
-        fixed = (self.model.config, self._parameters, here.resident, tables, index)
+        self._host, self._state = finish(self._host, self._state, begin(self._host, self._state, adapted))
+        fixed = (self.model.config, self._parameters, self._state.resident, self._state.tables, jnp.asarray(number))
         return lambda tokens: switched_step(*fixed, tokens)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 import tokenizers
 
 from dynamo_jax import checkpoint
@@ -29,14 +28,15 @@ def quantized_language_model(
 ) -> tuple[LanguageModel, Follower | None]:
     """The baseline of a quantized model, ready to generate. Adaptive: with a monitor, a second variant, and what
     follows a client's requests; its ``state`` is the one to begin the next call of ``stream`` with."""
-    arrays = {name: jnp.asarray(np.asarray(a), dtype) for name, a in model.parameters.items()}
     if adaptive:
         host, state = init(model)
     else:
         host, state = init(model, variants=1, slots=page_counts(model.plan))
         state = state._replace(watch=None)
     follower = Follower(model, host, state) if adaptive else None
-    return LanguageModel(config=model.config, parameters=arrays, state=state, dtype=dtype), follower
+    return LanguageModel(
+        config=model.config, parameters=model.device_parameters(dtype), state=state, dtype=dtype
+    ), follower
 
 
 class Loaded(NamedTuple):

@@ -72,7 +72,7 @@ def observe_windows(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> 
     """Measure the planes on windows of tokens, one after the other, so that one program serves any number."""
     if windows.shape[0] == 0 or windows.shape[1] < 2:
         raise ValueError(f"no tokens to adapt to: {windows.shape[0]} windows of {windows.shape[1]} tokens")
-    params = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in model.parameters.items()}
+    params = model.device_parameters()
     store = jax.tree.map(jnp.asarray, model.store)
     errors, counts = np.zeros(()), []
     for window in windows:

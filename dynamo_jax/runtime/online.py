@@ -140,8 +140,7 @@ class Follower:
     def _gain(self, state: State, windows: np.ndarray) -> float:
         """Nats a token that variant 1 predicts the windows' own tokens better by."""
         if self._parameters is None:
-            arrays = self.model.parameters.items()
-            self._parameters = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in arrays}
+            self._parameters = self.model.device_parameters()
         fixed = (self.model.config, self._parameters, state.resident, state.tables)
         losses = [
             [float(switched_step(*fixed, jnp.asarray(number), jnp.asarray(w[None]))[0][0]) for w in windows]

@@ -6,6 +6,7 @@ Axes: S known datasets, L layers, E experts, N channel blocks, W widths.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -70,3 +71,7 @@ class QuantizedModel:
     window: int
     knowledge: Knowledge
     files: dict[str, bytes]
+
+    def device_parameters(self, dtype: Any = jnp.float32) -> dict[str, Array]:
+        """The parameters on the device, in one dtype."""
+        return {name: jnp.asarray(np.asarray(a), dtype) for name, a in self.parameters.items()}

@@ -7,7 +7,7 @@ all variants share them. A switch to a plan moves only the pages that are missin
     residency = commit(residency, staged)                      # written into free slots; the old tables stay valid
     table = table_of(residency, plan)
 
-Whatever fails, fails in ``stage``, before anything is written, and the plans in use keep their pages.
+Whatever fails, fails in ``stage`` or while its pages travel, before anything is written: the plans in use keep theirs.
 
 Axes: L layers, E experts, U*N pages of an expert and level, Q slots.
 """

@@ -74,18 +74,23 @@ def spare(host: Host, state: State, variant: int = 1) -> dict[int, int]:
     return {level: pages.codes.shape[0] - used[level] for level, pages in state.resident.pages.items()}
 
 
+def default_spare(plan: Plan) -> dict[int, int]:
+    """Slots of each level beside those of a baseline, where nothing else is asked for."""
+    return {level: int(SPARE * count) for level, count in page_counts(plan).items()}
+
+
 def init(
     model: QuantizedModel, requests: int = 1, variants: int = 2, slots: dict[int, int] | None = None
 ) -> tuple[Host, State]:
-    """The model on the device: all ``variants`` are the baseline until ``place`` or ``adapt`` fills them.
+    """The model on the device: all ``variants`` are the baseline until ``finish`` or ``adapt`` fills them.
 
     slots: the page budget of each refinement level, at least the baseline's pages; by default those and half as many.
     """
     if requests < 1 or variants < 1:
         raise ValueError(f"{requests} requests, {variants} variants: expected one or more")
-    counts = page_counts(model.plan)
     if slots is None:
-        slots = {level: count + int(SPARE * count) for level, count in counts.items()}
+        counts = page_counts(model.plan)
+        slots = {level: counts[level] + count for level, count in default_spare(model.plan).items()}
     pages = host_pages(model.store, model.plan)
     here = residency(pages, [model.plan], slots)
     table = table_of(here, model.plan, levels_of(model.plan))
