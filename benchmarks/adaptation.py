@@ -10,7 +10,7 @@ For each novel kind the bundled model is calibrated and quantized on all the oth
     hotness         whole experts by routing frequency in the first tokens, 4 bits or 2 (as DynaExq, arXiv 2511.15015),
                     up to the baseline's stored bytes and bytes read
     adapted         ``runtime.adapt`` on the first tokens: what a run time that found the text novel does; an adapted
-                    plan that predicts those tokens worse than the baseline is not taken
+                    plan whose predictions on those tokens are no nearer to 8 bits than the baseline's is not taken
     oracle          the same pages placed by the errors on the evaluated text itself
 
 "tokens" is how many of the novel text's first tokens were seen; all methods are evaluated on the same windows after
@@ -35,17 +35,17 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 from divergence import changes, predictions
+from quality import UNIFORM_GRIDS, groups_of
 
 from dynamo_jax.checkpoint import stacked_planes
 from dynamo_jax.data import token_windows, write_json
 from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED
-from dynamo_jax.models.decoder import expert_parameter_names, parameters
+from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
 from dynamo_jax.pipeline import DecoderSource, QuantizeConfig, analyze, baseline_plan, knowledge_of
 from dynamo_jax.precision.plan import Plan
-from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows, placed_anew
 from dynamo_jax.runtime.quantized import QuantizedModel
@@ -54,13 +54,15 @@ from dynamo_jax.work import MemoryWork
 
 TEXT_BYTES = 600_000  # of each kind
 SEEN = (1, 2, 4, 8, 32)  # windows of the novel text that adaptation may see
-GRIDS = [GridSpec(bits, group) for bits in (2, 3) for group in (32, 48, 64, 96, 128, 192, 288, 576)]
+GRIDS = [grid for grid in UNIFORM_GRIDS if not grid.symmetric and not grid.clip]
 
 
 @dataclasses.dataclass
 class Case:
-    """One kind met as novel: a model quantized on the others, and what bfloat16 does on the windows to evaluate."""
+    """One kind met as novel: a model quantized on the others, what bfloat16 does on the windows to evaluate, and what
+    8 bits do on those that adaptation may see."""
 
+    model: Decoder
     quantized: QuantizedModel
     params: dict[str, Any]
     options: list[np.ndarray]  # weights (L, E, P, F, D) at each width
@@ -71,6 +73,7 @@ class Case:
         self.config = self.quantized.config
         self.reference = predictions(self.config, self.params, self.rest)
         self.exact = changes(self.config, self.params, self.rest, self.reference)
+        self.nearly = predictions(self.config, self.with_weights(self.options[-1]), self.first)
 
     def weights(self, plan: Plan) -> np.ndarray:
         layers, experts, projections, channels, _ = self.options[0].shape
@@ -83,17 +86,16 @@ class Case:
         return out
 
     def with_weights(self, weights: np.ndarray) -> dict[str, Any]:
-        names = expert_parameter_names(self.config)
-        return self.params | {name: jnp.asarray(weights[i // 3][:, i % 3], jnp.float32) for i, name in enumerate(names)}
+        return peers.with_experts(self.model, self.params, weights)
 
     def run(self, weights: np.ndarray) -> np.ndarray:
         """Loss, accuracy and divergence of each evaluated window (3, S)."""
         return changes(self.config, self.with_weights(weights), self.rest, self.reference)
 
-    def first_loss(self, plan: Plan, windows: int) -> float:
-        own = self.first[:windows]
-        nothing = np.zeros((*own[:, 1:].shape, self.config.vocab_size), np.float16)
-        return float(changes(self.config, self.with_weights(self.weights(plan)), own, nothing)[0].mean())
+    def first_divergence(self, plan: Plan, windows: int) -> float:
+        """From the predictions of 8 bits, on the first windows."""
+        params = self.with_weights(self.weights(plan))
+        return float(changes(self.config, params, self.first[:windows], self.nearly[:windows])[2].mean())
 
 
 def case_of(
@@ -118,7 +120,7 @@ def case_of(
     params = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in arrays.items()}
     options = [np.asarray(dequantize(store, width).astype(jnp.bfloat16)) for width in WIDTHS]
     first, rest = windows[novel][: max(SEEN)], windows[novel][max(SEEN) :][:limit]
-    return Case(quantized, params, options, first, rest)
+    return Case(model, quantized, params, options, first, rest)
 
 
 def hot_experts(plan: Plan, seen: Observation) -> Plan:
@@ -140,15 +142,14 @@ def hot_experts(plan: Plan, seen: Observation) -> Plan:
 
 
 def part_of(seen: list[Observation]) -> Observation:
-    return Observation(*(sum(o[0] for o in seen), *(np.concatenate([o[i] for o in seen]) for i in (1, 2))))
+    return Observation(sum(o.errors for o in seen), *(np.concatenate([o[i] for o in seen]) for i in (1, 2, 3)))
 
 
 def uniform_weights(model: Any, params: dict, known: np.ndarray, bits: float) -> tuple[np.ndarray, float]:
     """GPTQ weights of one width, of the grid nearest to ``bits``, and its bits a weight."""
     weights = peers.expert_weights(model)
     sums = peers.sums_of(model.config, weights, peers.observed(model.config, params, known))
-    channels, size = weights.shape[-2:]
-    fits = [g for g in GRIDS if size % g.group_size == 0 and channels % min(channels, g.group_size) == 0]
+    fits = [grid for grid in GRIDS if grid.group_size in groups_of(model.config)]
     grid = min(fits, key=lambda g: abs(peers.bits_of(g, weights) - bits))
     return peers.gptq_weights(weights, sums, grid), peers.bits_of(grid, weights)
 
@@ -198,7 +199,7 @@ def rows_of(
         start = time.perf_counter()
         new = adapted_plan(plan, known, seen, spare)
         seconds = time.perf_counter() - start
-        gain = case.first_loss(plan, count) - case.first_loss(new, count)
+        gain = case.first_divergence(plan, count) - case.first_divergence(new, count)
         more = {"gain_on_seen": gain, "moved": float((new.widths != plan.widths).mean()), "seconds_to_solve": seconds}
         add_plan("adapted", new if gain > 0 else plan, tokens, **more)
     return rows

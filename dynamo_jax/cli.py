@@ -444,7 +444,7 @@ def describe_verdict(found: Any) -> str:
     if found.gain is None:
         return f"known, baseline kept ({where})"
     what = "adapted" if found.gain > 0 else "baseline kept"
-    return f"novel, {what} ({where}; adapting gained {found.gain:+.4f} nats a token on the first windows)"
+    return f"novel, {what} ({where}; adapted, the first windows are {found.gain:+.4f} nats a token nearer to 8 bits)"
 
 
 def print_facts(facts: dict[str, Any]) -> None:

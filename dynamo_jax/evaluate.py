@@ -26,10 +26,10 @@ from dynamo_jax.pipeline import batches, digest, no_progress
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.rtn import round_to_nearest
-from dynamo_jax.runtime.adapt import adapt
+from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows
 from dynamo_jax.runtime.monitor import HOP, LONGEST, Verdict, decide, judge, spans
 from dynamo_jax.runtime.quantized import QuantizedModel
-from dynamo_jax.runtime.serving import begin, finish, init, spare
+from dynamo_jax.runtime.serving import begin, finish, gain, init, spare
 from dynamo_jax.runtime.switch import float_step, switched_step
 
 StepFn = Callable[[Array], tuple[Array, Array]]  # tokens (B, T1) -> losses (B,), counts (B, L, E)
@@ -193,9 +193,9 @@ class Timeline(NamedTuple):
 class Adaptation(NamedTuple):
     """What the monitor said of a dataset and the plan that its auto variant used.
 
-    gain: nats a token that the adapted plan gained over the baseline on the first windows; None where
-    the data was known. A plan that gained nothing there was not taken. first: what the baseline lost on the first
-    windows. timeline: of the whole text, where both variants were evaluated.
+    gain: nats a token by which the adapted plan's predictions on the first windows are nearer than the baseline's to
+    those of 8 bits; None where the data was known. A plan that gained nothing there was not taken. first: what the
+    baseline lost on the first windows. timeline: of the whole text, where both variants were evaluated.
     """
 
     verdict: Verdict
@@ -285,23 +285,27 @@ class Device:
         fixed = (self.model.config, self._parameters, self._state.resident, self._state.tables, jnp.asarray(number))
         return lambda tokens: switched_step(*fixed, tokens)
 
+    def gain(self, windows: Int[np.ndarray, "S T1"], seen: Observation) -> float:
+        """``serving.gain`` of the adapted plan that ``step`` was asked for last."""
+        return gain(self.model, self._state, windows, seen)
+
 
 def choose_plan(device: Device, first: Int[np.ndarray, "S T1"], batch_size: int) -> Adaptation:
     """What the run time does after the first windows: keep the baseline on data that it knows, else adapt.
 
-    An adapted plan must prove itself: it is taken only if it predicts the windows' own next tokens
-    better than the baseline does. Errors that are small for the layers can still be harmful, or
-    the baseline's lucky, on text that the model itself is poor at.
+    An adapted plan must prove itself: it is taken only if on these windows its predictions are nearer to those of
+    8 bits than the baseline's are. Errors that are small for each layer can still be harmful together.
     """
     model = device.model
     before = run_windows(device.step(model.plan, 0), first, batch_size)
     verdict = judge(before.counts.sum(axis=0), model.knowledge.signatures(), model.knowledge.threshold)
     if not verdict.novel:
         return Adaptation(verdict, model.plan, None, before)
-    plan = adapt(model, first, device.spare)
-    after = run_windows(device.step(plan, 1), first, batch_size)
-    gain = float((before.nll - after.nll).sum() / first[:, 1:].size)
-    return Adaptation(verdict, plan if gain > 0 else model.plan, gain, before)
+    seen = observe_windows(model, first)
+    plan = adapted_plan(model.plan, model.knowledge, seen, device.spare)
+    device.step(plan, 1)
+    found = device.gain(first, seen)
+    return Adaptation(verdict, plan if found > 0 else model.plan, found, before)
 
 
 def make_dataset(name: str, kind: str, text: str, tokenizer: Any, config: EvalConfig, calibrated: int = 0) -> Dataset:

@@ -111,5 +111,5 @@ def describe(event: Event) -> str:
         "not better": f"adapted, but no better on what was seen, {event.moved} pages moved: baseline",
         "failed": f"adapting failed, no switch: {event.name}",
     }[event.what]
-    more = "" if event.gain is None else f", {event.gain:+.4f} nats a token on what was seen"
+    more = "" if event.gain is None else f", {event.gain:+.4f} nats a token nearer to 8 bits on what was seen"
     return f"text {event.text}, token {event.token}: {text} (score {event.score:.2f}{more})"

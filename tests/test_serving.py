@@ -16,8 +16,11 @@ from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, with_parameters
 from dynamo_jax.pipeline import QuantizeConfig, quantize
 from dynamo_jax.runtime import serving
+from dynamo_jax.runtime.adapt import observe_windows
 from dynamo_jax.runtime.monitor import HOP, UNKNOWN
+from dynamo_jax.runtime.residency import residency, table_of
 from dynamo_jax.runtime.store import page_counts
+from dynamo_jax.runtime.switch import switched_experts
 
 CONFIG = ModelConfig(
     vocab_size=61,
@@ -77,6 +80,25 @@ def test_switching_and_adapting_between_steps_compiles_nothing(model, compilatio
     np.testing.assert_array_equal(mixed[0], first[0])
     np.testing.assert_array_equal(mixed[1], adapted[1])
     assert not np.allclose(first[1], adapted[1], atol=1e-4)
+
+
+def test_gain_is_how_much_nearer_a_variant_is_to_what_8_bits_predict(model):
+    windows = np.asarray(tokens_of(1, 3, 65, 20, 30))
+    seen = observe_windows(model, windows)
+    host, state = serving.adapt(model, *serving.init(model), windows)
+    decoder = with_parameters(model.config, model.device_parameters())
+
+    def log_p(experts):
+        return jax.nn.log_softmax(decoder(jnp.asarray(windows[:, :-1]), experts=experts)[0])
+
+    best = dataclasses.replace(model.plan, widths=np.full_like(model.plan.widths, 8))
+    eight = residency(host.pages, [best])
+    exact = log_p(switched_experts(eight.resident, (table_of(eight, best),), jnp.zeros((), jnp.int32)))
+    at = [log_p(switched_experts(state.resident, state.tables, jnp.asarray(number))) for number in (0, 1)]
+    found = [float((jnp.exp(exact) * (exact - own)).sum(axis=-1).mean()) for own in at]
+    assert min(found) > 0 and abs(found[0] - found[1]) > 1e-4
+    assert serving.gain(model, state, windows, seen) == pytest.approx(found[0] - found[1], abs=1e-5)
+    assert serving.gain(model, state, windows, seen, variant=0) == 0
 
 
 def test_adaptation_stays_in_the_page_budget_and_leaves_the_baseline_as_it_was(model):

@@ -41,14 +41,14 @@ def first_alike(config: ModelConfig, layer: int) -> int:
     return next(i for i in range(config.num_hidden_layers) if kind(i) == kind(layer))
 
 
-def _places(config: ModelConfig, x: Array) -> Places:
+def places_of(config: ModelConfig, x: Array) -> Places:
     positions, keys = positions_of(x.shape[:2], None)
     return Places(positions, keys, angles(config, positions))
 
 
 def _outer_function(config: ModelConfig, like: int, rest: dict[str, Array], x: Array) -> Outer:
     layer = layer_with_parameters(config, like, rest)
-    x, _ = layer.attend(x, _places(config, x))
+    x, _ = layer.attend(x, places_of(config, x))
     normed = layer.experts_norm(x)
     flat = normed.reshape(-1, x.shape[-1])
     routing = layer.route(flat)
@@ -61,7 +61,7 @@ def _dense_function(config: ModelConfig, like: int, rest: dict[str, Array], x: A
     def never(*_: Any) -> Any:
         raise AssertionError("a dense layer has no experts")
 
-    return layer_with_parameters(config, like, rest)(x, never, _places(config, x))[0]
+    return layer_with_parameters(config, like, rest)(x, never, places_of(config, x))[0]
 
 
 outer_of = functools.partial(jax.jit, static_argnames=("config", "like"))(_outer_function)
@@ -91,11 +91,19 @@ def loss_gradient_of(config: ModelConfig, top: dict[str, np.ndarray]) -> Callabl
 @functools.partial(jax.jit, static_argnames="config")
 def _loss_gradient(config, top, x, targets):
     """d loss / d x, the loss being each window's summed next-token negative log-likelihood."""
-    norm = {name.removeprefix("norm."): a for name, a in top.items() if name.startswith("norm.")}
     head = top["embed"] if config.tie_word_embeddings else top["head"]
+    return jax.grad(lambda x: next_token_nll(_finished(config, top, x), head, targets, top.get("head_bias")).sum())(x)
 
-    def loss(x):
-        hidden = filled(lambda: Norm(config), norm)(x) / config.logits_scaling
-        return next_token_nll(hidden, head, targets, top.get("head_bias")).sum()
 
-    return jax.grad(loss)(x)
+def _finished(config, top, x):
+    norm = {name.removeprefix("norm."): a for name, a in top.items() if name.startswith("norm.")}
+    return filled(lambda: Norm(config), norm)(x) / config.logits_scaling
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def embedded(config: ModelConfig, top: dict[str, Array], tokens: Int[Array, "S T"]) -> Float[Array, "S T D"]:
+    """What the first layer takes."""
+    return top["embed"][tokens].astype(jnp.float32) * config.embedding_multiplier
+
+
+finished = functools.partial(jax.jit, static_argnames="config")(_finished)  # what the head takes

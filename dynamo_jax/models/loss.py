@@ -1,9 +1,12 @@
-"""Next-token negative log-likelihood without holding the logits of all tokens at once.
+"""Next-token losses without holding the logits of all tokens at once.
 
 Axes: B batch, T tokens, D hidden, V vocabulary, C rows a chunk.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +25,51 @@ def next_token_nll(
     bias: Float[Array, " V"] | None = None,
 ) -> Float[Array, "B T"]:
     """-log p(target) in nats, float32, from the hidden states that the head takes."""
-    head_t = head.astype(hidden.dtype).T
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    count = rows.shape[0]
-    chunk = min(CHUNK_ROWS, count, max(1, CHUNK_LOGITS // head.shape[0]))
-    pad = -count % chunk
-    rows = jnp.pad(rows, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[-1])
-    labels = jnp.pad(targets.reshape(-1), (0, pad)).reshape(-1, chunk)
+    logits = _logits_of(head, bias, hidden.dtype)
 
-    @jax.checkpoint
-    def chunk_nll(row, label):
-        logits = matmul(row, head_t).astype(jnp.float32)
-        logits = logits if bias is None else logits + bias.astype(jnp.float32)
-        chosen = jnp.take_along_axis(logits, label[:, None], axis=1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=1) - chosen
+    def nll(row, label):
+        own = logits(row)
+        chosen = jnp.take_along_axis(own, label[:, None], axis=1)[:, 0]
+        return jax.nn.logsumexp(own, axis=1) - chosen
 
-    nll = jax.lax.map(lambda part: chunk_nll(*part), (rows, labels))
-    return nll.reshape(-1)[:count].reshape(targets.shape)
+    return _by_chunk(nll, head.shape[0], hidden, targets)
+
+
+def next_token_divergence(
+    exact: Float[Array, "B T D"],
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    bias: Float[Array, " V"] | None = None,
+) -> Float[Array, "B T"]:
+    """The Kullback-Leibler divergence in nats, float32, of what ``hidden`` predicts from what ``exact`` does."""
+    logits = _logits_of(head, bias, hidden.dtype)
+
+    def divergence(row, other):
+        p, q = jax.nn.log_softmax(logits(row)), jax.nn.log_softmax(logits(other))
+        return jnp.sum(jnp.exp(p) * (p - q), axis=1)
+
+    return _by_chunk(divergence, head.shape[0], exact, hidden)
+
+
+def _logits_of(head: Float[Array, "V D"], bias: Float[Array, " V"] | None, dtype: Any) -> Callable[[Array], Array]:
+    head_t = head.astype(dtype).T
+
+    def logits(rows: Float[Array, "C D"]) -> Float[Array, "C V"]:
+        out = matmul(rows, head_t).astype(jnp.float32)
+        return out if bias is None else out + bias.astype(jnp.float32)
+
+    return logits
+
+
+def _by_chunk(function: Callable[..., Array], vocabulary: int, *arrays: Array) -> Float[Array, "B T"]:
+    """``function`` of some rows at a time of arrays (B, T, ..)."""
+    shape = arrays[0].shape[:2]
+    count = shape[0] * shape[1]
+    chunk = min(CHUNK_ROWS, count, max(1, CHUNK_LOGITS // vocabulary))
+
+    def cut(array: Array) -> Array:
+        flat = array.reshape(count, *array.shape[2:])
+        return jnp.pad(flat, ((0, -count % chunk), *[(0, 0)] * (flat.ndim - 1))).reshape(-1, chunk, *flat.shape[1:])
+
+    out = jax.lax.map(lambda part: jax.checkpoint(function)(*part), tuple(map(cut, arrays)))
+    return out.reshape(-1)[:count].reshape(shape)

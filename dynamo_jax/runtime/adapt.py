@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dynamo_jax.analysis.statistics import Statistics, observe
+from dynamo_jax.analysis.statistics import observe_experts
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import with_parameters
-from dynamo_jax.models.experts import ExpertWeights
+from dynamo_jax.models.decoder import layer_with_parameters
+from dynamo_jax.models.experts import ExpertForm, ExpertWeights
+from dynamo_jax.models.layerwise import embedded, finished, first_alike, places_of
+from dynamo_jax.models.routing import Routing
 from dynamo_jax.precision.allocate import reallocate
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import Planes, dequantize
@@ -40,48 +42,71 @@ class Observation(NamedTuple):
     """What a text showed, as sums over its tokens.
 
     errors: gate-weighted squared output error of each of an expert's widths, 8 bits taken as exact. counts: routed
-    tokens of each window. tokens: of each window.
+    tokens of each window. tokens: of each window. exact: the last hidden states, at 8 bits.
     """
 
     errors: Float[np.ndarray, "L E M W"]
     counts: Float[np.ndarray, "S L E"]
     tokens: Float[np.ndarray, " S"]
+    exact: Float[np.ndarray, "S T D"]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "channel_block", "apart"))
-def _observe(
+@functools.partial(jax.jit, static_argnames="width")
+def _at_width(planes: Planes, width: int) -> ExpertWeights:
+    return ExpertWeights(*dequantize(planes, width).astype(jnp.bfloat16).swapaxes(0, 1))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "like", "channel_block", "apart"))
+def _observe_layer(
     config: ModelConfig,
+    like: int,
     parameters: dict[str, Array],
-    store: Planes,
-    tokens: Int[Array, "B T"],
+    at: dict[int, ExpertWeights],
+    x: Float[Array, "1 T D"],
     channel_block: int,
     apart: bool,
-) -> tuple[Statistics, Float[Array, "B L E"]]:
-    def layer_weights(width: int, layer: int) -> ExpertWeights:
-        own = jax.tree.map(lambda a: a[layer], store)
-        return ExpertWeights(*dequantize(own, width).astype(jnp.bfloat16).astype(jnp.float32).swapaxes(0, 1))
+) -> tuple[Float[Array, "1 T D"], tuple[Array, Array] | None]:
+    """A layer's output with its experts at 8 bits, the errors of their blocks at other widths and their tokens; of a
+    dense layer, no more than the output."""
 
-    layers = range(config.num_moe_layers)
-    full = [layer_weights(8, layer) for layer in layers]
-    candidates = [[layer_weights(width, layer) for width in WIDTHS[:-1]] for layer in layers]
-    model = with_parameters(config, parameters)
-    return observe(model, tokens, jnp.ones(tokens.shape), full, candidates, channel_block, apart)
+    def experts(_: int, x: Array, routing: Routing, __: ExpertWeights | None, form: ExpertForm) -> tuple[Array, Any]:
+        *candidates, full = (jax.tree.map(lambda a: a.astype(jnp.float32), at[width]) for width in WIDTHS)
+        common = (jnp.ones(x.shape[0]), channel_block, form, apart)
+        out, sums = observe_experts(x, routing, full, candidates, *common)
+        return out, (sums.block_errors, sums.counts)
+
+    out, sums, _ = layer_with_parameters(config, like, parameters)(x, experts, places_of(config, x))
+    return out, sums
 
 
 def observe_windows(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> Observation:
-    """Measure the planes on windows of tokens, one after the other, so that one program serves any number."""
+    """Measure the planes on windows of tokens: layer after layer, so that one layer is unpacked at a time, and window
+    after window, so that one program serves any number."""
     if windows.shape[0] == 0 or windows.shape[1] < 2:
         raise ValueError(f"no tokens to adapt to: {windows.shape[0]} windows of {windows.shape[1]} tokens")
-    params = model.device_parameters()
-    store = jax.tree.map(jnp.asarray, model.store)
-    errors, counts = np.zeros(()), []
-    for window in windows:
-        tokens = jnp.asarray(window[None, :-1])
-        stats, routed = _observe(model.config, params, store, tokens, model.plan.channel_block, model.plan.apart)
-        errors = errors + np.asarray(stats.block_errors, np.float64)
-        counts.append(np.asarray(routed[0], np.float64))
+    config, params = model.config, model.device_parameters()
+    rest = {name: a for name, a in params.items() if not name.startswith("layers.")}
+    states = [embedded(config, rest, jnp.asarray(window[None, :-1])) for window in windows]
+    errors: list[np.ndarray] = []
+    counts: list[np.ndarray] = []
+    for layer in range(config.num_hidden_layers):
+        prefix = f"layers.{layer}."
+        own = {name.removeprefix(prefix): a for name, a in params.items() if name.startswith(prefix)}
+        at = {}
+        if layer in config.moe_layers:
+            index = config.moe_layers.index(layer)
+            planes = jax.tree.map(lambda a, index=index: jnp.asarray(a[index]), model.store)
+            at = {width: _at_width(planes, width) for width in WIDTHS}
+        fixed = config, first_alike(config, layer), own, at
+        found = [_observe_layer(*fixed, x, model.plan.channel_block, model.plan.apart) for x in states]
+        states = [x for x, _ in found]
+        if at:
+            each_errors, each_counts = (np.stack(part).astype(np.float64) for part in zip(*(sums for _, sums in found)))
+            errors.append(each_errors.sum(axis=0))
+            counts.append(each_counts)
     each = np.full(len(windows), windows.shape[1] - 1.0)
-    return Observation(np.pad(errors, [(0, 0)] * 3 + [(0, 1)]), np.stack(counts), each)
+    exact = np.concatenate([np.asarray(finished(config, rest, x)) for x in states])
+    return Observation(np.pad(np.stack(errors), [(0, 0)] * 3 + [(0, 1)]), np.stack(counts, axis=1), each, exact)
 
 
 def adapted_plan(plan: Plan, known: Knowledge, seen: Observation, spare: dict[int, int] | None = None) -> Plan:
@@ -119,8 +144,3 @@ def placed_anew(
     now = plan.widths.reshape(-1)
     widths = reallocate(errors.reshape(-1, len(WIDTHS)), page_counts(plan), read, budgets, pages_each, now, spare)
     return dataclasses.replace(plan, widths=widths.reshape(plan.widths.shape).astype(np.int8))
-
-
-def adapt(model: QuantizedModel, windows: Int[np.ndarray, "S T1"], spare: dict[int, int] | None = None) -> Plan:
-    """``adapted_plan`` of the model for data like ``windows``."""
-    return adapted_plan(model.plan, model.knowledge, observe_windows(model, windows), spare)

@@ -8,15 +8,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
-from dynamo_jax.runtime.adapt import adapted_plan, observe_windows
+from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows
 from dynamo_jax.runtime.monitor import HOP, UNKNOWN
 from dynamo_jax.runtime.quantized import QuantizedModel
-from dynamo_jax.runtime.serving import Host, Move, State, begin, finish, is_novel, spare, switch
-from dynamo_jax.runtime.switch import switched_step
+from dynamo_jax.runtime.serving import Host, Move, State, begin, finish, gain, is_novel, spare, switch
 
 WINDOW = 128  # tokens that are measured at a time
 FIRST = 256  # tokens of novel text, before a variant is adapted to it
@@ -26,8 +24,8 @@ KEPT = 8192  # tokens of a request that are remembered
 
 
 class Event(NamedTuple):
-    """What happened after ``token`` tokens of a request's ``text``-th text. gain: nats a token that the adapted plan
-    gained on the text that it saw; moved: pages sent to the device."""
+    """What happened after ``token`` tokens of a request's ``text``-th text. gain: nats a token that the adapted plan's
+    predictions came nearer to those of 8 bits, on the text that it saw; moved: pages sent to the device."""
 
     token: int
     request: int
@@ -53,8 +51,7 @@ class Follower:
     events: list[Event] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._parameters: dict[str, Array] | None = None
-        self._move: tuple[Move, np.ndarray] | None = None  # pages on their way, and the windows that they are for
+        self._move: tuple[Move, np.ndarray, Observation] | None = None  # pages on their way, and what they are for
         self._begin(self.state.number.shape[0])
 
     def _begin(self, requests: int) -> None:
@@ -116,37 +113,28 @@ class Follower:
         try:
             seen = observe_windows(self.model, windows)
             plan = adapted_plan(self.model.plan, self.model.knowledge, seen, spare(self.host, state))
-            self._move = begin(self.host, state, plan), windows
+            self._move = begin(self.host, state, plan), windows, seen
         except (ValueError, RuntimeError) as error:  # damaged pages, no memory: what runs goes on
-            self._note(state, int(np.flatnonzero(novel)[0]), "failed", name=" ".join(str(error).split()))
+            self._fail(state, novel, error)
         return state
 
     def _take(self, state: State, novel: np.ndarray) -> State:
         """Make the plan whose pages have come the variant, if it is better on the windows that it is for."""
         assert self._move is not None
-        (move, windows), self._move = self._move, None
-        request = int(np.flatnonzero(novel)[0]) if novel.any() else 0
+        (move, windows, seen), self._move = self._move, None
         try:
             self.host, state = finish(self.host, state, move)
+            found = gain(self.model, state, windows, seen)
         except (ValueError, RuntimeError) as error:
-            self._note(state, request, "failed", name=" ".join(str(error).split()))
+            self._fail(state, novel, error)
             return state
-        gain = self._gain(state, windows)
-        self._good = gain > 0 and bool(novel.any())
+        self._good = found > 0 and bool(novel.any())
         what = "adapted" if self._good else "not better"
-        self._note(state, request, what, gain=gain, moved=move.staged.pages)
+        self._note(state, _first(novel), what, gain=found, moved=move.staged.pages)
         return state
 
-    def _gain(self, state: State, windows: np.ndarray) -> float:
-        """Nats a token that variant 1 predicts the windows' own tokens better by."""
-        if self._parameters is None:
-            self._parameters = self.model.device_parameters()
-        fixed = (self.model.config, self._parameters, state.resident, state.tables)
-        losses = [
-            [float(switched_step(*fixed, jnp.asarray(number), jnp.asarray(w[None]))[0][0]) for w in windows]
-            for number in (0, 1)
-        ]
-        return (sum(losses[0]) - sum(losses[1])) / windows[:, 1:].size
+    def _fail(self, state: State, novel: np.ndarray, error: Exception) -> None:
+        self._note(state, _first(novel), "failed", name=" ".join(str(error).split()))
 
     def _note(self, state: State, request: int, what: str, name: str = "", **more: Any) -> None:
         assert state.watch is not None
@@ -154,3 +142,8 @@ class Follower:
         name = name or (names[label] if 0 <= label < len(names) else "")
         token, text, score = len(self._current[request]), int(self._text[request]), state.watch.score[request]
         self.events.append(Event(token, request, text, what, name, float(score), **more))
+
+
+def _first(novel: np.ndarray) -> int:
+    """The request that an event of all novel ones is noted at."""
+    return int(novel.argmax())

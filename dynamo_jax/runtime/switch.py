@@ -31,7 +31,7 @@ from dynamo_jax.models.experts import (
     one_expert_a_row,
     routing_counts,
 )
-from dynamo_jax.models.loss import next_token_nll
+from dynamo_jax.models.loss import next_token_divergence, next_token_nll
 from dynamo_jax.models.routing import Routing
 
 
@@ -152,3 +152,19 @@ def switched_step(
 ) -> tuple[Float[Array, " B"], Float[Array, "B L E"]]:
     """``window_losses`` at the precision of ``tables[index]``; changing the index compiles nothing."""
     return window_losses(config, parameters, tokens, experts=switched_experts(resident, tables, index))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def switched_divergence(
+    config: ModelConfig,
+    parameters: dict[str, Array],
+    resident: Resident,
+    tables: tuple[PageTable, ...],
+    index: Int[Array, ""] | Int[Array, " B"],
+    tokens: Int[Array, "B T"],
+    exact: Float[Array, "B T D"],
+) -> Float[Array, " B"]:
+    """Summed over each window, how far what ``tables[index]`` predicts is from what the hidden states ``exact`` do."""
+    model = with_parameters(config, parameters)
+    hidden, _ = model.hidden_states(tokens, experts=switched_experts(resident, tables, index))
+    return next_token_divergence(exact, hidden, model.head_weights(), model.logit_bias()).sum(axis=1)
