@@ -1,0 +1,118 @@
+"""The planes as a TPU's matrix unit takes them: tiles of 128 channels by 128 hidden, packed along its rows.
+
+A tile is what one pass of the matrix unit multiplies: of gate and up, hidden (rows) by channels (lanes); of down,
+channels (rows) by hidden (lanes). Every plane of it is whole vector registers of 8 x 128 32-bit words, in which the
+bits of one weight sit where masks and shifts of whole words leave them in one signed nibble,
+
+    n = 4 q2 + 2 q3 + q4 - 8,    w = (n + z) s / 4,    z = 1/2 at 4 bits;
+
+at 3 and 2 bits the planes that are not read are replaced by the middle of what they could be, so z = 0. A nibble of a
+word is a row: word s of a lane holds rows 8 s .. 8 s + 7. The last plane has its own nibbles, n8 = q8 - 8, and its own
+scale: w8 = w4 + (n8 + 1/2) s8. Same bytes as ``layout.py``, so pages keep their slots.
+
+    plane     words of a tile     bits 4 i + j of word s, i = 0..7
+    2 bits    8                   row 64 (j / 2) + 8 s + i, bits j = 0, 1 and 2, 3
+    3, 4      8 for two tiles     of tile h, j = 0, 1: rows 64 j + 8 s + i; of tile h + H, j = 2, 3: the same
+    8         16                  row 8 s + i
+
+Axes: L layers, E experts, P = 3 projections, F channels, N blocks of 128 channels, D hidden, G groups of 128 hidden (D
+filled up with zeros), H = ceil(G / 2), Q pages of a level, p projections of a page.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, BFloat16, Float, Int, Int32, UInt8
+
+from dynamo_jax.kernels.layout import PLANE_BITS, PROJECTIONS, RATIO_UNIT, WIDTHS, BasePlanes, Pages, PageTable
+
+TILE = 128
+SUBLANES = 8
+DOWN = 2  # the projection whose tiles have channels as rows
+
+
+class TiledBase(NamedTuple):
+    """Two bits of every weight. scales: a quarter of the base scales, lane c that of channel c."""
+
+    codes: Int32[Array, "L E N P G 8 128"]
+    scales: BFloat16[Array, "L E N P G 128"]
+
+
+class TiledPages(NamedTuple):
+    """The resident pages of one level. codes: of 3 and 4 bits X = H and Y = 8, of 8 bits X = G and Y = 16."""
+
+    codes: Int32[Array, "Q p X Y 128"]
+    ratios: UInt8[Array, "Q p G 128"] | None
+
+
+class TiledResident(NamedTuple):
+    """``layout.Resident`` in tiles; page tables are the same."""
+
+    base: TiledBase
+    pages: dict[int, TiledPages]
+
+
+def tiled_base(base: BasePlanes) -> TiledBase:
+    """Base planes on the host in tiles, host arrays. ValueError if the channels are not blocks of 128, or groups of
+    weights not multiples of 128."""
+    codes, scales = np.asarray(base.codes), np.asarray(base.scales)
+    layers, experts, projections, channels, packed = codes.shape
+    if channels % TILE:
+        raise ValueError(f"{channels} channels are not blocks of {TILE}")
+    shape = (layers, experts, projections, channels // TILE, TILE)
+    blocks = np.moveaxis(codes.reshape(*shape, packed), 3, 2)
+    which = np.broadcast_to(np.arange(projections), blocks.shape[:4])
+    own = _scales(np.moveaxis(scales.reshape(*shape, -1), 3, 2), 4 * packed)
+    return TiledBase(_packed(blocks, 2, which), (own.astype(np.float32) / 4).astype(scales.dtype))
+
+
+def tiled_pages(pages: Pages, level: int, projection: Int[np.ndarray, "Q p"]) -> TiledPages:
+    """Pages on the host in tiles; ``projection``: of each of their parts."""
+    codes = np.asarray(pages.codes)
+    if codes.shape[2] != TILE:
+        raise ValueError(f"pages of {level} bits are of {codes.shape[2]} channels: tiles have {TILE}")
+    size = codes.shape[-1] * 8 // PLANE_BITS[level]
+    ratios = None if pages.ratios is None else _scales(np.asarray(pages.ratios), size)
+    return TiledPages(_packed(codes, level, projection), ratios)
+
+
+def _scales(array: Float[np.ndarray, "*S C G0"], hidden_size: int) -> Float[np.ndarray, "*S G C"]:
+    """One value for each group of 128 hidden and each channel."""
+    group = hidden_size // array.shape[-1]
+    if group % TILE and array.shape[-1] > 1:
+        raise ValueError(f"groups of {group} weights: tiles need multiples of {TILE}")
+    each = np.repeat(array, max(1, group // TILE), axis=-1) if group % TILE == 0 else array
+    return np.ascontiguousarray(np.swapaxes(each, -1, -2))
+
+
+def _packed(
+    codes: UInt8[np.ndarray, "*S 128 Dp"], level: int, projection: Int[np.ndarray, "*S"]
+) -> Int32[np.ndarray, "*S X Y 128"]:
+    bits = PLANE_BITS[level]
+    q = (codes[..., None] >> np.arange(0, 8, bits, dtype=np.uint8)) & np.uint8(2**bits - 1)
+    q = q.reshape(*codes.shape[:-1], -1)
+    size, lead = q.shape[-1], q.shape[:-2]
+    groups = -(-size // TILE)
+    q = np.pad(q, [(0, 0)] * (q.ndim - 1) + [(0, groups * TILE - size)])
+    by_channel = np.swapaxes(q.reshape(*lead, TILE, groups, TILE), -3, -2)  # (.., G, channel, hidden)
+    tiles = np.where((projection == DOWN)[..., None, None, None], by_channel, np.swapaxes(by_channel, -1, -2))
+    if level == 2:
+        tiles = tiles ^ 2  # n is signed
+    if level == 8:
+        tiles = tiles ^ 8
+    else:
+        tiles = tiles.reshape(*lead, groups, 2, TILE // 2, TILE)  # halves of the rows
+    if level in (3, 4):
+        tiles = np.pad(tiles, [(0, 0)] * len(lead) + [(0, groups % 2)] + [(0, 0)] * 3)
+        tiles = np.moveaxis(tiles.reshape(*lead, 2, -(-groups // 2), 2, TILE // 2, TILE), -5, -4)
+        tiles = tiles.reshape(*lead, -(-groups // 2), 4, TILE // 2, TILE)
+    # (.., parts of a nibble, rows, lanes): rows to words and nibbles, parts to bits
+    parts = 1 if level == 8 else tiles.shape[-3]
+    words = tiles.reshape(*lead, -1, parts, tiles.shape[-2] // SUBLANES, SUBLANES, TILE).astype(np.uint32)
+    shifts = 4 * np.arange(SUBLANES)[None, None, :, None] + bits * np.arange(parts)[:, None, None, None]
+    return np.bitwise_or.reduce(np.bitwise_or.reduce(words << shifts.astype(np.uint32), axis=-2), axis=-3).view(
+        np.int32
+    )
