@@ -33,6 +33,7 @@ from dynamo_jax.kernels.tiles import TILE, TiledResident
 FORMS = {"bf16": (jnp.bfloat16, 0.0), "int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0)}
 ROWS = 16  # of a tile, as long as experts have few
 HIGH, MIDDLE, LOW = -0x33333334, 0x22222222, 0x11111111  # of every nibble: bits 2 and 3, bit 1, bit 0
+MAGIC = 1.5 * 2**23  # a small float32 that is added to it has its nearest whole number in the lowest bits
 
 
 class Steps(NamedTuple):
@@ -68,7 +69,8 @@ class Shape(NamedTuple):
         return PROJECTIONS // self.units
 
 
-STEP_WEIGHTS = 3 * 2**20  # of a grid step at least: what a step costs whatever it does is then a small share of it
+DOWN_BLOCKS = 2  # that one product with down sums over: the depth of a matrix unit, and the others run meanwhile
+STEP_WEIGHTS = 6 * 2**20  # of a grid step at least: what a step costs whatever it does is then a small share of it
 
 
 def blocks_of_step(groups: int, all_blocks: int) -> int:
@@ -210,10 +212,20 @@ def _call(
     def spec(array: Array, lead: int, index: Callable[..., tuple[Any, ...]]) -> tuple[Array, pl.BlockSpec]:
         return array, pl.BlockSpec((*[None] * lead, *array.shape[lead:]), index)
 
+    def of_blocks(array: Array) -> list[tuple[Array, pl.BlockSpec]]:
+        """The step's blocks in one piece, or where steps do not divide them, each on its own."""
+        rank = array.ndim - 3
+        if shape.all_blocks % shape.blocks:
+            one = (None, None, 1, *array.shape[3:])
+            return [(array, pl.BlockSpec(one, by_block(k, (layer,), rank))) for k in range(shape.blocks)]
+        all_of = (None, None, shape.blocks, *array.shape[3:])
+        index = lambda tile, step, *scalars: (layer, of(scalars).expert[tile], step, *[0] * rank)  # noqa: E731
+        return [(array, pl.BlockSpec(all_of, index))]
+
     inputs: dict[str, Any] = {
         "x": (rows, pl.BlockSpec((shape.rows, size), by_rows)),
-        "base": [spec(resident.base.codes, 3, by_block(k, (layer,), 4)) for k in range(shape.blocks)],
-        "scales": [spec(resident.base.scales, 3, by_block(k, (layer,), 3)) for k in range(shape.blocks)],
+        "base": of_blocks(resident.base.codes),
+        "scales": of_blocks(resident.base.scales),
         "pages": {},
         "ratios": [],
         "biases": [],
@@ -238,7 +250,8 @@ def _call(
     def kernel(*refs: Any) -> None:
         scalars, rest = refs[: len(prefetched)], refs[len(prefetched) :]
         named = jax.tree.unflatten(inputs_tree, rest[: len(pairs)])
-        _body(shape, of(scalars), named, activation, *rest[len(pairs) :])
+        out, *scratch = rest[len(pairs) :]
+        _body(shape, of(scalars), named, activation, out, _Scratch(*scratch))
 
     return pl.pallas_call(
         kernel,
@@ -252,12 +265,32 @@ def _call(
             scratch_shapes=[
                 pltpu.VMEM((shape.rows, size), dtype),
                 pltpu.VMEM((shape.rows, TILE), jnp.float32),
+                pltpu.VMEM((shape.rows, 2 * shape.groups), jnp.bfloat16),
                 pltpu.VMEM((shape.rows, TILE), jnp.float32),
+                pltpu.VMEM((shape.blocks, 2, 2, shape.groups, TILE), jnp.float32),
+                pltpu.VMEM((2, -(-shape.blocks // DOWN_BLOCKS), shape.groups, DOWN_BLOCKS * TILE), jnp.float32),
                 pltpu.VMEM((shape.rows, size), jnp.float32),
             ],
         ),
         interpret=interpret,
     )(*prefetched, *[array for array, _ in pairs])
+
+
+class _Scratch(NamedTuple):
+    """What lasts over the steps of a tile. x: (M, Dp) its rows as they are multiplied; x_scale: (M, 128) what they were
+    divided by, in all lanes; x_sums: (M, 2 G) lane g is the sum of group g, in units of x, lane G + g what bfloat16 left
+    of it; h_sums: (M, 128) lane g is what the offsets z of down add to all outputs of group g; scales: of the step's
+    gate and up, (B, 2, 2, G, 128), and down_scales of its down, (2, .., G, 128 blocks), those of the last plane behind
+    those of the others; rows of them are read from memory, which spreads them over registers at no cost; total: (M, Dp)
+    the outputs."""
+
+    x: Any
+    x_scale: Any
+    x_sums: Any
+    h_sums: Any
+    scales: Any
+    down_scales: Any
+    total: Any
 
 
 def _body(
@@ -266,13 +299,9 @@ def _body(
     inputs: dict[str, Any],
     activation: Callable[[Array, Array], Array],
     out: Any,
-    x: Any,
-    x_scale: Any,
-    x_sums: Any,
-    total: Any,
+    scratch: _Scratch,
 ) -> None:
-    """One grid step. x: the tile's rows as they are multiplied, (M, Dp); x_scale: what they were divided by, (M, 128)
-    alike; x_sums: lane g is the sum of group g, in units of x; total: the outputs so far."""
+    """One grid step."""
     step = pl.program_id(1)
     at = pl.program_id(0) * shape.steps + step
 
@@ -282,60 +311,62 @@ def _body(
         if shape.form == "bf16":
             own = rows.astype(jnp.bfloat16)
         else:
-            own, scale = _in_form(rows, shape.form)
-            x_scale[...] = jnp.broadcast_to(scale, x_scale.shape)
-        x[...] = own
-        if set(shape.levels) & {4, 8}:
-            lane = jax.lax.broadcasted_iota(jnp.int32, x_sums.shape, 1)
-            sums = jnp.zeros(x_sums.shape, jnp.float32)
-            for g in range(shape.groups):
-                one = own[:, g * TILE : (g + 1) * TILE].astype(jnp.float32).sum(axis=1, keepdims=True)
-                sums = jnp.where(lane == g, one, sums)
-            x_sums[...] = sums
-        total[...] = jnp.zeros(total.shape, jnp.float32)
+            largest = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
+            scale = jnp.where(largest > 0, largest, 1.0) * (1 / FORMS[shape.form][1])
+            own = _in_form(rows * (1 / scale), shape.form)
+            scratch.x_scale[...] = jnp.broadcast_to(scale, scratch.x_scale.shape)
+        scratch.x[...] = own
+        lane = jax.lax.broadcasted_iota(jnp.int32, (shape.rows, TILE), 1)
+        sums = jnp.zeros((shape.rows, TILE), jnp.float32)
+        for g in range(shape.groups):
+            one = own[:, g * TILE : (g + 1) * TILE].astype(jnp.float32).sum(axis=1, keepdims=True)
+            sums = jnp.where(lane == g, one, sums)
+        high = sums.astype(jnp.bfloat16)
+        low = (sums - high.astype(jnp.float32)).astype(jnp.bfloat16)
+        scratch.x_sums[...] = jnp.concatenate([high[:, : shape.groups], low[:, : shape.groups]], axis=1)
+        scratch.h_sums[...] = jnp.zeros(scratch.h_sums.shape, jnp.float32)
+        scratch.total[...] = jnp.zeros(scratch.total.shape, jnp.float32)
 
     for width in (2, *shape.levels):
 
         @pl.when(steps.path[at] == width)
         def _run(width: int = width) -> None:
-            _step(shape, width, steps, at, step, inputs, activation, x, x_scale, x_sums, total)
+            _step(shape, width, steps, at, step, inputs, activation, scratch)
 
     @pl.when(step == shape.steps - 1)
     def _end() -> None:
-        found = total[...]
-        if inputs["biases"]:
-            found = found + inputs["biases"][-1][...]
-        out[...] = found.astype(out.dtype)
+        sums = scratch.h_sums[...]
+        for g in range(shape.groups):
+            lanes = slice(g * TILE, (g + 1) * TILE)
+            found = scratch.total[:, lanes] + sums[:, g : g + 1]
+            if inputs["biases"]:
+                found = found + inputs["biases"][-1][:, lanes]
+            out[:, lanes] = found.astype(out.dtype)
 
 
-def _in_form(rows: Float[Array, "M K"], form: str) -> tuple[Array, Float[Array, "M 1"]]:
-    """Rows in whole numbers of one step each, or in fp8, and the steps."""
-    dtype, limit = FORMS[form]
-    largest = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
-    scale = jnp.where(largest > 0, largest, 1.0) * (1 / limit)
-    scaled = rows * (1 / scale)
-    return (jnp.round(scaled) if form == "int8" else scaled).astype(dtype), scale
+def _in_form(scaled: Float[Array, "M K"], form: str) -> Array:
+    """Numbers within the form's limit as it has them, the nearest ones."""
+    if form != "int8":
+        return scaled.astype(FORMS[form][0])
+    return jax.lax.bitcast_convert_type(scaled + jnp.float32(MAGIC), jnp.int32).astype(jnp.int8)
 
 
-class _Masks(NamedTuple):
-    """Which bits of a nibble a block reads from its 3- and 4-bit planes, and what stands for those that it does not;
-    half: z, 1/2 at 4 bits; eight: 1 where the last plane is read."""
+class _Block(NamedTuple):
+    """How a block's tiles are read. three, four: which bits of a nibble its 3- and 4-bit planes give; offset: z; eight:
+    1 where the last plane is read."""
 
     three: Any
     four: Any
-    fill: Any
-    half: Any
+    offset: Any
     eight: Any
 
 
-def _masks(path: int, width: Any) -> _Masks:
+def _block(path: int, width: Any) -> _Block:
     if path == 2:
-        return _Masks(0, 0, jnp.int32(MIDDLE), 0.0, 0.0)
-    at_least = lambda w, mask: jnp.where(width >= w, jnp.int32(mask), jnp.int32(0))  # noqa: E731
-    fill = jnp.where(width == 2, jnp.int32(MIDDLE), jnp.where(width == 3, jnp.int32(LOW), jnp.int32(0)))
-    half = jnp.where(width >= 4, 0.5, 0.0) if path >= 4 else 0.0
-    eight = jnp.where(width == 8, 1.0, 0.0) if path == 8 else 0.0
-    return _Masks(at_least(3, MIDDLE), at_least(4, LOW), fill, half, eight)
+        return _Block(0, 0, 2.0, 0.0)
+    bits = lambda least, mask: jnp.where(width >= least, jnp.int32(mask), jnp.int32(0))  # noqa: E731
+    offset = jnp.where(width == 2, 2.0, jnp.where(width == 3, 1.0, 0.5))
+    return _Block(bits(3, MIDDLE), bits(4, LOW), offset, jnp.where(width == 8, 1.0, 0.0) if path == 8 else 0.0)
 
 
 def _shifted(words: Array, left: int) -> Array:
@@ -350,24 +381,25 @@ def _step(
     step: Any,
     inputs: dict[str, Any],
     activation: Callable[[Array, Array], Array],
-    x: Any,
-    x_scale: Any,
-    x_sums: Any,
-    total: Any,
+    scratch: _Scratch,
 ) -> None:
     """The blocks of one step, at widths up to ``path``."""
     blocks, groups, units = range(shape.blocks), shape.groups, shape.units
     paired = -(-groups // 2)
-    dtype = FORMS[shape.form][0]
+    dtype, limit = FORMS[shape.form]
     sum_dtype = jnp.int32 if shape.form == "int8" else jnp.float32
-    masks = [[_masks(path, steps.widths[(at * shape.blocks + k) * 2 + part]) for part in (0, 1)] for k in blocks]
+    how = [[_block(path, steps.widths[(at * shape.blocks + k) * 2 + part]) for part in (0, 1)] for k in blocks]
+
+    def block_of(name: str, k: int) -> Any:
+        refs = inputs[name]
+        return refs[0].at[k] if len(refs) == 1 else refs[k].at[0]
 
     def page(refs: list[Any], k: int, projection: int) -> Any:
         return refs[k * units + projection // shape.together], projection % shape.together
 
     def tile(k: int, projection: int, group: int) -> Array:
         """Four bits of 128 x 128 weights, as they are multiplied."""
-        base, own = inputs["base"][k][projection, group], masks[k][projection // 2]
+        base, own = block_of("base", k)[projection, group], how[k][projection // 2]
         parts = []
         for part in (0, 1):
             bits = _shifted(base, 2 - 2 * part) & jnp.int32(HIGH)
@@ -376,65 +408,86 @@ def _step(
                 if path >= level and level in shape.levels:
                     ref, inner = page(inputs["pages"][level], k, projection)
                     bits = bits | (_shifted(ref[inner, group % paired], to - index) & mask)
-            parts.append(pltpu.bitcast(bits | own.fill, jnp.int4))
+            parts.append(pltpu.bitcast(bits, jnp.int4))
         return jnp.concatenate(parts, axis=0).astype(dtype)
 
     def last_tile(k: int, projection: int, group: int) -> Array:
         ref, inner = page(inputs["pages"][8], k, projection)
         return pltpu.bitcast(ref[inner, group], jnp.int4).astype(dtype)
 
-    def scales_of(k: int, projection: int) -> Array:
-        return inputs["scales"][k][projection].astype(jnp.float32)
+    def scales_of(k: int, projection: int) -> Float[Array, "G 128"]:
+        return block_of("scales", k)[projection].astype(jnp.float32)
 
-    def last_scales_of(k: int, projection: int) -> Array:
+    def last_scales_of(k: int, projection: int) -> Float[Array, "G 128"]:
         ref, inner = page(inputs["ratios"], k, projection)
         ratios = ref[inner].astype(jnp.int32).astype(jnp.float32)
-        return scales_of(k, projection) * ratios * (4 * RATIO_UNIT * masks[k][projection // 2].eight)
+        return scales_of(k, projection) * ratios * (4 * RATIO_UNIT * how[k][projection // 2].eight)
 
     def product(lhs: Array, rhs: Array) -> Array:
         return jnp.dot(lhs, rhs, preferred_element_type=sum_dtype).astype(jnp.float32)
 
-    def inner(k: int) -> Float[Array, "M 256"]:
-        """Gate and up of block k."""
-        both = lambda make, *g: jnp.concatenate([make(k, 0, *g), make(k, 1, *g)], axis=1)  # noqa: E731
+    hidden: dict[int, Float[Array, "M 128"]] = {}
+    last = [False, True] if path == 8 else [False]  # whether it is the last plane, which has scales of its own
+
+    def inner(k: int) -> None:
+        """Gate and up of block k into ``hidden``."""
         found = jnp.zeros((shape.rows, 2 * TILE), jnp.float32)
-        planes = [(tile, both(scales_of), masks[k][0].half)]
-        if path == 8:
-            planes.append((last_tile, both(last_scales_of), 0.5))
-        for make, scales, half in planes:
+        for plane in last:
+            make, offset = (last_tile, 0.5) if plane else (tile, how[k][0].offset)
+            scales = [(last_scales_of if plane else scales_of)(k, projection) for projection in (0, 1)]
+            for projection in (0, 1):
+                scratch.scales[k, int(plane), projection] = scales[projection]
+            twice = jnp.concatenate([jnp.concatenate(scales, axis=1)] * 2, axis=0)
+            found = found + offset * _dot(scratch.x_sums[...], twice)
             for g in range(groups):
-                found = found + product(x[:, g * TILE : (g + 1) * TILE], both(make, g)) * scales[g : g + 1]
-            if path >= 4:
-                exact = jax.lax.Precision.HIGHEST
-                sums = jnp.dot(x_sums[:, :groups], scales, precision=exact, preferred_element_type=jnp.float32)
-                found = found + half * sums
+                lanes = slice(g * TILE, (g + 1) * TILE)
+                rhs = jnp.concatenate([make(k, 0, g), make(k, 1, g)], axis=1)
+                row = jnp.concatenate([scratch.scales[k, int(plane), p, g : g + 1] for p in (0, 1)], axis=1)
+                found = found + product(scratch.x[:, lanes], rhs) * row
         if shape.form != "bf16":
-            found = found * jnp.concatenate([x_scale[...]] * 2, axis=1)
+            found = found * jnp.concatenate([scratch.x_scale[...]] * 2, axis=1)
         if inputs["biases"]:
             bias = inputs["biases"][k]
             found = found + jnp.concatenate([bias[0:1], bias[1:2]], axis=1)
-        return found
-
-    hidden = []
-    for k in blocks:
-        found = inner(k)
         own = activation(found[:, :TILE], found[:, TILE:])
-        hidden.append(jnp.where(step * shape.blocks + k < shape.all_blocks, own, 0.0))
+        hidden[k] = jnp.where(step * shape.blocks + k < shape.all_blocks, own, 0.0)
 
-    planes = [(tile, [scales_of(k, 2) for k in blocks], [masks[k][1].half for k in blocks])]
-    if path == 8:
-        planes.append((last_tile, [last_scales_of(k, 2) for k in blocks], [0.5] * shape.blocks))
-    for g in range(groups):
-        lanes = slice(g * TILE, (g + 1) * TILE)
-        added = total[:, lanes]
-        for make, scales, half in planes:
-            each = [hidden[k] * scales[k][g : g + 1] for k in blocks]
-            lhs, rhs = jnp.concatenate(each, axis=1), jnp.concatenate([make(k, 2, g) for k in blocks], axis=0)
-            if shape.form == "bf16":
-                added = added + product(lhs.astype(jnp.bfloat16), rhs)
-            else:
-                own, scale = _in_form(lhs, shape.form)
-                added = added + product(own, rhs) * scale
-            if path >= 4:
-                added = added + functools.reduce(jnp.add, [e * h for e, h in zip(each, half)]).sum(axis=1, keepdims=True)
-        total[:, lanes] = added
+    def down(part: int, own: list[int]) -> None:
+        """What the channels of some blocks add to the outputs."""
+        each = [hidden[k] for k in own]
+        for plane in last:
+            scales = [(last_scales_of if plane else scales_of)(k, 2) for k in own]
+            offsets = [0.5 if plane else how[k][1].offset for k in own]
+            added = jnp.concatenate([h * offset for h, offset in zip(each, offsets)], axis=1)
+            rows, every = jnp.concatenate(each, axis=1), jnp.concatenate(scales, axis=1)
+            scratch.h_sums[:, :groups] += _dot(added, every, transposed=True)
+            if shape.form != "bf16":  # |rows * scales| is at most the product of the largest of each
+                rows_most = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
+                most = jnp.max(every, axis=1, keepdims=True)  # (G, 1)
+                rows = rows * (limit / jnp.where(rows_most > 0, rows_most, 1.0))
+                every = every / jnp.where(most > 0, most, 1.0)
+                rows_most = rows_most * (1 / limit)
+            width = len(own) * TILE
+            scratch.down_scales[int(plane), part, :, :width] = every
+            for g in range(groups):
+                lanes = slice(g * TILE, (g + 1) * TILE)
+                lhs = rows * scratch.down_scales[int(plane), part, g : g + 1, :width]
+                rhs = jnp.concatenate([(last_tile if plane else tile)(k, 2, g) for k in own], axis=0)
+                if shape.form == "bf16":
+                    scratch.total[:, lanes] += product(lhs.astype(jnp.bfloat16), rhs)
+                else:
+                    scratch.total[:, lanes] += product(_in_form(lhs, shape.form), rhs) * (rows_most * most[g : g + 1])
+
+    parts = [list(blocks[first : first + DOWN_BLOCKS]) for first in range(0, shape.blocks, DOWN_BLOCKS)]
+    for part in range(len(parts) + 1):  # the matrix unit never waits for hidden channels: others are on the way
+        for k in parts[part] if part < len(parts) else []:
+            inner(k)
+        if part:
+            down(part - 1, parts[part - 1])
+
+
+def _dot(a: Float[Array, "M K"], b: Float[Array, "K N"], transposed: bool = False) -> Float[Array, "M N"]:
+    """One pass in bfloat16, of ``b`` (N, K) where it is transposed."""
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    operands = (a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
+    return jax.lax.dot_general(*operands, dims, preferred_element_type=jnp.float32)

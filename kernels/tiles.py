@@ -4,10 +4,9 @@ A tile is what one pass of the matrix unit multiplies: of gate and up, hidden (r
 channels (rows) by hidden (lanes). Every plane of it is whole vector registers of 8 x 128 32-bit words, in which the
 bits of one weight sit where masks and shifts of whole words leave them in one signed nibble,
 
-    n = 4 q2 + 2 q3 + q4 - 8,    w = (n + z) s / 4,    z = 1/2 at 4 bits;
+    n = 4 q2 + 2 q3 + q4 - 8,    w = (n + z) s / 4,    z = 1/2, 1, 2 at 4, 3, 2 bits,
 
-at 3 and 2 bits the planes that are not read are replaced by the middle of what they could be, so z = 0. A nibble of a
-word is a row: word s of a lane holds rows 8 s .. 8 s + 7. The last plane has its own nibbles, n8 = q8 - 8, and its own
+in which planes that are not read are zeros. A nibble of a word is a row: word s of a lane holds rows 8 s .. 8 s + 7. The last plane has its own nibbles, n8 = q8 - 8, and its own
 scale: w8 = w4 + (n8 + 1/2) s8. Same bytes as ``layout.py``, so pages keep their slots.
 
     plane     words of a tile     bits 4 i + j of word s, i = 0..7
