@@ -426,22 +426,38 @@ def _step(
     def product(lhs: Array, rhs: Array) -> Array:
         return jnp.dot(lhs, rhs, preferred_element_type=sum_dtype).astype(jnp.float32)
 
+    planes = [False, True] if path == 8 else [False]  # whether it is the last plane, which has scales of its own
+    parts = [list(blocks[first : first + DOWN_BLOCKS]) for first in range(0, shape.blocks, DOWN_BLOCKS)]
     hidden: dict[int, Float[Array, "M 128"]] = {}
-    last = [False, True] if path == 8 else [False]  # whether it is the last plane, which has scales of its own
+    offsets: list[Float[Array, "M 256"]] = []  # what z adds to gate and up of each block
+    largest: dict[tuple[int, bool], Float[Array, "G 1"]] = {}  # scale of down in each part
+
+    def begin() -> None:
+        """All that needs no hidden channel: scales to where rows of them are read, and offsets."""
+        for k in blocks:
+            found = jnp.zeros((shape.rows, 2 * TILE), jnp.float32)
+            for plane in planes:
+                scales = [(last_scales_of if plane else scales_of)(k, projection) for projection in (0, 1)]
+                for projection in (0, 1):
+                    scratch.scales[k, int(plane), projection] = scales[projection]
+                twice = jnp.concatenate([jnp.concatenate(scales, axis=1)] * 2, axis=0)
+                found = found + (0.5 if plane else how[k][0].offset) * _dot(scratch.x_sums[...], twice)
+            offsets.append(found)
+        for part, own in enumerate(parts):
+            for plane in planes:
+                every = jnp.concatenate([(last_scales_of if plane else scales_of)(k, 2) for k in own], axis=1)
+                if shape.form != "bf16":
+                    most = jnp.max(every, axis=1, keepdims=True)
+                    every, largest[part, plane] = every / jnp.where(most > 0, most, 1.0), most
+                scratch.down_scales[int(plane), part, :, : len(own) * TILE] = every
 
     def inner(k: int) -> None:
         """Gate and up of block k into ``hidden``."""
-        found = jnp.zeros((shape.rows, 2 * TILE), jnp.float32)
-        for plane in last:
-            make, offset = (last_tile, 0.5) if plane else (tile, how[k][0].offset)
-            scales = [(last_scales_of if plane else scales_of)(k, projection) for projection in (0, 1)]
-            for projection in (0, 1):
-                scratch.scales[k, int(plane), projection] = scales[projection]
-            twice = jnp.concatenate([jnp.concatenate(scales, axis=1)] * 2, axis=0)
-            found = found + offset * _dot(scratch.x_sums[...], twice)
+        found = offsets[k]
+        for plane in planes:
             for g in range(groups):
                 lanes = slice(g * TILE, (g + 1) * TILE)
-                rhs = jnp.concatenate([make(k, 0, g), make(k, 1, g)], axis=1)
+                rhs = jnp.concatenate([(last_tile if plane else tile)(k, p, g) for p in (0, 1)], axis=1)
                 row = jnp.concatenate([scratch.scales[k, int(plane), p, g : g + 1] for p in (0, 1)], axis=1)
                 found = found + product(scratch.x[:, lanes], rhs) * row
         if shape.form != "bf16":
@@ -454,21 +470,12 @@ def _step(
 
     def down(part: int, own: list[int]) -> None:
         """What the channels of some blocks add to the outputs."""
-        each = [hidden[k] for k in own]
-        for plane in last:
-            scales = [(last_scales_of if plane else scales_of)(k, 2) for k in own]
-            offsets = [0.5 if plane else how[k][1].offset for k in own]
-            added = jnp.concatenate([h * offset for h, offset in zip(each, offsets)], axis=1)
-            rows, every = jnp.concatenate(each, axis=1), jnp.concatenate(scales, axis=1)
-            scratch.h_sums[:, :groups] += _dot(added, every, transposed=True)
-            if shape.form != "bf16":  # |rows * scales| is at most the product of the largest of each
-                rows_most = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
-                most = jnp.max(every, axis=1, keepdims=True)  # (G, 1)
-                rows = rows * (limit / jnp.where(rows_most > 0, rows_most, 1.0))
-                every = every / jnp.where(most > 0, most, 1.0)
-                rows_most = rows_most * (1 / limit)
-            width = len(own) * TILE
-            scratch.down_scales[int(plane), part, :, :width] = every
+        rows, width = jnp.concatenate([hidden[k] for k in own], axis=1), len(own) * TILE
+        if shape.form != "bf16":  # |rows * scales| is at most the product of the largest of each
+            rows_most = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
+            rows = rows * (limit / jnp.where(rows_most > 0, rows_most, 1.0))
+            rows_most = rows_most * (1 / limit)
+        for plane in planes:
             for g in range(groups):
                 lanes = slice(g * TILE, (g + 1) * TILE)
                 lhs = rows * scratch.down_scales[int(plane), part, g : g + 1, :width]
@@ -476,14 +483,24 @@ def _step(
                 if shape.form == "bf16":
                     scratch.total[:, lanes] += product(lhs.astype(jnp.bfloat16), rhs)
                 else:
-                    scratch.total[:, lanes] += product(_in_form(lhs, shape.form), rhs) * (rows_most * most[g : g + 1])
+                    most = rows_most * largest[part, plane][g : g + 1]
+                    scratch.total[:, lanes] += product(_in_form(lhs, shape.form), rhs) * most
 
-    parts = [list(blocks[first : first + DOWN_BLOCKS]) for first in range(0, shape.blocks, DOWN_BLOCKS)]
+    def end() -> None:
+        """What z adds to the outputs."""
+        for plane in planes:
+            own = [hidden[k] * (0.5 if plane else how[k][1].offset) for k in blocks]
+            scales = [(last_scales_of if plane else scales_of)(k, 2) for k in blocks]
+            both = (jnp.concatenate(own, axis=1), jnp.concatenate(scales, axis=1))
+            scratch.h_sums[:, :groups] += _dot(*both, transposed=True)
+
+    begin()
     for part in range(len(parts) + 1):  # the matrix unit never waits for hidden channels: others are on the way
         for k in parts[part] if part < len(parts) else []:
             inner(k)
         if part:
             down(part - 1, parts[part - 1])
+    end()
 
 
 def _dot(a: Float[Array, "M K"], b: Float[Array, "K N"], transposed: bool = False) -> Float[Array, "M N"]:
