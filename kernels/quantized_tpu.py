@@ -6,8 +6,8 @@ activation is applied, and what the blocks' channels add to the outputs is summe
 unit multiplies. A block whose variant reads fewer planes has the bits of the others masked away, so blocks of different
 widths share one straight run of instructions; only whether a step reads 3, 4 or 8 bits at all chooses between programs.
 Scales are never multiplied into weights: each group of 128 hidden is one matrix product, scaled after it in gate and up,
-and before it, in the few rows of hidden channels, in down. A page that is not read has the index of the one before,
-and moves no bytes.
+and before it, in the few rows of hidden channels, in down. Pages are
+copied a step ahead, each on its own: only those that are read.
 
 Forms: "bf16" activations; "int8" and "fp8" (e4m3) activations with one scale a row, where the chip multiplies those.
 
@@ -17,7 +17,7 @@ S steps of a tile, B blocks a step.
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,27 +25,39 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, BFloat16, Float, Int, Int4
 
 from dynamo_jax.kernels.layout import PROJECTIONS, RATIO_UNIT, PageTable
 from dynamo_jax.kernels.tiles import TILE, TiledResident
 
 FORMS = {"bf16": (jnp.bfloat16, 0.0), "int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0)}
-ROWS = 16  # of a tile, as long as experts have few
+MOST_ROWS = 256  # of a tile
+MANY_ROWS = 64
 HIGH, MIDDLE, LOW = -0x33333334, 0x22222222, 0x11111111  # of every nibble: bits 2 and 3, bit 1, bit 0
 MAGIC = 1.5 * 2**23  # a small float32 that is added to it has its nearest whole number in the lowest bits
 
 
+class Fetches(NamedTuple):
+    """The pages of one level that each step reads. run: (T*S*U,) the first slot of each part whose pages of all blocks lie
+    in slots one after the other, as they are first put there, else -1. Of the others: count (T*S,) how many there are,
+    and in the first places of a step's (T*S*B*U,) page, the slot of each, and place, where among the step's it goes."""
+
+    run: Int[Array, " TSU"]
+    count: Int[Array, " TS"]
+    page: Int[Array, " TSBU"]
+    place: Int[Array, " TSBU"]
+
+
 class Steps(NamedTuple):
-    """What each grid step works on. expert, first, rows: of each tile of rows (T,), its expert and how many tiles there
-    are (1,); path: (T*S,) the widest plane that a step reads; widths: (T*S*B*2,) of each block, gate and up, then down;
-    pages: for each level, (T*S*B*U) the page of each block's part."""
+    """What each grid step works on. tiles: how many tiles of rows there are (1,); expert: of each tile (T,); path:
+    (T*S,) the widest plane that a step reads; widths: (T*S*B*2,) of each block, gate and up, then down; fetches: by
+    level."""
 
     tiles: Int[Array, " 1"]
     expert: Int[Array, " T"]
     path: Int[Array, " TS"]
     widths: Int[Array, " TSB2"]
-    pages: dict[int, Int[Array, " TSBU"]]
+    fetches: dict[int, Fetches]
 
 
 class Shape(NamedTuple):
@@ -65,6 +77,11 @@ class Shape(NamedTuple):
         return -(-self.all_blocks // self.blocks)
 
     @property
+    def many(self) -> bool:
+        """Whether scaling the weights is less work than scaling sums of them for each row."""
+        return self.rows >= MANY_ROWS
+
+    @property
     def together(self) -> int:
         return PROJECTIONS // self.units
 
@@ -73,10 +90,20 @@ DOWN_BLOCKS = 2  # that one product with down sums over: the depth of a matrix u
 STEP_WEIGHTS = 6 * 2**20  # of a grid step at least: what a step costs whatever it does is then a small share of it
 
 
-def blocks_of_step(groups: int, all_blocks: int) -> int:
+def blocks_of_step(groups: int, all_blocks: int, tile_rows: int) -> int:
     """B: as many as a step should have, and of those the number that divides all of them best."""
-    most = max(1, min(all_blocks, round(STEP_WEIGHTS / (PROJECTIONS * TILE * TILE * groups))))
+    weights = STEP_WEIGHTS if tile_rows < MANY_ROWS else STEP_WEIGHTS // 2
+    most = max(1, min(all_blocks, round(weights / (PROJECTIONS * TILE * TILE * groups))))
     return min(range(max(1, most - 1), most + 1), key=lambda b: (-(-all_blocks // b) * b, -b))
+
+
+def rows_of_tile(count: int, groups: int) -> int:
+    """M: enough for most groups to be one tile, so that their planes are read and unpacked once."""
+    mean = count / groups
+    wanted = mean + 2 * mean**0.5
+    if wanted <= 32:
+        return max(8, 8 * math.ceil(wanted / 8))
+    return min(MOST_ROWS, max(MANY_ROWS, 64 * math.ceil(wanted / 64)))
 
 
 def quantized_experts_tpu(
@@ -90,12 +117,14 @@ def quantized_experts_tpu(
     *,
     form: str = "bf16",
     blocks: int | None = None,
-    tile_rows: int = ROWS,
+    tile_rows: int | None = None,
     interpret: Any = False,
 ) -> Float[Array, "R D"]:
     """Each row through its expert, as ``quantized_experts_xla`` does it; activations in the given form.
 
-    ``blocks``: of a grid step, by rule where None. ``interpret``: for ``pallas_call``.
+    ``blocks`` of a grid step and ``tile_rows``: by rule where None. Where tiles have many rows (``MANY_ROWS``) the form is
+    always "bf16": the products are then the work, and their operands are made once for many rows. ``interpret``: for
+    ``pallas_call``.
     """
     num_experts = resident.base.codes.shape[1]
     if group_sizes.shape[0] != num_experts * len(tables):
@@ -110,7 +139,9 @@ def quantized_experts_tpu(
         level for level, pages in resident.pages.items() if pages.codes.shape[0] and any(level in t for t in tables)
     )
     units = max([PROJECTIONS // resident.pages[level].codes.shape[1] for level in levels], default=1)
-    blocks = blocks or blocks_of_step(groups, all_blocks)
+    tile_rows = tile_rows or rows_of_tile(count, group_sizes.shape[0])
+    blocks = blocks or blocks_of_step(groups, all_blocks, tile_rows)
+    form = "bf16" if tile_rows >= MANY_ROWS else form
     shape = Shape(tile_rows, groups, all_blocks, blocks, levels, units, form)
     place, source, group, used = tile_rows_of(group_sizes, count, tile_rows)
     steps = steps_of(shape, group, used, num_experts, tables, layer)
@@ -150,30 +181,33 @@ def steps_of(
     most, units, blocks = group.shape[0], shape.units, shape.blocks
     block = jnp.arange(shape.steps * blocks)
     real = block < shape.all_blocks
-    pages = {}
-    width = jnp.full((most, shape.steps, blocks, units), 2, jnp.int32)
+    fetches = {}
+    width = jnp.full((most, shape.steps, units, blocks), 2, jnp.int32)
     for level in shape.levels:
         missing = jnp.full((num_experts, units * shape.all_blocks), -1, jnp.int32)
         each = jnp.concatenate([t[level][layer] if level in t else missing for t in tables])[group]
         own = each.reshape(most, units, shape.all_blocks)[:, :, jnp.minimum(block, shape.all_blocks - 1)]
-        own = jnp.where(real, own, -1).reshape(most, units, shape.steps, blocks).transpose(0, 2, 3, 1)
+        own = jnp.where(real, own, -1).reshape(most, units, shape.steps, blocks).transpose(0, 2, 1, 3)
         width = jnp.where(own >= 0, level, width)
-        pages[level] = _last_read(own.reshape(most * shape.steps, -1)).reshape(-1)
-    of_parts = width[..., jnp.array([0, units - 1])]  # gate and up share a width
+        fetches[level] = _fetches(own.reshape(most * shape.steps, units, blocks))
+    of_parts = width[:, :, jnp.array([0, units - 1])].swapaxes(2, 3)  # gate and up share a width
     return Steps(
         tiles=tiles.reshape(1).astype(jnp.int32),
         expert=(group % num_experts).astype(jnp.int32),
         path=width.max(axis=(2, 3)).reshape(-1),
         widths=of_parts.reshape(-1),
-        pages=pages,
+        fetches=fetches,
     )
 
 
-def _last_read(pages: Int[Array, "I X"]) -> Int[Array, "I X"]:
-    """Each page, or the last one before it, so that nothing is fetched where nothing is read."""
-    at = jnp.where(pages >= 0, jnp.arange(pages.shape[0])[:, None], -1)
-    at = jnp.maximum(jax.lax.cummax(at, axis=0), 0)
-    return jnp.maximum(jnp.take_along_axis(pages, at, axis=0), 0)
+def _fetches(pages: Int[Array, "I U B"]) -> Fetches:
+    """Of the pages of each step, -1 where there is none."""
+    in_turn = (pages == pages[:, :, :1] + jnp.arange(pages.shape[2])).all(axis=2) & (pages[:, :, 0] >= 0)
+    alone = jnp.where(in_turn[:, :, None], -1, pages).reshape(len(pages), -1)
+    place = jnp.argsort(alone < 0, axis=1, stable=True).astype(jnp.int32)
+    page = jnp.maximum(jnp.take_along_axis(alone, place, axis=1), 0)
+    run = jnp.where(in_turn, pages[:, :, 0], -1).astype(jnp.int32)
+    return Fetches(run.reshape(-1), (alone >= 0).sum(axis=1).astype(jnp.int32), page.reshape(-1), place.reshape(-1))
 
 
 def _call(
@@ -202,13 +236,6 @@ def _call(
 
         return index
 
-    def by_page(k: int, level: int, unit: int, rank: int) -> Callable[..., tuple[Any, ...]]:
-        def index(tile: Any, step: Any, *scalars: Any) -> tuple[Any, ...]:
-            at = ((tile * shape.steps + step) * shape.blocks + k) * units + unit
-            return (of(scalars).pages[level][at], *[0] * rank)
-
-        return index
-
     def spec(array: Array, lead: int, index: Callable[..., tuple[Any, ...]]) -> tuple[Array, pl.BlockSpec]:
         return array, pl.BlockSpec((*[None] * lead, *array.shape[lead:]), index)
 
@@ -227,15 +254,13 @@ def _call(
         "base": of_blocks(resident.base.codes),
         "scales": of_blocks(resident.base.scales),
         "pages": {},
-        "ratios": [],
         "biases": [],
     }
+    buffers: dict[int, list[Any]] = {}
     for level in shape.levels:
-        codes, ratios = resident.pages[level]
-        parts = [(k, unit) for k in range(shape.blocks) for unit in range(units)]
-        inputs["pages"][level] = [spec(codes, 1, by_page(k, level, unit, 4)) for k, unit in parts]
-        if ratios is not None:
-            inputs["ratios"] = [spec(ratios, 1, by_page(k, level, unit, 3)) for k, unit in parts]
+        own = [a for a in resident.pages[level] if a is not None]
+        inputs["pages"][level] = [(a, pl.BlockSpec(memory_space=pl.ANY)) for a in own]
+        buffers[level] = [pltpu.VMEM((2, shape.blocks * units, *a.shape[1:]), a.dtype) for a in own]
     if biases is not None:
         fill = shape.all_blocks * TILE - biases[0].shape[1]
         inner = jnp.stack([jnp.pad(b.astype(jnp.float32), ((0, 0), (0, fill))) for b in biases[:2]], axis=1)
@@ -270,6 +295,8 @@ def _call(
                 pltpu.VMEM((shape.blocks, 2, 2, shape.groups, TILE), jnp.float32),
                 pltpu.VMEM((2, -(-shape.blocks // DOWN_BLOCKS), shape.groups, DOWN_BLOCKS * TILE), jnp.float32),
                 pltpu.VMEM((shape.rows, size), jnp.float32),
+                buffers,
+                pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
         interpret=interpret,
@@ -282,7 +309,8 @@ class _Scratch(NamedTuple):
     of it; h_sums: (M, 128) lane g is what the offsets z of down add to all outputs of group g; scales: of the step's
     gate and up, (B, 2, 2, G, 128), and down_scales of its down, (2, .., G, 128 blocks), those of the last plane behind
     those of the others; rows of them are read from memory, which spreads them over registers at no cost; total: (M, Dp)
-    the outputs."""
+    the outputs; pages: by level, codes and ratios of the pages of this step and of the next, (2, B*U, ..) each, and
+    copied: a semaphore for each of the two."""
 
     x: Any
     x_scale: Any
@@ -291,6 +319,8 @@ class _Scratch(NamedTuple):
     scales: Any
     down_scales: Any
     total: Any
+    pages: dict[int, list[Any]]
+    copied: Any
 
 
 def _body(
@@ -304,6 +334,42 @@ def _body(
     """One grid step."""
     step = pl.program_id(1)
     at = pl.program_id(0) * shape.steps + step
+    turn = at % 2
+
+    def copies(of: Any, buffer: Any, run: Callable[[Any], None]) -> None:
+        for level, fetch in steps.fetches.items():
+            pairs = list(zip(inputs["pages"][level], scratch.pages[level]))
+            for unit in range(shape.units):
+                first = fetch.run[of * shape.units + unit]
+
+                @pl.when(first >= 0)
+                def _all(first: Any = first, unit: int = unit, pairs: Any = pairs) -> None:
+                    for pool, here in pairs:
+                        into = here.at[buffer, pl.ds(unit * shape.blocks, shape.blocks)]
+                        from_ = pool.at[pl.ds(first, shape.blocks)]
+                        run(pltpu.make_async_copy(from_, into, scratch.copied.at[buffer]))
+
+            if shape.blocks == 1:
+                continue
+
+            def one(j: Any, _: Any, fetch: Fetches = fetch, pairs: Any = pairs) -> int:
+                index = of * (shape.blocks * shape.units) + j
+                page, place = fetch.page[index], fetch.place[index]
+                for pool, here in pairs:
+                    run(pltpu.make_async_copy(pool.at[page], here.at[buffer, place], scratch.copied.at[buffer]))
+                return 0
+
+            jax.lax.fori_loop(0, fetch.count[of], one, 0)
+
+    if shape.levels:
+
+        def ahead(later: Any, _: Any) -> int:
+            copies(at + later, (turn + later) % 2, lambda copy: copy.start())
+            return 0
+
+        last = at + 1 == steps.tiles[0] * shape.steps
+        jax.lax.fori_loop(jnp.where(at == 0, 0, 1), jnp.where(last, 1, 2), ahead, 0)
+        copies(at, turn, lambda copy: copy.wait())
 
     @pl.when(step == 0)
     def _begin() -> None:
@@ -316,6 +382,10 @@ def _body(
             own = _in_form(rows * (1 / scale), shape.form)
             scratch.x_scale[...] = jnp.broadcast_to(scale, scratch.x_scale.shape)
         scratch.x[...] = own
+        scratch.total[...] = jnp.zeros(scratch.total.shape, jnp.float32)
+        scratch.h_sums[...] = jnp.zeros(scratch.h_sums.shape, jnp.float32)
+        if shape.many:
+            return
         lane = jax.lax.broadcasted_iota(jnp.int32, (shape.rows, TILE), 1)
         sums = jnp.zeros((shape.rows, TILE), jnp.float32)
         for g in range(shape.groups):
@@ -324,14 +394,13 @@ def _body(
         high = sums.astype(jnp.bfloat16)
         low = (sums - high.astype(jnp.float32)).astype(jnp.bfloat16)
         scratch.x_sums[...] = jnp.concatenate([high[:, : shape.groups], low[:, : shape.groups]], axis=1)
-        scratch.h_sums[...] = jnp.zeros(scratch.h_sums.shape, jnp.float32)
-        scratch.total[...] = jnp.zeros(scratch.total.shape, jnp.float32)
 
     for width in (2, *shape.levels):
 
         @pl.when(steps.path[at] == width)
         def _run(width: int = width) -> None:
-            _step(shape, width, steps, at, step, inputs, activation, scratch)
+            planes = _Planes(shape, width, steps, at, inputs, scratch.pages, turn)
+            (_many_rows if shape.many else _few_rows)(shape, planes, step, inputs, activation, scratch)
 
     @pl.when(step == shape.steps - 1)
     def _end() -> None:
@@ -373,55 +442,128 @@ def _shifted(words: Array, left: int) -> Array:
     return words if left == 0 else (words << left if left > 0 else words >> -left)
 
 
-def _step(
-    shape: Shape,
-    path: int,
-    steps: Steps,
-    at: Any,
-    step: Any,
-    inputs: dict[str, Any],
-    activation: Callable[[Array, Array], Array],
-    scratch: _Scratch,
-) -> None:
-    """The blocks of one step, at widths up to ``path``."""
-    blocks, groups, units = range(shape.blocks), shape.groups, shape.units
-    paired = -(-groups // 2)
-    dtype, limit = FORMS[shape.form]
-    sum_dtype = jnp.int32 if shape.form == "int8" else jnp.float32
-    how = [[_block(path, steps.widths[(at * shape.blocks + k) * 2 + part]) for part in (0, 1)] for k in blocks]
+class _Planes:
+    """The tiles and scales of a step's blocks, at widths up to ``path``."""
 
-    def block_of(name: str, k: int) -> Any:
-        refs = inputs[name]
+    def __init__(self, shape: Shape, path: int, steps: Steps, at: Any, inputs: Any, pages: Any, turn: Any):
+        self.shape, self.path, self.inputs, self.pages, self.turn = shape, path, inputs, pages, turn
+        self.how = [
+            [_block(path, steps.widths[(at * shape.blocks + k) * 2 + part]) for part in (0, 1)]
+            for k in range(shape.blocks)
+        ]
+
+    def _block_of(self, name: str, k: int) -> Any:
+        refs = self.inputs[name]
         return refs[0].at[k] if len(refs) == 1 else refs[k].at[0]
 
-    def page(refs: list[Any], k: int, projection: int) -> Any:
-        return refs[k * units + projection // shape.together], projection % shape.together
+    def _page(self, level: int, kind: int, k: int, projection: int) -> Any:
+        """kind: 0 for codes, 1 for ratios."""
+        together = self.shape.together
+        place = projection // together * self.shape.blocks + k
+        return self.pages[level][kind].at[self.turn, place, projection % together]
 
-    def tile(k: int, projection: int, group: int) -> Array:
-        """Four bits of 128 x 128 weights, as they are multiplied."""
-        base, own = block_of("base", k)[projection, group], how[k][projection // 2]
+    def tile(self, k: int, projection: int, group: int) -> Int4[Array, "128 128"]:
+        """n of 128 x 128 weights."""
+        base, own = self._block_of("base", k)[projection, group], self.how[k][projection // 2]
+        paired = -(-self.shape.groups // 2)
         parts = []
         for part in (0, 1):
             bits = _shifted(base, 2 - 2 * part) & jnp.int32(HIGH)
             index = 2 * (group // paired) + part
             for level, mask, to in ((3, own.three, 1), (4, own.four, 0)):
-                if path >= level and level in shape.levels:
-                    ref, inner = page(inputs["pages"][level], k, projection)
-                    bits = bits | (_shifted(ref[inner, group % paired], to - index) & mask)
+                if self.path >= level and level in self.shape.levels:
+                    words = self._page(level, 0, k, projection)[group % paired]
+                    bits = bits | (_shifted(words, to - index) & mask)
             parts.append(pltpu.bitcast(bits, jnp.int4))
-        return jnp.concatenate(parts, axis=0).astype(dtype)
+        return jnp.concatenate(parts, axis=0)
+
+    def last_tile(self, k: int, projection: int, group: int) -> Int4[Array, "128 128"]:
+        """n8 of 128 x 128 weights."""
+        return pltpu.bitcast(self._page(8, 0, k, projection)[group], jnp.int4)
+
+    def scales(self, k: int, projection: int) -> Float[Array, "G 128"]:
+        return self._block_of("scales", k)[projection].astype(jnp.float32)
+
+    def last_scales(self, k: int, projection: int) -> Float[Array, "G 128"]:
+        """Those of the last plane, zero where the block does not read it."""
+        ratios = self._page(8, 1, k, projection)[...].astype(jnp.int32).astype(jnp.float32)
+        return self.scales(k, projection) * ratios * (4 * RATIO_UNIT * self.how[k][projection // 2].eight)
+
+
+def _activated(
+    shape: Shape, found: Float[Array, "M 256"], k: int, step: Any, inputs: dict[str, Any], activation: Callable
+) -> Float[Array, "M 128"]:
+    """Hidden channels of block k from its gate and up; zero past the last block."""
+    if inputs["biases"]:
+        bias = inputs["biases"][k]
+        found = found + jnp.concatenate([bias[0:1], bias[1:2]], axis=1)
+    own = activation(found[:, :TILE], found[:, TILE:])
+    return jnp.where(step * shape.blocks + k < shape.all_blocks, own, 0.0)
+
+
+def _many_rows(
+    shape: Shape,
+    planes: _Planes,
+    step: Any,
+    inputs: dict[str, Any],
+    activation: Callable[[Array, Array], Array],
+    scratch: _Scratch,
+) -> None:
+    """The blocks of one step where rows are so many that scaling the weights is less work than scaling sums."""
+
+    def weights(k: int, projection: int, g: int, scale: Array, last_scale: Array | None) -> BFloat16[Array, "128 128"]:
+        """scale: of the tile's rows (128, 1) or of its lanes (1, 128)."""
+        offset = planes.how[k][projection // 2].offset
+        out = (planes.tile(k, projection, g).astype(jnp.bfloat16) + jnp.bfloat16(1) * offset) * scale
+        if last_scale is not None:
+            out = out + (planes.last_tile(k, projection, g).astype(jnp.bfloat16) + jnp.bfloat16(0.5)) * last_scale
+        return out.astype(jnp.bfloat16)
+
+    def scales_of(k: int, projection: int) -> list[Array | None]:
+        own = [planes.scales(k, projection), planes.last_scales(k, projection) if planes.path == 8 else None]
+        return [None if s is None else s.astype(jnp.bfloat16) for s in own]
+
+    def row_of(scales: Array | None, g: int) -> Any:
+        return None if scales is None else scales[g : g + 1]
+
+    hidden = []
+    for k in range(shape.blocks):
+        both = []
+        for projection in (0, 1):
+            own, last = scales_of(k, projection)
+            tiles = [weights(k, projection, g, row_of(own, g), row_of(last, g)) for g in range(shape.groups)]
+            both.append(jnp.concatenate(tiles, axis=0))
+        found = jnp.dot(scratch.x[...], jnp.concatenate(both, axis=1), preferred_element_type=jnp.float32)
+        hidden.append(_activated(shape, found, k, step, inputs, activation).astype(jnp.bfloat16))
+    lhs = jnp.concatenate(hidden, axis=1)
+    columns = [[None if s is None else s.T for s in scales_of(k, 2)] for k in range(shape.blocks)]
+    for g in range(shape.groups):
+        lanes = slice(g * TILE, (g + 1) * TILE)
+        column = lambda s, g=g: None if s is None else s[:, g : g + 1]  # noqa: E731
+        tiles = [weights(k, 2, g, *map(column, columns[k])) for k in range(shape.blocks)]
+        scratch.total[:, lanes] += jnp.dot(lhs, jnp.concatenate(tiles, axis=0), preferred_element_type=jnp.float32)
+
+
+def _few_rows(
+    shape: Shape,
+    planes_of: _Planes,
+    step: Any,
+    inputs: dict[str, Any],
+    activation: Callable[[Array, Array], Array],
+    scratch: _Scratch,
+) -> None:
+    """The blocks of one step, scaling sums and never weights."""
+    blocks, groups = range(shape.blocks), shape.groups
+    dtype, limit = FORMS[shape.form]
+    sum_dtype = jnp.int32 if shape.form == "int8" else jnp.float32
+    path, how = planes_of.path, planes_of.how
+    scales_of, last_scales_of = planes_of.scales, planes_of.last_scales
+
+    def tile(k: int, projection: int, group: int) -> Array:
+        return planes_of.tile(k, projection, group).astype(dtype)
 
     def last_tile(k: int, projection: int, group: int) -> Array:
-        ref, inner = page(inputs["pages"][8], k, projection)
-        return pltpu.bitcast(ref[inner, group], jnp.int4).astype(dtype)
-
-    def scales_of(k: int, projection: int) -> Float[Array, "G 128"]:
-        return block_of("scales", k)[projection].astype(jnp.float32)
-
-    def last_scales_of(k: int, projection: int) -> Float[Array, "G 128"]:
-        ref, inner = page(inputs["ratios"], k, projection)
-        ratios = ref[inner].astype(jnp.int32).astype(jnp.float32)
-        return scales_of(k, projection) * ratios * (4 * RATIO_UNIT * how[k][projection // 2].eight)
+        return planes_of.last_tile(k, projection, group).astype(dtype)
 
     def product(lhs: Array, rhs: Array) -> Array:
         return jnp.dot(lhs, rhs, preferred_element_type=sum_dtype).astype(jnp.float32)
@@ -462,11 +604,7 @@ def _step(
                 found = found + product(scratch.x[:, lanes], rhs) * row
         if shape.form != "bf16":
             found = found * jnp.concatenate([scratch.x_scale[...]] * 2, axis=1)
-        if inputs["biases"]:
-            bias = inputs["biases"][k]
-            found = found + jnp.concatenate([bias[0:1], bias[1:2]], axis=1)
-        own = activation(found[:, :TILE], found[:, TILE:])
-        hidden[k] = jnp.where(step * shape.blocks + k < shape.all_blocks, own, 0.0)
+        hidden[k] = _activated(shape, found, k, step, inputs, activation)
 
     def down(part: int, own: list[int]) -> None:
         """What the channels of some blocks add to the outputs."""

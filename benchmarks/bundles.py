@@ -1,0 +1,176 @@
+"""What the TPU compiler makes of a function, for a chip that is not here: its final schedule, counted.
+
+    python benchmarks/bundles.py       # kernels whose cost is known, for each chip
+
+A TPU core issues one bundle of instructions a cycle, in the order that the compiler chose, so the bundles of a Pallas
+kernel's grid loop are its cycles a step as long as nothing stalls. The compiler writes its last schedule down
+(``--xla_jf_dump_to``), and what is read of it is:
+
+    loop        bundles between the loop's first and its last, executed once a grid step
+    regions     runs of bundles that a branch may jump over: one ``pl.when`` each. A branch names the region that it
+                jumps to the end of, and the bundle after that end names it again; of regions that hold others (the
+                pipeline's own guard, which always runs) the innermost are meant
+    always      bundles of the loop that are in no such region: they run in every step
+
+A step's cycles are ``always`` and those of the regions that it runs. How often a region runs, only the caller knows.
+Beside the bytes that the step moves this bounds its time: max(cycles / clock, bytes / bandwidth). That is a model: it
+leaves out stalls, the latency of copies and all contention.
+
+Import this before jax: libtpu reads the environment once, when it loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DUMP = Path(tempfile.mkdtemp(prefix="schedule-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental import pallas as pl  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.experimental.pallas import tpu as pltpu  # noqa: E402
+from jax.sharding import (  # noqa: E402
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
+
+ADDRESS = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(LB|LH|LE|PB|PF|CT)?\s*:\s*((?:>\s*)*)")
+BRANCH = re.compile(r"sbr\.rel \(!?%p\S+\) target = \$region(\d+)")
+REGION_END = re.compile(r"empty region (\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """topology: a name that the compiler knows; clock in Hz and bandwidth of one core's memory in bytes a second."""
+
+    topology: str
+    clock: float
+    bandwidth: float
+
+
+CHIPS = {
+    "v5e": Chip("v5e:2x2", 1.5e9, 820e9),
+    "v5p": Chip("v5p:2x2x1", 1.75e9, 2765e9),
+    "v6e": Chip("v6e:2x2", 1.75e9, 1640e9),
+    "tpu7x": Chip("tpu7x:2x2x1", 1.9e9, 3700e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """Bundles of a kernel's grid loop. regions: of each ``pl.when`` in it, in the order of the program; always: of what
+    runs in every step."""
+
+    always: int
+    regions: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        return self.always + sum(self.regions)
+
+
+def compiled(chip: Chip, function: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[str, Loop]]:
+    """``function`` compiled for one core of the chip, given ``jax.ShapeDtypeStruct``s, and the loops of the programs in
+    it that have one, by name."""
+    devices = topologies.get_topology_desc(chip.topology, platform="tpu").devices
+    placed = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
+    device = AbstractDevice(devices[0].device_kind, 1, "tpu")  # what libraries that ask for the chip see
+    before = {path.name for path in DUMP.iterdir()}
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=device)):
+        jitted = jax.jit(function, in_shardings=jax.tree.map(lambda _: placed, arguments))
+        out = jitted.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    loops = {}
+    for path in sorted(DUMP.glob("*final_bundles.txt")):
+        if path.name in before or "schedule-analysis" in path.name:
+            continue
+        name = re.sub(r"-\d+-final_bundles\.txt$", "", path.name.split("-", 1)[1])
+        if loop := loop_of(path.read_text()):
+            loops[name] = loop
+    for path in DUMP.iterdir():
+        if path.name not in before:
+            path.unlink()
+    return out, loops
+
+
+def loop_of(schedule: str) -> Loop | None:
+    """The outermost loop of a schedule; None where there is none."""
+    first = last = None
+    opened: list[tuple[str, int]] = []
+    found: list[tuple[int, int]] = []
+    for line in schedule.splitlines():
+        match = ADDRESS.match(line)
+        if match is None:
+            continue
+        at = int(match.group(1), 16)
+        if ">" in match.group(3):
+            first, last = (at if first is None else first), at
+        ended = set(REGION_END.findall(line))
+        found += [(start, at) for name, start in opened if name in ended]
+        opened = [(name, start) for name, start in opened if name not in ended]
+        if branch := BRANCH.search(line):
+            opened.append((branch.group(1), at + 1))
+    if first is None or last is None:
+        return None
+    inside = sorted((a, b) for a, b in found if first <= a < b <= last + 1)
+    innermost = [(a, b) for a, b in inside if not any((c, d) != (a, b) and a <= c and d <= b for c, d in inside)]
+    sizes = tuple(b - a for a, b in innermost)
+    return Loop(last + 1 - first - sum(sizes), sizes)
+
+
+def known(dots: int, conditional: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A kernel with ``dots`` products in every step and ``conditional`` more in one ``pl.when``."""
+    rows, size, steps = 16, 512, 8
+
+    def kernel(x: Any, w: Any, out: Any, total: Any) -> None:
+        for _ in range(dots):
+            total[...] = jnp.dot(total[...].astype(jnp.bfloat16), w[...], preferred_element_type=jnp.float32)
+
+        @pl.when(pl.program_id(0) == 0)
+        def _() -> None:
+            total[...] = x[...].astype(jnp.float32)
+            for _ in range(conditional):
+                total[...] = jnp.dot(total[...].astype(jnp.bfloat16), w[...], preferred_element_type=jnp.float32)
+
+        out[...] = total[...]
+
+    function = pl.pallas_call(
+        kernel,
+        name="known",
+        grid=(steps,),
+        in_specs=[pl.BlockSpec((rows, size), lambda i: (0, 0)), pl.BlockSpec((size, size), lambda i: (i, 0))],
+        out_specs=pl.BlockSpec((rows, size), lambda i: (0, 0)),
+        out_shape=jax.ShapeDtypeStruct((rows, size), jnp.float32),
+        scratch_shapes=[pltpu.VMEM((rows, size), jnp.float32)],
+    )
+    arguments = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, size), (steps * size, size))]
+    return function, tuple(arguments)
+
+
+def main() -> None:
+    print(f"{'chip':6s} {'products':>9s} {'in pl.when':>11s} {'always':>7s}  regions")
+    for name, chip in CHIPS.items():
+        for dots, conditional in ((1, 0), (2, 0), (4, 0), (1, 1), (1, 2), (1, 4)):
+            function, arguments = known(dots, conditional)
+            loop = compiled(chip, function, *arguments)[1]["known.1"]
+            print(f"{name:6s} {dots:9d} {conditional:11d} {loop.always:7d}  {loop.regions}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""Quantized experts on TPUs that are not here: modelled time from the compiler's own schedule.
+
+    python benchmarks/tpu_schedule.py [--chip v6e] [--shape olmoe] [--json PATH]
+
+Every kernel is compiled for the chip; cycles of a grid step are counted in its final schedule (``bundles.py``), bytes
+from what the step copies. Modelled time is the sum over steps of max(cycles / clock, bytes / bandwidth). Kernels:
+
+    ours 2, 3, 4       all experts at one width, whole layers: gate, up, activation and down
+    ours mixed         a width of 2, 3 or 4 for each expert's gate and up, and for its down, a third each: 3.0 bits
+    megablox bf16      gate with up in one product and down in another, the best of some tilings; what it does between
+                       the two is not counted
+    tokamax bf16, int8, int4   its ``ragged_dot``, in the same way, at 64 tokens; its weights have one scale a channel
+
+"bits" is with scales, 0.125 bits a weight in ours. ``form`` is what the matrix unit multiplies: bfloat16, or activations
+quantized a row at a time, int8 on v5e, v5p and v6e and fp8 on TPU7x. Tokens choose experts at random (seed 0); prefill is
+2,048 of them. Of the peers only what runs in every step is counted, of ours everything. ``over_bandwidth_bound``: time
+over that of the kernel's own weight bytes at full bandwidth. ``speedup_vs_bf16``: over megablox.
+"""
+
+from __future__ import annotations
+
+import bundles  # isort: skip  (before jax)
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynamo_jax.kernels.quantized_tpu import blocks_of_step, quantized_experts_tpu, rows_of_tile
+from dynamo_jax.kernels.tiles import TILE, TiledBase, TiledPages, TiledResident
+from dynamo_jax.models.experts import silu_gated
+
+SCALE_BITS = 16 / TILE
+PREFILL = 2048
+TOKENS = (1, 8, 64, PREFILL)
+
+
+class Layer(NamedTuple):
+    """One layer of experts. hidden and channels: filled up to multiples of 128."""
+
+    experts: int
+    hidden: int
+    channels: int
+    chosen: int
+
+
+SHAPES = {
+    "mixtral-8x7b": Layer(8, 4096, 14336, 2),
+    "olmoe-1b-7b": Layer(64, 2048, 1024, 8),
+    "qwen3-30b-a3b": Layer(128, 2048, 768, 8),
+    "deepseek-v2-lite": Layer(64, 2048, 1408, 6),
+    "gpt-oss-20b": Layer(32, 2944, 2944, 4),  # of 2880 and 2880
+}
+ROUNDED = {"v5e": "int8", "v5p": "int8", "v6e": "int8", "tpu7x": "fp8"}
+
+
+def sizes_of(layer: Layer, tokens: int) -> np.ndarray:
+    """Rows of each expert."""
+    rng = np.random.default_rng(0)
+    chosen = [rng.choice(layer.experts, layer.chosen, replace=False) for _ in range(tokens)]
+    return np.bincount(np.concatenate(chosen), minlength=layer.experts)
+
+
+def arguments(layer: Layer, tokens: int, levels: tuple[int, ...]) -> tuple[Any, ...]:
+    """Shapes of what one layer's experts take, pages of one projection each."""
+    of = jax.ShapeDtypeStruct
+    blocks, groups = layer.channels // TILE, layer.hidden // TILE
+    lead = (1, layer.experts, blocks, 3, groups)
+    base = TiledBase(of((*lead, 8, TILE), jnp.int32), of((*lead, TILE), jnp.bfloat16))
+    pages = layer.experts * blocks * 3
+    each = {level: TiledPages(of((pages, 1, -(-groups // 2), 8, TILE), jnp.int32), None) for level in levels}
+    table = {level: of((1, layer.experts, 3 * blocks), jnp.int32) for level in levels}
+    rows = of((tokens * layer.chosen, layer.hidden), jnp.bfloat16)
+    return rows, of((layer.experts,), jnp.int32), TiledResident(base, each), (table,)
+
+
+@functools.cache
+def our_loop(chip: str, layer: Layer, tokens: int, levels: tuple[int, ...], form: str) -> bundles.Loop:
+    def experts(rows: Any, sizes: Any, resident: Any, tables: Any) -> Any:
+        return quantized_experts_tpu(rows, sizes, resident, tables, 0, silu_gated, form=form)
+
+    loops = bundles.compiled(bundles.CHIPS[chip], experts, *arguments(layer, tokens, levels))[1]
+    return next(loop for name, loop in loops.items() if name.startswith("experts_"))
+
+
+def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str) -> tuple[float, float]:
+    """Seconds, and those of the weight bytes alone. widths: (E, 2) of gate and up, and of down."""
+    at = bundles.CHIPS[chip]
+    levels = tuple(level for level in (3, 4) if (widths >= level).any())
+    count = tokens * layer.chosen
+    rows, groups = rows_of_tile(count, layer.experts), layer.hidden // TILE
+    own_steps = -(-(layer.channels // TILE) // blocks_of_step(groups, layer.channels // TILE, rows))
+    # programs differ in M only, so one is compiled for all numbers of tokens that have it
+    like = min(t for t in TOKENS if rows_of_tile(t * layer.chosen, layer.experts) == rows)
+    loop = our_loop(chip, layer, like, levels, form)
+    paths = (2, *levels)
+    ends = (0, 0)
+    regions = loop.regions
+    if own_steps > 1:  # what only a tile's first and last step run
+        begin = len(regions) - len(paths) - 2
+        ends, regions = (regions[begin], regions[-1]), (*regions[:begin], *regions[begin + 1 : -1])
+    always = loop.always + sum(
+        regions[: -len(paths)]
+    )  # copies of pages that are read, and loops over none counted once
+    cycles = dict(zip(paths, regions[-len(paths) :]))
+    assert min(cycles.values()) > always / 2, (loop, paths)
+    total = weights = 0.0
+    for expert, size in enumerate(sizes_of(layer, tokens)):
+        tiles = -(-size // rows)
+        inner, outer = widths[expert]
+        bits = (2 * inner + outer) / 3 + SCALE_BITS
+        own_bytes = 3 * layer.channels * layer.hidden * bits / 8
+        weights += own_bytes if size else 0
+        moved = 2 * rows * layer.hidden * 2  # a tile's rows in and out, bfloat16
+        for step in range(own_steps):
+            found = always + cycles[max(inner, outer)] + (step == 0) * ends[0] + (step == own_steps - 1) * ends[1]
+            own = own_bytes / own_steps + moved * (step == 0)
+            total += tiles * max(found / at.clock, own / at.bandwidth)
+    return total, weights / at.bandwidth
+
+
+TILINGS = [(k, n) for k in (1024, 1408, 2048, 2944, 4096) for n in (512, 736, 1024)]
+
+
+def grouped(
+    chip: str, rows: int, experts: int, inner: int, outer: int, sizes: np.ndarray, bits: float, make: Callable
+) -> tuple[float, float]:
+    """A grouped product of a peer at its best tiling: seconds, and those of its weight bytes alone."""
+    at, best = bundles.CHIPS[chip], float("inf")
+    tile_rows = min(128, max(16, 16 * -(-rows // 16))) if rows < 1024 else 256
+    tiles = touched(sizes, tile_rows)
+    for k, n in TILINGS:
+        if inner % k or outer % n or k * n * bits > 2**26 or 2 * k < min(inner, 4096):
+            continue
+        try:
+            loop = peer_loop(make, chip, experts, inner, outer, (tile_rows, k, n))
+        except Exception as error:  # noqa: BLE001 (a tiling that does not fit the chip's memory)
+            if "memory" not in str(error).lower():
+                raise
+            continue
+        steps = tiles * (inner // k) * (outer // n)
+        moved = k * n * bits / 8 + tile_rows * k * 2 * (inner > k)
+        best = min(best, steps * max(loop.always / at.clock, moved / at.bandwidth))
+    return best, int((sizes > 0).sum()) * inner * outer * bits / 8 / at.bandwidth
+
+
+def touched(sizes: np.ndarray, tile: int) -> int:
+    """Pairs of an expert and a tile of rows that have a row in common."""
+    end = np.cumsum(sizes)
+    return sum(-(-int(e) // tile) - int(e - s) // tile for s, e in zip(sizes, end) if s)
+
+
+@functools.cache
+def peer_loop(make: Callable, chip: str, experts: int, inner: int, outer: int, tiling: tuple) -> Any:
+    function, weights = make(experts, inner, outer, tiling)
+    of = jax.ShapeDtypeStruct
+    rows = -(-128 // tiling[0]) * tiling[0]  # the loop is that of any number of rows; one peer wants 128
+    own = (of((rows, inner), jnp.bfloat16), weights, of((experts,), jnp.int32))
+    loops = bundles.compiled(bundles.CHIPS[chip], function, *own)[1]
+    return next(loop for name, loop in loops.items() if name.startswith("gmm"))
+
+
+def megablox(experts: int, inner: int, outer: int, tiling: tuple[int, int, int]) -> tuple[Callable, Any]:
+    from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+    run = functools.partial(gmm, preferred_element_type=jnp.bfloat16, tiling=tiling)
+    return run, jax.ShapeDtypeStruct((experts, inner, outer), jnp.bfloat16)
+
+
+def tokamax(dtype: Any) -> Callable:
+    @functools.cache
+    def make(experts: int, inner: int, outer: int, tiling: tuple[int, int, int]) -> tuple[Callable, Any]:
+        import qwix
+        from tokamax._src.ops.ragged_dot import pallas_mosaic_tpu as theirs
+
+        class Anywhere(theirs.PallasMosaicTpuRaggedDot):
+            def supported_on(self, device: Any) -> bool:  # it asks for the chip that is here
+                return True
+
+        rows, k, n = tiling
+        operation = Anywhere(config=theirs.Config(tile_m=rows, tile_k=k, tile_n=n))
+        weights: Any = jax.ShapeDtypeStruct((experts, inner, outer), dtype)
+        if dtype != jnp.bfloat16:
+            weights = qwix.QArray(weights, jax.ShapeDtypeStruct((experts, 1, outer), jnp.float32))
+        run = lambda x, w, sizes: operation(  # noqa: E731
+            x, w, group_sizes=sizes, preferred_element_type=jnp.bfloat16
+        )
+        return run, weights
+
+    return make
+
+
+PEERS = {
+    "megablox bf16": (16, megablox),
+    "tokamax bf16": (16, tokamax(jnp.bfloat16)),
+    "tokamax int8": (8, tokamax(jnp.int8)),
+    "tokamax int4": (4, tokamax(jnp.int4)),
+}
+
+
+def rows_for(chip: str, name: str, tokens: int) -> list[dict[str, Any]]:
+    layer, out = SHAPES[name], []
+    sizes = sizes_of(layer, tokens)
+    reference = None
+
+    def add(kernel: str, bits: float, form: str, seconds: float, bound: float) -> None:
+        row = {"chip": chip, "shape": name, "tokens": tokens, "kernel": kernel, "bits": bits, "form": form}
+        row |= {"modelled_us": seconds * 1e6, "speedup_vs_bf16": reference / seconds if reference else 1.0}
+        row |= {"over_bandwidth_bound": seconds / bound}
+        out.append(row)
+        print(
+            f"{chip:6s} {name:17s} {tokens:5d}  {kernel:14s} {form:5s} {bits:6.3f} {row['modelled_us']:10.1f} "
+            f"{row['speedup_vs_bf16']:7.2f} {row['over_bandwidth_bound']:7.2f}",
+            flush=True,
+        )
+
+    for kernel, (bits, make) in PEERS.items():
+        if tokens != 64 and reference:
+            continue
+        fixed = (chip, tokens * layer.chosen, layer.experts)
+        both = ((layer.hidden, 2 * layer.channels), (layer.channels, layer.hidden))
+        parts = [grouped(*fixed, *shape, sizes, bits, make) for shape in both]
+        seconds, bound = (sum(values) for values in zip(*parts))
+        if reference is None:
+            reference = seconds
+        add(kernel, bits, "bf16", seconds, bound)
+    mixed = np.array([(i % 3 + 2, i // 3 % 3 + 2) for i in np.random.default_rng(1).permutation(layer.experts)])
+    plans = {f"ours {w}": np.full((layer.experts, 2), w) for w in (2, 3, 4)} | {"ours mixed": mixed}
+    forms = (ROUNDED[chip], "bf16") if tokens == 64 else ("bf16",) if tokens == PREFILL else (ROUNDED[chip],)
+    for form in forms:
+        for kernel, widths in plans.items():
+            used = sizes > 0
+            bits = float((2 * widths[used, 0] + widths[used, 1]).mean() / 3 + SCALE_BITS)
+            add(kernel, bits, form, *ours(chip, layer, tokens, widths, form))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--chip", action="append", choices=list(bundles.CHIPS), help="v5e, v6e and tpu7x by default")
+    parser.add_argument("--shape", action="append", choices=list(SHAPES), help="all by default")
+    parser.add_argument("--tokens", action="append", type=int, choices=TOKENS, help="all by default")
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    sys.argv = sys.argv[:1]  # a peer reads flags of its own there
+    print(
+        f"{'chip':6s} {'shape':17s} tokens  {'kernel':14s} form  {'bits':>6s} {'modelled us':>11s} "
+        f"{'speedup':>7s} {'/ bound':>7s}"
+    )
+    rows: list[dict[str, Any]] = []
+    for chip in chosen.chip or ("v5e", "v6e", "tpu7x"):
+        for name in chosen.shape or SHAPES:
+            for tokens in chosen.tokens or TOKENS:
+                rows += rows_for(chip, name, tokens)
+                if chosen.json:
+                    chosen.json.write_text(json.dumps({"rows": rows, "jax": jax.__version__}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
