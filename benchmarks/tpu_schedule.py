@@ -11,10 +11,11 @@ from what the step copies. Modelled time is the sum over steps of max(cycles / c
                        the two is not counted
     tokamax bf16, int8, int4   its ``ragged_dot``, in the same way, at 64 tokens; its weights have one scale a channel
 
-"bits" is with scales, 0.125 bits a weight in ours. ``form`` is what the matrix unit multiplies: bfloat16, or activations
-quantized a row at a time, int8 on v5e, v5p and v6e and fp8 on TPU7x. Tokens choose experts at random (seed 0); prefill is
-2,048 of them. Of the peers only what runs in every step is counted, of ours everything. ``over_bandwidth_bound``: time
-over that of the kernel's own weight bytes at full bandwidth. ``speedup_vs_bf16``: over megablox.
+"bits" is with scales, 0.125 bits a weight in ours. ``form`` is what the matrix unit multiplies: bfloat16, or
+activations quantized a row at a time, int8 on v5e, v5p and v6e and fp8 on TPU7x. Tokens choose experts at random (seed
+0); prefill is 2,048 of them. Of the peers only what runs in every step is counted, of ours everything.
+``over_bandwidth_bound``: time over that of the kernel's own weight bytes at full bandwidth. ``speedup_vs_bf16``: over
+megablox.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def grouped(
             continue
         try:
             loop = peer_loop(make, chip, experts, inner, outer, (tile_rows, k, n))
-        except Exception as error:  # noqa: BLE001 (a tiling that does not fit the chip's memory)
+        except Exception as error:
             if "memory" not in str(error).lower():
                 raise
             continue

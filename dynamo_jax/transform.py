@@ -148,6 +148,7 @@ def quantize_model(model: M, plan: Plan, *more: Plan) -> M:
         tables = [table_of(here, p, levels_of(p)) for p in plans]
         for part in ExpertWeights._fields:
             delattr(module, part)
+        assert isinstance(here.resident, Resident)
         switched = SwitchedExperts(module, here.resident, tables, number)
         if not path:
             return switched  # type: ignore[return-value]

@@ -5,14 +5,14 @@ activation is applied, and what the blocks' channels add to the outputs is summe
 (``tiles.py``); whole words are masked and merged into signed nibbles, which the core itself widens to what its matrix
 unit multiplies. A block whose variant reads fewer planes has the bits of the others masked away, so blocks of different
 widths share one straight run of instructions; only whether a step reads 3, 4 or 8 bits at all chooses between programs.
-Scales are never multiplied into weights: each group of 128 hidden is one matrix product, scaled after it in gate and up,
-and before it, in the few rows of hidden channels, in down. Pages are
-copied a step ahead, each on its own: only those that are read.
+Where rows are few, scales are never multiplied into weights: each group of 128 hidden is one matrix product, scaled
+after it in gate and up, and before it, in the few rows of hidden channels, in down. Pages are copied a step ahead, only
+those that are read; those of all blocks of a step in one piece where they lie one after the other.
 
 Forms: "bf16" activations; "int8" and "fp8" (e4m3) activations with one scale a row, where the chip multiplies those.
 
-Axes: R rows in order, V variants, E experts, N blocks, D hidden, G groups of 128 hidden, M rows a tile, T tiles of rows,
-S steps of a tile, B blocks a step.
+Axes: R rows in order, V variants, E experts, N blocks, D hidden, G groups of 128 hidden, M rows a tile, T tiles of
+rows, S steps of a tile, B blocks a step, U parts of a block with pages of their own.
 """
 
 from __future__ import annotations
@@ -38,21 +38,22 @@ MAGIC = 1.5 * 2**23  # a small float32 that is added to it has its nearest whole
 
 
 class Fetches(NamedTuple):
-    """The pages of one level that each step reads. run: (T*S*U,) the first slot of each part whose pages of all blocks lie
-    in slots one after the other, as they are first put there, else -1. Of the others: count (T*S,) how many there are,
-    and in the first places of a step's (T*S*B*U,) page, the slot of each, and place, where among the step's it goes."""
+    """The pages of one level that each step reads. run: (T*S*U,) the first slot of each part whose pages of all blocks
+    lie in slots one after the other, as they are first put there, else -1. Of the others: single (T*S,) how many there
+    are, and in the first places of a step's (T*S*B*U,) page, the slot of each, and place, where in the step it goes."""
 
     run: Int[Array, " TSU"]
-    count: Int[Array, " TS"]
+    single: Int[Array, " TS"]
     page: Int[Array, " TSBU"]
     place: Int[Array, " TSBU"]
 
 
 class Steps(NamedTuple):
-    """What each grid step works on. tiles: how many tiles of rows there are (1,); expert: of each tile (T,); path:
-    (T*S,) the widest plane that a step reads; widths: (T*S*B*2,) of each block, gate and up, then down; fetches: by
-    level."""
+    """What each grid step works on. layer (1,); tiles: how many tiles of rows there are (1,); expert: of each (T,);
+    path: (T*S,) the widest plane that a step reads; widths: (T*S*B*2,) of each block, gate and up, then down; fetches:
+    by level."""
 
+    layer: Int[Array, " 1"]
     tiles: Int[Array, " 1"]
     expert: Int[Array, " T"]
     path: Int[Array, " TS"]
@@ -122,9 +123,9 @@ def quantized_experts_tpu(
 ) -> Float[Array, "R D"]:
     """Each row through its expert, as ``quantized_experts_xla`` does it; activations in the given form.
 
-    ``blocks`` of a grid step and ``tile_rows``: by rule where None. Where tiles have many rows (``MANY_ROWS``) the form is
-    always "bf16": the products are then the work, and their operands are made once for many rows. ``interpret``: for
-    ``pallas_call``.
+    ``blocks`` of a grid step and ``tile_rows``: by rule where None. Where tiles have many rows (``MANY_ROWS``) the form
+    is always "bf16": the products are then the work, and their operands are made once for many rows. ``interpret``:
+    for ``pallas_call``.
     """
     num_experts = resident.base.codes.shape[1]
     if group_sizes.shape[0] != num_experts * len(tables):
@@ -146,7 +147,7 @@ def quantized_experts_tpu(
     place, source, group, used = tile_rows_of(group_sizes, count, tile_rows)
     steps = steps_of(shape, group, used, num_experts, tables, layer)
     filled = jnp.pad(rows, ((0, 1), (0, groups * TILE - size)))[source]  # the last row is empty
-    out = _call(shape, steps, filled, resident, layer, activation, biases, interpret)
+    out = _call(shape, steps, filled, resident, activation, biases, interpret)
     return jnp.where((jnp.arange(count) < group_sizes.sum())[:, None], out[place, :size], 0).astype(rows.dtype)
 
 
@@ -192,6 +193,7 @@ def steps_of(
         fetches[level] = _fetches(own.reshape(most * shape.steps, units, blocks))
     of_parts = width[:, :, jnp.array([0, units - 1])].swapaxes(2, 3)  # gate and up share a width
     return Steps(
+        layer=jnp.full(1, layer, jnp.int32),
         tiles=tiles.reshape(1).astype(jnp.int32),
         expert=(group % num_experts).astype(jnp.int32),
         path=width.max(axis=(2, 3)).reshape(-1),
@@ -215,7 +217,6 @@ def _call(
     steps: Steps,
     rows: Float[Array, "TM Dp"],
     resident: TiledResident,
-    layer: int,
     activation: Callable[[Array, Array], Array],
     biases: Any,
     interpret: Any,
@@ -229,9 +230,10 @@ def _call(
     def by_rows(tile: Any, step: Any, *_: Any) -> tuple[Any, ...]:
         return tile, 0
 
-    def by_block(k: int, lead: tuple[int, ...], rank: int) -> Callable[..., tuple[Any, ...]]:
+    def by_block(k: int, layered: bool, rank: int) -> Callable[..., tuple[Any, ...]]:
         def index(tile: Any, step: Any, *scalars: Any) -> tuple[Any, ...]:
             block = jnp.minimum(step * shape.blocks + k, last)
+            lead = (of(scalars).layer[0],) if layered else ()
             return (*lead, of(scalars).expert[tile], block, *[0] * rank)
 
         return index
@@ -244,9 +246,9 @@ def _call(
         rank = array.ndim - 3
         if shape.all_blocks % shape.blocks:
             one = (None, None, 1, *array.shape[3:])
-            return [(array, pl.BlockSpec(one, by_block(k, (layer,), rank))) for k in range(shape.blocks)]
+            return [(array, pl.BlockSpec(one, by_block(k, True, rank))) for k in range(shape.blocks)]
         all_of = (None, None, shape.blocks, *array.shape[3:])
-        index = lambda tile, step, *scalars: (layer, of(scalars).expert[tile], step, *[0] * rank)  # noqa: E731
+        index = lambda tile, step, *s: (of(s).layer[0], of(s).expert[tile], step, *[0] * rank)  # noqa: E731
         return [(array, pl.BlockSpec(all_of, index))]
 
     inputs: dict[str, Any] = {
@@ -256,7 +258,7 @@ def _call(
         "pages": {},
         "biases": [],
     }
-    buffers: dict[int, list[Any]] = {}
+    buffers: Any = {}
     for level in shape.levels:
         own = [a for a in resident.pages[level] if a is not None]
         inputs["pages"][level] = [(a, pl.BlockSpec(memory_space=pl.ANY)) for a in own]
@@ -266,7 +268,7 @@ def _call(
         inner = jnp.stack([jnp.pad(b.astype(jnp.float32), ((0, 0), (0, fill))) for b in biases[:2]], axis=1)
         inner = jnp.moveaxis(inner.reshape(inner.shape[0], 2, -1, TILE), 2, 1)  # (E, N, 2, 128)
         outer = jnp.pad(biases[2].astype(jnp.float32), ((0, 0), (0, size - biases[2].shape[1])))[:, None]
-        inputs["biases"] = [spec(inner, 2, by_block(k, (), 2)) for k in range(shape.blocks)]
+        inputs["biases"] = [spec(inner, 2, by_block(k, False, 2)) for k in range(shape.blocks)]
         inputs["biases"].append(spec(outer, 1, lambda tile, step, *scalars: (of(scalars).expert[tile], 0, 0)))
     is_pair = lambda leaf: isinstance(leaf, tuple) and len(leaf) == 2 and isinstance(leaf[1], pl.BlockSpec)  # noqa: E731
     pairs, inputs_tree = jax.tree.flatten(inputs, is_leaf=is_pair)
@@ -305,11 +307,11 @@ def _call(
 
 class _Scratch(NamedTuple):
     """What lasts over the steps of a tile. x: (M, Dp) its rows as they are multiplied; x_scale: (M, 128) what they were
-    divided by, in all lanes; x_sums: (M, 2 G) lane g is the sum of group g, in units of x, lane G + g what bfloat16 left
-    of it; h_sums: (M, 128) lane g is what the offsets z of down add to all outputs of group g; scales: of the step's
-    gate and up, (B, 2, 2, G, 128), and down_scales of its down, (2, .., G, 128 blocks), those of the last plane behind
-    those of the others; rows of them are read from memory, which spreads them over registers at no cost; total: (M, Dp)
-    the outputs; pages: by level, codes and ratios of the pages of this step and of the next, (2, B*U, ..) each, and
+    divided by, in all lanes; x_sums: (M, 2 G) lane g is the sum of group g, in units of x, lane G + g what bfloat16
+    left of it; h_sums: (M, 128) lane g is what the offsets z of down add to all outputs of group g; scales: of the
+    step's gate and up, (B, 2, 2, G, 128), and down_scales of its down, (2, .., G, 128 blocks), those of the last plane
+    behind those of the others; rows of them are read from memory, which spreads them over registers at no cost; total:
+    (M, Dp) the outputs; pages: by level, codes and ratios of the pages of this step and of the next, (2, B*U, ..) each, and
     copied: a semaphore for each of the two."""
 
     x: Any
@@ -359,7 +361,7 @@ def _body(
                     run(pltpu.make_async_copy(pool.at[page], here.at[buffer, place], scratch.copied.at[buffer]))
                 return 0
 
-            jax.lax.fori_loop(0, fetch.count[of], one, 0)
+            jax.lax.fori_loop(0, fetch.single[of], one, 0)
 
     if shape.levels:
 
@@ -511,7 +513,7 @@ def _many_rows(
 ) -> None:
     """The blocks of one step where rows are so many that scaling the weights is less work than scaling sums."""
 
-    def weights(k: int, projection: int, g: int, scale: Array, last_scale: Array | None) -> BFloat16[Array, "128 128"]:
+    def weights(k: int, projection: int, g: int, scale: Any, last_scale: Any) -> BFloat16[Array, "128 128"]:
         """scale: of the tile's rows (128, 1) or of its lanes (1, 128)."""
         offset = planes.how[k][projection // 2].offset
         out = (planes.tile(k, projection, g).astype(jnp.bfloat16) + jnp.bfloat16(1) * offset) * scale
@@ -539,8 +541,8 @@ def _many_rows(
     columns = [[None if s is None else s.T for s in scales_of(k, 2)] for k in range(shape.blocks)]
     for g in range(shape.groups):
         lanes = slice(g * TILE, (g + 1) * TILE)
-        column = lambda s, g=g: None if s is None else s[:, g : g + 1]  # noqa: E731
-        tiles = [weights(k, 2, g, *map(column, columns[k])) for k in range(shape.blocks)]
+        each = [[None if s is None else s[:, g : g + 1] for s in columns[k]] for k in range(shape.blocks)]
+        tiles = [weights(k, 2, g, *each[k]) for k in range(shape.blocks)]
         scratch.total[:, lanes] += jnp.dot(lhs, jnp.concatenate(tiles, axis=0), preferred_element_type=jnp.float32)
 
 

@@ -6,8 +6,9 @@ bits of one weight sit where masks and shifts of whole words leave them in one s
 
     n = 4 q2 + 2 q3 + q4 - 8,    w = (n + z) s / 4,    z = 1/2, 1, 2 at 4, 3, 2 bits,
 
-in which planes that are not read are zeros. A nibble of a word is a row: word s of a lane holds rows 8 s .. 8 s + 7. The last plane has its own nibbles, n8 = q8 - 8, and its own
-scale: w8 = w4 + (n8 + 1/2) s8. Same bytes as ``layout.py``, so pages keep their slots.
+in which planes that are not read are zeros. A nibble of a word is a row: word s of a lane holds rows 8 s .. 8 s + 7.
+The last plane has its own nibbles, n8 = q8 - 8, and its own scale: w8 = w4 + (n8 + 1/2) s8. Pages are of the same bytes
+as in ``layout.py`` and keep their slots.
 
     plane     words of a tile     bits 4 i + j of word s, i = 0..7
     2 bits    8                   row 64 (j / 2) + 8 s + i, bits j = 0, 1 and 2, 3
@@ -20,13 +21,14 @@ filled up with zeros), H = ceil(G / 2), Q pages of a level, p projections of a p
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, BFloat16, Float, Int, Int32, UInt8
 
-from dynamo_jax.kernels.layout import PLANE_BITS, PROJECTIONS, RATIO_UNIT, WIDTHS, BasePlanes, Pages, PageTable
+from dynamo_jax.kernels.layout import PLANE_BITS, BasePlanes, Pages
 
 TILE = 128
 SUBLANES = 8
@@ -57,8 +59,14 @@ class TiledResident(NamedTuple):
 def tiled_base(base: BasePlanes) -> TiledBase:
     """Base planes on the host in tiles, host arrays. ValueError if the channels are not blocks of 128, or groups of
     weights not multiples of 128."""
-    codes, scales = np.asarray(base.codes), np.asarray(base.scales)
+    codes: Any = np.asarray(base.codes)
+    scales: Any = np.asarray(base.scales)
     layers, experts, projections, channels, packed = codes.shape
+    if layers > 1:  # what is made on the way is several times as large
+        each: list[Any] = [
+            tiled_base(base._replace(codes=codes[i : i + 1], scales=scales[i : i + 1])) for i in range(layers)
+        ]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *each)
     if channels % TILE:
         raise ValueError(f"{channels} channels are not blocks of {TILE}")
     shape = (layers, experts, projections, channels // TILE, TILE)
@@ -78,7 +86,20 @@ def tiled_pages(pages: Pages, level: int, projection: Int[np.ndarray, "Q p"]) ->
     return TiledPages(_packed(codes, level, projection), ratios)
 
 
-def _scales(array: Float[np.ndarray, "*S C G0"], hidden_size: int) -> Float[np.ndarray, "*S G C"]:
+def fits(channels: int, channel_block: int, group_size: int) -> bool:
+    """Whether planes can be in tiles."""
+    return channels % TILE == 0 and channel_block == TILE and group_size % TILE == 0
+
+
+def empty_pages(count: int, together: int, level: int, hidden_size: int) -> TiledPages:
+    """Slots for pages of ``together`` projections."""
+    groups = -(-hidden_size // TILE)
+    words = (groups, 2 * SUBLANES) if level == 8 else (-(-groups // 2), SUBLANES)
+    ratios = jnp.zeros((count, together, groups, TILE), jnp.uint8) if level == 8 else None
+    return TiledPages(jnp.zeros((count, together, *words, TILE), jnp.int32), ratios)
+
+
+def _scales(array: Float[np.ndarray, "*S C G0"], hidden_size: int) -> Any:
     """One value for each group of 128 hidden and each channel."""
     group = hidden_size // array.shape[-1]
     if group % TILE and array.shape[-1] > 1:
@@ -87,9 +108,8 @@ def _scales(array: Float[np.ndarray, "*S C G0"], hidden_size: int) -> Float[np.n
     return np.ascontiguousarray(np.swapaxes(each, -1, -2))
 
 
-def _packed(
-    codes: UInt8[np.ndarray, "*S 128 Dp"], level: int, projection: Int[np.ndarray, "*S"]
-) -> Int32[np.ndarray, "*S X Y 128"]:
+def _packed(codes: UInt8[np.ndarray, "*S 128 Dp"], level: int, projection: Int[np.ndarray, "*S"]) -> Any:
+    """Words of the tiles, (.., X, Y, 128) int32."""
     bits = PLANE_BITS[level]
     q = (codes[..., None] >> np.arange(0, 8, bits, dtype=np.uint8)) & np.uint8(2**bits - 1)
     q = q.reshape(*codes.shape[:-1], -1)

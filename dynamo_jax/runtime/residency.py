@@ -15,7 +15,7 @@ Axes: L layers, E experts, U*N pages of an expert and level, Q slots.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, BasePlanes, Pages, PageTable, Resident
+from dynamo_jax.kernels.tiles import TiledBase, TiledPages, TiledResident, empty_pages, tiled_base
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime.store import HostPages, page_counts, pages_of
 
@@ -32,7 +33,7 @@ CHUNK = 64  # pages that are written at a time: one program for any number of th
 class Residency(NamedTuple):
     """What is on the device, and for each level the slot of each page (L, E, U*N), -1 for one that is not there."""
 
-    resident: Resident
+    resident: Resident | TiledResident
     slots: dict[int, Int[np.ndarray, "L E UN"]]
 
 
@@ -64,17 +65,23 @@ def empty(host: HostPages, slots: dict[int, int]) -> Residency:
     """The base planes, and ``slots[level]`` slots of each level with nothing in them."""
     planes = host.planes
     groups, hidden = planes.scales.shape[-1], 4 * planes.codes[2].shape[-1]
-    pages = {}
+    pages: dict[int, Any] = {}
     for level in LEVELS:
         count = slots.get(level, 0)
         if count < 0:
             raise ValueError(f"{count} slots of {level} bits: expected none or more")
+        if host.tiled:
+            pages[level] = empty_pages(count, host.together, level, hidden)
+            continue
         shape = (count, host.together, host.channel_block)
         codes = jnp.zeros((*shape, hidden * PLANE_BITS[level] // 8), jnp.uint8)
         pages[level] = Pages(codes, jnp.zeros((*shape, groups), jnp.uint8) if level == 8 else None)
-    base = BasePlanes(jnp.asarray(planes.codes[2]), jnp.asarray(planes.scales))
+    arrays: Any = (planes.codes[2], planes.scales)
+    base = BasePlanes(*arrays)
     nowhere = {level: np.full(sums.shape, -1, np.int32) for level, sums in host.checksums.items()}
-    return Residency(Resident(base, pages), nowhere)
+    if host.tiled:
+        return Residency(TiledResident(TiledBase(*map(jnp.asarray, tiled_base(base))), pages), nowhere)
+    return Residency(Resident(jax.tree.map(jnp.asarray, base), pages), nowhere)
 
 
 def residency(host: HostPages, plans: list[Plan], slots: dict[int, int] | None = None) -> Residency:
@@ -117,7 +124,8 @@ def stage(host: HostPages, now: Residency, plan: Plan, keep: list[Plan]) -> Stag
 def _chunks(host: HostPages, now: Residency, level: int, where: np.ndarray, slots: np.ndarray) -> list[Chunk]:
     out = []
     capacity = now.resident.pages[level].codes.shape[0]
-    codes, ratios = host.arrays(level, where)
+    own: Any = host.arrays(level, where)
+    codes, ratios = own
 
     def filled(array: np.ndarray, value: int = 0) -> Array:
         more = [(0, CHUNK - len(array))] + [(0, 0)] * (array.ndim - 1)
@@ -132,7 +140,7 @@ def _chunks(host: HostPages, now: Residency, level: int, where: np.ndarray, slot
 
 def commit(now: Residency, staged: Staged) -> Residency:
     """Write the staged pages; ``now``'s own pages are given up to that (donated): use what comes back."""
-    pages = dict(now.resident.pages)
+    pages: Any = dict(now.resident.pages)
     for level, chunks in staged.chunks.items():
         for chunk in chunks:
             pages[level] = _write(pages[level], chunk)
@@ -140,8 +148,8 @@ def commit(now: Residency, staged: Staged) -> Residency:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(pages: Pages, chunk: Chunk) -> Pages:
-    new = Pages(chunk.codes, chunk.ratios)
+def _write(pages: Pages | TiledPages, chunk: Chunk) -> Pages | TiledPages:
+    new = type(pages)(chunk.codes, chunk.ratios)
     return jax.tree.map(lambda into, what: into.at[chunk.slots].set(what, mode="drop"), pages, new)
 
 

@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
 from dynamo_jax.kernels.layout import PageTable, Resident
+from dynamo_jax.kernels.tiles import TiledResident, fits
 from dynamo_jax.models.experts import ExpertsFn
 from dynamo_jax.models.routing import Routing
 from dynamo_jax.precision.plan import Plan
@@ -42,7 +43,7 @@ class State(NamedTuple):
     """All that a jitted step needs beside the model's own parameters. number: the variant of each request; watch: None
     where nobody watches."""
 
-    resident: Resident
+    resident: Resident | TiledResident
     tables: tuple[PageTable, ...]
     number: Int[Array, " B"]
     signatures: Signatures
@@ -80,18 +81,26 @@ def default_spare(plan: Plan) -> dict[int, int]:
 
 
 def init(
-    model: QuantizedModel, requests: int = 1, variants: int = 2, slots: dict[int, int] | None = None
+    model: QuantizedModel,
+    requests: int = 1,
+    variants: int = 2,
+    slots: dict[int, int] | None = None,
+    tiled: bool | None = None,
 ) -> tuple[Host, State]:
     """The model on the device: all ``variants`` are the baseline until ``finish`` or ``adapt`` fills them.
 
     slots: the page budget of each refinement level, at least the baseline's pages; by default those and half as many.
+    tiled: whether the planes are for the TPU kernel; by default where there is a TPU and they can be.
     """
     if requests < 1 or variants < 1:
         raise ValueError(f"{requests} requests, {variants} variants: expected one or more")
     if slots is None:
         counts = page_counts(model.plan)
         slots = {level: counts[level] + count for level, count in default_spare(model.plan).items()}
-    pages = host_pages(model.store, model.plan)
+    if tiled is None:
+        sizes = model.store.scales.shape[3], model.plan.channel_block, model.plan.group_size
+        tiled = jax.default_backend() == "tpu" and fits(*sizes)
+    pages = host_pages(model.store, model.plan, tiled)
     here = residency(pages, [model.plan], slots)
     table = table_of(here, model.plan, levels_of(model.plan))
     signatures = model.knowledge.monitor()
@@ -110,10 +119,11 @@ def for_requests(state: State, requests: int) -> State:
     return state._replace(number=jnp.zeros(requests, jnp.int32), watch=fresh)
 
 
-def experts(state: State) -> ExpertsFn:
-    """The experts of ``dynamo_jax.models.decoder`` at each request's variant; a single request runs ``lax.switch``."""
+def experts(state: State, form: str = "bf16") -> ExpertsFn:
+    """The experts of ``dynamo_jax.models.decoder`` at each request's variant; a single request runs ``lax.switch``.
+    ``form``: of activations in the TPU kernel, "bf16", "int8" or "fp8"; it says nothing elsewhere."""
     alone = state.number.shape[0] == 1 or len(state.tables) == 1
-    return switched_experts(state.resident, state.tables, state.number[0] if alone else state.number)
+    return switched_experts(state.resident, state.tables, state.number[0] if alone else state.number, form)
 
 
 def observe(state: State, routings: list[Routing], mask: Bool[Array, "B T"] | None = None) -> State:

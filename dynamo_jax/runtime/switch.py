@@ -18,8 +18,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dynamo_jax.kernels.layout import BasePlanes, PageTable, Resident, dequantize_experts, dequantize_layer
+from dynamo_jax.kernels.quantized_tpu import quantized_experts_tpu
 from dynamo_jax.kernels.quantized_xla import quantized_experts_xla
 from dynamo_jax.kernels.rows import combine_rows, gather_rows, sort_by_expert
+from dynamo_jax.kernels.tiles import TiledResident
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.experts import (
@@ -36,20 +38,53 @@ from dynamo_jax.models.routing import Routing
 
 
 def switched_experts(
-    resident: Resident, tables: tuple[PageTable, ...], index: Int[Array, ""] | Int[Array, " B"]
+    resident: Resident | TiledResident,
+    tables: tuple[PageTable, ...],
+    index: Int[Array, ""] | Int[Array, " B"],
+    form: str = "bf16",
 ) -> ExpertsFn:
     """Experts at the precision of ``tables[index]``; an index out of range is clamped, as lax.switch does.
 
-    index: of all tokens, or of each of B sequences, whose tokens lie one sequence after the other.
+    index: of all tokens, or of each of B sequences, whose tokens lie one sequence after the other. Planes in tiles go
+    through the TPU kernel, with activations in ``form``: it takes any number of variants at once, so nothing is
+    switched there but which page tables a row is given.
     """
 
     def experts(
-        layer: int, x: Array, routing: Routing, _: ExpertWeights | None, form: ExpertForm
+        layer: int, x: Array, routing: Routing, _: ExpertWeights | None, own: ExpertForm
     ) -> tuple[Array, Routing]:
+        if isinstance(resident, TiledResident):
+            return _in_tiles(resident, tables, jnp.asarray(index), layer, x, routing, own, form), routing
         run = _at_one_variant if jnp.ndim(index) == 0 else _by_sequence
-        return run(resident, tables, jnp.asarray(index), layer, x, routing, form), routing
+        return run(resident, tables, jnp.asarray(index), layer, x, routing, own), routing
 
     return experts
+
+
+def _in_tiles(
+    resident: TiledResident,
+    tables: tuple[PageTable, ...],
+    index: Int[Array, ""] | Int[Array, " B"],
+    layer: int,
+    x: Float[Array, "N D"],
+    routing: Routing,
+    own: ExpertForm,
+    form: str,
+) -> Float[Array, "N D"]:
+    num_experts = resident.base.codes.shape[1]
+    number = _of_tokens(jnp.atleast_1d(index), len(tables), x.shape[0])
+    order = sort_by_expert(number[:, None] * num_experts + routing.experts, len(tables) * num_experts)
+    rows = gather_rows(x.astype(jnp.bfloat16), order)
+    parts = (rows, order.group_sizes, resident, tables, layer, own.activation, own.biases)
+    return combine_rows(quantized_experts_tpu(*parts, form=form), routing.gates, order).astype(x.dtype)
+
+
+def _of_tokens(index: Int[Array, " B"], variants: int, tokens: int) -> Int[Array, " N"]:
+    """The variant of each token, those of one sequence after those of another."""
+    sequences = index.shape[0]
+    if tokens % sequences:
+        raise ValueError(f"{tokens} tokens are not of {sequences} sequences of one length")
+    return jnp.repeat(jnp.clip(index, 0, variants - 1), tokens // sequences)
 
 
 def _at_one_variant(
@@ -86,10 +121,7 @@ def _by_sequence(
     form: ExpertForm,
 ) -> Float[Array, "N D"]:
     num_experts = resident.base.codes.shape[1]
-    tokens, sequences = x.shape[0], index.shape[0]
-    if tokens % sequences:
-        raise ValueError(f"{tokens} tokens are not of {sequences} sequences of one length")
-    number = jnp.repeat(jnp.clip(index, 0, len(tables) - 1), tokens // sequences)  # of each token
+    number = _of_tokens(index, len(tables), x.shape[0])
     if not few_rows(routing, num_experts):
         groups = number[:, None] * num_experts + routing.experts
         return _grouped(resident, tables, layer, x, routing, groups, form)
@@ -145,7 +177,7 @@ def float_step(
 def switched_step(
     config: ModelConfig,
     parameters: dict[str, Array],
-    resident: Resident,
+    resident: Resident | TiledResident,
     tables: tuple[PageTable, ...],
     index: Int[Array, ""] | Int[Array, " B"],
     tokens: Int[Array, "B T1"],
@@ -158,7 +190,7 @@ def switched_step(
 def switched_divergence(
     config: ModelConfig,
     parameters: dict[str, Array],
-    resident: Resident,
+    resident: Resident | TiledResident,
     tables: tuple[PageTable, ...],
     index: Int[Array, ""] | Int[Array, " B"],
     tokens: Int[Array, "B T"],

@@ -1,0 +1,346 @@
+"""The TPU kernel in the interpreter, against the XLA path and floats; its compiler's schedules, where libtpu is."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
+
+from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, BasePlanes, Pages, Resident, unpack
+from dynamo_jax.kernels.quantized_tpu import (
+    FORMS,
+    blocks_of_step,
+    quantized_experts_tpu,
+    rows_of_tile,
+    tile_rows_of,
+)
+from dynamo_jax.kernels.quantized_xla import quantized_experts_xla
+from dynamo_jax.kernels.tiles import TILE, TiledResident, empty_pages, fits, tiled_base, tiled_pages
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.decoder import Decoder, with_parameters
+from dynamo_jax.models.experts import silu_gated
+from dynamo_jax.pipeline import QuantizeConfig, quantize
+from dynamo_jax.runtime import serving
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TOLERANCE = {"bf16": 0.01, "int8": 0.04, "fp8": 0.08}  # of the largest output: operands have 8, about 6 and 4 bits
+CHECKED = pltpu.InterpretParams(detect_races=True)
+
+
+@dataclasses.dataclass
+class Case:
+    """Random planes of two layers, whole and in tiles, and a page table for each of the given widths (L, E, M)."""
+
+    resident: Resident
+    tiles: TiledResident
+    tables: tuple[dict[int, jax.Array], ...]
+
+    @classmethod
+    def of(cls, seed, experts, channels, hidden, apart, widths, group_size=TILE, shuffled=False):
+        rng = np.random.default_rng(seed)
+        blocks, together = channels // TILE, 1 if apart else 3
+        codes = rng.integers(0, 256, (2, experts, 3, channels, hidden // 4)).astype(np.uint8)
+        scales = rng.uniform(0.01, 0.03, (2, experts, 3, channels, hidden // group_size)).astype(jnp.bfloat16)
+        base = BasePlanes(codes, scales)
+        count = 2 * experts * blocks * (3 // together)
+        slots = rng.permutation(count) if shuffled else np.arange(count)
+        slot = slots.reshape(2, experts, -1)
+        projection = np.zeros((count, together), int)
+        of_block = np.repeat(np.arange(3 // together), blocks)[:, None] + np.arange(together)
+        projection[slots] = np.tile(of_block, (2 * experts, 1))
+        pages, tiles = {}, {}
+        for level in LEVELS:
+            shape = (count, together, TILE)
+            own = rng.integers(0, 256, (*shape, hidden * PLANE_BITS[level] // 8)).astype(np.uint8)
+            ratios = rng.integers(1, 255, (*shape, hidden // group_size)).astype(np.uint8) if level == 8 else None
+            pages[level] = Pages(own, ratios)
+            tiles[level] = tiled_pages(pages[level], level, projection)
+        tables = []
+        for w in widths:
+            each = w.reshape(2, experts, -1, blocks)
+            each = each[:, :, [0, 0, 1]] if apart else each
+            each = each.reshape(2, experts, -1)
+            tables.append({level: jnp.asarray(np.where(each >= level, slot, -1), jnp.int32) for level in LEVELS})
+        put = functools.partial(jax.tree.map, jnp.asarray)
+        return cls(put(Resident(base, pages)), put(TiledResident(tiled_base(base), tiles)), tuple(tables))
+
+
+def widths_of(seed, experts, channels, apart, choices=(2, 3, 4, 8)):
+    shape = (2, experts, (2 if apart else 1) * channels // TILE)
+    return np.random.default_rng(seed).choice(choices, shape)
+
+
+def rows_and_sizes(seed, sizes, hidden, dtype=jnp.float32):
+    rows = np.random.default_rng(seed).normal(size=(int(np.sum(sizes)), hidden))
+    return jnp.asarray(rows, jnp.bfloat16).astype(dtype), jnp.asarray(sizes, jnp.int32)
+
+
+def biases_of(seed, experts, channels, hidden):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.normal(size=(experts, n)), jnp.float32) for n in (channels, channels, hidden))
+
+
+def compared(case, rows, sizes, biases=None, layer=1, tolerance=0.01, **how):
+    """The largest error over the largest output stays within ``tolerance``."""
+    with jax.default_matmul_precision("highest"):
+        expected = quantized_experts_xla(rows, sizes, case.resident, case.tables, layer, silu_gated, biases)
+    how = {"interpret": pltpu.InterpretParams()} | how
+    found = quantized_experts_tpu(rows, sizes, case.tiles, case.tables, layer, silu_gated, biases, **how)
+    assert found.dtype == rows.dtype and found.shape == rows.shape
+    error = np.abs(np.asarray(found, np.float32) - np.asarray(expected, np.float32)).max()
+    assert error <= tolerance * np.abs(np.asarray(expected, np.float32)).max()
+    return found
+
+
+def test_tiles_hold_the_planes_bits_where_the_page_says():
+    """Each plane of one expert, word by word, against the table in the module's own words."""
+    rng = np.random.default_rng(0)
+    hidden, groups = 3 * TILE, 3
+    codes = rng.integers(0, 256, (1, 1, 3, TILE, hidden // 4)).astype(np.uint8)
+    scales = rng.random((1, 1, 3, TILE, groups)).astype(jnp.bfloat16)
+    base = tiled_base(BasePlanes(codes, scales))
+    q2 = np.asarray(unpack(jnp.asarray(codes), 2))[0, 0]
+    np.testing.assert_array_equal(
+        base.scales[0, 0, 0].astype(np.float32) * 4, scales[0, 0].astype(np.float32).swapaxes(1, 2)
+    )
+    pages = {
+        level: rng.integers(0, 256, (1, 3, TILE, hidden * PLANE_BITS[level] // 8)).astype(np.uint8) for level in LEVELS
+    }
+    ratios = rng.integers(0, 256, (1, 3, TILE, groups)).astype(np.uint8)
+    tiles = {
+        level: tiled_pages(Pages(a, ratios if level == 8 else None), level, np.arange(3)[None])
+        for level, a in pages.items()
+    }
+    np.testing.assert_array_equal(tiles[8].ratios[0], ratios[0].swapaxes(1, 2))
+    q = {level: np.asarray(unpack(jnp.asarray(a[0]), PLANE_BITS[level])) for level, a in pages.items()}
+    for projection, group, row, lane in rng.integers(0, (3, groups, TILE, TILE), (500, 4)):
+        at = (lane, group * TILE + row) if projection < 2 else (row, group * TILE + lane)
+
+        def bits(words, index, shift, count=1, lane=lane):
+            return int(words.view(np.uint32)[index, lane]) >> shift & (2**count - 1)
+
+        part, word, i = row // 64, row % 64 // 8, row % 8
+        found = bits(base.codes[0, 0, 0, projection, group], word, 4 * i + 2 * part, 2)
+        assert found ^ 2 == q2[projection][at]
+        half = group // 2
+        for level in (3, 4):
+            words = tiles[level].codes[0, projection, group % 2]
+            assert bits(words, word, 4 * i + 2 * half + part) == q[level][projection][at]
+        assert bits(tiles[8].codes[0, projection, group], row // 8, 4 * i, 4) ^ 8 == q[8][projection][at]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("form", list(FORMS))
+def test_all_widths_variants_and_biases_at_once(form, apart):
+    """Races between copies and their readers are errors of the interpreter."""
+    case = Case.of(0, 3, 256, 384, apart, [widths_of(v, 3, 256, apart) for v in range(2)])
+    rows, sizes = rows_and_sizes(1, [5, 0, 9, 1, 20, 0], 384)
+    biases = biases_of(2, 3, 256, 384)
+    compared(case, rows, sizes, biases, form=form, tolerance=TOLERANCE[form], interpret=CHECKED)
+
+
+@hypothesis.settings(max_examples=6, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
+@hypothesis.given(
+    sizes=st.lists(st.integers(0, 20), min_size=4, max_size=4).filter(any),
+    widths=st.lists(st.sampled_from([2, 3, 4, 8]), min_size=12, max_size=12),
+    form=st.sampled_from(["bf16", "int8"]),
+    blocks=st.sampled_from([None, 1, 2]),
+    tile_rows=st.sampled_from([None, 8, 16, 64]),
+    shuffled=st.booleans(),
+)
+def test_any_widths_groups_and_tiling(sizes, widths, form, blocks, tile_rows, shuffled):
+    """Three blocks an expert, which two a step do not divide; pages in order and anywhere."""
+    each = np.broadcast_to(np.array(widths).reshape(1, 4, 3), (2, 4, 3))
+    case = Case.of(3, 4, 384, 128, False, [each], shuffled=shuffled)
+    rows, sizes = rows_and_sizes(4, sizes, 128)
+    compared(case, rows, sizes, layer=0, form=form, blocks=blocks, tile_rows=tile_rows, tolerance=TOLERANCE[form])
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    case = Case.of(5, 2, 128, 128, True, [widths_of(v, 2, 128, True) for v in range(2)])
+    rows, sizes = rows_and_sizes(6, [3, 4, 2, 5], 128)
+    together = compared(case, rows, sizes, tile_rows=8)
+    alone = compared(case, rows[9:10], jnp.array([0, 0, 0, 1]), tile_rows=8)
+    np.testing.assert_array_equal(together[9:10], alone)
+
+
+def test_rows_past_the_last_group_are_zeros_and_no_rows_are_none():
+    case = Case.of(7, 2, 128, 128, False, [widths_of(0, 2, 128, False)])
+    rows, sizes = rows_and_sizes(8, [3, 2], 128, jnp.bfloat16)
+    run = functools.partial(quantized_experts_tpu, interpret=pltpu.InterpretParams())
+    more = run(jnp.pad(rows, ((0, 4), (0, 0)), constant_values=7), sizes, case.tiles, case.tables, 0, silu_gated)
+    np.testing.assert_array_equal(more[:5], run(rows, sizes, case.tiles, case.tables, 0, silu_gated))
+    assert (np.asarray(more[5:], np.float32) == 0).all()
+    assert run(rows[:0], sizes * 0, case.tiles, case.tables, 0, silu_gated).shape == (0, 128)
+
+
+def test_a_row_of_zeros_or_of_nan_stays_its_own():
+    case = Case.of(9, 1, 128, 128, False, [widths_of(0, 1, 128, False)])
+    rows, sizes = rows_and_sizes(10, [4], 128)
+    rows = rows.at[1].set(0).at[2].set(jnp.nan)
+    for form in FORMS:
+        run = functools.partial(quantized_experts_tpu, form=form, interpret=pltpu.InterpretParams())
+        found = np.asarray(run(rows, sizes, case.tiles, case.tables, 0, silu_gated))
+        assert (found[1] == 0).all() and np.isfinite(found[[0, 3]]).all()
+        if form == "bf16":  # whole numbers have no NaN
+            assert np.isnan(found[2]).all()
+
+
+def test_what_does_not_fit_tiles_is_an_error_that_says_so():
+    assert fits(256, 128, 128) and not fits(256, 128, 64) and not fits(192, 128, 128) and not fits(256, 64, 128)
+    with pytest.raises(ValueError, match="groups of 64"):
+        Case.of(0, 1, 128, 128, False, [], group_size=64)
+    zeros = functools.partial(np.zeros, dtype=np.uint8)
+    with pytest.raises(ValueError, match="96 channels"):
+        tiled_base(BasePlanes(zeros((1, 1, 3, 96, 32)), np.zeros((1, 1, 3, 96, 1), jnp.bfloat16)))
+    with pytest.raises(ValueError, match="3 bits are of 64 channels"):
+        tiled_pages(Pages(zeros((1, 3, 64, 16)), None), 3, np.arange(3)[None])
+    case = Case.of(0, 2, 128, 128, False, [widths_of(0, 2, 128, False)])
+    rows, sizes = rows_and_sizes(0, [1, 1], 128)
+    with pytest.raises(ValueError, match="unknown form 'int4'"):
+        quantized_experts_tpu(rows, sizes, case.tiles, case.tables, 0, silu_gated, form="int4")
+    with pytest.raises(ValueError, match="3 groups"):
+        quantized_experts_tpu(rows, jnp.ones(3, jnp.int32), case.tiles, case.tables, 0, silu_gated)
+
+
+def test_empty_pages_have_the_shape_of_pages():
+    for level in LEVELS:
+        case = Case.of(0, 1, 128, 384, True, [])
+        assert jax.tree.map(jnp.shape, empty_pages(3, 1, level, 384)) == jax.tree.map(
+            jnp.shape, case.tiles.pages[level]
+        )
+
+
+@pytest.mark.parametrize("sizes", [[0, 0, 5], [16, 1, 0], [33, 0, 0], [1, 1, 1]])
+def test_every_row_has_one_place_in_a_tile_of_its_group(sizes):
+    count = sum(sizes)
+    place, source, group, used = tile_rows_of(jnp.array(sizes), count, 16)
+    assert used == sum(-(-s // 16) for s in sizes)
+    np.testing.assert_array_equal(source[place], np.arange(count))
+    owner = np.repeat(np.arange(3), sizes)
+    np.testing.assert_array_equal(np.asarray(group)[np.asarray(place) // 16], owner)
+    assert (np.asarray(source) == count).sum() == len(source) - count
+
+
+def test_tiles_of_rows_hold_most_groups_and_steps_divide_the_blocks():
+    assert [rows_of_tile(n, 64) for n in (1, 64, 512, 1024)] == [8, 8, 16, 24]
+    assert rows_of_tile(128 * 64, 64) == 192 and rows_of_tile(10**6, 8) == 256
+    assert [blocks_of_step(g, n, 16) for g, n in ((16, 8), (16, 6), (16, 11), (32, 112), (23, 23))] == [8, 6, 6, 4, 6]
+
+
+CONFIG = ModelConfig(
+    vocab_size=61,
+    hidden_size=128,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_experts=4,
+    num_experts_per_tok=2,
+    max_position_embeddings=512,
+    norm_topk_prob=True,
+    initializer_range=0.1,
+)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "form"))
+def step(config, params, state, tokens, form="bf16"):
+    return with_parameters(config, params)(tokens, experts=serving.experts(state, form))[0]
+
+
+def test_the_run_time_adapts_and_switches_with_planes_in_tiles(tokenizer_file, compilations):
+    import tokenizers
+
+    rng = np.random.default_rng(0)
+    known = {n: " ".join(f"w{i}" for i in rng.integers(a, a + 20, 2000)) for n, a in (("low", 3), ("high", 35))}
+    settings = QuantizeConfig(
+        bits=3.0, channel_block=128, group_size=128, window=64, calibration_windows=16, quantizer="rtn"
+    )
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    model = quantize(Decoder(CONFIG, rngs=nnx.Rngs(0)), tokenizer, known, settings)[0]
+    tokens, windows = jnp.asarray(rng.integers(3, 61, (2, 12))), rng.integers(20, 30, (4, 65))
+    found = {}
+    for tiled in (False, True):
+        host, state = serving.init(model, requests=2, tiled=tiled)
+        host, state = serving.adapt(model, host, state, windows)
+        with pltpu.force_tpu_interpret_mode():
+            first = [step(CONFIG, model.parameters, serving.switch(state, number), tokens) for number in (0, 1)]
+            with compilations() as count:
+                mixed = step(CONFIG, model.parameters, serving.switch(state, [0, 1]), tokens)
+            assert count.compiled == 0
+        if tiled:
+            np.testing.assert_array_equal(mixed[0], first[0][0])
+            np.testing.assert_array_equal(mixed[1], first[1][1])
+        found[tiled] = [*first, mixed], host.plans
+    np.testing.assert_array_equal(found[False][1][1].widths, found[True][1][1].widths)
+    for a, b in zip(found[False][0], found[True][0]):
+        np.testing.assert_allclose(a, b, atol=0.02 * float(jnp.abs(a).max()))
+    with pytest.raises(ValueError, match="damaged"):
+        planes = jax.tree.map(np.array, host.pages.planes)
+        for codes in planes.codes.values():
+            codes[:] ^= 1
+        best = dataclasses.replace(model.plan, widths=np.full_like(model.plan.widths, 4))
+        serving.begin(dataclasses.replace(host, pages=dataclasses.replace(host.pages, planes=planes)), state, best)
+
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed (the test extra)"
+)
+
+
+def compiler(code, *arguments):
+    """Run in a process of its own, since libtpu reads its environment once; what the code prints, as JSON."""
+    found = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=BENCHMARKS, timeout=900
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+@needs_compiler
+def test_bundles_are_counted_where_they_run():
+    """Kernels whose cost is known: a product more in every step, and one more in a ``pl.when``."""
+    code = """
+import bundles, json
+out = []
+for dots, conditional in ((2, 1), (3, 1), (4, 1), (2, 2), (2, 3)):
+    function, arguments = bundles.known(dots, conditional)
+    loop = bundles.compiled(bundles.CHIPS["v5e"], function, *arguments)[1]["known.1"]
+    out.append([loop.always, loop.regions])
+print(json.dumps(out))
+"""
+    (a, r), (b, _), (c, _), (d, s), (e, t) = compiler(code)
+    assert len(r) == 1 and 100 < b - a == pytest.approx(c - b, rel=0.1)
+    assert a == d == e and 100 < s[0] - r[0] == pytest.approx(t[0] - s[0], rel=0.15)
+
+
+@needs_compiler
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
+def test_every_shape_compiles_for_every_chip(chip):
+    """One block a step, so that it does not take minutes; decode and prefill; memory that does not fit is an error."""
+    code = """
+import bundles, json, sys
+import tpu_schedule as t
+chip, out = sys.argv[1], {}
+for name, layer in t.SHAPES.items():
+    for tokens, form in ((8, t.ROUNDED[chip]), (t.PREFILL, "bf16")):
+        run = lambda *a: t.quantized_experts_tpu(*a, 0, t.silu_gated, form=form, blocks=1)
+        loops = bundles.compiled(bundles.CHIPS[chip], run, *t.arguments(layer, tokens, (3, 4)))[1]
+        out[f"{name} {tokens}"] = [loop.total for n, loop in loops.items() if n.startswith("experts_")]
+print(json.dumps(out))
+"""
+    found = compiler(code, chip)
+    assert len(found) == 10 and all(len(each) == 1 and each[0] > 100 for each in found.values()), found
