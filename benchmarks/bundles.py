@@ -31,6 +31,7 @@ from typing import Any
 
 DUMP = Path(tempfile.mkdtemp(prefix="schedule-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
 os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true"
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing here touches a chip
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -93,7 +94,7 @@ def compiled(chip: Chip, function: Callable[..., Any], *arguments: Any) -> tuple
     placed = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
     device = AbstractDevice(devices[0].device_kind, 1, "tpu")  # what libraries that ask for the chip see
     before = {path.name for path in DUMP.iterdir()}
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=device)):
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)):
         jitted = jax.jit(function, in_shardings=jax.tree.map(lambda _: placed, arguments))
         out = jitted.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
     loops = {}

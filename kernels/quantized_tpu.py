@@ -311,8 +311,8 @@ class _Scratch(NamedTuple):
     left of it; h_sums: (M, 128) lane g is what the offsets z of down add to all outputs of group g; scales: of the
     step's gate and up, (B, 2, 2, G, 128), and down_scales of its down, (2, .., G, 128 blocks), those of the last plane
     behind those of the others; rows of them are read from memory, which spreads them over registers at no cost; total:
-    (M, Dp) the outputs; pages: by level, codes and ratios of the pages of this step and of the next, (2, B*U, ..) each, and
-    copied: a semaphore for each of the two."""
+    (M, Dp) the outputs; pages: by level, codes and ratios of the pages of this step and of the next, (2, B*U, ..) each,
+    and copied: a semaphore for each of the two."""
 
     x: Any
     x_scale: Any

@@ -1,0 +1,134 @@
+"""A whole decode step of a published model at 3 bits, compiled for one TPU core that is not here: does it fit?
+
+    python benchmarks/tpu_decode.py [--chip v6e] [--model qwen3-30b-a3b] [--layers N] [--json PATH]
+
+Everything but the experts is bfloat16. Experts: a third of them each at 2, 3 and 4 bits in the baseline, half as many
+slots again for other variants, two variants, 8 requests with a cache of 4,096 tokens each. Only shapes are needed.
+"resident" is what the program is given and "temporary" what it needs beside it, from the compiler's memory analysis;
+"memory" is that of the core.
+"""
+
+from __future__ import annotations
+
+import bundles  # isort: skip  (before jax)
+
+import argparse
+import dataclasses
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dynamo_jax.kernels.tiles import TILE, TiledBase, TiledPages, TiledResident
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.decoder import Decoder, new_cache, parameters, with_parameters
+from dynamo_jax.runtime.monitor import Signatures, start
+from dynamo_jax.runtime.serving import SPARE, State, experts, observe
+
+MEMORY = {"v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}  # GiB of a core
+REQUESTS, CAPACITY, VARIANTS, KNOWN = 8, 4096, 2, 3
+MODELS = {
+    "mixtral-8x7b": ModelConfig(
+        family="mixtral",
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=32768,
+        qk_norm="none",
+        rope_theta=1e6,
+        norm_topk_prob=True,
+    ),
+    "qwen3-30b-a3b": ModelConfig(
+        family="qwen3_moe",
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        max_position_embeddings=40960,
+        qk_norm="head",
+        rope_theta=1e6,
+        norm_topk_prob=True,
+    ),
+}
+
+
+def state_of(config: ModelConfig) -> Any:
+    """The shapes of the run time's state."""
+    of = jax.ShapeDtypeStruct
+    layers, count = config.num_moe_layers, config.num_experts
+    blocks, groups = config.intermediate_size // TILE, config.hidden_size // TILE
+    lead = (layers, count, blocks, 3, groups)
+    base = TiledBase(of((*lead, 8, TILE), jnp.int32), of((*lead, TILE), jnp.bfloat16))
+    pages, table = {}, {}
+    for level, share in ((3, 2 / 3), (4, 1 / 3)):
+        slots = int(layers * count * blocks * 3 * share * (1 + SPARE))
+        pages[level] = TiledPages(of((slots, 1, -(-groups // 2), 8, TILE), jnp.int32), None)
+        table[level] = of((layers, count, 3 * blocks), jnp.int32)
+    square = (KNOWN, KNOWN, KNOWN)
+    signatures = Signatures(*(of(s, jnp.float32) for s in ((KNOWN, layers, count), (KNOWN, KNOWN), square, (KNOWN,))))
+    watch = jax.eval_shape(functools.partial(start, requests=REQUESTS), signatures)
+    return State(TiledResident(base, pages), (table,) * VARIANTS, of((REQUESTS,), jnp.int32), signatures, watch)
+
+
+def decode(config: ModelConfig, arrays: Any, state: State, cache: Any, tokens: Any) -> Any:
+    """The next token of each request, the cache and the monitors after it."""
+    model = with_parameters(config, arrays)
+    mask = jnp.ones(tokens.shape, bool)
+    hidden, routings, cache = model.cached_states(tokens, mask, cache, experts=experts(state), dtype=jnp.bfloat16)
+    return jnp.argmax(model.logits(hidden)[:, -1], axis=-1), cache, observe(state, routings).watch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--chip", action="append", choices=list(bundles.CHIPS), help="v6e and tpu7x by default")
+    parser.add_argument("--model", action="append", choices=list(MODELS), help="all by default")
+    parser.add_argument("--layers", type=int, help="fewer than the model has, to try it out")
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    rows = []
+    print(f"{'chip':6s} {'model':15s} layers  resident  temporary  memory (GiB)   fits  seconds to compile")
+    for chip in chosen.chip or ("v6e", "tpu7x"):
+        for name in chosen.model or MODELS:
+            config = MODELS[name]
+            if chosen.layers:
+                config = dataclasses.replace(config, num_hidden_layers=chosen.layers)
+            build = functools.partial(Decoder, config, with_experts=False)
+            arrays = jax.eval_shape(lambda build=build: parameters(build(rngs=nnx.Rngs(0))))
+            arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), arrays)
+            cache = jax.eval_shape(lambda config=config: new_cache(config, REQUESTS, CAPACITY, jnp.bfloat16))
+            tokens = jax.ShapeDtypeStruct((REQUESTS, 1), jnp.int32)
+            begin = time.perf_counter()
+            step = functools.partial(decode, config)
+            analysis = bundles.compiled(bundles.CHIPS[chip], step, arrays, state_of(config), cache, tokens)[0]
+            memory = analysis.memory_analysis()
+            seconds = time.perf_counter() - begin
+            resident, temporary = (size / 2**30 for size in (memory.argument_size_in_bytes, memory.temp_size_in_bytes))
+            fits = resident + temporary + memory.output_size_in_bytes / 2**30 < MEMORY[chip]
+            row = {"chip": chip, "model": name, "layers": config.num_hidden_layers, "resident_gib": resident}
+            rows.append(row | {"temporary_gib": temporary, "memory_gib": MEMORY[chip], "fits": fits})
+            print(
+                f"{chip:6s} {name:15s} {config.num_hidden_layers:6d} {resident:9.2f} {temporary:10.2f} "
+                f"{MEMORY[chip]:7d} {fits!s:>12s} {seconds:10.0f}",
+                flush=True,
+            )
+            if chosen.json:
+                chosen.json.write_text(json.dumps({"rows": rows, "jax": jax.__version__}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
