@@ -33,6 +33,7 @@ from dynamo_jax.kernels.tiles import TILE, TiledResident
 FORMS = {"bf16": (jnp.bfloat16, 0.0), "int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0)}
 MOST_ROWS = 256  # of a tile
 MANY_ROWS = 64
+FAST_MEMORY = 48 * 2**20  # bytes that the kernel may have, of the 64 and more of every chip
 HIGH, MIDDLE, LOW = -0x33333334, 0x22222222, 0x11111111  # of every nibble: bits 2 and 3, bit 1, bit 0
 MAGIC = 1.5 * 2**23  # a small float32 that is added to it has its nearest whole number in the lowest bits
 
@@ -95,7 +96,7 @@ def blocks_of_step(groups: int, all_blocks: int, tile_rows: int) -> int:
     """B: as many as a step should have, and of those the number that divides all of them best."""
     weights = STEP_WEIGHTS if tile_rows < MANY_ROWS else STEP_WEIGHTS // 2
     most = max(1, min(all_blocks, round(weights / (PROJECTIONS * TILE * TILE * groups))))
-    return min(range(max(1, most - 1), most + 1), key=lambda b: (-(-all_blocks // b) * b, -b))
+    return min(range(max(1, most // 2), most + 1), key=lambda b: (-(-all_blocks // b) * b, -b))
 
 
 def rows_of_tile(count: int, groups: int) -> int:
@@ -301,6 +302,7 @@ def _call(
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=FAST_MEMORY),
         interpret=interpret,
     )(*prefetched, *[array for array, _ in pairs])
 

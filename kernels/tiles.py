@@ -112,7 +112,7 @@ def _packed(codes: UInt8[np.ndarray, "*S 128 Dp"], level: int, projection: Int[n
     """Words of the tiles, (.., X, Y, 128) int32."""
     bits = PLANE_BITS[level]
     q = (codes[..., None] >> np.arange(0, 8, bits, dtype=np.uint8)) & np.uint8(2**bits - 1)
-    q = q.reshape(*codes.shape[:-1], -1)
+    q = q.reshape(*codes.shape[:-1], codes.shape[-1] * (8 // bits))
     size, lead = q.shape[-1], q.shape[:-2]
     groups = -(-size // TILE)
     q = np.pad(q, [(0, 0)] * (q.ndim - 1) + [(0, groups * TILE - size)])
@@ -130,7 +130,9 @@ def _packed(codes: UInt8[np.ndarray, "*S 128 Dp"], level: int, projection: Int[n
         tiles = tiles.reshape(*lead, -(-groups // 2), 4, TILE // 2, TILE)
     # (.., parts of a nibble, rows, lanes): rows to words and nibbles, parts to bits
     parts = 1 if level == 8 else tiles.shape[-3]
-    words = tiles.reshape(*lead, -1, parts, tiles.shape[-2] // SUBLANES, SUBLANES, TILE).astype(np.uint32)
+    words = tiles.reshape(*lead, tiles.shape[len(lead)], parts, tiles.shape[-2] // SUBLANES, SUBLANES, TILE).astype(
+        np.uint32
+    )
     shifts = 4 * np.arange(SUBLANES)[None, None, :, None] + bits * np.arange(parts)[:, None, None, None]
     return np.bitwise_or.reduce(np.bitwise_or.reduce(words << shifts.astype(np.uint32), axis=-2), axis=-3).view(
         np.int32

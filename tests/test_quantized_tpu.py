@@ -152,7 +152,7 @@ def test_all_widths_variants_and_biases_at_once(form, apart):
     compared(case, rows, sizes, biases, form=form, tolerance=TOLERANCE[form], interpret=CHECKED)
 
 
-@hypothesis.settings(max_examples=6, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=4, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
 @hypothesis.given(
     sizes=st.lists(st.integers(0, 20), min_size=4, max_size=4).filter(any),
     widths=st.lists(st.sampled_from([2, 3, 4, 8]), min_size=12, max_size=12),
@@ -218,10 +218,8 @@ def test_what_does_not_fit_tiles_is_an_error_that_says_so():
 
 def test_empty_pages_have_the_shape_of_pages():
     for level in LEVELS:
-        case = Case.of(0, 1, 128, 384, True, [])
-        assert jax.tree.map(jnp.shape, empty_pages(3, 1, level, 384)) == jax.tree.map(
-            jnp.shape, case.tiles.pages[level]
-        )
+        made = Case.of(0, 1, 128, 384, True, []).tiles.pages[level]  # two layers of three pages
+        assert jax.tree.map(jnp.shape, empty_pages(6, 1, level, 384)) == jax.tree.map(jnp.shape, made)
 
 
 @pytest.mark.parametrize("sizes", [[0, 0, 5], [16, 1, 0], [33, 0, 0], [1, 1, 1]])
@@ -288,12 +286,10 @@ def test_the_run_time_adapts_and_switches_with_planes_in_tiles(tokenizer_file, c
     np.testing.assert_array_equal(found[False][1][1].widths, found[True][1][1].widths)
     for a, b in zip(found[False][0], found[True][0]):
         np.testing.assert_allclose(a, b, atol=0.02 * float(jnp.abs(a).max()))
-    with pytest.raises(ValueError, match="damaged"):
-        planes = jax.tree.map(np.array, host.pages.planes)
-        for codes in planes.codes.values():
-            codes[:] ^= 1
-        best = dataclasses.replace(model.plan, widths=np.full_like(model.plan.widths, 4))
-        serving.begin(dataclasses.replace(host, pages=dataclasses.replace(host.pages, planes=planes)), state, best)
+    planes = jax.tree.map(np.array, host.pages.planes)
+    planes.codes[3][0, 1] ^= 1
+    with pytest.raises(ValueError, match="3-bit page of layer 0, expert 1"):
+        dataclasses.replace(host.pages, planes=planes).arrays(3, np.array([[0, 0, 0], [0, 1, 0]]))
 
 
 needs_compiler = pytest.mark.skipif(
@@ -328,19 +324,19 @@ print(json.dumps(out))
 
 
 @needs_compiler
+@pytest.mark.parametrize("tokens", [8, pytest.param(2048, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
-def test_every_shape_compiles_for_every_chip(chip):
-    """One block a step, so that it does not take minutes; decode and prefill; memory that does not fit is an error."""
+def test_every_shape_compiles_for_every_chip(chip, tokens):
+    """One block a step, so that it does not take minutes; memory that does not fit is an error of the compiler."""
     code = """
 import bundles, json, sys
 import tpu_schedule as t
-chip, out = sys.argv[1], {}
+chip, tokens, out = sys.argv[1], int(sys.argv[2]), {}
 for name, layer in t.SHAPES.items():
-    for tokens, form in ((8, t.ROUNDED[chip]), (t.PREFILL, "bf16")):
-        run = lambda *a: t.quantized_experts_tpu(*a, 0, t.silu_gated, form=form, blocks=1)
-        loops = bundles.compiled(bundles.CHIPS[chip], run, *t.arguments(layer, tokens, (3, 4)))[1]
-        out[f"{name} {tokens}"] = [loop.total for n, loop in loops.items() if n.startswith("experts_")]
+    run = lambda *a: t.quantized_experts_tpu(*a, 0, t.silu_gated, form=t.ROUNDED[chip], blocks=1)
+    loops = bundles.compiled(bundles.CHIPS[chip], run, *t.arguments(layer, tokens, (3, 4)))[1]
+    out[name] = [loop.total for n, loop in loops.items() if n.startswith("experts_")]
 print(json.dumps(out))
 """
-    found = compiler(code, chip)
-    assert len(found) == 10 and all(len(each) == 1 and each[0] > 100 for each in found.values()), found
+    found = compiler(code, chip, str(tokens))
+    assert len(found) == 5 and all(len(each) == 1 and each[0] > 100 for each in found.values()), found
