@@ -51,9 +51,9 @@ def plain(model, apart):
 @pytest.mark.parametrize(
     ("family", "apart"),
     [
-        ("qwen2_moe", True),
         ("deepseek_v3", False),
         ("gpt_oss", True),
+        pytest.param("qwen2_moe", True, marks=pytest.mark.slow),
         pytest.param("gpt_oss", False, marks=pytest.mark.slow),
         pytest.param("granitemoe", False, marks=pytest.mark.slow),
     ],
@@ -128,6 +128,7 @@ def digests(folder):
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+@pytest.mark.slow
 def test_a_quantization_killed_three_times_ends_with_the_same_bits(small_folder, words, tmp_path):
     """SIGKILL at random layers of any sweep; the last run is left alone."""
     (tmp_path / "words.txt").write_text(words(0))

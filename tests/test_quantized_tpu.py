@@ -325,7 +325,7 @@ print(json.dumps(out))
 
 @needs_compiler
 @pytest.mark.parametrize("tokens", [8, pytest.param(2048, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
+@pytest.mark.parametrize("chip", ["v5e", "tpu7x", *(pytest.param(c, marks=pytest.mark.slow) for c in ("v5p", "v6e"))])
 def test_every_shape_compiles_for_every_chip(chip, tokens):
     """One block a step, so that it does not take minutes; memory that does not fit is an error of the compiler."""
     code = """
