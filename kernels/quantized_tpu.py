@@ -39,26 +39,27 @@ MAGIC = 1.5 * 2**23  # a small float32 that is added to it has its nearest whole
 
 
 class Fetches(NamedTuple):
-    """The pages of one level that each step reads. run: (T*S*U,) the first slot of each part whose pages of all blocks
-    lie in slots one after the other, as they are first put there, else -1. Of the others: single (T*S,) how many there
-    are, and in the first places of a step's (T*S*B*U,) page, the slot of each, and place, where in the step it goes."""
+    """The pages of one level that each step of each group reads. run: (VE*S*U,) the first slot of each part whose pages
+    of all blocks lie in slots one after the other, as they are first put there, else -1. Of the others: single (VE*S,)
+    how many there are, and in the first places of a step's (VE*S*B*U,) page, the slot of each, and place, where in the
+    step it goes."""
 
-    run: Int[Array, " TSU"]
-    single: Int[Array, " TS"]
-    page: Int[Array, " TSBU"]
-    place: Int[Array, " TSBU"]
+    run: Int[Array, " GSU"]
+    single: Int[Array, " GS"]
+    page: Int[Array, " GSBU"]
+    place: Int[Array, " GSBU"]
 
 
 class Steps(NamedTuple):
-    """What each grid step works on. layer (1,); tiles: how many tiles of rows there are (1,); expert: of each (T,);
-    path: (T*S,) the widest plane that a step reads; widths: (T*S*B*2,) of each block, gate and up, then down; fetches:
-    by level."""
+    """What each grid step works on. layer (1,); tiles: how many tiles of rows there are (1,); group: of each (T,), a
+    variant and an expert; and of the steps of each group path: (VE*S,) the widest plane that one reads; widths:
+    (VE*S*B*2,) of each block, gate and up, then down; fetches: by level."""
 
     layer: Int[Array, " 1"]
     tiles: Int[Array, " 1"]
-    expert: Int[Array, " T"]
-    path: Int[Array, " TS"]
-    widths: Int[Array, " TSB2"]
+    group: Int[Array, " T"]
+    path: Int[Array, " GS"]
+    widths: Int[Array, " GSB2"]
     fetches: dict[int, Fetches]
 
 
@@ -89,19 +90,19 @@ class Shape(NamedTuple):
 
 
 DOWN_BLOCKS = 2  # that one product with down sums over: the depth of a matrix unit, and the others run meanwhile
-STEP_WEIGHTS = 6 * 2**20  # of a grid step at least: what a step costs whatever it does is then a small share of it
+STEP_WEIGHTS = 6 * 2**20  # of a grid step: what a step costs whatever it does is then a small share of it
 
 
 def blocks_of_step(groups: int, all_blocks: int, tile_rows: int) -> int:
-    """B: as many as a step should have, and of those the number that divides all of them best."""
+    """B: as many as a step should have or, if that divides all of them better, down to half as many."""
     weights = STEP_WEIGHTS if tile_rows < MANY_ROWS else STEP_WEIGHTS // 2
     most = max(1, min(all_blocks, round(weights / (PROJECTIONS * TILE * TILE * groups))))
     return min(range(max(1, most // 2), most + 1), key=lambda b: (-(-all_blocks // b) * b, -b))
 
 
-def rows_of_tile(count: int, groups: int) -> int:
-    """M: enough for most groups to be one tile, so that their planes are read and unpacked once."""
-    mean = count / groups
+def rows_of_tile(count: int, num_experts: int) -> int:
+    """M: enough for the rows of most experts at one variant, so that their planes are read and unpacked once."""
+    mean = count / num_experts
     wanted = mean + 2 * mean**0.5
     if wanted <= 32:
         return max(8, 8 * math.ceil(wanted / 8))
@@ -133,7 +134,7 @@ def quantized_experts_tpu(
         raise ValueError(f"{group_sizes.shape[0]} groups are not {len(tables)} variants of {num_experts} experts")
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
-    count, size = rows.shape
+    count = rows.shape[0]
     if count == 0:
         return rows
     all_blocks, groups = resident.base.codes.shape[2], resident.base.codes.shape[4]
@@ -141,15 +142,15 @@ def quantized_experts_tpu(
         level for level, pages in resident.pages.items() if pages.codes.shape[0] and any(level in t for t in tables)
     )
     units = max([PROJECTIONS // resident.pages[level].codes.shape[1] for level in levels], default=1)
-    tile_rows = tile_rows or rows_of_tile(count, group_sizes.shape[0])
+    tile_rows = tile_rows or rows_of_tile(count, num_experts)
     blocks = blocks or blocks_of_step(groups, all_blocks, tile_rows)
     form = "bf16" if tile_rows >= MANY_ROWS else form
     shape = Shape(tile_rows, groups, all_blocks, blocks, levels, units, form)
     place, source, group, used = tile_rows_of(group_sizes, count, tile_rows)
     steps = steps_of(shape, group, used, num_experts, tables, layer)
-    filled = jnp.pad(rows, ((0, 1), (0, groups * TILE - size)))[source]  # the last row is empty
+    filled = jnp.pad(rows, ((0, 1), (0, 0)))[source]  # the last row is empty
     out = _call(shape, steps, filled, resident, activation, biases, interpret)
-    return jnp.where((jnp.arange(count) < group_sizes.sum())[:, None], out[place, :size], 0).astype(rows.dtype)
+    return jnp.where((jnp.arange(count) < group_sizes.sum())[:, None], out[place], 0).astype(rows.dtype)
 
 
 def tile_rows_of(
@@ -179,24 +180,24 @@ def steps_of(
     tables: tuple[PageTable, ...],
     layer: int,
 ) -> Steps:
-    """The work of all grid steps, for scalar prefetch."""
-    most, units, blocks = group.shape[0], shape.units, shape.blocks
+    """The work of all grid steps, for scalar prefetch; its size does not grow with the rows but for ``group``."""
+    count, units, blocks = len(tables) * num_experts, shape.units, shape.blocks
     block = jnp.arange(shape.steps * blocks)
     real = block < shape.all_blocks
     fetches = {}
-    width = jnp.full((most, shape.steps, units, blocks), 2, jnp.int32)
+    width = jnp.full((count, shape.steps, units, blocks), 2, jnp.int32)
     for level in shape.levels:
         missing = jnp.full((num_experts, units * shape.all_blocks), -1, jnp.int32)
-        each = jnp.concatenate([t[level][layer] if level in t else missing for t in tables])[group]
-        own = each.reshape(most, units, shape.all_blocks)[:, :, jnp.minimum(block, shape.all_blocks - 1)]
-        own = jnp.where(real, own, -1).reshape(most, units, shape.steps, blocks).transpose(0, 2, 1, 3)
+        each = jnp.concatenate([t[level][layer] if level in t else missing for t in tables])
+        own = each.reshape(count, units, shape.all_blocks)[:, :, jnp.minimum(block, shape.all_blocks - 1)]
+        own = jnp.where(real, own, -1).reshape(count, units, shape.steps, blocks).transpose(0, 2, 1, 3)
         width = jnp.where(own >= 0, level, width)
-        fetches[level] = _fetches(own.reshape(most * shape.steps, units, blocks))
+        fetches[level] = _fetches(own.reshape(count * shape.steps, units, blocks))
     of_parts = width[:, :, jnp.array([0, units - 1])].swapaxes(2, 3)  # gate and up share a width
     return Steps(
         layer=jnp.full(1, layer, jnp.int32),
         tiles=tiles.reshape(1).astype(jnp.int32),
-        expert=(group % num_experts).astype(jnp.int32),
+        group=group,
         path=width.max(axis=(2, 3)).reshape(-1),
         widths=of_parts.reshape(-1),
         fetches=fetches,
@@ -216,17 +217,21 @@ def _fetches(pages: Int[Array, "I U B"]) -> Fetches:
 def _call(
     shape: Shape,
     steps: Steps,
-    rows: Float[Array, "TM Dp"],
+    rows: Float[Array, "TM D"],
     resident: TiledResident,
     activation: Callable[[Array, Array], Array],
     biases: Any,
     interpret: Any,
-) -> Float[Array, "TM Dp"]:
+) -> Float[Array, "TM D"]:
     size, units, last = shape.groups * TILE, shape.units, shape.all_blocks - 1
+    num_experts = resident.base.codes.shape[1]
     prefetched, tree = jax.tree.flatten(steps)
 
     def of(scalars: tuple[Any, ...]) -> Steps:
         return jax.tree.unflatten(tree, scalars)
+
+    def expert_of(tile: Any, scalars: tuple[Any, ...]) -> Any:
+        return of(scalars).group[tile] % num_experts
 
     def by_rows(tile: Any, step: Any, *_: Any) -> tuple[Any, ...]:
         return tile, 0
@@ -235,7 +240,7 @@ def _call(
         def index(tile: Any, step: Any, *scalars: Any) -> tuple[Any, ...]:
             block = jnp.minimum(step * shape.blocks + k, last)
             lead = (of(scalars).layer[0],) if layered else ()
-            return (*lead, of(scalars).expert[tile], block, *[0] * rank)
+            return (*lead, expert_of(tile, scalars), block, *[0] * rank)
 
         return index
 
@@ -249,7 +254,7 @@ def _call(
             one = (None, None, 1, *array.shape[3:])
             return [(array, pl.BlockSpec(one, by_block(k, True, rank))) for k in range(shape.blocks)]
         all_of = (None, None, shape.blocks, *array.shape[3:])
-        index = lambda tile, step, *s: (of(s).layer[0], of(s).expert[tile], step, *[0] * rank)  # noqa: E731
+        index = lambda tile, step, *s: (of(s).layer[0], expert_of(tile, s), step, *[0] * rank)  # noqa: E731
         return [(array, pl.BlockSpec(all_of, index))]
 
     inputs: dict[str, Any] = {
@@ -265,12 +270,11 @@ def _call(
         inputs["pages"][level] = [(a, pl.BlockSpec(memory_space=pl.ANY)) for a in own]
         buffers[level] = [pltpu.VMEM((2, shape.blocks * units, *a.shape[1:]), a.dtype) for a in own]
     if biases is not None:
-        fill = shape.all_blocks * TILE - biases[0].shape[1]
-        inner = jnp.stack([jnp.pad(b.astype(jnp.float32), ((0, 0), (0, fill))) for b in biases[:2]], axis=1)
+        inner = jnp.stack([b.astype(jnp.float32) for b in biases[:2]], axis=1)
         inner = jnp.moveaxis(inner.reshape(inner.shape[0], 2, -1, TILE), 2, 1)  # (E, N, 2, 128)
-        outer = jnp.pad(biases[2].astype(jnp.float32), ((0, 0), (0, size - biases[2].shape[1])))[:, None]
+        outer = biases[2].astype(jnp.float32)[:, None]
         inputs["biases"] = [spec(inner, 2, by_block(k, False, 2)) for k in range(shape.blocks)]
-        inputs["biases"].append(spec(outer, 1, lambda tile, step, *scalars: (of(scalars).expert[tile], 0, 0)))
+        inputs["biases"].append(spec(outer, 1, lambda tile, step, *scalars: (expert_of(tile, scalars), 0, 0)))
     is_pair = lambda leaf: isinstance(leaf, tuple) and len(leaf) == 2 and isinstance(leaf[1], pl.BlockSpec)  # noqa: E731
     pairs, inputs_tree = jax.tree.flatten(inputs, is_leaf=is_pair)
     dtype = FORMS[shape.form][0]
@@ -308,12 +312,12 @@ def _call(
 
 
 class _Scratch(NamedTuple):
-    """What lasts over the steps of a tile. x: (M, Dp) its rows as they are multiplied; x_scale: (M, 128) what they were
+    """What lasts over the steps of a tile. x: (M, D) its rows as they are multiplied; x_scale: (M, 128) what they were
     divided by, in all lanes; x_sums: (M, 2 G) lane g is the sum of group g, in units of x, lane G + g what bfloat16
     left of it; h_sums: (M, 128) lane g is what the offsets z of down add to all outputs of group g; scales: of the
     step's gate and up, (B, 2, 2, G, 128), and down_scales of its down, (2, .., G, 128 blocks), those of the last plane
     behind those of the others; rows of them are read from memory, which spreads them over registers at no cost; total:
-    (M, Dp) the outputs; pages: by level, codes and ratios of the pages of this step and of the next, (2, B*U, ..) each,
+    (M, D) the outputs; pages: by level, codes and ratios of the pages of this step and of the next, (2, B*U, ..) each,
     and copied: a semaphore for each of the two."""
 
     x: Any
@@ -337,8 +341,13 @@ def _body(
 ) -> None:
     """One grid step."""
     step = pl.program_id(1)
-    at = pl.program_id(0) * shape.steps + step
-    turn = at % 2
+    running = pl.program_id(0) * shape.steps + step
+    turn = running % 2
+
+    def step_of(number: Any) -> Any:
+        return steps.group[number // shape.steps] * shape.steps + number % shape.steps
+
+    at = step_of(running)
 
     def copies(of: Any, buffer: Any, run: Callable[[Any], None]) -> None:
         for level, fetch in steps.fetches.items():
@@ -368,11 +377,11 @@ def _body(
     if shape.levels:
 
         def ahead(later: Any, _: Any) -> int:
-            copies(at + later, (turn + later) % 2, lambda copy: copy.start())
+            copies(step_of(running + later), (turn + later) % 2, lambda copy: copy.start())
             return 0
 
-        last = at + 1 == steps.tiles[0] * shape.steps
-        jax.lax.fori_loop(jnp.where(at == 0, 0, 1), jnp.where(last, 1, 2), ahead, 0)
+        last = running + 1 == steps.tiles[0] * shape.steps
+        jax.lax.fori_loop(jnp.where(running == 0, 0, 1), jnp.where(last, 1, 2), ahead, 0)
         copies(at, turn, lambda copy: copy.wait())
 
     @pl.when(step == 0)
@@ -382,7 +391,7 @@ def _body(
             own = rows.astype(jnp.bfloat16)
         else:
             largest = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
-            scale = jnp.where(largest > 0, largest, 1.0) * (1 / FORMS[shape.form][1])
+            scale = jnp.where(largest == 0, 1.0, largest) * (1 / FORMS[shape.form][1])
             own = _in_form(rows * (1 / scale), shape.form)
             scratch.x_scale[...] = jnp.broadcast_to(scale, scratch.x_scale.shape)
         scratch.x[...] = own
@@ -518,7 +527,7 @@ def _many_rows(
     def weights(k: int, projection: int, g: int, scale: Any, last_scale: Any) -> BFloat16[Array, "128 128"]:
         """scale: of the tile's rows (128, 1) or of its lanes (1, 128)."""
         offset = planes.how[k][projection // 2].offset
-        out = (planes.tile(k, projection, g).astype(jnp.bfloat16) + jnp.bfloat16(1) * offset) * scale
+        out = (planes.tile(k, projection, g).astype(jnp.bfloat16) + jnp.asarray(offset, jnp.bfloat16)) * scale
         if last_scale is not None:
             out = out + (planes.last_tile(k, projection, g).astype(jnp.bfloat16) + jnp.bfloat16(0.5)) * last_scale
         return out.astype(jnp.bfloat16)
@@ -594,7 +603,7 @@ def _few_rows(
                 every = jnp.concatenate([(last_scales_of if plane else scales_of)(k, 2) for k in own], axis=1)
                 if shape.form != "bf16":
                     most = jnp.max(every, axis=1, keepdims=True)
-                    every, largest[part, plane] = every / jnp.where(most > 0, most, 1.0), most
+                    every, largest[part, plane] = every / jnp.where(most == 0, 1.0, most), most
                 scratch.down_scales[int(plane), part, :, : len(own) * TILE] = every
 
     def inner(k: int) -> None:
@@ -615,7 +624,7 @@ def _few_rows(
         rows, width = jnp.concatenate([hidden[k] for k in own], axis=1), len(own) * TILE
         if shape.form != "bf16":  # |rows * scales| is at most the product of the largest of each
             rows_most = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
-            rows = rows * (limit / jnp.where(rows_most > 0, rows_most, 1.0))
+            rows = rows * (limit / jnp.where(rows_most == 0, 1.0, rows_most))
             rows_most = rows_most * (1 / limit)
         for plane in planes:
             for g in range(groups):

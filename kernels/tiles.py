@@ -7,16 +7,16 @@ bits of one weight sit where masks and shifts of whole words leave them in one s
     n = 4 q2 + 2 q3 + q4 - 8,    w = (n + z) s / 4,    z = 1/2, 1, 2 at 4, 3, 2 bits,
 
 in which planes that are not read are zeros. A nibble of a word is a row: word s of a lane holds rows 8 s .. 8 s + 7.
-The last plane has its own nibbles, n8 = q8 - 8, and its own scale: w8 = w4 + (n8 + 1/2) s8. Pages are of the same bytes
-as in ``layout.py`` and keep their slots.
+The last plane has its own nibbles, n8 = q8 - 8, and its own scale: w8 = w4 + (n8 + 1/2) s8. Pages keep their slots;
+they are of the same bytes as in ``layout.py`` but where G is odd, as are scales but where a group is longer than 128.
 
     plane     words of a tile     bits 4 i + j of word s, i = 0..7
     2 bits    8                   row 64 (j / 2) + 8 s + i, bits j = 0, 1 and 2, 3
     3, 4      8 for two tiles     of tile h, j = 0, 1: rows 64 j + 8 s + i; of tile h + H, j = 2, 3: the same
     8         16                  row 8 s + i
 
-Axes: L layers, E experts, P = 3 projections, F channels, N blocks of 128 channels, D hidden, G groups of 128 hidden (D
-filled up with zeros), H = ceil(G / 2), Q pages of a level, p projections of a page.
+Axes: L layers, E experts, P = 3 projections, F channels, N blocks of 128 channels, D hidden, G = D / 128 groups,
+H = ceil(G / 2), Q pages of a level, p projections of a page.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def fits(channels: int, channel_block: int, group_size: int) -> bool:
 
 def empty_pages(count: int, together: int, level: int, hidden_size: int) -> TiledPages:
     """Slots for pages of ``together`` projections."""
-    groups = -(-hidden_size // TILE)
+    groups = hidden_size // TILE
     words = (groups, 2 * SUBLANES) if level == 8 else (-(-groups // 2), SUBLANES)
     ratios = jnp.zeros((count, together, groups, TILE), jnp.uint8) if level == 8 else None
     return TiledPages(jnp.zeros((count, together, *words, TILE), jnp.int32), ratios)
@@ -102,9 +102,11 @@ def empty_pages(count: int, together: int, level: int, hidden_size: int) -> Tile
 def _scales(array: Float[np.ndarray, "*S C G0"], hidden_size: int) -> Any:
     """One value for each group of 128 hidden and each channel."""
     group = hidden_size // array.shape[-1]
-    if group % TILE and array.shape[-1] > 1:
+    if group % TILE:
         raise ValueError(f"groups of {group} weights: tiles need multiples of {TILE}")
-    each = np.repeat(array, max(1, group // TILE), axis=-1) if group % TILE == 0 else array
+    if hidden_size > TILE * TILE:
+        raise ValueError(f"{hidden_size} hidden: tiles reach to {TILE * TILE}")
+    each = np.repeat(array, group // TILE, axis=-1)
     return np.ascontiguousarray(np.swapaxes(each, -1, -2))
 
 
@@ -114,8 +116,9 @@ def _packed(codes: UInt8[np.ndarray, "*S 128 Dp"], level: int, projection: Int[n
     q = (codes[..., None] >> np.arange(0, 8, bits, dtype=np.uint8)) & np.uint8(2**bits - 1)
     q = q.reshape(*codes.shape[:-1], codes.shape[-1] * (8 // bits))
     size, lead = q.shape[-1], q.shape[:-2]
-    groups = -(-size // TILE)
-    q = np.pad(q, [(0, 0)] * (q.ndim - 1) + [(0, groups * TILE - size)])
+    if size % TILE:
+        raise ValueError(f"{size} hidden are not tiles of {TILE}")
+    groups = size // TILE
     by_channel = np.swapaxes(q.reshape(*lead, TILE, groups, TILE), -3, -2)  # (.., G, channel, hidden)
     tiles = np.where((projection == DOWN)[..., None, None, None], by_channel, np.swapaxes(by_channel, -1, -2))
     if level == 2:

@@ -124,6 +124,7 @@ class Follower:
         (move, windows, seen), self._move = self._move, None
         try:
             self.host, state = finish(self.host, state, move)
+            self._good = False  # until the plan that is there now has proved itself
             found = gain(self.model, state, windows, seen)
         except (ValueError, RuntimeError) as error:
             self._fail(state, novel, error)
