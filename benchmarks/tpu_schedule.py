@@ -13,9 +13,9 @@ from what the step copies. Modelled time is the sum over steps of max(cycles / c
 
 "bits" is with scales, 0.125 bits a weight in ours. ``form`` is what the matrix unit multiplies: bfloat16, or
 activations quantized a row at a time, int8 on v5e, v5p and v6e and fp8 on TPU7x. Tokens choose experts at random (seed
-0); prefill is 2,048 of them. A step of a peer is what runs in each and its longest ``pl.when``, the product; of ours all
-that it runs. Pages lie as a baseline's do, one after the other. What XLA does around a kernel is not counted: sorting
-rows, and in ours the work list.
+0); prefill is 2,048 of them. A step of a peer is what runs in each and its longest ``pl.when``, the product; of ours
+all that it runs. Pages lie as a baseline's do, one after the other. What XLA does around a kernel is not counted:
+sorting rows, and in ours the work list.
 ``over_bandwidth_bound``: time over that of the kernel's own weight bytes at full bandwidth. ``speedup_vs_bf16``: over
 megablox.
 """

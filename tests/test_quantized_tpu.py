@@ -231,7 +231,7 @@ def test_a_row_of_zeros_or_of_nan_stays_its_own():
 
 def test_what_does_not_fit_tiles_is_an_error_that_says_so():
     assert fits(256, 128, 128) and not fits(256, 128, 64) and not fits(192, 128, 128) and not fits(256, 64, 128)
-    with pytest.raises(ValueError, match="groups of 192"):
+    with pytest.raises(ValueError, match="192 hidden"):
         Case.of(0, 1, 128, 192, False, [], group_size=192)
     with pytest.raises(ValueError, match="groups of 64"):
         Case.of(0, 1, 128, 128, False, [], group_size=64)
