@@ -187,6 +187,20 @@ def test_the_follower_adapts_to_the_last_novel_tokens_of_all_texts(quantized, mo
     np.testing.assert_array_equal(seen[0], [np.arange(171, 300), np.arange(43, 172)])
 
 
+def test_a_plan_that_could_not_prove_itself_does_not_serve(quantized, monkeypatch):
+    """Its pages are there when the comparison fails; the variant of before is gone."""
+
+    def fails(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(online, "gain", fails)
+    follower, state = follower_of(quantized)
+    state, follower._good = labelled(state, 1), True
+    follower._move = serving.begin(follower.host, state, quantized.plan), np.zeros((1, 3), int), None
+    assert follower(state, [[1, 2, 3]]).number.tolist() == [0]
+    assert (follower.events[-1].what, follower.events[-1].name) == ("failed", "no memory")
+
+
 def test_known_text_forgets_the_variant_and_other_requests_begin_anew(quantized):
     follower, state = follower_of(quantized)
     follower._good, follower._next = True, 4096
