@@ -36,8 +36,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynamo_jax.kernels.quantized_tpu import blocks_of_step, quantized_experts_tpu, rows_of_tile
+from dynamo_jax.kernels.quantized_tpu import quantized_experts_tpu
 from dynamo_jax.kernels.tiles import TILE, TiledBase, TiledPages, TiledResident
+from dynamo_jax.kernels.tpu_steps import blocks_of_step, rows_of_tile
 from dynamo_jax.models.experts import silu_gated
 
 SCALE_BITS = 16 / TILE

@@ -17,7 +17,6 @@ rows, S steps of a tile, B blocks a step, U parts of a block with pages of their
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,88 +24,28 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, BFloat16, Float, Int, Int4
+from jaxtyping import Array, BFloat16, Float, Int
 
-from dynamo_jax.kernels.layout import PROJECTIONS, RATIO_UNIT, PageTable
+from dynamo_jax.kernels.layout import PROJECTIONS, PageTable
 from dynamo_jax.kernels.tiles import TILE, TiledResident
+from dynamo_jax.kernels.tpu_planes import StepPlanes
+from dynamo_jax.kernels.tpu_steps import (
+    MANY_ROWS,
+    Fetches,
+    Shape,
+    Steps,
+    blocks_of_step,
+    rows_of_tile,
+    steps_of,
+    tile_rows_of,
+)
 
 FORMS = {"bf16": (jnp.bfloat16, 0.0), "int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0)}
-MOST_ROWS = 256  # of a tile
-MANY_ROWS = 64
 FAST_MEMORY = 48 * 2**20  # bytes that the kernel may have, of the 64 and more of every chip
-HIGH, MIDDLE, LOW = -0x33333334, 0x22222222, 0x11111111  # of every nibble: bits 2 and 3, bit 1, bit 0
 MAGIC = 1.5 * 2**23  # a small float32 that is added to it has its nearest whole number in the lowest bits
 
 
-class Fetches(NamedTuple):
-    """The pages of one level that each step of each group reads. run: (VE*S*U,) the first slot of each part whose pages
-    of all blocks lie in slots one after the other, as they are first put there, else -1. Of the others: single (VE*S,)
-    how many there are, and in the first places of a step's (VE*S*B*U,) page, the slot of each, and place, where in the
-    step it goes."""
-
-    run: Int[Array, " GSU"]
-    single: Int[Array, " GS"]
-    page: Int[Array, " GSBU"]
-    place: Int[Array, " GSBU"]
-
-
-class Steps(NamedTuple):
-    """What each grid step works on. layer (1,); tiles: how many tiles of rows there are (1,); group: of each (T,), a
-    variant and an expert; and of the steps of each group path: (VE*S,) the widest plane that one reads; widths:
-    (VE*S*B*2,) of each block, gate and up, then down; fetches: by level."""
-
-    layer: Int[Array, " 1"]
-    tiles: Int[Array, " 1"]
-    group: Int[Array, " T"]
-    path: Int[Array, " GS"]
-    widths: Int[Array, " GSB2"]
-    fetches: dict[int, Fetches]
-
-
-class Shape(NamedTuple):
-    """What a kernel is compiled for. levels: those that any variant reads; units: parts of a block with pages of their
-    own, 1 or 3; together: projections of a page."""
-
-    rows: int  # M
-    groups: int  # G
-    all_blocks: int  # N
-    blocks: int  # B
-    levels: tuple[int, ...]
-    units: int
-    form: str
-
-    @property
-    def steps(self) -> int:
-        return -(-self.all_blocks // self.blocks)
-
-    @property
-    def many(self) -> bool:
-        """Whether scaling the weights is less work than scaling sums of them for each row."""
-        return self.rows >= MANY_ROWS
-
-    @property
-    def together(self) -> int:
-        return PROJECTIONS // self.units
-
-
 DOWN_BLOCKS = 2  # that one product with down sums over: the depth of a matrix unit, and the others run meanwhile
-STEP_WEIGHTS = 6 * 2**20  # of a grid step: what a step costs whatever it does is then a small share of it
-
-
-def blocks_of_step(groups: int, all_blocks: int, tile_rows: int) -> int:
-    """B: as many as a step should have or, if that divides all of them better, down to half as many."""
-    weights = STEP_WEIGHTS if tile_rows < MANY_ROWS else STEP_WEIGHTS // 2
-    most = max(1, min(all_blocks, round(weights / (PROJECTIONS * TILE * TILE * groups))))
-    return min(range(max(1, most // 2), most + 1), key=lambda b: (-(-all_blocks // b) * b, -b))
-
-
-def rows_of_tile(count: int, num_experts: int) -> int:
-    """M: enough for the rows of most experts at one variant, so that their planes are read and unpacked once."""
-    mean = count / num_experts
-    wanted = mean + 2 * mean**0.5
-    if wanted <= 32:
-        return max(8, 8 * math.ceil(wanted / 8))
-    return min(MOST_ROWS, max(MANY_ROWS, 64 * math.ceil(wanted / 64)))
 
 
 def quantized_experts_tpu(
@@ -151,67 +90,6 @@ def quantized_experts_tpu(
     filled = jnp.pad(rows, ((0, 1), (0, 0)))[source]  # the last row is empty
     out = _call(shape, steps, filled, resident, activation, biases, interpret)
     return jnp.where((jnp.arange(count) < group_sizes.sum())[:, None], out[place], 0).astype(rows.dtype)
-
-
-def tile_rows_of(
-    group_sizes: Int[Array, " VE"], count: int, tile: int
-) -> tuple[Int[Array, " R"], Int[Array, " TM"], Int[Array, " T"], Int[Array, ""]]:
-    """Rows in tiles of one group each: where each row lies in them, the row in each of their places (R where there is
-    none), the group of each tile, and how many tiles hold rows."""
-    each = -(-group_sizes // tile)
-    tile_end, row_end = jnp.cumsum(each), jnp.cumsum(group_sizes)
-    most = count // tile + min(group_sizes.shape[0], count)
-    last = group_sizes.shape[0] - 1
-    group = jnp.minimum(jnp.searchsorted(tile_end, jnp.arange(most), side="right"), last)
-    first = (row_end - group_sizes)[group] + (jnp.arange(most) - (tile_end - each)[group]) * tile
-    row = first[:, None] + jnp.arange(tile)
-    real = (row < row_end[group][:, None]) & (jnp.arange(most) < tile_end[-1])[:, None]
-    owner = jnp.minimum(jnp.searchsorted(row_end, jnp.arange(count), side="right"), last)
-    place = (tile_end - each)[owner] * tile + jnp.arange(count) - (row_end - group_sizes)[owner]
-    place = jnp.clip(place, 0, most * tile - 1)
-    return place, jnp.where(real, row, count).reshape(-1), group.astype(jnp.int32), tile_end[-1]
-
-
-def steps_of(
-    shape: Shape,
-    group: Int[Array, " T"],
-    tiles: Int[Array, ""],
-    num_experts: int,
-    tables: tuple[PageTable, ...],
-    layer: int,
-) -> Steps:
-    """The work of all grid steps, for scalar prefetch; its size does not grow with the rows but for ``group``."""
-    count, units, blocks = len(tables) * num_experts, shape.units, shape.blocks
-    block = jnp.arange(shape.steps * blocks)
-    real = block < shape.all_blocks
-    fetches = {}
-    width = jnp.full((count, shape.steps, units, blocks), 2, jnp.int32)
-    for level in shape.levels:
-        missing = jnp.full((num_experts, units * shape.all_blocks), -1, jnp.int32)
-        each = jnp.concatenate([t[level][layer] if level in t else missing for t in tables])
-        own = each.reshape(count, units, shape.all_blocks)[:, :, jnp.minimum(block, shape.all_blocks - 1)]
-        own = jnp.where(real, own, -1).reshape(count, units, shape.steps, blocks).transpose(0, 2, 1, 3)
-        width = jnp.where(own >= 0, level, width)
-        fetches[level] = _fetches(own.reshape(count * shape.steps, units, blocks))
-    of_parts = width[:, :, jnp.array([0, units - 1])].swapaxes(2, 3)  # gate and up share a width
-    return Steps(
-        layer=jnp.full(1, layer, jnp.int32),
-        tiles=tiles.reshape(1).astype(jnp.int32),
-        group=group,
-        path=width.max(axis=(2, 3)).reshape(-1),
-        widths=of_parts.reshape(-1),
-        fetches=fetches,
-    )
-
-
-def _fetches(pages: Int[Array, "I U B"]) -> Fetches:
-    """Of the pages of each step, -1 where there is none."""
-    in_turn = (pages == pages[:, :, :1] + jnp.arange(pages.shape[2])).all(axis=2) & (pages[:, :, 0] >= 0)
-    alone = jnp.where(in_turn[:, :, None], -1, pages).reshape(len(pages), -1)
-    place = jnp.argsort(alone < 0, axis=1, stable=True).astype(jnp.int32)
-    page = jnp.maximum(jnp.take_along_axis(alone, place, axis=1), 0)
-    run = jnp.where(in_turn, pages[:, :, 0], -1).astype(jnp.int32)
-    return Fetches(run.reshape(-1), (alone >= 0).sum(axis=1).astype(jnp.int32), page.reshape(-1), place.reshape(-1))
 
 
 def _call(
@@ -412,7 +290,7 @@ def _body(
 
         @pl.when(steps.path[at] == width)
         def _run(width: int = width) -> None:
-            planes = _Planes(shape, width, steps, at, inputs, scratch.pages, turn)
+            planes = StepPlanes(shape, width, steps, at, inputs, scratch.pages, turn)
             (_many_rows if shape.many else _few_rows)(shape, planes, step, inputs, activation, scratch)
 
     @pl.when(step == shape.steps - 1)
@@ -433,76 +311,6 @@ def _in_form(scaled: Float[Array, "M K"], form: str) -> Array:
     return jax.lax.bitcast_convert_type(scaled + jnp.float32(MAGIC), jnp.int32).astype(jnp.int8)
 
 
-class _Block(NamedTuple):
-    """How a block's tiles are read. three, four: which bits of a nibble its 3- and 4-bit planes give; offset: z; eight:
-    1 where the last plane is read."""
-
-    three: Any
-    four: Any
-    offset: Any
-    eight: Any
-
-
-def _block(path: int, width: Any) -> _Block:
-    if path == 2:
-        return _Block(0, 0, 2.0, 0.0)
-    bits = lambda least, mask: jnp.where(width >= least, jnp.int32(mask), jnp.int32(0))  # noqa: E731
-    offset = jnp.where(width == 2, 2.0, jnp.where(width == 3, 1.0, 0.5))
-    return _Block(bits(3, MIDDLE), bits(4, LOW), offset, jnp.where(width == 8, 1.0, 0.0) if path == 8 else 0.0)
-
-
-def _shifted(words: Array, left: int) -> Array:
-    return words if left == 0 else (words << left if left > 0 else words >> -left)
-
-
-class _Planes:
-    """The tiles and scales of a step's blocks, at widths up to ``path``."""
-
-    def __init__(self, shape: Shape, path: int, steps: Steps, at: Any, inputs: Any, pages: Any, turn: Any):
-        self.shape, self.path, self.inputs, self.pages, self.turn = shape, path, inputs, pages, turn
-        self.how = [
-            [_block(path, steps.widths[(at * shape.blocks + k) * 2 + part]) for part in (0, 1)]
-            for k in range(shape.blocks)
-        ]
-
-    def _block_of(self, name: str, k: int) -> Any:
-        refs = self.inputs[name]
-        return refs[0].at[k] if len(refs) == 1 else refs[k].at[0]
-
-    def _page(self, level: int, kind: int, k: int, projection: int) -> Any:
-        """kind: 0 for codes, 1 for ratios."""
-        together = self.shape.together
-        place = projection // together * self.shape.blocks + k
-        return self.pages[level][kind].at[self.turn, place, projection % together]
-
-    def tile(self, k: int, projection: int, group: int) -> Int4[Array, "128 128"]:
-        """n of 128 x 128 weights."""
-        base, own = self._block_of("base", k)[projection, group], self.how[k][projection // 2]
-        paired = -(-self.shape.groups // 2)
-        parts = []
-        for part in (0, 1):
-            bits = _shifted(base, 2 - 2 * part) & jnp.int32(HIGH)
-            index = 2 * (group // paired) + part
-            for level, mask, to in ((3, own.three, 1), (4, own.four, 0)):
-                if self.path >= level and level in self.shape.levels:
-                    words = self._page(level, 0, k, projection)[group % paired]
-                    bits = bits | (_shifted(words, to - index) & mask)
-            parts.append(pltpu.bitcast(bits, jnp.int4))
-        return jnp.concatenate(parts, axis=0)
-
-    def last_tile(self, k: int, projection: int, group: int) -> Int4[Array, "128 128"]:
-        """n8 of 128 x 128 weights."""
-        return pltpu.bitcast(self._page(8, 0, k, projection)[group], jnp.int4)
-
-    def scales(self, k: int, projection: int) -> Float[Array, "G 128"]:
-        return self._block_of("scales", k)[projection].astype(jnp.float32)
-
-    def last_scales(self, k: int, projection: int) -> Float[Array, "G 128"]:
-        """Those of the last plane, zero where the block does not read it."""
-        ratios = self._page(8, 1, k, projection)[...].astype(jnp.int32).astype(jnp.float32)
-        return self.scales(k, projection) * ratios * (4 * RATIO_UNIT * self.how[k][projection // 2].eight)
-
-
 def _activated(
     shape: Shape, found: Float[Array, "M 256"], k: int, step: Any, inputs: dict[str, Any], activation: Callable
 ) -> Float[Array, "M 128"]:
@@ -516,7 +324,7 @@ def _activated(
 
 def _many_rows(
     shape: Shape,
-    planes: _Planes,
+    planes: StepPlanes,
     step: Any,
     inputs: dict[str, Any],
     activation: Callable[[Array, Array], Array],
@@ -559,7 +367,7 @@ def _many_rows(
 
 def _few_rows(
     shape: Shape,
-    planes_of: _Planes,
+    planes_of: StepPlanes,
     step: Any,
     inputs: dict[str, Any],
     activation: Callable[[Array, Array], Array],

@@ -1,0 +1,151 @@
+"""What each step of the TPU kernel works on, as arrays that are there before it runs.
+
+Rows are put in tiles of one expert each, and for each expert and variant it is written down which pages its steps read.
+All of it is plain XLA; ``quantized_tpu.py`` has the kernel.
+
+Axes: R rows in order, V variants, E experts, N blocks, G groups of 128 hidden, M rows a tile, T tiles of rows, S steps
+of a tile, B blocks a step, U parts of a block with pages of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from dynamo_jax.kernels.layout import PROJECTIONS, PageTable
+from dynamo_jax.kernels.tiles import TILE
+
+MOST_ROWS = 256  # of a tile
+MANY_ROWS = 64
+STEP_WEIGHTS = 6 * 2**20  # of a grid step: what a step costs whatever it does is then a small share of it
+
+
+class Fetches(NamedTuple):
+    """The pages of one level that each step of each group reads. run: (VE*S*U,) the first slot of each part whose pages
+    of all blocks lie in slots one after the other, as they are first put there, else -1. Of the others: single (VE*S,)
+    how many there are, and in the first places of a step's (VE*S*B*U,) page, the slot of each, and place, where in the
+    step it goes."""
+
+    run: Int[Array, " GSU"]
+    single: Int[Array, " GS"]
+    page: Int[Array, " GSBU"]
+    place: Int[Array, " GSBU"]
+
+
+class Steps(NamedTuple):
+    """What each grid step works on. layer (1,); tiles: how many tiles of rows there are (1,); group: of each (T,), a
+    variant and an expert; and of the steps of each group path: (VE*S,) the widest plane that one reads; widths:
+    (VE*S*B*2,) of each block, gate and up, then down; fetches: by level."""
+
+    layer: Int[Array, " 1"]
+    tiles: Int[Array, " 1"]
+    group: Int[Array, " T"]
+    path: Int[Array, " GS"]
+    widths: Int[Array, " GSB2"]
+    fetches: dict[int, Fetches]
+
+
+class Shape(NamedTuple):
+    """What a kernel is compiled for. levels: those that any variant reads; units: parts of a block with pages of their
+    own, 1 or 3; together: projections of a page."""
+
+    rows: int  # M
+    groups: int  # G
+    all_blocks: int  # N
+    blocks: int  # B
+    levels: tuple[int, ...]
+    units: int
+    form: str
+
+    @property
+    def steps(self) -> int:
+        return -(-self.all_blocks // self.blocks)
+
+    @property
+    def many(self) -> bool:
+        """Whether scaling the weights is less work than scaling sums of them for each row."""
+        return self.rows >= MANY_ROWS
+
+    @property
+    def together(self) -> int:
+        return PROJECTIONS // self.units
+
+
+def blocks_of_step(groups: int, all_blocks: int, tile_rows: int) -> int:
+    """B: as many as a step should have or, if that divides all of them better, down to half as many."""
+    weights = STEP_WEIGHTS if tile_rows < MANY_ROWS else STEP_WEIGHTS // 2
+    most = max(1, min(all_blocks, round(weights / (PROJECTIONS * TILE * TILE * groups))))
+    return min(range(max(1, most // 2), most + 1), key=lambda b: (-(-all_blocks // b) * b, -b))
+
+
+def rows_of_tile(count: int, num_experts: int) -> int:
+    """M: enough for the rows of most experts at one variant, so that their planes are read and unpacked once."""
+    mean = count / num_experts
+    wanted = mean + 2 * mean**0.5
+    if wanted <= 32:
+        return max(8, 8 * math.ceil(wanted / 8))
+    return min(MOST_ROWS, max(MANY_ROWS, 64 * math.ceil(wanted / 64)))
+
+
+def tile_rows_of(
+    group_sizes: Int[Array, " VE"], count: int, tile: int
+) -> tuple[Int[Array, " R"], Int[Array, " TM"], Int[Array, " T"], Int[Array, ""]]:
+    """Rows in tiles of one group each: where each row lies in them, the row in each of their places (R where there is
+    none), the group of each tile, and how many tiles hold rows."""
+    each = -(-group_sizes // tile)
+    tile_end, row_end = jnp.cumsum(each), jnp.cumsum(group_sizes)
+    most = count // tile + min(group_sizes.shape[0], count)
+    last = group_sizes.shape[0] - 1
+    group = jnp.minimum(jnp.searchsorted(tile_end, jnp.arange(most), side="right"), last)
+    first = (row_end - group_sizes)[group] + (jnp.arange(most) - (tile_end - each)[group]) * tile
+    row = first[:, None] + jnp.arange(tile)
+    real = (row < row_end[group][:, None]) & (jnp.arange(most) < tile_end[-1])[:, None]
+    owner = jnp.minimum(jnp.searchsorted(row_end, jnp.arange(count), side="right"), last)
+    place = (tile_end - each)[owner] * tile + jnp.arange(count) - (row_end - group_sizes)[owner]
+    place = jnp.clip(place, 0, most * tile - 1)
+    return place, jnp.where(real, row, count).reshape(-1), group.astype(jnp.int32), tile_end[-1]
+
+
+def steps_of(
+    shape: Shape,
+    group: Int[Array, " T"],
+    tiles: Int[Array, ""],
+    num_experts: int,
+    tables: tuple[PageTable, ...],
+    layer: int,
+) -> Steps:
+    """The work of all grid steps, for scalar prefetch; its size does not grow with the rows but for ``group``."""
+    count, units, blocks = len(tables) * num_experts, shape.units, shape.blocks
+    block = jnp.arange(shape.steps * blocks)
+    real = block < shape.all_blocks
+    fetches = {}
+    width = jnp.full((count, shape.steps, units, blocks), 2, jnp.int32)
+    for level in shape.levels:
+        missing = jnp.full((num_experts, units * shape.all_blocks), -1, jnp.int32)
+        each = jnp.concatenate([t[level][layer] if level in t else missing for t in tables])
+        own = each.reshape(count, units, shape.all_blocks)[:, :, jnp.minimum(block, shape.all_blocks - 1)]
+        own = jnp.where(real, own, -1).reshape(count, units, shape.steps, blocks).transpose(0, 2, 1, 3)
+        width = jnp.where(own >= 0, level, width)
+        fetches[level] = _fetches(own.reshape(count * shape.steps, units, blocks))
+    of_parts = width[:, :, jnp.array([0, units - 1])].swapaxes(2, 3)  # gate and up share a width
+    return Steps(
+        layer=jnp.full(1, layer, jnp.int32),
+        tiles=tiles.reshape(1).astype(jnp.int32),
+        group=group,
+        path=width.max(axis=(2, 3)).reshape(-1),
+        widths=of_parts.reshape(-1),
+        fetches=fetches,
+    )
+
+
+def _fetches(pages: Int[Array, "I U B"]) -> Fetches:
+    """Of the pages of each step, -1 where there is none."""
+    in_turn = (pages == pages[:, :, :1] + jnp.arange(pages.shape[2])).all(axis=2) & (pages[:, :, 0] >= 0)
+    alone = jnp.where(in_turn[:, :, None], -1, pages).reshape(len(pages), -1)
+    place = jnp.argsort(alone < 0, axis=1, stable=True).astype(jnp.int32)
+    page = jnp.maximum(jnp.take_along_axis(alone, place, axis=1), 0)
+    run = jnp.where(in_turn, pages[:, :, 0], -1).astype(jnp.int32)
+    return Fetches(run.reshape(-1), (alone >= 0).sum(axis=1).astype(jnp.int32), page.reshape(-1), place.reshape(-1))
