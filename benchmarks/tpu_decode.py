@@ -23,8 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from tpu_schedule import Layer, tiled_shapes
 
-from dynamo_jax.kernels.tiles import TILE, TiledBase, TiledPages, TiledResident
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, new_cache, parameters, with_parameters
 from dynamo_jax.runtime.monitor import Signatures, start
@@ -71,18 +71,12 @@ def state_of(config: ModelConfig) -> Any:
     """The shapes of the run time's state."""
     of = jax.ShapeDtypeStruct
     layers, count = config.num_moe_layers, config.num_experts
-    blocks, groups = config.intermediate_size // TILE, config.hidden_size // TILE
-    lead = (layers, count, blocks, 3, groups)
-    base = TiledBase(of((*lead, 8, TILE), jnp.int32), of((*lead, TILE), jnp.bfloat16))
-    pages, table = {}, {}
-    for level, share in ((3, 2 / 3), (4, 1 / 3)):
-        slots = int(layers * count * blocks * 3 * share * (1 + SPARE))
-        pages[level] = TiledPages(of((slots, 1, -(-groups // 2), 8, TILE), jnp.int32), None)
-        table[level] = of((layers, count, 3 * blocks), jnp.int32)
+    layer = Layer(count, config.hidden_size, config.intermediate_size, config.num_experts_per_tok)
+    resident, table = tiled_shapes(layers, layer, {3: 2 / 3 * (1 + SPARE), 4: 1 / 3 * (1 + SPARE)})
     square = (KNOWN, KNOWN, KNOWN)
     signatures = Signatures(*(of(s, jnp.float32) for s in ((KNOWN, layers, count), (KNOWN, KNOWN), square, (KNOWN,))))
     watch = jax.eval_shape(functools.partial(start, requests=REQUESTS), signatures)
-    return State(TiledResident(base, pages), (table,) * VARIANTS, of((REQUESTS,), jnp.int32), signatures, watch)
+    return State(resident, (table,) * VARIANTS, of((REQUESTS,), jnp.int32), signatures, watch)
 
 
 def decode(config: ModelConfig, arrays: Any, state: State, cache: Any, tokens: Any) -> Any:

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynamo_jax.kernels.quantized_tpu import quantized_experts_tpu
-from dynamo_jax.kernels.tiles import TILE, TiledBase, TiledPages, TiledResident
+from dynamo_jax.kernels.tiles import TILE, TiledBase, TiledResident, empty_pages
 from dynamo_jax.kernels.tpu_steps import blocks_of_step, rows_of_tile
 from dynamo_jax.models.experts import silu_gated
 
@@ -73,16 +73,26 @@ def sizes_of(layer: Layer, tokens: int) -> np.ndarray:
 
 
 def arguments(layer: Layer, tokens: int, levels: tuple[int, ...]) -> tuple[Any, ...]:
-    """Shapes of what one layer's experts take, pages of one projection each."""
+    """Shapes of what one layer's experts take, with slots for all pages."""
+    of = jax.ShapeDtypeStruct
+    resident, table = tiled_shapes(1, layer, dict.fromkeys(levels, 1.0))
+    rows = of((tokens * layer.chosen, layer.hidden), jnp.bfloat16)
+    return rows, of((layer.experts,), jnp.int32), resident, (table,)
+
+
+def tiled_shapes(layers: int, layer: Layer, shares: dict[int, float]) -> tuple[TiledResident, Any]:
+    """Shapes of the planes of some layers, with slots for a share of each level's pages (of one projection each), and
+    of a page table."""
     of = jax.ShapeDtypeStruct
     blocks, groups = layer.channels // TILE, layer.hidden // TILE
-    lead = (1, layer.experts, blocks, 3, groups)
+    lead = (layers, layer.experts, blocks, 3, groups)
     base = TiledBase(of((*lead, 8, TILE), jnp.int32), of((*lead, TILE), jnp.bfloat16))
-    pages = layer.experts * blocks * 3
-    each = {level: TiledPages(of((pages, 1, -(-groups // 2), 8, TILE), jnp.int32), None) for level in levels}
-    table = {level: of((1, layer.experts, 3 * blocks), jnp.int32) for level in levels}
-    rows = of((tokens * layer.chosen, layer.hidden), jnp.bfloat16)
-    return rows, of((layer.experts,), jnp.int32), TiledResident(base, each), (table,)
+    pages = {}
+    for level, share in shares.items():
+        slots = int(layers * layer.experts * blocks * 3 * share)
+        pages[level] = jax.eval_shape(functools.partial(empty_pages, slots, 1, level, layer.hidden))
+    table = {level: of((layers, layer.experts, 3 * blocks), jnp.int32) for level in shares}
+    return TiledResident(base, pages), table
 
 
 @functools.cache
@@ -112,9 +122,8 @@ def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str) ->
     if own_steps > 1:  # what only a tile's first and last step run
         begin = len(regions) - len(paths) - 2
         ends, regions = (regions[begin], regions[-1]), (*regions[:begin], *regions[begin + 1 : -1])
-    always = loop.always + sum(
-        regions[: -len(paths)]
-    )  # copies of pages that are read, and loops over none counted once
+    # copies of pages that are read run in every step; loops over none are counted once
+    always = loop.always + sum(regions[: -len(paths)])
     cycles = dict(zip(paths, regions[-len(paths) :]))
     assert min(cycles.values()) > always / 2, (loop, paths)
     total = weights = 0.0

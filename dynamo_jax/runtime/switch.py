@@ -11,6 +11,7 @@ Axes: B sequences, N = B*T tokens, k experts a token, R = N*k rows, V variants.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,10 +74,12 @@ def _in_tiles(
 ) -> Float[Array, "N D"]:
     num_experts = resident.base.codes.shape[1]
     number = _of_tokens(jnp.atleast_1d(index), len(tables), x.shape[0])
-    order = sort_by_expert(number[:, None] * num_experts + routing.experts, len(tables) * num_experts)
-    rows = gather_rows(x.astype(jnp.bfloat16), order)
-    parts = (rows, order.group_sizes, resident, tables, layer, own.activation, own.biases)
-    return combine_rows(quantized_experts_tpu(*parts, form=form), routing.gates, order).astype(x.dtype)
+    groups = number[:, None] * num_experts + routing.experts
+
+    def kernel(rows: Array, *rest: Any) -> Array:
+        return quantized_experts_tpu(rows.astype(jnp.bfloat16), *rest, form=form)
+
+    return _grouped(resident, tables, layer, x, routing, groups, own, kernel)
 
 
 def _of_tokens(index: Int[Array, " B"], variants: int, tokens: int) -> Int[Array, " N"]:
@@ -140,18 +143,19 @@ def _by_sequence(
 
 
 def _grouped(
-    resident: Resident,
+    resident: Resident | TiledResident,
     tables: tuple[PageTable, ...],
     layer: int,
     x: Float[Array, "N D"],
     routing: Routing,
     groups: Int[Array, "N k"],
     form: ExpertForm,
+    kernel: Callable[..., Array] = quantized_experts_xla,
 ) -> Float[Array, "N D"]:
     """Rows in the order of ``groups``: variant times the number of experts, plus expert."""
     order = sort_by_expert(groups, len(tables) * resident.base.codes.shape[1])
     rows, sizes = gather_rows(x, order), order.group_sizes
-    out = quantized_experts_xla(rows, sizes, resident, tables, layer, form.activation, form.biases)
+    out = kernel(rows, sizes, resident, tables, layer, form.activation, form.biases)
     return combine_rows(out, routing.gates, order).astype(x.dtype)
 
 
