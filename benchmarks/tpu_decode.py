@@ -23,7 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from tpu_schedule import Layer, tiled_shapes
+from layers import MODELS, Layer
+from tpu_schedule import tiled_shapes
 
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, new_cache, parameters, with_parameters
@@ -32,39 +33,6 @@ from dynamo_jax.runtime.serving import SPARE, State, experts, observe
 
 MEMORY = {"v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}  # GiB of a core
 REQUESTS, CAPACITY, VARIANTS, KNOWN = 8, 4096, 2, 3
-MODELS = {
-    "mixtral-8x7b": ModelConfig(
-        family="mixtral",
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        num_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=32768,
-        qk_norm="none",
-        rope_theta=1e6,
-        norm_topk_prob=True,
-    ),
-    "qwen3-30b-a3b": ModelConfig(
-        family="qwen3_moe",
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=768,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        max_position_embeddings=40960,
-        qk_norm="head",
-        rope_theta=1e6,
-        norm_topk_prob=True,
-    ),
-}
 
 
 def state_of(config: ModelConfig) -> Any:
@@ -90,14 +58,14 @@ def decode(config: ModelConfig, arrays: Any, state: State, cache: Any, tokens: A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--chip", action="append", choices=list(bundles.CHIPS), help="v6e and tpu7x by default")
-    parser.add_argument("--model", action="append", choices=list(MODELS), help="all by default")
+    parser.add_argument("--model", action="append", choices=list(MODELS), help="the two largest by default")
     parser.add_argument("--layers", type=int, help="fewer than the model has, to try it out")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     rows = []
     print(f"{'chip':6s} {'model':15s} layers  resident  temporary  memory (GiB)   fits  seconds to compile")
     for chip in chosen.chip or ("v6e", "tpu7x"):
-        for name in chosen.model or MODELS:
+        for name in chosen.model or ("mixtral-8x7b", "qwen3-30b-a3b"):
             config = MODELS[name]
             if chosen.layers:
                 config = dataclasses.replace(config, num_hidden_layers=chosen.layers)

@@ -30,11 +30,12 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from layers import PREFILL, SHAPES, TOKENS, Layer, sizes_of
 
 from dynamo_jax.kernels.quantized_tpu import quantized_experts_tpu
 from dynamo_jax.kernels.tiles import TILE, TiledBase, TiledResident, empty_pages
@@ -42,34 +43,7 @@ from dynamo_jax.kernels.tpu_steps import blocks_of_step, rows_of_tile
 from dynamo_jax.models.experts import silu_gated
 
 SCALE_BITS = 16 / TILE
-PREFILL = 2048
-TOKENS = (1, 8, 64, PREFILL)
-
-
-class Layer(NamedTuple):
-    """One layer of experts. hidden and channels: filled up to multiples of 128."""
-
-    experts: int
-    hidden: int
-    channels: int
-    chosen: int
-
-
-SHAPES = {
-    "mixtral-8x7b": Layer(8, 4096, 14336, 2),
-    "olmoe-1b-7b": Layer(64, 2048, 1024, 8),
-    "qwen3-30b-a3b": Layer(128, 2048, 768, 8),
-    "deepseek-v2-lite": Layer(64, 2048, 1408, 6),
-    "gpt-oss-20b": Layer(32, 2944, 2944, 4),  # of 2880 and 2880
-}
 ROUNDED = {"v5e": "int8", "v5p": "int8", "v6e": "int8", "tpu7x": "fp8"}
-
-
-def sizes_of(layer: Layer, tokens: int) -> np.ndarray:
-    """Rows of each expert."""
-    rng = np.random.default_rng(0)
-    chosen = [rng.choice(layer.experts, layer.chosen, replace=False) for _ in range(tokens)]
-    return np.bincount(np.concatenate(chosen), minlength=layer.experts)
 
 
 def arguments(layer: Layer, tokens: int, levels: tuple[int, ...]) -> tuple[Any, ...]:

@@ -76,6 +76,13 @@ def block_bytes(width: int, channel_block: int, hidden_size: int, group_size: in
     return codes + weights // group_size * (3 if width == 8 else 2)
 
 
+def empty_pages(count: int, together: int, level: int, hidden_size: int, channel_block: int, num_groups: int) -> Pages:
+    """Slots for pages of ``together`` projections."""
+    shape = (count, together, channel_block)
+    codes = jnp.zeros((*shape, hidden_size * PLANE_BITS[level] // 8), jnp.uint8)
+    return Pages(codes, jnp.zeros((*shape, num_groups), jnp.uint8) if level == 8 else None)
+
+
 def unpack(codes: UInt8[Array, "*S Dp"], bits: int) -> UInt8[Array, "*S D"]:
     """The codes of ``bits`` bits in each byte, lowest bits first."""
     shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)

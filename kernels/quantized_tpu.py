@@ -27,6 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, BFloat16, Float, Int
 
 from dynamo_jax.kernels.layout import PROJECTIONS, PageTable
+from dynamo_jax.kernels.rows import rows_in_tiles
 from dynamo_jax.kernels.tiles import TILE, TiledResident
 from dynamo_jax.kernels.tpu_planes import StepPlanes
 from dynamo_jax.kernels.tpu_steps import (
@@ -37,7 +38,6 @@ from dynamo_jax.kernels.tpu_steps import (
     blocks_of_step,
     rows_of_tile,
     steps_of,
-    tile_rows_of,
 )
 
 FORMS = {"bf16": (jnp.bfloat16, 0.0), "int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0)}
@@ -85,7 +85,7 @@ def quantized_experts_tpu(
     blocks = blocks or blocks_of_step(groups, all_blocks, tile_rows)
     form = "bf16" if tile_rows >= MANY_ROWS else form
     shape = Shape(tile_rows, groups, all_blocks, blocks, levels, units, form)
-    place, source, group, used = tile_rows_of(group_sizes, count, tile_rows)
+    place, source, group, used = rows_in_tiles(group_sizes, count, tile_rows)
     steps = steps_of(shape, group, used, num_experts, tables, layer)
     filled = jnp.pad(rows, ((0, 1), (0, 0)))[source]  # the last row is empty
     out = _call(shape, steps, filled, resident, activation, biases, interpret)

@@ -86,11 +86,6 @@ def tiled_pages(pages: Pages, level: int, projection: Int[np.ndarray, "Q p"]) ->
     return TiledPages(_packed(codes, level, projection), ratios)
 
 
-def fits(channels: int, channel_block: int, group_size: int) -> bool:
-    """Whether planes can be in tiles."""
-    return channels % TILE == 0 and channel_block == TILE and group_size % TILE == 0
-
-
 def empty_pages(count: int, together: int, level: int, hidden_size: int) -> TiledPages:
     """Slots for pages of ``together`` projections."""
     groups = hidden_size // TILE

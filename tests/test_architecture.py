@@ -27,6 +27,7 @@ KERNELS_MAY_USE = {
     "math",
     "typing",
     "jax",
+    "jaxlib",
     "numpy",
     "jaxtyping",
     "dynamo_jax",

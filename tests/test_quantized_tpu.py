@@ -14,16 +14,18 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import kernel_cases
 import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
+from kernel_cases import Case, biases_of, rows_and_sizes, widths_of
 
-from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, BasePlanes, Pages, Resident, unpack
+from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, BasePlanes, Pages, unpack
 from dynamo_jax.kernels.quantized_tpu import FORMS, quantized_experts_tpu
-from dynamo_jax.kernels.quantized_xla import quantized_experts_xla
-from dynamo_jax.kernels.tiles import TILE, TiledResident, empty_pages, fits, tiled_base, tiled_pages
-from dynamo_jax.kernels.tpu_steps import Shape, blocks_of_step, rows_of_tile, steps_of, tile_rows_of
+from dynamo_jax.kernels.rows import rows_in_tiles
+from dynamo_jax.kernels.tiles import TILE, empty_pages, tiled_base, tiled_pages
+from dynamo_jax.kernels.tpu_steps import Shape, blocks_of_step, rows_of_tile, steps_of
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, with_parameters
 from dynamo_jax.models.experts import silu_gated
@@ -35,69 +37,9 @@ TOLERANCE = {"bf16": 0.01, "int8": 0.04, "fp8": 0.08}  # of the largest output: 
 CHECKED = pltpu.InterpretParams(detect_races=True)
 
 
-@dataclasses.dataclass
-class Case:
-    """Random planes of two layers, whole and in tiles, and a page table for each of the given widths (L, E, M)."""
-
-    resident: Resident
-    tiles: TiledResident
-    tables: tuple[dict[int, jax.Array], ...]
-
-    @classmethod
-    def of(cls, seed, experts, channels, hidden, apart, widths, group_size=TILE, shuffled=False):
-        rng = np.random.default_rng(seed)
-        blocks, together = channels // TILE, 1 if apart else 3
-        codes = rng.integers(0, 256, (2, experts, 3, channels, hidden // 4)).astype(np.uint8)
-        scales = rng.uniform(0.01, 0.03, (2, experts, 3, channels, hidden // group_size)).astype(jnp.bfloat16)
-        base = BasePlanes(codes, scales)
-        count = 2 * experts * blocks * (3 // together)
-        slots = rng.permutation(count) if shuffled else np.arange(count)
-        slot = slots.reshape(2, experts, -1)
-        projection = np.zeros((count, together), int)
-        of_block = np.repeat(np.arange(3 // together), blocks)[:, None] + np.arange(together)
-        projection[slots] = np.tile(of_block, (2 * experts, 1))
-        pages, tiles = {}, {}
-        for level in LEVELS:
-            shape = (count, together, TILE)
-            own = rng.integers(0, 256, (*shape, hidden * PLANE_BITS[level] // 8)).astype(np.uint8)
-            ratios = rng.integers(1, 255, (*shape, hidden // group_size)).astype(np.uint8) if level == 8 else None
-            pages[level] = Pages(own, ratios)
-            tiles[level] = tiled_pages(pages[level], level, projection)
-        tables = []
-        for w in widths:
-            each = w.reshape(2, experts, -1, blocks)
-            each = each[:, :, [0, 0, 1]] if apart else each
-            each = each.reshape(2, experts, -1)
-            tables.append({level: jnp.asarray(np.where(each >= level, slot, -1), jnp.int32) for level in LEVELS})
-        put = functools.partial(jax.tree.map, jnp.asarray)
-        return cls(put(Resident(base, pages)), put(TiledResident(tiled_base(base), tiles)), tuple(tables))
-
-
-def widths_of(seed, experts, channels, apart, choices=(2, 3, 4, 8)):
-    shape = (2, experts, (2 if apart else 1) * channels // TILE)
-    return np.random.default_rng(seed).choice(choices, shape)
-
-
-def rows_and_sizes(seed, sizes, hidden, dtype=jnp.float32):
-    rows = np.random.default_rng(seed).normal(size=(int(np.sum(sizes)), hidden))
-    return jnp.asarray(rows, jnp.bfloat16).astype(dtype), jnp.asarray(sizes, jnp.int32)
-
-
-def biases_of(seed, experts, channels, hidden):
-    rng = np.random.default_rng(seed)
-    return tuple(jnp.asarray(rng.normal(size=(experts, n)), jnp.float32) for n in (channels, channels, hidden))
-
-
 def compared(case, rows, sizes, biases=None, layer=1, tolerance=0.01, **how):
-    """The largest error over the largest output stays within ``tolerance``."""
-    with jax.default_matmul_precision("highest"):
-        expected = quantized_experts_xla(rows, sizes, case.resident, case.tables, layer, silu_gated, biases)
-    how = {"interpret": pltpu.InterpretParams()} | how
-    found = quantized_experts_tpu(rows, sizes, case.tiles, case.tables, layer, silu_gated, biases, **how)
-    assert found.dtype == rows.dtype and found.shape == rows.shape
-    error = np.abs(np.asarray(found, np.float32) - np.asarray(expected, np.float32)).max()
-    assert error <= tolerance * np.abs(np.asarray(expected, np.float32)).max()
-    return found
+    kernel = functools.partial(quantized_experts_tpu, **({"interpret": pltpu.InterpretParams()} | how))
+    return kernel_cases.compared(case, kernel, rows, sizes, tolerance, biases, layer)
 
 
 def test_tiles_hold_the_planes_bits_where_the_page_says():
@@ -140,7 +82,7 @@ def test_tiles_hold_the_planes_bits_where_the_page_says():
 @pytest.mark.parametrize(("form", "apart"), [("bf16", True), ("int8", False), ("fp8", True)])
 def test_all_widths_variants_and_biases_at_once(form, apart):
     """With the interpreter's look for races between copies and their readers."""
-    case = Case.of(0, 3, 256, 384, apart, [widths_of(v, 3, 256, apart) for v in range(2)])
+    case = Case.of("tiles", 0, 3, 256, 384, apart, [widths_of(v, 3, 256, apart) for v in range(2)])
     rows, sizes = rows_and_sizes(1, [5, 0, 9, 1, 20, 0], 384)
     biases = biases_of(2, 3, 256, 384)
     compared(case, rows, sizes, biases, form=form, tolerance=TOLERANCE[form], interpret=CHECKED)
@@ -159,7 +101,7 @@ def test_all_widths_variants_and_biases_at_once(form, apart):
 def test_any_widths_groups_and_tiling(sizes, widths, form, blocks, tile_rows, shuffled):
     """Three blocks an expert, which two a step do not divide; pages in order and anywhere."""
     each = np.broadcast_to(np.array(widths).reshape(1, 4, 3), (2, 4, 3))
-    case = Case.of(3, 4, 384, 128, False, [each], shuffled=shuffled)
+    case = Case.of("tiles", 3, 4, 384, 128, False, [each], shuffled=shuffled)
     rows, sizes = rows_and_sizes(4, sizes, 128)
     compared(case, rows, sizes, layer=0, form=form, blocks=blocks, tile_rows=tile_rows, tolerance=TOLERANCE[form])
 
@@ -171,7 +113,7 @@ def test_any_widths_groups_and_tiling(sizes, widths, form, blocks, tile_rows, sh
 def test_blocks_that_do_not_divide_and_pages_in_any_order(form, apart, blocks, tile_rows, variants):
     """Three blocks an expert: two a step, or three, of which down has a part of one block."""
     widths = [widths_of(v, 2, 384, apart) for v in range(variants)]
-    case = Case.of(11, 2, 384, 128, apart, widths, shuffled=True)
+    case = Case.of("tiles", 11, 2, 384, 128, apart, widths, shuffled=True)
     rows, sizes = rows_and_sizes(12, [3, 9, 4, 1][: 2 * variants], 128)
     how = {"form": form, "blocks": blocks, "tile_rows": tile_rows, "tolerance": TOLERANCE[form]}
     compared(case, rows, sizes, biases_of(13, 2, 384, 128), **how)
@@ -179,7 +121,7 @@ def test_blocks_that_do_not_divide_and_pages_in_any_order(form, apart, blocks, t
 
 def test_each_step_reads_its_own_pages():
     """All pages of all levels, in every step of several tiles: those of the next step come while this one runs."""
-    case = Case.of(14, 2, 256, 256, True, [np.full((2, 2, 4), 8)])
+    case = Case.of("tiles", 14, 2, 256, 256, True, [np.full((2, 2, 4), 8)])
     rows, sizes = rows_and_sizes(15, [17, 9], 256)
     compared(case, rows, sizes, blocks=1, tile_rows=8, interpret=CHECKED)
 
@@ -187,15 +129,15 @@ def test_each_step_reads_its_own_pages():
 def test_many_rows_need_no_more_scalars():
     """The work list is of experts and steps; only the tiles' groups are as many as the rows."""
     sizes = [4096 * 8, 0]
-    _, _, group, used = tile_rows_of(jnp.array(sizes), sum(sizes), 256)
+    _, _, group, used = rows_in_tiles(jnp.array(sizes), sum(sizes), 256)
     shape = Shape(256, 1, 3, 2, (3,), 1, "bf16")
-    case = Case.of(0, 2, 384, 128, False, [widths_of(0, 2, 384, False)])
+    case = Case.of("tiles", 0, 2, 384, 128, False, [widths_of(0, 2, 384, False)])
     steps = steps_of(shape, group, used, 2, case.tables, 0)
     assert sum(a.size for a in jax.tree.leaves(steps)) < group.size + 100
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
-    case = Case.of(5, 2, 128, 128, True, [widths_of(v, 2, 128, True) for v in range(2)])
+    case = Case.of("tiles", 5, 2, 128, 128, True, [widths_of(v, 2, 128, True) for v in range(2)])
     rows, sizes = rows_and_sizes(6, [3, 4, 2, 5], 128)
     together = compared(case, rows, sizes, tile_rows=8)
     alone = compared(case, rows[9:10], jnp.array([0, 0, 0, 1]), tile_rows=8)
@@ -203,54 +145,53 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 
 def test_rows_past_the_last_group_are_zeros_and_no_rows_are_none():
-    case = Case.of(7, 2, 128, 128, False, [widths_of(0, 2, 128, False)])
+    case = Case.of("tiles", 7, 2, 128, 128, False, [widths_of(0, 2, 128, False)])
     rows, sizes = rows_and_sizes(8, [3, 2], 128, jnp.bfloat16)
     run = functools.partial(quantized_experts_tpu, interpret=pltpu.InterpretParams())
-    more = run(jnp.pad(rows, ((0, 4), (0, 0)), constant_values=7), sizes, case.tiles, case.tables, 0, silu_gated)
-    np.testing.assert_array_equal(more[:5], run(rows, sizes, case.tiles, case.tables, 0, silu_gated))
+    more = run(jnp.pad(rows, ((0, 4), (0, 0)), constant_values=7), sizes, case.arranged, case.tables, 0, silu_gated)
+    np.testing.assert_array_equal(more[:5], run(rows, sizes, case.arranged, case.tables, 0, silu_gated))
     assert (np.asarray(more[5:], np.float32) == 0).all()
-    assert run(rows[:0], sizes * 0, case.tiles, case.tables, 0, silu_gated).shape == (0, 128)
+    assert run(rows[:0], sizes * 0, case.arranged, case.tables, 0, silu_gated).shape == (0, 128)
 
 
 def test_a_row_of_zeros_or_of_nan_stays_its_own():
-    case = Case.of(9, 1, 128, 128, False, [widths_of(0, 1, 128, False)])
+    case = Case.of("tiles", 9, 1, 128, 128, False, [widths_of(0, 1, 128, False)])
     rows, sizes = rows_and_sizes(10, [4], 128)
     rows = rows.at[1].set(0).at[2].set(jnp.nan)
     for form in FORMS:
         run = functools.partial(quantized_experts_tpu, form=form, interpret=pltpu.InterpretParams())
-        found = np.asarray(run(rows, sizes, case.tiles, case.tables, 0, silu_gated))
+        found = np.asarray(run(rows, sizes, case.arranged, case.tables, 0, silu_gated))
         assert (found[1] == 0).all() and np.isfinite(found[[0, 3]]).all() and np.isnan(found[2]).all()
 
 
 def test_what_does_not_fit_tiles_is_an_error_that_says_so():
-    assert fits(256, 128, 128) and not fits(256, 128, 64) and not fits(192, 128, 128) and not fits(256, 64, 128)
     with pytest.raises(ValueError, match="192 hidden"):
-        Case.of(0, 1, 128, 192, False, [], group_size=192)
+        Case.of("tiles", 0, 1, 128, 192, False, [], group_size=192)
     with pytest.raises(ValueError, match="groups of 64"):
-        Case.of(0, 1, 128, 128, False, [], group_size=64)
+        Case.of("tiles", 0, 1, 128, 128, False, [], group_size=64)
     zeros = functools.partial(np.zeros, dtype=np.uint8)
     with pytest.raises(ValueError, match="96 channels"):
         tiled_base(BasePlanes(zeros((1, 1, 3, 96, 32)), np.zeros((1, 1, 3, 96, 1), jnp.bfloat16)))
     with pytest.raises(ValueError, match="3 bits are of 64 channels"):
         tiled_pages(Pages(zeros((1, 3, 64, 16)), None), 3, np.arange(3)[None])
-    case = Case.of(0, 2, 128, 128, False, [widths_of(0, 2, 128, False)])
+    case = Case.of("tiles", 0, 2, 128, 128, False, [widths_of(0, 2, 128, False)])
     rows, sizes = rows_and_sizes(0, [1, 1], 128)
     with pytest.raises(ValueError, match="unknown form 'int4'"):
-        quantized_experts_tpu(rows, sizes, case.tiles, case.tables, 0, silu_gated, form="int4")
+        quantized_experts_tpu(rows, sizes, case.arranged, case.tables, 0, silu_gated, form="int4")
     with pytest.raises(ValueError, match="3 groups"):
-        quantized_experts_tpu(rows, jnp.ones(3, jnp.int32), case.tiles, case.tables, 0, silu_gated)
+        quantized_experts_tpu(rows, jnp.ones(3, jnp.int32), case.arranged, case.tables, 0, silu_gated)
 
 
 def test_empty_pages_have_the_shape_of_pages():
     for level in LEVELS:
-        made = Case.of(0, 1, 128, 384, True, []).tiles.pages[level]  # two layers of three pages
+        made = Case.of("tiles", 0, 1, 128, 384, True, []).tiles.pages[level]  # two layers of three pages
         assert jax.tree.map(jnp.shape, empty_pages(6, 1, level, 384)) == jax.tree.map(jnp.shape, made)
 
 
 @pytest.mark.parametrize("sizes", [[0, 0, 5], [16, 1, 0], [33, 0, 0], [1, 1, 1]])
 def test_every_row_has_one_place_in_a_tile_of_its_group(sizes):
     count = sum(sizes)
-    place, source, group, used = tile_rows_of(jnp.array(sizes), count, 16)
+    place, source, group, used = rows_in_tiles(jnp.array(sizes), count, 16)
     assert used == sum(-(-s // 16) for s in sizes)
     np.testing.assert_array_equal(source[place], np.arange(count))
     owner = np.repeat(np.arange(3), sizes)
@@ -297,7 +238,7 @@ def test_the_run_time_adapts_and_switches_with_planes_in_tiles(tokenizer_file, c
     tokens, windows = jnp.asarray(rng.integers(3, 61, (2, 12))), rng.integers(20, 30, (4, 65))
     found = {}
     for tiled in (False, True):
-        host, state = serving.init(model, requests=2, tiled=tiled)
+        host, state = serving.init(model, requests=2, arrangement="tiles" if tiled else "planes")
         host, state = serving.adapt(model, host, state, windows)
         with pltpu.force_tpu_interpret_mode():
             first = [step(CONFIG, model.parameters, serving.switch(state, number), tokens) for number in (0, 1)]

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, BasePlanes, Pages, PageTable, Resident
-from dynamo_jax.kernels.tiles import TiledBase, TiledPages, TiledResident, empty_pages, tiled_base
+from dynamo_jax.kernels.arrangements import ARRANGEMENTS, AnyResident
+from dynamo_jax.kernels.layout import LEVELS, BasePlanes, PageTable
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime.store import HostPages, page_counts, pages_of
 
@@ -33,7 +33,7 @@ CHUNK = 64  # pages that are written at a time: one program for any number of th
 class Residency(NamedTuple):
     """What is on the device, and for each level the slot of each page (L, E, U*N), -1 for one that is not there."""
 
-    resident: Resident | TiledResident
+    resident: AnyResident
     slots: dict[int, Int[np.ndarray, "L E UN"]]
 
 
@@ -65,23 +65,17 @@ def empty(host: HostPages, slots: dict[int, int]) -> Residency:
     """The base planes, and ``slots[level]`` slots of each level with nothing in them."""
     planes = host.planes
     groups, hidden = planes.scales.shape[-1], 4 * planes.codes[2].shape[-1]
+    kind = ARRANGEMENTS[host.arrangement]
     pages: dict[int, Any] = {}
     for level in LEVELS:
         count = slots.get(level, 0)
         if count < 0:
             raise ValueError(f"{count} slots of {level} bits: expected none or more")
-        if host.tiled:
-            pages[level] = empty_pages(count, host.together, level, hidden)
-            continue
-        shape = (count, host.together, host.channel_block)
-        codes = jnp.zeros((*shape, hidden * PLANE_BITS[level] // 8), jnp.uint8)
-        pages[level] = Pages(codes, jnp.zeros((*shape, groups), jnp.uint8) if level == 8 else None)
+        pages[level] = kind.empty(count, host.together, level, hidden, host.channel_block, groups)
     arrays: Any = (planes.codes[2], planes.scales)
-    base = BasePlanes(*arrays)
+    base = jax.tree.map(jnp.asarray, kind.base(BasePlanes(*arrays)))
     nowhere = {level: np.full(sums.shape, -1, np.int32) for level, sums in host.checksums.items()}
-    if host.tiled:
-        return Residency(TiledResident(TiledBase(*map(jnp.asarray, tiled_base(base))), pages), nowhere)
-    return Residency(Resident(jax.tree.map(jnp.asarray, base), pages), nowhere)
+    return Residency(kind.resident(base, pages), nowhere)
 
 
 def residency(host: HostPages, plans: list[Plan], slots: dict[int, int] | None = None) -> Residency:

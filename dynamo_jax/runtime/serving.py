@@ -24,8 +24,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
-from dynamo_jax.kernels.layout import PageTable, Resident
-from dynamo_jax.kernels.tiles import TiledResident, fits
+from dynamo_jax.kernels.arrangements import AnyResident, arrangement_for
+from dynamo_jax.kernels.layout import PageTable
 from dynamo_jax.models.experts import ExpertsFn
 from dynamo_jax.models.routing import Routing
 from dynamo_jax.precision.plan import Plan
@@ -43,7 +43,7 @@ class State(NamedTuple):
     """All that a jitted step needs beside the model's own parameters. number: the variant of each request; watch: None
     where nobody watches."""
 
-    resident: Resident | TiledResident
+    resident: AnyResident
     tables: tuple[PageTable, ...]
     number: Int[Array, " B"]
     signatures: Signatures
@@ -85,22 +85,22 @@ def init(
     requests: int = 1,
     variants: int = 2,
     slots: dict[int, int] | None = None,
-    tiled: bool | None = None,
+    arrangement: str | None = None,
 ) -> tuple[Host, State]:
     """The model on the device: all ``variants`` are the baseline until ``finish`` or ``adapt`` fills them.
 
     slots: the page budget of each refinement level, at least the baseline's pages; by default those and half as many.
-    tiled: whether the planes are for the TPU kernel; by default where there is a TPU and they can be.
+    arrangement: of the planes on the device, "planes", "tiles" (of the TPU kernel) or "fragments" (of the GPU kernels);
+    by default that of the fastest kernel that takes them there.
     """
     if requests < 1 or variants < 1:
         raise ValueError(f"{requests} requests, {variants} variants: expected one or more")
     if slots is None:
         counts = page_counts(model.plan)
         slots = {level: counts[level] + count for level, count in default_spare(model.plan).items()}
-    if tiled is None:
-        sizes = model.store.scales.shape[3], model.plan.channel_block, model.plan.group_size
-        tiled = jax.default_backend() == "tpu" and fits(*sizes)
-    pages = host_pages(model.store, model.plan, tiled)
+    if arrangement is None:
+        arrangement = arrangement_for(model.store.scales.shape[3], model.plan.channel_block, model.plan.group_size)
+    pages = host_pages(model.store, model.plan, arrangement)
     here = residency(pages, [model.plan], slots)
     table = table_of(here, model.plan, levels_of(model.plan))
     signatures = model.knowledge.monitor()

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt32
 
+from dynamo_jax.kernels.arrangements import ARRANGEMENTS
 from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, Pages
-from dynamo_jax.kernels.tiles import TiledPages, tiled_pages
 from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import Planes, quantize
@@ -56,16 +57,16 @@ def page_tables(plan: Plan) -> dict[int, Int[np.ndarray, "L E UN"]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostPages:
-    """Planes in host memory and the checksums that their pages had when they were put there. tiled: whether the device
-    takes them in tiles (``kernels.tiles``)."""
+    """Planes in host memory and the checksums that their pages had when they were put there. arrangement: in which
+    the device takes them (``kernels.arrangements``)."""
 
     planes: Planes
     channel_block: int
     together: int  # projections of a page, 3 or 1
     checksums: dict[int, UInt32[np.ndarray, "L E UN"]]
-    tiled: bool = False
+    arrangement: str = "planes"
 
-    def arrays(self, level: int, where: Int[np.ndarray, "Q 3"]) -> Pages | TiledPages:
+    def arrays(self, level: int, where: Int[np.ndarray, "Q 3"]) -> Any:
         """The pages at (layer, expert, block), host arrays; ValueError if one is not what it was."""
         codes, ratios = _cut(self.planes, self.channel_block, self.together, level, where)
         for place, found in zip(where, _sums(codes, ratios)):
@@ -74,15 +75,13 @@ class HostPages:
                 raise ValueError(
                     f"the {level}-bit page of layer {layer}, expert {expert}, block {block} is damaged in host memory"
                 )
-        pages = Pages(codes, ratios)
-        if not self.tiled:
-            return pages
         blocks = self.planes.scales.shape[3] // self.channel_block
         first = where[:, 2:] // blocks if self.together == 1 else np.zeros((len(where), 1), int)
-        return tiled_pages(pages, level, first + np.arange(self.together))
+        arrange = ARRANGEMENTS[self.arrangement].pages
+        return arrange(Pages(codes, ratios), level, first + np.arange(self.together))
 
 
-def host_pages(planes: Planes, plan: Plan, tiled: bool = False) -> HostPages:
+def host_pages(planes: Planes, plan: Plan, arrangement: str = "planes") -> HostPages:
     """The pages that plans of this one's blocks read."""
     together = 1 if plan.apart else PROJECTIONS
     sums = {}
@@ -90,7 +89,9 @@ def host_pages(planes: Planes, plan: Plan, tiled: bool = False) -> HostPages:
         everywhere = np.argwhere(np.ones(has.shape, bool))
         parts = _cut(planes, plan.channel_block, together, level, everywhere)
         sums[level] = np.array(list(_sums(*parts)), np.uint32).reshape(has.shape)
-    return HostPages(planes=planes, channel_block=plan.channel_block, together=together, checksums=sums, tiled=tiled)
+    return HostPages(
+        planes=planes, channel_block=plan.channel_block, together=together, checksums=sums, arrangement=arrangement
+    )
 
 
 def _cut(planes: Planes, channel_block: int, together: int, level: int, where: np.ndarray) -> tuple:

@@ -18,7 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dynamo_jax.kernels.arrangements import AnyResident
+from dynamo_jax.kernels.fragments import FragmentResident
 from dynamo_jax.kernels.layout import BasePlanes, PageTable, Resident, dequantize_experts, dequantize_layer
+from dynamo_jax.kernels.quantized_gpu import quantized_experts_gpu
 from dynamo_jax.kernels.quantized_tpu import quantized_experts_tpu
 from dynamo_jax.kernels.quantized_xla import quantized_experts_xla
 from dynamo_jax.kernels.rows import combine_rows, gather_rows, sort_by_expert
@@ -39,31 +42,31 @@ from dynamo_jax.models.routing import Routing
 
 
 def switched_experts(
-    resident: Resident | TiledResident,
+    resident: AnyResident,
     tables: tuple[PageTable, ...],
     index: Int[Array, ""] | Int[Array, " B"],
     form: str = "bf16",
 ) -> ExpertsFn:
     """Experts at the precision of ``tables[index]``; an index out of range is clamped, as lax.switch does.
 
-    index: of all tokens, or of each of B sequences, whose tokens lie one sequence after the other. Planes in tiles go
-    through the TPU kernel, with activations in ``form``: it takes any number of variants at once, so nothing is
-    switched there but which page tables a row is given.
+    index: of all tokens, or of each of B sequences, whose tokens lie one sequence after the other. Planes in tiles or
+    fragments go through the kernel of a TPU, with activations in ``form``, or of a GPU: these take any number of
+    variants at once, so nothing is switched there but which page tables a row is given.
     """
 
     def experts(
         layer: int, x: Array, routing: Routing, _: ExpertWeights | None, own: ExpertForm
     ) -> tuple[Array, Routing]:
-        if isinstance(resident, TiledResident):
-            return _in_tiles(resident, tables, jnp.asarray(index), layer, x, routing, own, form), routing
+        if not isinstance(resident, Resident):
+            return _by_kernel(resident, tables, jnp.asarray(index), layer, x, routing, own, form), routing
         run = _at_one_variant if jnp.ndim(index) == 0 else _by_sequence
         return run(resident, tables, jnp.asarray(index), layer, x, routing, own), routing
 
     return experts
 
 
-def _in_tiles(
-    resident: TiledResident,
+def _by_kernel(
+    resident: TiledResident | FragmentResident,
     tables: tuple[PageTable, ...],
     index: Int[Array, ""] | Int[Array, " B"],
     layer: int,
@@ -77,7 +80,9 @@ def _in_tiles(
     groups = number[:, None] * num_experts + routing.experts
 
     def kernel(rows: Array, *rest: Any) -> Array:
-        return quantized_experts_tpu(rows.astype(jnp.bfloat16), *rest, form=form)
+        if isinstance(resident, TiledResident):
+            return quantized_experts_tpu(rows.astype(jnp.bfloat16), *rest, form=form)
+        return quantized_experts_gpu(rows.astype(jnp.bfloat16), *rest)
 
     return _grouped(resident, tables, layer, x, routing, groups, own, kernel)
 
@@ -143,7 +148,7 @@ def _by_sequence(
 
 
 def _grouped(
-    resident: Resident | TiledResident,
+    resident: AnyResident,
     tables: tuple[PageTable, ...],
     layer: int,
     x: Float[Array, "N D"],
@@ -181,7 +186,7 @@ def float_step(
 def switched_step(
     config: ModelConfig,
     parameters: dict[str, Array],
-    resident: Resident | TiledResident,
+    resident: AnyResident,
     tables: tuple[PageTable, ...],
     index: Int[Array, ""] | Int[Array, " B"],
     tokens: Int[Array, "B T1"],
@@ -194,7 +199,7 @@ def switched_step(
 def switched_divergence(
     config: ModelConfig,
     parameters: dict[str, Array],
-    resident: Resident | TiledResident,
+    resident: AnyResident,
     tables: tuple[PageTable, ...],
     index: Int[Array, ""] | Int[Array, " B"],
     tokens: Int[Array, "B T"],
