@@ -49,6 +49,14 @@ def texts():
     return {"code": code, "sums": sums, "verse": verse}
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For tests of tiny models, which mostly compile: what XLA compiles then takes less time and runs slower."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 class _Counter(logging.Handler):
     """Counts the compilations that JAX logs."""
 

@@ -21,6 +21,8 @@ from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.models.routing import Routing
 from dynamo_jax.runtime.monitor import judge, mean_divergence, novelty_threshold
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOKENS, HIDDEN, EXPERTS, CHANNELS, TOP_K, BLOCK = 40, 32, 5, 16, 2, 4
 
 

@@ -27,6 +27,8 @@ from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.quant.planes import quantize as quantize_planes
 from dynamo_jax.work import FolderWork, MemoryWork
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SMALL = QuantizeConfig(quantizer="rtn", bits=3.5, group_size=8, channel_block=8, window=12, batch_size=2)
 
 

@@ -22,6 +22,8 @@ from dynamo_jax.models.decoder import (
 )
 from dynamo_jax.models.loss import CHUNK_ROWS, next_token_nll
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = ModelConfig(
     vocab_size=50,
     hidden_size=32,

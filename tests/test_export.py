@@ -22,6 +22,8 @@ from dynamo_jax.pipeline import QuantizeConfig, no_progress, quantize_folder
 from dynamo_jax.runtime.generate import GenerateConfig, generate
 from dynamo_jax.runtime.serving import experts
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SMALL = QuantizeConfig(bits=5.5, group_size=8, channel_block=8, window=24, calibration_windows=2, batch_size=2)
 
 

@@ -14,6 +14,8 @@ import transformers
 from dynamo_jax.models.families import FAMILIES, config_from
 from dynamo_jax.models.huggingface import load_checkpoint, load_config, parameter_shapes
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOKENS = np.random.default_rng(0).integers(3, 61, (3, 20))
 MASK = np.ones((3, 20), bool)
 MASK[1, :6] = False  # padding before

@@ -15,6 +15,8 @@ from dynamo_jax.kernels.reference import grouped_matmul_reference
 from dynamo_jax.kernels.rows import combine_rows, gather_rows, sort_by_expert
 from dynamo_jax.kernels.xla import grouped_matmul_xla
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def oracle(x, w, sizes):
     out, start = np.zeros((x.shape[0], w.shape[2])), 0

@@ -184,7 +184,7 @@ def test_what_does_not_fit_tiles_is_an_error_that_says_so():
 
 def test_empty_pages_have_the_shape_of_pages():
     for level in LEVELS:
-        made = Case.of("tiles", 0, 1, 128, 384, True, []).tiles.pages[level]  # two layers of three pages
+        made = Case.of("tiles", 0, 1, 128, 384, True, []).arranged.pages[level]  # two layers of three pages
         assert jax.tree.map(jnp.shape, empty_pages(6, 1, level, 384)) == jax.tree.map(jnp.shape, made)
 
 
@@ -297,6 +297,8 @@ def test_every_shape_compiles_for_every_chip(chip, tokens):
     code = """
 import bundles, json, sys
 import tpu_schedule as t
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 chip, tokens, out = sys.argv[1], int(sys.argv[2]), {}
 for name, layer in t.SHAPES.items():
     run = lambda *a: t.quantized_experts_tpu(*a, 0, t.silu_gated, form=t.ROUNDED[chip], blocks=1)

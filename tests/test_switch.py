@@ -19,6 +19,8 @@ from dynamo_jax.runtime.residency import commit, levels_of, residency, stage, ta
 from dynamo_jax.runtime.store import host_pages, page_counts, page_tables, quantize_experts
 from dynamo_jax.runtime.switch import float_step, switched_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = ModelConfig(
     vocab_size=97,
     hidden_size=64,

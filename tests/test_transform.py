@@ -14,6 +14,8 @@ from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import dequantize, quantize
 from dynamo_jax.transform import SwitchedExperts
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HIDDEN, CHANNELS, EXPERTS, BLOCK, GROUP = 32, 24, 6, 8, 16
 
 
