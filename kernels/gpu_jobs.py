@@ -8,8 +8,8 @@ Of few rows no weight is scaled: gate and up multiply 128 + 2 n, whose sums over
 much in them is a product of its own that all rows of a tile share; for down the rows are multiplied by the scales
 instead, once for each group of hidden. Of many rows weights are scaled in registers.
 
-Axes: M rows a tile, T tiles of rows, D hidden, F channels, N blocks of 128, S parts of the channels, U parts of a block
-with pages of their own, I = variants x experts x N.
+Axes: M rows a tile, T tiles of rows, V variants, L layers, E experts, D hidden, F channels, N blocks of 128, S parts of
+the channels, U parts of a block with pages of their own.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Shape(NamedTuple):
     rows: int  # M
     tiles: int  # T, at most
     hidden: int  # D
+    layers: int  # L
     all_blocks: int  # N
     num_experts: int  # E
     levels: tuple[int, ...]
@@ -77,8 +78,8 @@ class Shape(NamedTuple):
 
 class Inputs(NamedTuple):
     """References of a kernel to the GPU's memory. work: how many tiles hold rows, and the layer; group: of each tile, a
-    variant and an expert; page: of each level, (U * I,) the slot of each part of each block, or -1; biases: of gate and
-    up, None in the second kernel."""
+    variant and an expert; page: of each level, (V * L * E * U * N,) the slot of each part of each block, or -1; biases:
+    of gate and up, None in the second kernel."""
 
     work: Any
     group: Any
@@ -129,9 +130,10 @@ class Job:
 
     def slot(self, level: int, group: Any, block: Any, part: int) -> Any:
         """Where the page of a part of a block is, -1 where its variant does not read it."""
-        count = self.inputs.page[level].shape[0] // self.shape.units
+        variant, expert = jax.lax.div(group, self.shape.num_experts), jax.lax.rem(group, self.shape.num_experts)
+        of_expert = (variant * self.shape.layers + self.inputs.work[1]) * self.shape.num_experts + expert
         unit = part if self.shape.units > 1 else 0
-        return self.inputs.page[level][unit * count + group * self.shape.all_blocks + block]
+        return self.inputs.page[level][(of_expert * self.shape.units + unit) * self.shape.all_blocks + block]
 
     def copy(self, source: Any, target: Any, ring: Any) -> None:
         plgpu.copy_gmem_to_smem(source, target, self.staged.barrier.at[ring])

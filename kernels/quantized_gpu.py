@@ -6,7 +6,7 @@ is half a channel block of one tile of rows; of the second a few tiles of hidden
 the GPU, a part of the channels, whose sums are added up outside. Forward only.
 
 Axes: R rows in order, V variants, E experts, D hidden, F channels, N blocks of 128, M rows a tile, T tiles of rows,
-S parts of the channels, X tiles of 64 x 128 of a block, Q pages, U parts of a block with pages of their own, I = V*E*N.
+S parts of the channels, X tiles of 64 x 128 of a block, Q pages, U parts of a block with pages of their own.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def quantized_experts_gpu(
         rows=tile,
         tiles=group.shape[0],
         hidden=hidden,
+        layers=resident.base.codes.shape[0],
         all_blocks=all_blocks,
         num_experts=num_experts,
         levels=levels,
@@ -82,7 +83,7 @@ def quantized_experts_gpu(
     found = out.astype(jnp.float32).sum(axis=1).swapaxes(1, 2).reshape(-1, hidden)[place]
     if biases is not None:
         ends = jnp.cumsum(group_sizes)
-        owner = jnp.searchsorted(ends, jnp.arange(rows.shape[0]), side="right") % num_experts
+        owner = jnp.searchsorted(ends, jnp.arange(rows.shape[0]), side="right", method="compare_all") % num_experts
         found = found + biases[2][owner]
     return jnp.where((jnp.arange(rows.shape[0]) < group_sizes.sum())[:, None], found, 0).astype(rows.dtype)
 
@@ -107,10 +108,9 @@ def _scalars(
     work = jnp.stack([tiles.astype(jnp.int32), jnp.asarray(layer, jnp.int32)])
     page = {}
     for level in shape.levels:
-        missing = jnp.full((shape.num_experts, shape.units * shape.all_blocks), -1, jnp.int32)
-        each = jnp.concatenate([t[level][layer] if level in t else missing for t in tables])
-        own = each.reshape(-1, shape.units, shape.all_blocks).swapaxes(0, 1)
-        page[level] = own.reshape(-1).astype(jnp.int32)
+        missing = jnp.full((shape.layers, shape.num_experts, shape.units * shape.all_blocks), -1, jnp.int32)
+        each = [(t[level] if level in t else missing).reshape(-1) for t in tables]  # of all layers: the same in each
+        page[level] = each[0] if len(each) == 1 else jnp.concatenate(each)
     return work, group, page
 
 

@@ -88,16 +88,17 @@ def rows_in_tiles(
     group_sizes: Int[Array, " VE"], count: int, tile: int
 ) -> tuple[Int[Array, " R"], Int[Array, " TM"], Int[Array, " T"], Int[Array, ""]]:
     """Rows in tiles of one group each: where each row lies in them, the row in each of their places (R where there is
-    none), the group of each tile, and how many tiles hold rows."""
+    none), the group of each tile, and how many tiles hold rows. Searches compare with all groups, since a search by
+    halves would be a loop of small programs on an accelerator."""
     each = -(-group_sizes // tile)
     tile_end, row_end = jnp.cumsum(each), jnp.cumsum(group_sizes)
     most = count // tile + min(group_sizes.shape[0], count)
     last = group_sizes.shape[0] - 1
-    group = jnp.minimum(jnp.searchsorted(tile_end, jnp.arange(most), side="right"), last)
+    group = jnp.minimum(jnp.searchsorted(tile_end, jnp.arange(most), side="right", method="compare_all"), last)
     first = (row_end - group_sizes)[group] + (jnp.arange(most) - (tile_end - each)[group]) * tile
     row = first[:, None] + jnp.arange(tile)
     real = (row < row_end[group][:, None]) & (jnp.arange(most) < tile_end[-1])[:, None]
-    owner = jnp.minimum(jnp.searchsorted(row_end, jnp.arange(count), side="right"), last)
+    owner = jnp.minimum(jnp.searchsorted(row_end, jnp.arange(count), side="right", method="compare_all"), last)
     place = (tile_end - each)[owner] * tile + jnp.arange(count) - (row_end - group_sizes)[owner]
     place = jnp.clip(place, 0, most * tile - 1)
     return place, jnp.where(real, row, count).reshape(-1), group.astype(jnp.int32), tile_end[-1]
