@@ -53,7 +53,7 @@ def compiled(function: Any, *args: Any) -> Any:
         found = topologies.get_topology_desc("h200", platform="cuda", target_config=H200, topology="1x1x1")
     except NotImplementedError as error:
         raise RuntimeError(f"JAX has no CUDA plugin here; it needs {NEEDS}") from error
-    axes = ("x",), (AxisType.Explicit,)
+    axes = ("x",), (AxisType.Auto,)
     mesh = Mesh(np.array(found.devices[:1]), axes[0], axis_types=axes[1])
     device = AbstractDevice("NVIDIA H200", PROCESSORS, "gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), *axes, abstract_device=device)):
@@ -73,6 +73,23 @@ def experts_compiled(layer: str, tokens: int) -> Any:
     table = gpu.table(gpu.widths_of(1, shape, (2, 3, 4)), shape)
     args = jax.eval_shape(lambda: (*gpu.quantized_inputs(shape, tokens), (table,)))
     return compiled(lambda *args: quantized_experts_gpu(*args, 0, silu_gated), *args)
+
+
+def compile_cases() -> None:
+    """All that ``gpu.py`` checks: the 8-bit plane, both kinds of pages, biases, two variants, 16 to 128 rows a tile."""
+    import gpu
+    import jax
+    import jax.numpy as jnp
+
+    from dynamo_jax.kernels.quantized_gpu import quantized_experts_gpu
+    from dynamo_jax.models.experts import silu_gated
+
+    for number, case in enumerate(gpu.CASES):
+        own, rows, counts, biases = gpu.case_of(number, 0)
+        args = (rows.astype(jnp.bfloat16), counts, own.arranged, own.tables, biases)
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+        compiled(lambda r, c, a, t, b: quantized_experts_gpu(r, c, a, t, 1, silu_gated, b), *shapes)
+        print(case, flush=True)
 
 
 def counts_of(folder: Path, kernel: int) -> dict[str, Any]:
@@ -135,8 +152,11 @@ def measured(layer: str, tokens: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs=2, help="compile one shape and print its tiles a step; used from within")
+    parser.add_argument("--cases", action="store_true", help="compile all cases that gpu.py checks, and nothing else")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.cases:
+        return compile_cases()
     if arguments.only:
         layer, tokens = arguments.only
         import gpu

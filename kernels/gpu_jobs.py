@@ -221,8 +221,9 @@ class Job:
         if not self.shape.interpret:
             plgpu.wgmma_wait(but)
 
-    def read(self, here: Any, at: tuple, layout: Any) -> Array:
-        return here[at] if self.shape.interpret else plgpu.load(here, at, layout=layout)
+    def read(self, here: Any, at: tuple, layout: Any, shared: bool = True) -> Array:
+        """shared: whether it is in shared memory, from which reads without conflicts are insisted on."""
+        return here[at] if self.shape.interpret else plgpu.load(here, at, layout=layout, optimized=shared)
 
     def product(self, total: Any, tile: Array, x: Any) -> None:
         if self.shape.interpret:
@@ -335,7 +336,7 @@ class Inner(Job):
         if self.inputs.biases is not None:
             row = jax.lax.rem(group, self.shape.num_experts) * self.shape.all_blocks + block
             for part in (0, 1):
-                bias = self.read(self.inputs.biases, (row, part, half), scale_layout(True))
+                bias = self.read(self.inputs.biases, (row, part, half), scale_layout(True), shared=False)
                 found[part] = found[part] + jax.lax.broadcast_in_dim(bias, found[part].shape, (0,))
         channels = pl.ds(block * BLOCK + half * ROWS, ROWS)
         self.store(activation(*found), self.out.at[tile, channels])

@@ -45,13 +45,31 @@ def quantized_experts_gpu(
 ) -> BFloat16[Array, "R D"]:
     """Each row through its expert at its variant's precision; arguments as of ``quantized_experts_xla``, planes in
     fragments. interpret: parameters of Pallas' interpreter of GPU kernels. ``blocks`` of threads run at once."""
-    num_experts, all_blocks, hidden = resident.base.codes.shape[1], resident.base.codes.shape[2], rows.shape[1]
+    num_experts = resident.base.codes.shape[1]
     if group_sizes.shape[0] != num_experts * len(tables):
         raise ValueError(f"{group_sizes.shape[0]} groups are not {len(tables)} variants of {num_experts} experts")
     if rows.dtype != jnp.bfloat16:
         raise ValueError(f"rows are {rows.dtype}: the GPU kernels take bfloat16")
     if rows.shape[0] == 0:
         return rows
+    how = {"activation": activation, "interpret": interpret, "blocks": blocks}
+    run = _experts_compiled if interpret is None else _experts
+    return run(rows, group_sizes, resident, tables, jnp.asarray(layer, jnp.int32), biases, **how)
+
+
+def _experts(
+    rows: BFloat16[Array, "R D"],
+    group_sizes: Int[Array, " VE"],
+    resident: FragmentResident,
+    tables: tuple[PageTable, ...],
+    layer: Int[Array, ""],
+    biases: Any,
+    activation: Callable[[Array, Array], Array],
+    interpret: Any,
+    blocks: int,
+) -> BFloat16[Array, "R D"]:
+    _, num_experts, all_blocks = resident.base.codes.shape[:3]
+    hidden = rows.shape[1]
     levels = tuple(level for level in LEVELS if any(level in t for t in tables) and len(resident.pages[level].codes))
     together = resident.pages[levels[0]].codes.shape[1] if levels else PROJECTIONS
     tile = rows_of_tile(rows.shape[0], num_experts)
@@ -86,6 +104,10 @@ def quantized_experts_gpu(
         owner = jnp.searchsorted(ends, jnp.arange(rows.shape[0]), side="right", method="compare_all") % num_experts
         found = found + biases[2][owner]
     return jnp.where((jnp.arange(rows.shape[0]) < group_sizes.sum())[:, None], found, 0).astype(rows.dtype)
+
+
+# Traced once for all layers of a program.
+_experts_compiled = jax.jit(_experts, static_argnames=("activation", "interpret", "blocks"))
 
 
 def rows_of_tile(count: int, num_experts: int) -> int:

@@ -216,6 +216,17 @@ needs_plugin = pytest.mark.skipif(
 
 @pytest.mark.cuda
 @needs_plugin
+def test_all_that_the_benchmark_checks_compiles_for_an_h200():
+    """The 8-bit plane, both kinds of pages, biases and variants."""
+    command = [sys.executable, "h200.py", "--cases"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=BENCHMARKS, env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.cuda
+@needs_plugin
 @pytest.mark.parametrize("tokens", [1, 64, 2048])
 @pytest.mark.parametrize("layer", ["mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v2-lite", "gpt-oss-20b"])
 def test_both_kernels_compile_for_an_h200(layer, tokens):

@@ -9,6 +9,7 @@ Axes: N tokens, D hidden, E experts, F channels of an expert, R rows (tokens tim
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -56,10 +57,11 @@ def silu_gated(gate: Array, up: Array) -> Array:
 
 def activation_of(config: ModelConfig) -> Callable[[Array, Array], Array]:
     """SwiGLU (arXiv 2002.05202), or its clamped form with a linear offset of one (gpt-oss)."""
-    if not config.swiglu_limit:
-        return silu_gated
-    limit, alpha = config.swiglu_limit, config.swiglu_alpha
+    return clamped_gated(config.swiglu_limit, config.swiglu_alpha) if config.swiglu_limit else silu_gated
 
+
+@functools.cache  # one function for one form, by which programs are told apart
+def clamped_gated(limit: float, alpha: float) -> Callable[[Array, Array], Array]:
     def clamped(gate: Array, up: Array) -> Array:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
         return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
