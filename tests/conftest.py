@@ -49,6 +49,13 @@ def texts():
     return {"code": code, "sums": sums, "verse": verse}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """A process may hold some ten thousand programs, each in a few pieces of memory, before the kernel refuses more."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For tests of tiny models, which mostly compile: what XLA compiles then takes less time and runs slower."""

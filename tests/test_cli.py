@@ -15,8 +15,6 @@ import scipy.stats
 from dynamo_jax import cli
 from dynamo_jax.models.bundled import BUNDLED
 
-pytestmark = pytest.mark.xdist_group("cli")  # one worker makes the fixtures, once
-
 
 @pytest.fixture(scope="module")
 def files(texts, tmp_path_factory):

@@ -39,8 +39,6 @@ from dynamo_jax.runtime.generate import (
 from dynamo_jax.runtime.monitor import start
 from dynamo_jax.runtime.store import page_counts
 
-pytestmark = pytest.mark.xdist_group("generate")  # one worker makes the fixtures, once
-
 PROMPTS = [[5, 9, 33, 7, 50, 12, 8, 3, 21, 44, 17, 29], [40, 6], [11, 12, 13, 14, 15, 16, 17]]
 
 

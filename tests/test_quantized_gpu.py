@@ -73,14 +73,14 @@ def test_fragments_hold_the_planes_bits_where_the_page_says():
         assert float(own[8].ratios[0, projection, at]) == ratios[0, projection, channel, group]
 
 
-@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("apart", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_all_widths_variants_and_biases_at_once(apart):
     case = Case.of("fragments", 0, 2, 256, 256, apart, [widths_of(v, 2, 256, apart) for v in range(2)], shuffled=True)
     rows, sizes = rows_and_sizes(1, [5, 0, 20, 1], 256, jnp.bfloat16)
     compared(case, INTERPRETED, rows, sizes, TOLERANCE, biases_of(2, 2, 256, 256))
 
 
-@pytest.mark.parametrize("choices", [(2, 3, 4), (8,)])
+@pytest.mark.parametrize("choices", [(2, 3, 4), pytest.param((8,), marks=pytest.mark.slow)])
 def test_many_rows(choices):
     """So many that weights are scaled, not sums of them; a hidden size of an odd number of groups."""
     case = Case.of("fragments", 3, 2, 128, 384, False, [widths_of(0, 2, 128, False, choices)])

@@ -32,6 +32,8 @@ from dynamo_jax.models.experts import silu_gated
 from dynamo_jax.pipeline import QuantizeConfig, quantize
 from dynamo_jax.runtime import serving
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TOLERANCE = {"bf16": 0.01, "int8": 0.04, "fp8": 0.08}  # of the largest output: operands have 8, about 6 and 4 bits
 CHECKED = pltpu.InterpretParams(detect_races=True)
@@ -297,8 +299,6 @@ def test_every_shape_compiles_for_every_chip(chip, tokens):
     code = """
 import bundles, json, sys
 import tpu_schedule as t
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 chip, tokens, out = sys.argv[1], int(sys.argv[2]), {}
 for name, layer in t.SHAPES.items():
     run = lambda *a: t.quantized_experts_tpu(*a, 0, t.silu_gated, form=t.ROUNDED[chip], blocks=1)

@@ -33,8 +33,6 @@ from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.runtime.adapt import adapted_plan, observe_windows
 from dynamo_jax.runtime.store import page_counts
 
-pytestmark = pytest.mark.xdist_group("runtime")  # one worker makes the fixtures, once
-
 SETTINGS = QuantizeConfig(
     bits=3.0, per_projection=False, calibration_windows=4, window=64, batch_size=4, adaptation_windows=2
 )

@@ -22,8 +22,7 @@ from dynamo_jax.runtime.residency import residency, table_of
 from dynamo_jax.runtime.store import page_counts
 from dynamo_jax.runtime.switch import switched_experts
 
-# One worker makes the fixtures, once.
-pytestmark = [pytest.mark.xdist_group("serving"), pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIG = ModelConfig(
     vocab_size=61,
