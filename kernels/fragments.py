@@ -29,12 +29,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, BFloat16, Int, Int32, UInt8
 
-from dynamo_jax.kernels.layout import PLANE_BITS, BasePlanes, Pages
+from dynamo_jax.kernels.layout import PLANE_BITS, BasePlanes, Pages, by_blocks
 
 ROWS, INNER = 64, 128  # of a tile
 THREADS = 128
@@ -68,21 +67,12 @@ class FragmentResident(NamedTuple):
 def fragment_base(base: BasePlanes) -> FragmentBase:
     """Base planes on the host in fragments, host arrays. ValueError if the channels are not blocks of 128, or groups of
     weights not multiples of 128."""
-    codes: Any = np.asarray(base.codes)
-    scales: Any = np.asarray(base.scales)
-    layers, experts, projections, channels, packed = codes.shape
-    if layers > 1:  # what is made on the way is several times as large
-        each: list[Any] = [
-            fragment_base(base._replace(codes=codes[i : i + 1], scales=scales[i : i + 1])) for i in range(layers)
-        ]
-        return jax.tree.map(lambda *parts: np.concatenate(parts), *each)
-    if channels % BLOCK:
-        raise ValueError(f"{channels} channels are not blocks of {BLOCK}")
-    shape = (layers, experts, projections, channels // BLOCK, BLOCK)
-    blocks = np.moveaxis(codes.reshape(*shape, packed), 3, 2)
-    which = np.broadcast_to(np.arange(projections), blocks.shape[:4])
-    own = _scales(np.moveaxis(scales.reshape(*shape, -1), 3, 2), 4 * packed, which)
-    return FragmentBase(_packed(blocks, 2, which), (own.astype(np.float32) / 8).astype(scales.dtype))
+
+    def arranged(codes: Any, scales: Any, which: Any) -> FragmentBase:
+        own = _scales(scales, 4 * codes.shape[-1], which)
+        return FragmentBase(_packed(codes, 2, which), (own.astype(np.float32) / 8).astype(scales.dtype))
+
+    return by_blocks(base, BLOCK, arranged)
 
 
 def fragment_pages(pages: Pages, level: int, projection: Int[np.ndarray, "Q p"]) -> FragmentPages:

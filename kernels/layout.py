@@ -26,9 +26,12 @@ G groups along D, Q pages of a level, p projections of a page (3, or 1), U = P /
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, BFloat16, Float, Int, UInt8
 
 WIDTHS = (2, 3, 4, 8)
@@ -74,6 +77,24 @@ def block_bytes(width: int, channel_block: int, hidden_size: int, group_size: in
     weights = PROJECTIONS * channel_block * hidden_size
     codes = sum(weights * PLANE_BITS[b] // 8 for b in WIDTHS if b <= width)
     return codes + weights // group_size * (3 if width == 8 else 2)
+
+
+def by_blocks(base: BasePlanes, channel_block: int, arrange: Callable[[Any, Any, Any], Any]) -> Any:
+    """What ``arrange`` makes of base planes on the host, of codes (1, E, N, P, C, D/4), scales (1, E, N, P, C, G) and
+    the projection (1, E, N, P) of each: a layer at a time, since what is made on the way is several times as large.
+    ValueError if the channels are not blocks of so many."""
+    codes, scales = np.asarray(base.codes), np.asarray(base.scales)
+    layers, experts, projections, channels, _ = codes.shape
+    if channels % channel_block:
+        raise ValueError(f"{channels} channels are not blocks of {channel_block}")
+
+    def cut(array: Any) -> Any:
+        shape = (1, experts, projections, channels // channel_block, channel_block, array.shape[-1])
+        return np.moveaxis(array.reshape(shape), 3, 2)
+
+    which = np.broadcast_to(np.arange(projections), (1, experts, channels // channel_block, projections))
+    each = [arrange(cut(codes[layer]), cut(scales[layer]), which) for layer in range(layers)]
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *each)
 
 
 def empty_pages(count: int, together: int, level: int, hidden_size: int, channel_block: int, num_groups: int) -> Pages:
