@@ -18,6 +18,7 @@ import numpy as np
 import scipy.optimize
 import scipy.stats
 
+from dynamo_jax.layer_experts import padded_rows
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters, with_parameters
 from dynamo_jax.models.experts import activation_of, expert_outputs
 from dynamo_jax.quant.awq import awq
@@ -86,6 +87,14 @@ class Sums:
     size_h: np.ndarray  # (L, E, F)
 
 
+def hidden_channels(config, x: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """What one expert (P, F, D) makes of rows (R, D): (R, F)."""
+    size = padded_rows(len(x))  # few sizes, so that few programs are compiled
+    gate, up = (np.zeros((size, part.shape[1]), np.float32) for _ in range(2))
+    gate[: len(x)], up[: len(x)] = x @ part[0].T, x @ part[1].T
+    return np.asarray(activation_of(config)(gate, up))[: len(x)]
+
+
 def sums_of(config, weights: np.ndarray, inputs: Inputs) -> Sums:
     layers, experts, _, channels, size = weights.shape
     out = Sums(
@@ -96,12 +105,11 @@ def sums_of(config, weights: np.ndarray, inputs: Inputs) -> Sums:
         np.abs(inputs.x).mean(axis=1),
         np.zeros((layers, experts, channels), np.float32),
     )
-    act = activation_of(config)
     for layer in range(layers):
         for e in range(experts):
             token, slot = np.nonzero(inputs.experts[layer] == e)
             x = inputs.x[layer][token]
-            h = np.asarray(act(x @ weights[layer, e, 0].T, x @ weights[layer, e, 1].T))
+            h = hidden_channels(config, x, weights[layer, e])
             out.rows[layer, e] = len(token)
             out.gates[layer, e] = inputs.gates[layer][token, slot].sum()
             out.inner[layer, e], out.hidden[layer, e] = x.T @ x, h.T @ h
@@ -186,7 +194,6 @@ def knapsack(errors: np.ndarray, bits: list[float], budget: float, shares: np.nd
 
 def mc_plan(config, weights, inputs: Inputs, options: list[np.ndarray], bits: list[float], budget: float) -> np.ndarray:
     """Layer by layer: minimize the sum of frequency * mean gate * output error (Frobenius norm) of the experts."""
-    act = activation_of(config)
     out = []
     for layer, w in enumerate(weights):
         errors = np.zeros((len(w), len(options)))
@@ -195,7 +202,7 @@ def mc_plan(config, weights, inputs: Inputs, options: list[np.ndarray], bits: li
             x, gates = inputs.x[layer][token], inputs.gates[layer][token, slot]
 
             def run(part, x=x):
-                return np.asarray(act(x @ part[0].T, x @ part[1].T)) @ part[2]
+                return hidden_channels(config, x, part) @ part[2]
 
             exact = run(w[e])
             significance = len(token) / inputs.x.shape[1] * (gates.mean() if len(gates) else 0.0)

@@ -219,7 +219,7 @@ def run_uniform(bench: Bench, weights: np.ndarray, sums: Any, budgets: list[floa
     grids = {spec: peers.bits_of(spec, weights) for spec in UNIFORM_GRIDS if spec.group_size in groups}
     wanted = [s for s, b in grids.items() if any(abs(b - budget) <= NEAR for budget in budgets)]
     if quick:
-        wanted = [s for s in wanted if s.group_size in (groups[0], groups[2]) and s.clip]
+        wanted = [s for s in wanted if s.group_size in (groups[0], groups[2]) and s.clip and not s.symmetric]
     for name, make in makers.items():
         if name == "uniform-rtn" and seed:
             bench.repeat(name, seed)
@@ -403,7 +403,7 @@ def main() -> None:
     settings = dataclasses.replace(DemoConfig().quantize, group_size=groups_of(model.config)[-1])
     if arguments.calibration_windows:
         settings = dataclasses.replace(settings, calibration_windows=arguments.calibration_windows)
-    counted = {"known": 32 if arguments.quick else 224, "novel": 16 if arguments.quick else 48}
+    counted = {"known": 24 if arguments.quick else 224, "novel": 12 if arguments.quick else 48}
     data, spare = {}, {}
     for name, parts in {**KNOWN, **NOVEL}.items():
         windows = token_windows(collect(parts(arguments.texts), TEXT_BYTES), tokenizer, settings.window, name)

@@ -82,7 +82,8 @@ def feedback_factor(hessian: Float[np.ndarray, "C C"], damping: float = DAMPING)
     """The upper triangular U with U^T U = (H + damping)^-1, float32; the identity for a Hessian of zeros."""
     h = damped(hessian, damping)
     # H = A A^T with A upper triangular is the Cholesky factorization in reversed order; then U = A^-1
-    upper = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    # (all by scipy: where numpy has a BLAS of its own, the threads of the two get in each other's way)
+    upper = scipy.linalg.cholesky(h[::-1, ::-1], lower=True)[::-1, ::-1]
     return scipy.linalg.solve_triangular(upper, np.eye(len(h)), lower=False).astype(np.float32)
 
 
