@@ -46,7 +46,7 @@ from dynamo_jax.models.layerwise import (
     outer_of,
     outer_vjp,
 )
-from dynamo_jax.quant.planes import Planes, quantize
+from dynamo_jax.quant.planes import Planes, filled_up, quantize
 from dynamo_jax.work import Bundle, Work
 
 Progress = Callable[[str, float, int], None]  # (stage, done, of)
@@ -240,7 +240,7 @@ def _experts_up(
     drafts = np.zeros((job.datasets, config.num_experts, 2 if job.apart else 1, len(WIDTHS)), np.float32)
     for together in expert_chunks(config):
         weights = [_finite_expert(job, layer, expert) for expert in together]
-        planes = quantize(np.stack(weights), job.group_size) if job.drafts else None
+        planes = _rounded(job, weights) if job.drafts else None
         for i, expert in enumerate(together):
             token, _, rows = rows_of(outer, expert)
             measured = (rows.x, rows.gates, _member(job, owner, token, len(rows.x)))
@@ -254,6 +254,10 @@ def _experts_up(
                     drafts[:, expert, :, w] = each if job.apart else np.asarray(whole)[:, None]
             job.progress(FORWARD, layer + (expert + 1) / (config.num_experts + 1), config.num_hidden_layers)
     return out, drafts
+
+
+def _rounded(job: Calibration, weights: list[np.ndarray]) -> Planes:
+    return quantize(filled_up(np.stack(weights), job.channel_block, job.group_size), job.group_size)
 
 
 def _owner(job: Calibration) -> Int[np.ndarray, " N"]:
@@ -355,9 +359,8 @@ def _quantize_layer(job: Calibration, layer: int, emphasis: Float[np.ndarray, "E
         found = [rows_of(outer, expert) for expert in together]
         biases = [biases_of(rest, expert) for expert in together]
         rows = [f[2] for f in found]
-        planes = planes_of(
-            config, job.quantizer, job.group_size, np.stack(weights), rows, biases, outer, emphasis[together]
-        )
+        sizes = job.channel_block, job.group_size
+        planes = planes_of(config, job.quantizer, *sizes, np.stack(weights), rows, biases, outer, emphasis[together])
         quantized.append(planes)
         for i, expert in enumerate(together):
             own = jax.tree.map(lambda a, i=i: a[i], planes)

@@ -27,7 +27,7 @@ import tokenizers
 from jaxtyping import Float
 
 from dynamo_jax.calibrate import layer_name, planes_bundle
-from dynamo_jax.kernels.layout import PLANE_BITS, PROJECTIONS, WIDTHS
+from dynamo_jax.kernels.layout import PLANE_BITS, PROJECTIONS, WIDTHS, filled
 from dynamo_jax.layer_experts import PRIOR_ROWS
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.huggingface import TOKENIZER, UNQUANTIZED
@@ -195,29 +195,27 @@ def read_description(folder: Path) -> Description:
             group_size=meta["group_size"],
             hidden_size=config.hidden_size,
             apart=meta["per_projection"],
+            channels=config.intermediate_size,
         )
-        blocks = config.intermediate_size // plan.channel_block * (2 if plan.apart else 1)
-        if plan.widths.shape != (config.num_moe_layers, config.num_experts, blocks):
+        if plan.widths.shape[:2] != (config.num_moe_layers, config.num_experts):
             raise ValueError(f"the plan has the shape {plan.widths.shape}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / META}: damaged: {error}") from error
     return Description(meta, config, plan, arrays)
 
 
-def plane_shapes(config: ModelConfig, group_size: int) -> dict[str, tuple[int, ...]]:
+def plane_shapes(config: ModelConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Shapes of one layer's planes."""
-    shape = (config.num_experts, PROJECTIONS, config.intermediate_size)
-    groups = config.hidden_size // group_size
-    codes: dict[str, tuple[int, ...]] = {
-        f"planes/codes{b}": (*shape, config.hidden_size * PLANE_BITS[b] // 8) for b in WIDTHS
-    }
-    return codes | {f"planes/{name}": (*shape, groups) for name in ("scales", "ratios")}
+    shape = (config.num_experts, PROJECTIONS, plan.blocks * plan.channel_block)
+    hidden = filled(config.hidden_size, plan.group_size)
+    codes: dict[str, tuple[int, ...]] = {f"planes/codes{b}": (*shape, hidden * PLANE_BITS[b] // 8) for b in WIDTHS}
+    return codes | {f"planes/{name}": (*shape, hidden // plan.group_size) for name in ("scales", "ratios")}
 
 
 def check_planes(path: Path, bundle: Bundle, config: ModelConfig, plan: Plan) -> None:
     found = {name: a.shape for name, a in bundle.items() if name.startswith("planes/")}
     dense = int(path.stem.removeprefix("layer-")) in config.dense_layers
-    expected = {} if dense else plane_shapes(config, plan.group_size)
+    expected = {} if dense else plane_shapes(config, plan)
     if wrong := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
         name = wrong[0]
         raise ValueError(f"{path}: {name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}")

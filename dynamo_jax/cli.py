@@ -141,7 +141,13 @@ def quantize(
     group_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale; by default the largest of 128, 64, .. that fits.")
     ] = None,
-    channel_block: Annotated[int, typer.Option(help="Channels that share a width.")] = 16,
+    channel_block: Annotated[
+        int,
+        typer.Option(
+            help="Channels that share a width. The kernels of TPUs and Hopper GPUs need 128, and a group size of "
+            "128 or a multiple; where either does not divide the model's sizes, experts are filled up."
+        ),
+    ] = 16,
     quantizer: Annotated[
         str, typer.Option(help="gptq: error feedback from calibration inputs; rtn: rounding, ten times faster.")
     ] = "gptq",

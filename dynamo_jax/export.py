@@ -73,7 +73,7 @@ def _layer_tensors(folder: Path, config: ModelConfig, plan: Plan, layer: int) ->
         return tensors
     widths = plan.page_widths()[config.moe_layers.index(layer)].reshape(config.num_experts, -1, plan.blocks)
     planes = checkpoint.layer_planes(bundle)
-    experts = [dequantized_expert(_expert(planes, e), widths[e], plan.channel_block) for e in range(config.num_experts)]
+    experts = [dequantized_expert(_expert(planes, e), widths[e], plan) for e in range(config.num_experts)]
     return tensors | expert_tensors(config, layer, experts, own)
 
 
@@ -81,12 +81,12 @@ def _expert(planes: Planes, expert: int) -> Planes:
     return jax.tree.map(lambda a: a[expert], planes)
 
 
-def dequantized_expert(planes: Planes, widths: Int[np.ndarray, "U N"], channel_block: int) -> Triple:
+def dequantized_expert(planes: Planes, widths: Int[np.ndarray, "U N"], plan: Plan) -> Triple:
     """bfloat16 gate, up and down (F, D) of one expert whose planes are (P, F, ..), each block at its width; U is 1
-    or, where each projection has its own widths, 3."""
+    or, where each projection has its own widths, 3. ``plan`` says how large blocks and the expert are."""
     projections = planes.scales.shape[0]
     of_channel = np.broadcast_to(
-        np.repeat(widths, channel_block, axis=1), (projections, widths.shape[1] * channel_block)
+        np.repeat(widths, plan.channel_block, axis=1), (projections, widths.shape[1] * plan.channel_block)
     )
     out: Float[np.ndarray, "P F D"] | None = None
     for width in WIDTHS:
@@ -95,5 +95,5 @@ def dequantized_expert(planes: Planes, widths: Int[np.ndarray, "U N"], channel_b
             out = np.zeros_like(value) if out is None else out
             out[at] = value[at]
     assert out is not None
-    gate, up, down = out
+    gate, up, down = out[:, : plan.channels, : plan.hidden_size]
     return gate, up, down

@@ -21,7 +21,7 @@ from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.experts import activation_of
 from dynamo_jax.models.layerwise import Outer
 from dynamo_jax.quant.nested_gptq import CHUNK_WEIGHTS, quantize_nested, shrunk
-from dynamo_jax.quant.planes import Planes, dequantize, quantize
+from dynamo_jax.quant.planes import Planes, dequantize, filled_up, quantize
 from dynamo_jax.work import Bundle
 
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -107,13 +107,14 @@ def expert_vjp(config, x, gates, weights, biases, d_out):
 def errors_at(config, channel_block, apart, width, x, gates, member, h, y, weights, planes, biases):
     """By dataset, the summed squared output error at ``width``: of the whole expert (A,), of gate with up and of down
     one without the other (A, U), and of blocks (A, M); no blocks without a channel_block."""
-    rounded = _at_width(planes, width)  # apart, so that one program for each number of rows serves all widths
-    return _errors(config, channel_block, apart, x, gates, member, h, y, weights, rounded, biases)
+    own = _at_width(planes, width, weights.shape[1:])  # apart: one program for each number of rows serves all widths
+    return _errors(config, channel_block, apart, x, gates, member, h, y, weights, own, biases)
 
 
-@functools.partial(jax.jit, static_argnames="width")
-def _at_width(planes, width):
-    return dequantize(planes, width).astype(jnp.bfloat16).astype(jnp.float32)
+@functools.partial(jax.jit, static_argnames=("width", "sizes"))
+def _at_width(planes, width, sizes):
+    channels, hidden = sizes
+    return dequantize(planes, width)[:, :channels, :hidden].astype(jnp.bfloat16).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "channel_block", "apart"))
@@ -127,16 +128,23 @@ def _errors(config, channel_block, apart, x, gates, member, h, y, weights, round
     each = jnp.stack(each, axis=1) if apart else jnp.zeros((len(squared), 0))
     if channel_block is None:
         return whole, each, None
+    more = -len(down) % channel_block  # the last block may have fewer channels
+
+    def blocks_of(hidden, w):
+        return jnp.pad(hidden, ((0, 0), (0, more))), jnp.pad(w, ((0, more), (0, 0)))
+
+    if apart:
+        pairs = tuple(blocks_of(*pair) for pair in pairs)
+    else:
+        pairs = blocks_of(h_at, rounded[2]), blocks_of(h, down)
 
     def block(start):
         def product(hidden, w):
             cut = jax.lax.dynamic_slice_in_dim
             return cut(hidden, start, channel_block, 1) @ cut(w, start, channel_block, 0)
 
-        if apart:
-            found = jnp.stack([product(*pair) for pair in pairs])
-        else:
-            found = (product(h_at, rounded[2]) - product(h, down))[None]
+        parts = [product(*pair) for pair in pairs]
+        found = jnp.stack(parts) if apart else (parts[0] - parts[1])[None]
         return squared @ jnp.sum(found**2, axis=2).T
 
     blocks = jax.lax.map(block, jnp.arange(0, down.shape[0], channel_block))  # (B, A, U or 1)
@@ -146,6 +154,7 @@ def _errors(config, channel_block, apart, x, gates, member, h, y, weights, round
 def planes_of(
     config: ModelConfig,
     quantizer: str,
+    channel_block: int,
     group_size: int,
     weights: Float[np.ndarray, "X P F D"],
     rows: list[Rows],
@@ -153,33 +162,41 @@ def planes_of(
     outer: Outer,
     emphasis: Float[np.ndarray, "X U 3"],
 ) -> Planes:
-    """Planes (X, P, F, ..) of some experts; emphasis: what errors at 2, 3 and 4 bits count for gptq, U = 1 for all
-    projections or U = 2 for gate with up and for down."""
+    """Planes (X, P, F, ..) of some experts, whole blocks and groups (``filled_up``); emphasis: what errors at 2, 3 and
+    4 bits count for gptq, U = 1 for all projections or U = 2 for gate with up and for down."""
+    whole = filled_up(weights, channel_block, group_size)
     if quantizer == "rtn":
-        return quantize(weights, group_size)
-    count, _, channels, hidden_size = weights.shape
+        return quantize(whole, group_size)
+    count, _, channels, hidden_size = whole.shape
     squared = [r.gates**2 for r in rows]
     shares = (np.asarray(outer.gates) ** 2).sum(axis=1)
     typical = float(shares.sum()) / max(1, outer.experts.size)  # of one row
-    inputs = [r.x for r in rows]
+    inputs = [_wider(r.x, hidden_size) for r in rows]
+    normed = _wider(np.asarray(outer.normed), hidden_size)
 
     def layer_hessian(part: slice) -> np.ndarray:
-        x = np.asarray(outer.normed)[:, part]
+        x = normed[:, part]
         return (x * (shares / max(float(shares.sum()), 1e-30))[:, None]).T @ x
 
-    gate_up = weights[:, :2].reshape(count, 2 * channels, hidden_size)
+    gate_up = whole[:, :2].reshape(count, 2 * channels, hidden_size)
     first = _feedback_planes(group_size, gate_up, inputs, squared, typical, 2, layer_hessian, emphasis[:, 0])
-    hidden = [np.asarray(_hidden_channels(config, r.x, w, b)) for r, w, b in zip(rows, weights, biases)]
+    each = (np.asarray(_hidden_channels(config, r.x, w, b)) for r, w, b in zip(rows, weights, biases))
+    hidden = [_wider(h, channels) for h in each]
     energy = sum(float(s @ np.square(h).mean(axis=1)) for s, h in zip(squared, hidden))
     spread = energy / max(sum(float(s.sum()) for s in squared), 1e-30)
 
     def own_scale(part: slice) -> np.ndarray:  # hidden channels of different experts have nothing in common
         return np.eye(part.stop - part.start, dtype=np.float32) * np.float32(spread)
 
-    down = _feedback_planes(group_size, weights[:, 2], hidden, squared, typical, 1, own_scale, emphasis[:, -1])
+    down = _feedback_planes(group_size, whole[:, 2], hidden, squared, typical, 1, own_scale, emphasis[:, -1])
     return jax.tree.map(
         lambda a, b: np.concatenate([a.reshape(count, 2, channels, -1), b[:, None]], axis=1), first, down
     )
+
+
+def _wider(x: Float[np.ndarray, "R D"], size: int) -> Float[np.ndarray, "R D1"]:
+    """With zeros where planes are filled up."""
+    return x if x.shape[1] == size else np.pad(x, ((0, 0), (0, size - x.shape[1])))
 
 
 def _feedback_planes(

@@ -31,7 +31,7 @@ from dynamo_jax.analysis.significance import (
 from dynamo_jax.analysis.statistics import Statistics, merge
 from dynamo_jax.calibrate import QUANTIZERS, Calibration, Draft, LayerSource, Progress, calibrate, statistics_of
 from dynamo_jax.data import token_windows
-from dynamo_jax.kernels.layout import WIDTHS
+from dynamo_jax.kernels.layout import WIDTHS, filled
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
 from dynamo_jax.models.experts import ExpertWeights
@@ -64,6 +64,8 @@ class QuantizeConfig:
     what datasets count for in the sum, by name; 1 for those that are not named.
     per_projection: whether an expert's gate and up have one width and its down another.
     group_size: weights that share a scale, by default the largest of 128, 64, 32, 16, 8 that divides the hidden size.
+    Neither it nor channel_block need divide the model's sizes: planes are filled up (``kernels.layout``), which costs
+    bytes that the budget counts. The kernels of TPUs and Hopper GPUs take blocks of 128 and groups of multiples of 128.
     quantizer: gptq or rtn (``calibrate.Calibration``). emphasis: what squared errors at 2, 3 and 4 bits count for
     each other when gptq chooses the codes that these widths share; favour: how many times more they count at the
     width that a first plan gives the expert (1: no first plan is made).
@@ -276,7 +278,7 @@ def baseline_plan(analyses: dict[str, Analysis], config: QuantizeConfig, model: 
 
 def _allocated(losses: dict[str, Float[np.ndarray, "L E U W"]], config: QuantizeConfig, model: ModelConfig) -> Plan:
     group_size = config.group(model.hidden_size)
-    blocks = model.intermediate_size // config.channel_block
+    blocks = filled(model.intermediate_size, config.channel_block) // config.channel_block
     costs = item_costs(blocks, config.channel_block, model.hidden_size, group_size, config.per_projection)
     items = np.stack(list(losses.values())).reshape(len(losses), -1, len(WIDTHS))
     experts = model.num_moe_layers * model.num_experts
@@ -289,7 +291,8 @@ def _allocated(losses: dict[str, Float[np.ndarray, "L E U W"]], config: Quantize
         weights,
     )
     shape = (model.num_moe_layers, model.num_experts, -1)
-    return expert_plan(widths.reshape(shape), blocks, config.channel_block, group_size, model.hidden_size)
+    channels = model.intermediate_size
+    return expert_plan(widths.reshape(shape), channels, config.channel_block, group_size, model.hidden_size)
 
 
 def knowledge_of(
@@ -411,11 +414,11 @@ def check_shapes(model: ModelConfig, config: QuantizeConfig) -> None:
         raise ValueError(f"emphasis {config.emphasis}: expected three positive numbers, for 2, 3 and 4 bits")
     if not (math.isfinite(config.favour) and config.favour > 0):
         raise ValueError(f"favour {config.favour}: expected a positive number, 1 for none")
-    if model.intermediate_size % config.channel_block:
-        raise ValueError(f"channel_block {config.channel_block} does not divide the {model.intermediate_size} channels")
+    if not 1 <= config.channel_block <= model.intermediate_size:
+        raise ValueError(f"channel_block {config.channel_block} is not in 1..{model.intermediate_size}, the channels")
     group_size = config.group(model.hidden_size)
-    if group_size <= 0 or model.hidden_size % group_size or group_size % 8:
-        raise ValueError(f"group_size {group_size} does not divide the hidden size {model.hidden_size} in eights")
+    if group_size % 8 or not 8 <= group_size <= model.hidden_size:
+        raise ValueError(f"group_size {group_size} is no multiple of 8 up to the hidden size {model.hidden_size}")
     if config.window > model.max_position_embeddings:
         raise ValueError(f"window {config.window} is past the model's {model.max_position_embeddings} positions")
 
@@ -429,7 +432,7 @@ def settled(config: QuantizeConfig, model: ModelConfig, others: int, names: list
     _check_weights(config, names)
     group_size = config.group(model.hidden_size)
     costs = block_costs(config.channel_block, model.hidden_size, group_size)
-    blocks = model.intermediate_size // config.channel_block
+    blocks = filled(model.intermediate_size, config.channel_block) // config.channel_block
     least = int(costs[0]) * blocks * model.num_experts * model.num_moe_layers
     budget = config.bytes_for(model, others)
     if budget < least:

@@ -116,10 +116,10 @@ def uniform_plan(model: nnx.Module, width: int, channel_block: int = 16, group_s
     """The plan that gives every expert of ``model`` the same ``width`` (2, 3, 4 or 8 bits)."""
     modules = list(experts_modules(model).values())
     experts, hidden, channels = modules[0].gate.shape
-    if channels % channel_block:
-        raise ValueError(f"channel_block {channel_block} does not divide the {channels} channels")
+    if not 1 <= channel_block <= channels:
+        raise ValueError(f"channel_block {channel_block} is not in 1..{channels}, the channels")
     widths = np.full((len(modules), experts), width, np.int8)
-    return expert_plan(widths, channels // channel_block, channel_block, group_size, hidden)
+    return expert_plan(widths, channels, channel_block, group_size, hidden)
 
 
 def quantize_model(model: M, plan: Plan, *more: Plan) -> M:
@@ -140,7 +140,7 @@ def quantize_model(model: M, plan: Plan, *more: Plan) -> M:
     for layer, (path, module) in enumerate(modules.items()):
         weights = ExpertWeights(*(_channel_major(module, part) for part in ExpertWeights._fields))
         try:
-            store = quantize_experts([weights], plan.group_size)
+            store = quantize_experts([weights], plan.channel_block, plan.group_size)
         except ValueError as error:
             raise ValueError(f"{'.'.join(map(str, path))}: {error}") from error
         plans = [_one_layer(each, layer) for each in (plan, *more)]
@@ -169,12 +169,12 @@ def _check(plan: Plan, index: int, modules: dict[tuple[Any, ...], ExpertsModule]
     layers = len(modules)
     for path, module in modules.items():
         experts, hidden, channels = module.gate.shape
-        expected = (layers, experts, channels // plan.channel_block * (2 if plan.apart else 1))
-        fits = channels % plan.channel_block == 0 and plan.widths.shape == expected and plan.hidden_size == hidden
-        if not fits:
+        found = (*plan.widths.shape[:2], plan.channels, plan.hidden_size)
+        expected = (layers, experts, channels, hidden)
+        if found != expected:
             raise ValueError(
-                f"plan {index} has widths {plan.widths.shape} of blocks of {plan.channel_block} channels by "
-                f"{plan.hidden_size}; {'.'.join(map(str, path)) or 'the model'} needs {expected} by {hidden}"
+                f"plan {index} is for layers, experts, channels and hidden size {found}; "
+                f"{'.'.join(map(str, path)) or 'the model'} has {expected}"
             )
 
 

@@ -63,6 +63,12 @@ class FragmentResident(NamedTuple):
     base: FragmentBase
     pages: dict[int, FragmentPages]
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Channels and hidden size."""
+        scales = self.base.scales
+        return scales.shape[2] * BLOCK, scales.shape[4]
+
 
 def fragment_base(base: BasePlanes) -> FragmentBase:
     """Base planes on the host in fragments, host arrays. ValueError if the channels are not blocks of 128, or groups of

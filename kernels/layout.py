@@ -15,6 +15,10 @@ a channel block is ``channel_block`` rows of gate, up and down together, so its 
 other block. A plan may also give down a precision of its own; then a page holds a block of one projection.
 Codes are packed along D, first weight in the lowest bits.
 
+Planes are of whole blocks and groups: F and D here are the next multiples of ``channel_block`` and ``group_size`` where
+an expert's own sizes are none. Channels that fill up are zeros at every width; along D whatever the planes hold there
+meets inputs of zero, in gate and up, or makes outputs that nobody reads, in down.
+
 The base plane of every block is always there. Refinement planes lie in pages, a page being one plane of one block.
 All variants share the pages that are on the device; a variant is a page table, which says which page holds the plane
 of (layer, expert, block), -1 where the variant does not read it. A level that a variant has no table for costs it
@@ -66,15 +70,26 @@ class Resident(NamedTuple):
     base: BasePlanes
     pages: dict[int, Pages]
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """F and D."""
+        codes = self.base.codes
+        return codes.shape[3], codes.shape[4] * (8 // PLANE_BITS[2])
+
 
 # A variant: for each refinement level that it reads, (L, E, U*N): which page holds the plane of a block, or -1; with
 # p = 1 first the blocks of gate, then those of up and of down. A level that is missing is not in the program at all.
 PageTable = dict[int, Int[Array, "L E UN"]]
 
 
+def filled(size: int, multiple: int) -> int:
+    """``size``, or the next multiple."""
+    return -(-size // multiple) * multiple
+
+
 def block_bytes(width: int, channel_block: int, hidden_size: int, group_size: int) -> int:
     """Bytes stored and read for one channel block at ``width``: codes, base scales and, at 8 bits, ratios."""
-    weights = PROJECTIONS * channel_block * hidden_size
+    weights = PROJECTIONS * channel_block * filled(hidden_size, group_size)
     codes = sum(weights * PLANE_BITS[b] // 8 for b in WIDTHS if b <= width)
     return codes + weights // group_size * (3 if width == 8 else 2)
 

@@ -54,6 +54,12 @@ class TiledResident(NamedTuple):
     base: TiledBase
     pages: dict[int, TiledPages]
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Channels and hidden size."""
+        scales = self.base.scales
+        return scales.shape[2] * TILE, scales.shape[4] * TILE
+
 
 def tiled_base(base: BasePlanes) -> TiledBase:
     """Base planes on the host in tiles, host arrays. ValueError if the channels are not blocks of 128, or groups of

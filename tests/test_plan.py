@@ -68,7 +68,7 @@ def test_gate_and_up_cost_two_thirds_of_a_block_and_down_a_third():
     want = (BY_HAND[2] + BY_HAND[4]) * 2 / 3 + (BY_HAND[8] + BY_HAND[3]) / 3
     assert two.stored_bytes() == want and two.blocks == 2 and num_weights(two) == 2 * 768
     assert two.page_widths().tolist() == [[[2, 4, 2, 4, 8, 3]]]
-    same = expert_plan(np.array([[[3, 3]]]), 2, 4, 32, 64)
+    same = expert_plan(np.array([[[3, 3]]]), 8, 4, 32, 64)
     assert same.apart and same.stored_bytes() == plan([[[3, 3]]]).stored_bytes()
     with pytest.raises(ValueError, match="3 widths an expert, expected two for each block"):
         Plan(widths=np.full((1, 1, 3), 2, np.int8), channel_block=4, group_size=32, hidden_size=64, apart=True)
@@ -90,7 +90,7 @@ def test_a_uniform_plan_reads_the_same_wherever_tokens_go():
 
 
 def test_an_expert_plan_gives_every_block_the_experts_width():
-    full = expert_plan(np.array([[2, 4], [8, 3]]), 3, 4, 32, 64)
+    full = expert_plan(np.array([[2, 4], [8, 3]]), 12, 4, 32, 64)
     assert full.widths.dtype == np.int8
     assert full.widths.tolist() == [[[2, 2, 2], [4, 4, 4]], [[8, 8, 8], [3, 3, 3]]]
     assert full.stored_bytes() == 3 * (240 + 432 + 840 + 336)

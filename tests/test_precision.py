@@ -117,7 +117,7 @@ def test_bytes_read_follow_the_routing():
 
 
 def test_an_expert_plan_gives_all_blocks_the_experts_width():
-    assert (expert_plan(np.array([[2, 4]]), 3, 16, 64, 128).widths == [[[2, 2, 2], [4, 4, 4]]]).all()
+    assert (expert_plan(np.array([[2, 4]]), 48, 16, 64, 128).widths == [[[2, 2, 2], [4, 4, 4]]]).all()
 
 
 def test_an_unknown_width_is_refused():

@@ -176,7 +176,7 @@ def test_weights_are_those_of_their_width():
 CONFIG = ModelConfig(
     vocab_size=61,
     hidden_size=128,
-    intermediate_size=128,
+    intermediate_size=192,  # filled up to 256
     num_hidden_layers=2,
     num_attention_heads=2,
     num_key_value_heads=2,
@@ -193,7 +193,7 @@ def test_the_run_time_adapts_and_switches_with_planes_in_fragments(tokenizer_fil
     rng = np.random.default_rng(0)
     known = {n: " ".join(f"w{i}" for i in rng.integers(a, a + 20, 2000)) for n, a in (("low", 3), ("high", 35))}
     settings = QuantizeConfig(
-        bits=3.0, channel_block=128, group_size=128, window=64, calibration_windows=16, quantizer="rtn"
+        bits=4.0, channel_block=128, group_size=128, window=64, calibration_windows=16, quantizer="rtn"
     )
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
     model = quantize(Decoder(CONFIG, rngs=nnx.Rngs(0)), tokenizer, known, settings)[0]

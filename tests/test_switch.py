@@ -35,13 +35,14 @@ CONFIG = ModelConfig(
     initializer_range=0.1,
 )
 BLOCK, GROUP = 8, 32
-BLOCKS = CONFIG.intermediate_size // BLOCK
+CHANNELS = CONFIG.intermediate_size
+BLOCKS = CHANNELS // BLOCK
 
 
 @pytest.fixture(scope="module")
 def model():
     decoder = Decoder(CONFIG, rngs=nnx.Rngs(0))
-    store = quantize_experts([layer.expert_weights() for layer in decoder.layers], GROUP)
+    store = quantize_experts([layer.expert_weights() for layer in decoder.layers], BLOCK, GROUP)
     experts = set(expert_parameter_names(CONFIG))
     params = parameters(decoder)
     return params, {n: a for n, a in params.items() if n not in experts}, store
@@ -62,7 +63,7 @@ PLANS = {"together": random_plan, "apart": apart_plan}
 
 
 def uniform_plan(width: int) -> Plan:
-    return expert_plan(np.full((2, 6), width), BLOCKS, BLOCK, GROUP, CONFIG.hidden_size)
+    return expert_plan(np.full((2, 6), width), CHANNELS, BLOCK, GROUP, CONFIG.hidden_size)
 
 
 def placed(store, *plans, slots=None):
@@ -146,7 +147,7 @@ def test_sequences_of_one_batch_run_at_variants_of_their_own(kind, length):
     """Each one gets the same bits whatever its neighbours are and run at, and what a batch of its variant gives."""
     config = dataclasses.replace(CONFIG, num_experts=12)  # 3 sequences of 1 token to 2 experts: few rows
     decoder = Decoder(config, rngs=nnx.Rngs(0))
-    store = quantize_experts([layer.expert_weights() for layer in decoder.layers], GROUP)
+    store = quantize_experts([layer.expert_weights() for layer in decoder.layers], BLOCK, GROUP)
     rest = {n: a for n, a in parameters(decoder).items() if n not in expert_parameter_names(config)}
     rng = np.random.default_rng(0)
     first = dataclasses.replace(PLANS[kind](0), widths=rng.choice([2, 3, 8], (2, 12, PLANS[kind](0).widths.shape[-1])))
@@ -189,8 +190,8 @@ def test_page_tables_and_plan_describe_each_other(kind):
 def test_one_expert_and_one_token():
     config = dataclasses.replace(CONFIG, num_experts=1, num_experts_per_tok=1)
     decoder = Decoder(config, rngs=nnx.Rngs(0))
-    store = quantize_experts([layer.expert_weights() for layer in decoder.layers], GROUP)
-    plan = expert_plan(np.full((2, 1), 4), BLOCKS, BLOCK, GROUP, config.hidden_size)
+    store = quantize_experts([layer.expert_weights() for layer in decoder.layers], BLOCK, GROUP)
+    plan = expert_plan(np.full((2, 1), 4), CHANNELS, BLOCK, GROUP, config.hidden_size)
     rest = {n: a for n, a in parameters(decoder).items() if n not in expert_parameter_names(config)}
     batch = jnp.zeros((1, 2), jnp.int32)
     loss, counts = switched_step(config, rest, *placed(store, plan), jnp.asarray(0), batch)
@@ -202,4 +203,4 @@ def test_nan_weights_are_refused_by_layer():
     weights = [layer.expert_weights() for layer in decoder.layers]
     weights[1] = weights[1]._replace(up=weights[1].up.at[0, 0, 0].set(jnp.nan))
     with pytest.raises(ValueError, match="layer 1: weights to quantize hold NaN"):
-        quantize_experts(weights, GROUP)
+        quantize_experts(weights, BLOCK, GROUP)

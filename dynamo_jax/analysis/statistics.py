@@ -79,13 +79,15 @@ def observe_experts(
         return h, row_outputs(h, order, w, form)
 
     h, y = run(weights)
-    blocks = h.shape[1] // channel_block
+    blocks = -(-h.shape[1] // channel_block)
+    more = blocks * channel_block - h.shape[1]  # the last block may have fewer
 
     def by_block(hidden: Float[Array, "R F"]) -> Float[Array, "B R C"]:
-        return hidden.reshape(-1, blocks, channel_block).swapaxes(0, 1)
+        return jnp.pad(hidden, ((0, 0), (0, more))).reshape(-1, blocks, channel_block).swapaxes(0, 1)
 
     def down_blocks(down: Float[Array, "E F D"]) -> Float[Array, "B E C D"]:
-        return down.reshape(num_experts, blocks, channel_block, -1).swapaxes(0, 1)
+        whole = jnp.pad(down, ((0, 0), (0, more), (0, 0)))
+        return whole.reshape(num_experts, blocks, channel_block, -1).swapaxes(0, 1)
 
     def squared(hidden: Float[Array, "R C"], down: Float[Array, "E C D"]) -> Float[Array, " E"]:
         error = grouped_matmul(hidden, down.astype(rows.dtype), order.group_sizes)

@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int, Int8
 
-from dynamo_jax.kernels.layout import PROJECTIONS, WIDTHS, block_bytes
+from dynamo_jax.kernels.layout import PROJECTIONS, WIDTHS, block_bytes, filled
 
 APART = (2, 1)  # projections that share a width where they do not all: gate and up, then down
 
@@ -21,7 +21,8 @@ class Plan:
     """Widths in {2, 3, 4, 8}; ``widths[l, e, n]`` is that of channels n*channel_block .. of the expert.
 
     apart: gate and up have one width, down another; ``widths[l, e]`` are then those of the N blocks in gate and up,
-    and behind them those of the N blocks in down.
+    and behind them those of the N blocks in down. channels: of an expert, N * channel_block where none are given; the
+    last block, and the last group along ``hidden_size``, may be filled up (``kernels.layout``).
     """
 
     widths: Int8[np.ndarray, "L E M"]
@@ -29,6 +30,7 @@ class Plan:
     group_size: int
     hidden_size: int
     apart: bool = False
+    channels: int = 0
 
     def __post_init__(self) -> None:
         unknown = set(np.unique(self.widths)) - set(WIDTHS)
@@ -36,6 +38,13 @@ class Plan:
             raise ValueError(f"plan holds widths {sorted(map(int, unknown))}; known are {WIDTHS}")
         if self.apart and np.shape(self.widths)[-1] % 2:
             raise ValueError(f"plan has {np.shape(self.widths)[-1]} widths an expert, expected two for each block")
+        if not 1 <= self.group_size <= self.hidden_size:
+            raise ValueError(f"group_size {self.group_size} is not in 1..{self.hidden_size}, the hidden size")
+        whole = self.blocks * self.channel_block
+        if not self.channels:
+            object.__setattr__(self, "channels", whole)
+        if filled(self.channels, self.channel_block) != whole:
+            raise ValueError(f"{self.channels} channels are not {self.blocks} blocks of {self.channel_block}")
 
     @property
     def blocks(self) -> int:
@@ -88,14 +97,23 @@ def item_costs(
 
 
 def num_weights(plan: Plan) -> int:
-    return PROJECTIONS * plan.page_widths()[..., : plan.blocks].size * plan.channel_block * plan.hidden_size
+    """Of all experts, without what fills up their planes."""
+    layers, experts, _ = plan.widths.shape
+    return PROJECTIONS * layers * experts * plan.channels * plan.hidden_size
 
 
 def expert_plan(
-    widths: Int8[np.ndarray, "L E *U"], blocks: int, channel_block: int, group_size: int, hidden_size: int
+    widths: Int8[np.ndarray, "L E *U"], channels: int, channel_block: int, group_size: int, hidden_size: int
 ) -> Plan:
     """The plan in which all blocks of an expert share its width, or its two: of gate and up, and of down."""
+    blocks = filled(channels, channel_block) // channel_block
     each = np.asarray(widths, np.int8)
     full = np.repeat(each, blocks, axis=2) if each.ndim == 3 else np.repeat(each[:, :, None], blocks, axis=2)
-    sizes = {"channel_block": channel_block, "group_size": group_size, "hidden_size": hidden_size}
-    return Plan(widths=full, apart=each.ndim == 3 and each.shape[2] == 2, **sizes)
+    return Plan(
+        widths=full,
+        channel_block=channel_block,
+        group_size=group_size,
+        hidden_size=hidden_size,
+        apart=each.ndim == 3 and each.shape[2] == 2,
+        channels=channels,
+    )

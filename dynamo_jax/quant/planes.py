@@ -21,7 +21,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt8
 
-from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, RATIO_UNIT, STEP, WIDTHS, ZERO_POINT, scaled, step_of
+from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, RATIO_UNIT, STEP, WIDTHS, ZERO_POINT, filled, scaled, step_of
 from dynamo_jax.quant.packing import pack
 
 BASE_FRACTIONS = tuple(np.linspace(0.3, 0.75, 19).tolist())  # base scale over the group's largest weight
@@ -112,6 +112,18 @@ def _search(w: Float[Array, "*S g"]) -> tuple[Array, Array, Array, Array]:
     four = _nearest(w, base)
     eight, ratios = refinement(w - jnp.asarray(VALUES[2])[four] * base, base)
     return four, eight, base[..., 0], ratios[..., 0]
+
+
+def filled_up(w: Float[np.ndarray, "*S F D"], channel_block: int, group_size: int) -> Float[np.ndarray, "*S F1 D1"]:
+    """Experts' weights as whole blocks of channels and whole groups along D: channels of zeros, and along D the last
+    weights again, which leave the scales of their group what they are."""
+    channels, size = w.shape[-2:]
+    more = filled(channels, channel_block) - channels, filled(size, group_size) - size
+    if not any(more):
+        return w
+    rest = [(0, 0)] * (w.ndim - 2)
+    wide = np.pad(w, [*rest, (0, 0), (0, more[1])], mode="symmetric")
+    return np.pad(wide, [*rest, (0, more[0]), (0, 0)])
 
 
 def quantize(w: Float[ArrayLike, "*S D"], group_size: int) -> Planes:

@@ -51,9 +51,10 @@ class Observation(NamedTuple):
     exact: Float[np.ndarray, "S T D"]
 
 
-@functools.partial(jax.jit, static_argnames="width")
-def _at_width(planes: Planes, width: int) -> ExpertWeights:
-    return ExpertWeights(*dequantize(planes, width).astype(jnp.bfloat16).swapaxes(0, 1))
+@functools.partial(jax.jit, static_argnames=("config", "width"))
+def _at_width(config: ModelConfig, planes: Planes, width: int) -> ExpertWeights:
+    whole = dequantize(planes, width)[..., : config.intermediate_size, : config.hidden_size]
+    return ExpertWeights(*whole.astype(jnp.bfloat16).swapaxes(0, 1))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "like", "channel_block", "apart"))
@@ -96,7 +97,7 @@ def observe_windows(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> 
         if layer in config.moe_layers:
             index = config.moe_layers.index(layer)
             planes = jax.tree.map(lambda a, index=index: jnp.asarray(a[index]), model.store)
-            at = {width: _at_width(planes, width) for width in WIDTHS}
+            at = {width: _at_width(config, planes, width) for width in WIDTHS}
         fixed = config, first_alike(config, layer), own, at
         found = [_observe_layer(*fixed, x, model.plan.channel_block, model.plan.apart) for x in states]
         states = [x for x, _ in found]

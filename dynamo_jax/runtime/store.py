@@ -14,7 +14,6 @@ import zlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt32
 
@@ -22,15 +21,15 @@ from dynamo_jax.kernels.arrangements import ARRANGEMENTS
 from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, Pages
 from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.precision.plan import Plan
-from dynamo_jax.quant.planes import Planes, quantize
+from dynamo_jax.quant.planes import Planes, filled_up, quantize
 
 
-def quantize_experts(layers: list[ExpertWeights], group_size: int) -> Planes:
-    """Planes of all layers' experts, arrays with axes (L, E, P, F, ..)."""
+def quantize_experts(layers: list[ExpertWeights], channel_block: int, group_size: int) -> Planes:
+    """Planes of all layers' experts, rounded to nearest, arrays with axes (L, E, P, F, ..)."""
     parts = []
     for index, weights in enumerate(layers):
         try:
-            parts.append(quantize(jnp.stack(weights, axis=1), group_size))
+            parts.append(quantize(filled_up(np.stack(weights, axis=1), channel_block, group_size), group_size))
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from error
     return jax.tree.map(lambda *a: np.stack(a), *parts)

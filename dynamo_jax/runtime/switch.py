@@ -29,6 +29,7 @@ from dynamo_jax.kernels.tiles import TiledResident
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.experts import (
+    ExpertBiases,
     ExpertForm,
     ExpertsFn,
     ExpertWeights,
@@ -54,15 +55,26 @@ def switched_experts(
     variants at once, so nothing is switched there but which page tables a row is given.
     """
 
+    channels, hidden = resident.sizes
+
     def experts(
         layer: int, x: Array, routing: Routing, _: ExpertWeights | None, own: ExpertForm
     ) -> tuple[Array, Routing]:
+        biases = own.biases and ExpertBiases(*map(_wider, own.biases, (channels, channels, hidden)))
+        given = jnp.asarray(index), layer, _wider(x, hidden), routing, own._replace(biases=biases)
         if not isinstance(resident, Resident):
-            return _by_kernel(resident, tables, jnp.asarray(index), layer, x, routing, own, form), routing
-        run = _at_one_variant if jnp.ndim(index) == 0 else _by_sequence
-        return run(resident, tables, jnp.asarray(index), layer, x, routing, own), routing
+            out = _by_kernel(resident, tables, *given, form)
+        else:
+            run = _at_one_variant if jnp.ndim(index) == 0 else _by_sequence
+            out = run(resident, tables, *given)
+        return out[:, : x.shape[1]], routing
 
     return experts
+
+
+def _wider(x: Float[Array, "N D"], size: int) -> Float[Array, "N D1"]:
+    """With zeros where planes are filled up."""
+    return jnp.pad(x, ((0, 0), (0, size - x.shape[1]))) if size > x.shape[1] else x
 
 
 def _by_kernel(
