@@ -118,7 +118,8 @@ def case_of(
         files={},
     )
     params = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in arrays.items()}
-    options = [np.asarray(dequantize(store, width).astype(jnp.bfloat16)) for width in WIDTHS]
+    sizes = np.s_[..., : model.config.intermediate_size, : model.config.hidden_size]
+    options = [np.asarray(dequantize(store, width).astype(jnp.bfloat16))[sizes] for width in WIDTHS]
     first, rest = windows[novel][: max(SEEN)], windows[novel][max(SEEN) :][:limit]
     return Case(model, quantized, params, options, first, rest)
 

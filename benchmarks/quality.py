@@ -171,7 +171,7 @@ def planned(store: Any, plan: Plan) -> np.ndarray:
     """Weights (L, E, P, F, D) of experts whose blocks share a width, or two: of gate and up, and of down."""
     layers, experts, projections = store.scales.shape[:3]
     widths = plan.page_widths().reshape(layers, experts, -1, plan.blocks)[..., 0]
-    options = [np.asarray(dequantize(store, width)) for width in WIDTHS]
+    options = [np.asarray(dequantize(store, width))[..., : plan.channels, : plan.hidden_size] for width in WIDTHS]
     return peers.mixed(options, np.searchsorted(WIDTHS, np.broadcast_to(widths, (layers, experts, projections))))
 
 
@@ -403,7 +403,7 @@ def main() -> None:
     settings = dataclasses.replace(DemoConfig().quantize, group_size=groups_of(model.config)[-1])
     if arguments.calibration_windows:
         settings = dataclasses.replace(settings, calibration_windows=arguments.calibration_windows)
-    counted = {"known": 24 if arguments.quick else 224, "novel": 12 if arguments.quick else 48}
+    counted = {"known": 24 if arguments.quick else 224, "novel": 16 if arguments.quick else 48}
     data, spare = {}, {}
     for name, parts in {**KNOWN, **NOVEL}.items():
         windows = token_windows(collect(parts(arguments.texts), TEXT_BYTES), tokenizer, settings.window, name)

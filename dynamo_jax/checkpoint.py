@@ -197,7 +197,8 @@ def read_description(folder: Path) -> Description:
             apart=meta["per_projection"],
             channels=config.intermediate_size,
         )
-        if plan.widths.shape[:2] != (config.num_moe_layers, config.num_experts):
+        units = plan.blocks * (2 if plan.apart else 1)
+        if plan.widths.shape != (config.num_moe_layers, config.num_experts, units):
             raise ValueError(f"the plan has the shape {plan.widths.shape}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / META}: damaged: {error}") from error

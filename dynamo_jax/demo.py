@@ -173,7 +173,7 @@ def line_of(of: Timeline) -> Line:
 def report_content(result: DemoResult, model: Decoder, command: str, seconds: float) -> ReportContent:
     config, plan, known = model.config, result.model.plan, result.model.knowledge
     down = np.stack([np.asarray(layer_weights(model, i).down, np.float32) for i in range(config.num_moe_layers)])
-    blocks = (config.num_moe_layers, config.num_experts, -1, plan.channel_block)
+    blocks = np.arange(0, plan.channels, plan.channel_block)
     return ReportContent(
         model="tiny-moe",
         facts={
@@ -188,7 +188,7 @@ def report_content(result: DemoResult, model: Decoder, command: str, seconds: fl
         rows=[r.to_dict() for r in result.rows],
         significance={n: a.expert_significance()[:, :, 0] for n, a in result.analyses.items()},
         channel_significance={
-            n: a.channel_significance(down).reshape(blocks).sum(axis=-1) for n, a in result.analyses.items()
+            n: np.add.reduceat(a.channel_significance(down), blocks, axis=-1) for n, a in result.analyses.items()
         },
         baseline_bits=plan.page_widths(),
         apart=plan.apart,

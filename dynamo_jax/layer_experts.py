@@ -172,17 +172,17 @@ def planes_of(
     shares = (np.asarray(outer.gates) ** 2).sum(axis=1)
     typical = float(shares.sum()) / max(1, outer.experts.size)  # of one row
     inputs = [_wider(r.x, hidden_size) for r in rows]
-    normed = _wider(np.asarray(outer.normed), hidden_size)
 
     def layer_hessian(part: slice) -> np.ndarray:
-        x = normed[:, part]
-        return (x * (shares / max(float(shares.sum()), 1e-30))[:, None]).T @ x
+        x = np.asarray(outer.normed)[:, part]  # without what fills up
+        own = (x * (shares / max(float(shares.sum()), 1e-30))[:, None]).T @ x
+        return np.pad(own, (0, part.stop - part.start - len(own)))
 
     gate_up = whole[:, :2].reshape(count, 2 * channels, hidden_size)
     first = _feedback_planes(group_size, gate_up, inputs, squared, typical, 2, layer_hessian, emphasis[:, 0])
-    each = (np.asarray(_hidden_channels(config, r.x, w, b)) for r, w, b in zip(rows, weights, biases))
-    hidden = [_wider(h, channels) for h in each]
-    energy = sum(float(s @ np.square(h).mean(axis=1)) for s, h in zip(squared, hidden))
+    own = [np.asarray(_hidden_channels(config, r.x, w, b)) for r, w, b in zip(rows, weights, biases)]
+    energy = sum(float(s @ np.square(h).mean(axis=1)) for s, h in zip(squared, own))
+    hidden = [_wider(h, channels) for h in own]
     spread = energy / max(sum(float(s.sum()) for s in squared), 1e-30)
 
     def own_scale(part: slice) -> np.ndarray:  # hidden channels of different experts have nothing in common

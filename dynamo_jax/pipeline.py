@@ -63,9 +63,9 @@ class QuantizeConfig:
     objective: the loss of a plan over the known datasets, their sum or the worst (``precision.allocate``). weights:
     what datasets count for in the sum, by name; 1 for those that are not named.
     per_projection: whether an expert's gate and up have one width and its down another.
-    group_size: weights that share a scale, by default the largest of 128, 64, 32, 16, 8 that divides the hidden size.
-    Neither it nor channel_block need divide the model's sizes: planes are filled up (``kernels.layout``), which costs
-    bytes that the budget counts. The kernels of TPUs and Hopper GPUs take blocks of 128 and groups of multiples of 128.
+    group_size: weights that share a scale, by default the largest of 128, 64, 32, 16 that divides the hidden size, or
+    8. Neither it nor channel_block need divide the model's sizes: planes are filled up (``kernels.layout``), in bytes
+    that the budget counts. The kernels of TPUs and Hopper GPUs take blocks of 128 and groups of multiples of 128.
     quantizer: gptq or rtn (``calibrate.Calibration``). emphasis: what squared errors at 2, 3 and 4 bits count for
     each other when gptq chooses the codes that these widths share; favour: how many times more they count at the
     width that a first plan gives the expert (1: no first plan is made).
@@ -439,8 +439,8 @@ def settled(config: QuantizeConfig, model: ModelConfig, others: int, names: list
         asked = next(f"{n} {v:g}" for n in BUDGETS if (v := getattr(config, n)) is not None)
         raise ValueError(
             f"the budget, {asked}, is too small: the least is {8 * least / model.num_expert_weights:g} bits a weight "
-            f"(2 bits and a scale for each group of {group_size}), {least:,} bytes of experts, or "
-            f"{(least + others) / GIB:.4g} GiB with the {others:,} bytes that are not quantized"
+            f"(2 bits, a scale for each group of {group_size}, whole groups and blocks), {least:,} bytes, "
+            f"or {(least + others) / GIB:.4g} GiB with the {others:,} bytes that are not quantized"
         )
     if config.fits_gib is None:
         return config

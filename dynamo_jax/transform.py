@@ -3,7 +3,8 @@
 A module takes part if it follows this protocol (``ExpertsModule``): Params ``gate`` and ``up`` of shape
 (E, D, F) and ``down`` of shape (E, F, D); ``route(router_logits)``, which gives the experts (N, k) and gates
 (N, k) of each token; and ``__call__(x, router_logits)``, which maps (N, D) and (N, E) to (N, D). A method
-``activation(gate, up)`` is used where there is one, else SiLU(gate) * up. Nothing is inherited or registered.
+``activation(gate, up)``, elementwise and finite at zeros, is used where there is one, else SiLU(gate) * up. Nothing is
+inherited or registered.
 
 Axes: N tokens, D hidden, E experts, k experts a token, F channels, B channel blocks, L such modules.
 """
@@ -54,8 +55,11 @@ class SwitchedExperts(nnx.Module):
     """Stands where the user's experts stood, and is called as they were. ``inner`` is the user's module without
     its three weights: it still routes."""
 
-    def __init__(self, inner: Any, resident: Resident, tables: list[PageTable], number: VariantNumber):
+    def __init__(
+        self, inner: Any, hidden_size: int, resident: Resident, tables: list[PageTable], number: VariantNumber
+    ):
         self.inner = inner
+        self.hidden_size = hidden_size
         self.number = number
         self.variants = len(tables)
         self.base_codes, self.base_scales = Plane(resident.base.codes), Plane(resident.base.scales)
@@ -74,6 +78,8 @@ class SwitchedExperts(nnx.Module):
         return None if found is None else found[...]
 
     def __call__(self, x: Float[Array, "N D"], router_logits: Float[Array, "N E"]) -> Float[Array, "N D"]:
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(f"inputs {x.shape} for experts of hidden size {self.hidden_size}")
         experts, gates = self.inner.route(router_logits)
         routing = Routing(router_logits, experts.astype(jnp.int32), gates)
         form = ExpertForm(getattr(self.inner, "activation", silu_gated))
@@ -149,7 +155,7 @@ def quantize_model(model: M, plan: Plan, *more: Plan) -> M:
         for part in ExpertWeights._fields:
             delattr(module, part)
         assert isinstance(here.resident, Resident)
-        switched = SwitchedExperts(module, here.resident, tables, number)
+        switched = SwitchedExperts(module, plan.hidden_size, here.resident, tables, number)
         if not path:
             return switched  # type: ignore[return-value]
         _replace(model, path, switched)

@@ -94,6 +94,10 @@ def test_channels_that_fill_up_are_zeros_and_scales_are_those_of_the_weights():
         assert not np.asarray(dequantize(planes, width))[:, CHANNELS:].any()
     np.testing.assert_array_equal(planes.scales[:, :CHANNELS, :3], rounded(w[..., :48], 16).scales)
     np.testing.assert_array_equal(planes.scales[:, :CHANNELS, 3], rounded(w[..., 48:], 8).scales[..., 0])
+    large = w.copy()
+    large[..., 40] *= 50  # of the group before the last, which has eight weights and is filled up by forty
+    few, many = (rounded(filled_up(x[..., :56], 8, 48), 48).scales[..., 1] for x in (w, large))
+    np.testing.assert_array_equal(few, many)
 
 
 def test_the_budget_counts_what_fills_up_and_bits_are_of_the_real_weights(quantized):
@@ -172,3 +176,9 @@ def test_a_users_module_is_filled_too():
         want += gates[:, slot, None] * jnp.einsum("nf,nfd->nd", h, exact.down[...][e])
     far = [float(jnp.linalg.norm(y - want) / jnp.linalg.norm(want)) for y in (out, model(x, logits))]
     assert out.shape == x.shape and far[0] < 0.03 < 0.2 < far[1]
+
+
+def test_a_users_module_refuses_inputs_of_another_size():
+    model = quantize_model(Experts(), uniform_plan(Experts(), 4, channel_block=8, group_size=16))
+    with pytest.raises(ValueError, match=r"inputs \(3, 40\) for experts of hidden size 56"):
+        model(jnp.zeros((3, 40)), jnp.zeros((3, 6)))

@@ -244,7 +244,7 @@ def test_calibration_windows_are_recognized_only_in_the_calibrated_text(quantize
     [
         ({"bits": 1.9}, "too small: the least is 2.125"),
         ({"bits": 2.1}, "too small"),
-        ({"bits": None, "budget_bytes": 1000}, "3,760,128 bytes of experts"),
+        ({"bits": None, "budget_bytes": 1000}, "3,760,128 bytes, or"),
         ({"bits": None, "fits_gib": 0.001}, "GiB with the 6,712,320 bytes that are not quantized"),
         ({"fits_gib": 1.0}, "bits and fits_gib: a budget is given one way only"),
         ({"bits": math.nan}, "bits nan: expected a positive number"),

@@ -38,8 +38,10 @@ class Plan:
             raise ValueError(f"plan holds widths {sorted(map(int, unknown))}; known are {WIDTHS}")
         if self.apart and np.shape(self.widths)[-1] % 2:
             raise ValueError(f"plan has {np.shape(self.widths)[-1]} widths an expert, expected two for each block")
-        if not 1 <= self.group_size <= self.hidden_size:
-            raise ValueError(f"group_size {self.group_size} is not in 1..{self.hidden_size}, the hidden size")
+        if self.group_size % 8 or not 8 <= self.group_size <= self.hidden_size:
+            raise ValueError(
+                f"group_size {self.group_size} is no multiple of 8 up to the hidden size {self.hidden_size}"
+            )
         whole = self.blocks * self.channel_block
         if not self.channels:
             object.__setattr__(self, "channels", whole)

@@ -116,14 +116,15 @@ def _search(w: Float[Array, "*S g"]) -> tuple[Array, Array, Array, Array]:
 
 def filled_up(w: Float[np.ndarray, "*S F D"], channel_block: int, group_size: int) -> Float[np.ndarray, "*S F1 D1"]:
     """Experts' weights as whole blocks of channels and whole groups along D: channels of zeros, and along D the last
-    weights again, which leave the scales of their group what they are."""
+    group's own weights again, so that its scale is one for them."""
     channels, size = w.shape[-2:]
     more = filled(channels, channel_block) - channels, filled(size, group_size) - size
     if not any(more):
         return w
-    rest = [(0, 0)] * (w.ndim - 2)
-    wide = np.pad(w, [*rest, (0, 0), (0, more[1])], mode="symmetric")
-    return np.pad(wide, [*rest, (0, more[0]), (0, 0)])
+    begin = (size - 1) // group_size * group_size
+    again = begin + np.arange(more[1]) % (size - begin)
+    wide = np.concatenate([w, w[..., again]], axis=-1)
+    return np.pad(wide, [(0, 0)] * (w.ndim - 2) + [(0, more[0]), (0, 0)])
 
 
 def quantize(w: Float[ArrayLike, "*S D"], group_size: int) -> Planes:
