@@ -80,9 +80,9 @@ def tiny(bundled):
 
 
 @pytest.fixture(scope="module")
-def quantized(bundled, texts):
-    settings = QuantizeConfig(calibration_windows=1, window=64)
-    return quantize(*bundled, {"code": texts["code"]}, settings)[0]
+def quantized(shallow, texts):
+    settings = QuantizeConfig(calibration_windows=1, window=64, quantizer="rtn")
+    return quantize(*shallow, {"code": texts["code"]}, settings)[0]
 
 
 def test_one_program_a_bucket_and_one_for_decoding(tiny, compilations):
