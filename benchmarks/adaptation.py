@@ -183,16 +183,13 @@ def rows_of(
     def add_plan(method: str, of: Plan, tokens: int = 0, **more: Any) -> None:
         add(method, case.run(case.weights(of)), of.bytes_per_token(*own), tokens, **more)
 
-    def pages(errors: np.ndarray, counts: np.ndarray, tokens: float) -> Plan:
-        return placed_anew(plan, errors, counts[None], np.array([tokens]), margin=0.0)
-
     add_plan("static", plan)
     active = case.config.num_expert_weights * case.config.num_experts_per_tok / case.config.num_experts
     weights, bits = uniform(8 * plan.bytes_per_token(*own) / active)
     add("uniform", case.run(weights), active * bits / 8, 0)
-    add_plan("static-channel", pages(known.block_errors, known.counts.sum(axis=0), known.tokens))
+    add_plan("static-channel", placed_anew(plan, known.block_errors, known.counts.sum(axis=0) / known.tokens))
     scale = known.correction[:, :, None, :] * known.loss_per_error[:, None, None, None]
-    add_plan("oracle", pages(truth.errors / own[1] * scale, *own))
+    add_plan("oracle", placed_anew(plan, truth.errors / own[1] * scale, own[0] / own[1]))
     for count in SEEN:
         seen = part_of(looked[:count])
         tokens = int(seen.tokens.sum())

@@ -1,6 +1,6 @@
 """Quantized experts on TPUs that are not here: modelled time from the compiler's own schedule.
 
-    python benchmarks/tpu_schedule.py [--chip v6e] [--shape olmoe] [--json PATH]
+    python benchmarks/tpu_schedule.py [--chip v6e] [--shape olmoe-1b-7b] [--json PATH]
 
 Every kernel is compiled for the chip; cycles of a grid step are counted in its final schedule (``bundles.py``), bytes
 from what the step copies. Modelled time is the sum over steps of max(cycles / clock, bytes / bandwidth). Kernels:

@@ -25,12 +25,12 @@ from dynamo_jax.evaluate import (
     make_dataset,
 )
 from dynamo_jax.kernels.layout import WIDTHS
-from dynamo_jax.layer_experts import PRIOR_ROWS
+from dynamo_jax.layer_experts import PRIOR_ROWS as HESSIAN_ROWS
 from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.experts import ExpertWeights, expert_outputs
 from dynamo_jax.pipeline import DecoderSource, QuantizeConfig, baseline_plan, quantize
 from dynamo_jax.quant.planes import dequantize
-from dynamo_jax.runtime.adapt import adapted_plan, observe_windows
+from dynamo_jax.runtime.adapt import PRIOR_ROWS, PRIOR_TOKENS, Observation, adapted_plan, expected, observe_windows
 from dynamo_jax.runtime.store import page_counts
 
 SETTINGS = QuantizeConfig(
@@ -87,13 +87,60 @@ def test_a_plan_by_projection_meets_its_budget_and_gives_down_widths_of_its_own(
 
 
 @pytest.mark.parametrize("kind", ["quantized", "apart"])
-def test_adaptation_keeps_the_stored_bytes_and_the_bytes_read_in_each_window(request, kind, novel):
+def test_adaptation_keeps_the_stored_bytes_and_the_bytes_that_it_expects_to_read(request, kind, novel):
     model = request.getfixturevalue(kind)
-    plan = adapt(model, novel.first)
+    seen = observe_windows(model, novel.first)
+    plan = adapted_plan(model.plan, model.knowledge, seen)
     before, after = page_counts(model.plan), page_counts(plan)
     assert all(after[level] <= before[level] for level in before)
     assert plan.stored_bytes() <= model.plan.stored_bytes()
     assert plan.apart == model.plan.apart and not (plan.widths == model.plan.widths).all()
+    use = expected(model.knowledge, seen).use
+    assert plan.bytes_per_token(use, 1) <= model.plan.bytes_per_token(use, 1) * (1 + 1e-9)
+
+
+def times(seen, factor):
+    return Observation(seen.errors * factor, seen.counts * factor, seen.tokens * factor, seen.exact)
+
+
+def test_much_text_is_believed_and_little_text_is_not(quantized, novel):
+    """As the same text goes on, what is expected goes from the known datasets' means to its own."""
+    known, seen = quantized.knowledge, observe_windows(quantized, novel.first)
+    little, much = expected(known, times(seen, 1e-9)), expected(known, times(seen, 1e9))
+    rows, tokens = known.counts.sum(axis=0), known.tokens
+    np.testing.assert_allclose(little.use, rows / tokens, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(much.use, seen.counts.sum(axis=0) / seen.tokens.sum(), rtol=1e-4, atol=1e-6)
+    scale = known.correction[:, :, None, :] * known.loss_per_error[:, None, None, None]
+    np.testing.assert_allclose(much.errors, seen.errors / seen.tokens.sum() * scale, rtol=1e-4, atol=1e-12)
+    sums = known.block_errors * tokens
+    of_layer = sums.sum(axis=1, keepdims=True) / rows.sum(axis=1)[:, None, None, None]
+    a_row = (sums + PRIOR_ROWS * of_layer) / (rows + PRIOR_ROWS)[:, :, None, None]
+    np.testing.assert_allclose(little.errors, (rows / tokens)[:, :, None, None] * a_row, rtol=1e-6, atol=1e-12)
+
+
+def test_an_expert_without_rows_costs_what_the_known_datasets_say_a_row_costs(quantized, novel):
+    """At the share of tokens that is left for it; one that they did not reach either, what its layer's experts cost."""
+    known, seen = quantized.knowledge, observe_windows(quantized, novel.first)
+    errors, counts, known_counts, block_errors = (
+        np.array(a) for a in (seen.errors, seen.counts, known.counts, known.block_errors)
+    )
+    errors[:, 3], counts[:, :, 3] = 0, 0
+    block_errors[:, 3], known_counts[:, :, 3] = 0, 0
+    unknown = dataclasses.replace(known, counts=known_counts, block_errors=block_errors)
+    alone = expected(known, seen._replace(errors=errors, counts=counts))
+    share = known.counts.sum(axis=0)[:, 3] / known.tokens
+    left = PRIOR_TOKENS / (seen.tokens.sum() + PRIOR_TOKENS)
+    np.testing.assert_allclose(alone.use[:, 3], share * left)
+    before = expected(known, times(seen, 0.0))
+    np.testing.assert_allclose(alone.errors[:, 3], before.errors[:, 3] * left)
+    never = expected(unknown, seen._replace(errors=errors, counts=counts))
+    assert (never.use[:, 3] == 0).all() and (never.errors[:, 3] == 0).all()
+    counts[:, :, 3] = 1
+    once = expected(unknown, seen._replace(errors=errors, counts=counts))
+    of_layer = (block_errors * known.tokens).sum(axis=1) / known_counts.sum(axis=(0, 2))[:, None, None]
+    rows = len(counts)
+    a_row = of_layer * PRIOR_ROWS / (rows + PRIOR_ROWS)
+    np.testing.assert_allclose(once.errors[:, 3], rows / (seen.tokens.sum() + PRIOR_TOKENS) * a_row)
 
 
 def test_the_timeline_tells_of_the_first_windows_and_the_rest(quantized, novel):
@@ -315,7 +362,7 @@ def test_the_objective_decides_which_datasets_a_plan_serves(bundled):
 
 def test_experts_that_calibration_hardly_reached_are_named_by_layer(bundled):
     config = bundled[0].config
-    counts = np.full((2, config.num_moe_layers, config.num_experts), PRIOR_ROWS / 2)
+    counts = np.full((2, config.num_moe_layers, config.num_experts), HESSIAN_ROWS / 2)
     assert checkpoint.hardly_reached(config, counts) == "0 of 288 experts"
     counts[1, 2, [7, 40]] -= 1
     counts[0, 5, 0] = 0

@@ -2,7 +2,7 @@
 
 Each item (an expert, a projection of one, a channel block) takes one of the widths 2, 3, 4, 8. Offline
 the integer program is solved, to a gap of RELATIVE_GAP; at run time its linear relaxation is, which
-leaves at most as many items fractional as there are budgets: those take their lower width. Errors here
+leaves at most as many items fractional as there are limits: those take their lower width. Errors here
 and elsewhere are nats a token.
 
 A large program is solved in two steps, as large knapsacks are (the core problem of Balas and Zemel, 1980): the
@@ -10,7 +10,7 @@ linear relaxation, of whose solution only as many items are fractional as there 
 of its choices and of the CORE others whose reduced costs are least. benchmarks/allocation.py measures how far above
 the relaxation's bound that ends.
 
-Axes: I items, W widths, A datasets, M budgets.
+Axes: I items, W widths, A datasets.
 """
 
 from __future__ import annotations
@@ -139,14 +139,14 @@ def _one_choice(items: int, choices: int) -> scipy.sparse.csr_matrix:
 def reallocate(
     errors: Float[np.ndarray, "I W"],
     pages: dict[int, int],
-    read_costs: Float[np.ndarray, "M IW"],
-    read_budgets: Float[np.ndarray, " M"],
+    read_costs: Float[np.ndarray, "I W"],
+    read_budget: float,
     pages_each: Int[np.ndarray, " I"] | None = None,
     now: Int[np.ndarray, " I"] | None = None,
     spare: dict[int, int] | None = None,
 ) -> Int[np.ndarray, " I"]:
-    """The least summed error with at most ``pages[level]`` pages of each refinement level, and with bytes
-    read a token within the budget in each of M samples. A plan that meets all limits must exist.
+    """The least summed error with at most ``pages[level]`` pages of each refinement level, and with summed bytes
+    read a token within the budget. A plan that meets all limits must exist.
 
     pages_each: the pages of a level that an item takes, 1 by default. spare: of each level, how many pages may be
     among them that the widths ``now`` do not read.
@@ -161,14 +161,14 @@ def reallocate(
         most += [float(spare[level]) for level in LEVELS]
     result = scipy.optimize.linprog(
         errors.reshape(-1) / max(float(np.abs(errors).max()), 1e-30),
-        A_ub=scipy.sparse.csr_matrix(np.concatenate([np.stack(rows), read_costs])),
-        b_ub=np.concatenate([most, read_budgets]),
+        A_ub=scipy.sparse.csr_matrix(np.stack([*rows, read_costs.reshape(-1)])),
+        b_ub=[*most, read_budget],
         A_eq=_one_choice(*errors.shape),
         b_eq=np.ones(len(errors)),
         bounds=(0, 1),
         method="highs",
     )
     if result.x is None:
-        raise ValueError(f"no plan fits the pages and the read budgets: {result.message}")
+        raise ValueError(f"no plan fits the pages and the read budget: {result.message}")
     # Shares of 1e-6 and less are the solver's own rounding.
     return np.asarray(WIDTHS)[(result.x.reshape(errors.shape) > 1e-6).argmax(axis=1)]

@@ -1,9 +1,9 @@
 """A plan for novel data, from a window of its own tokens: no labels, no gradients.
 
-One forward pass measures the output error of each block at each width (``observe_windows``). The known datasets' mean
-is the prior, worth ``PRIOR_TOKENS`` tokens, so that a short window cannot overturn it. The same number of refinement
-pages as in the baseline then goes where it lowers the loss most, and in no eighth of the text are more bytes read
-(``adapted_plan``, a small linear program).
+One forward pass measures the output error of each block at each width (``observe_windows``). How often each expert is
+used, and what a row costs there, are then guessed apart, since the first is known sooner: both begin from the known
+datasets', which a short window cannot overturn (``expected``). The same number of refinement pages as in the baseline
+goes where it lowers the loss most, and no more bytes are read a token (``adapted_plan``, a small linear program).
 
 Axes: L layers, E experts, M widths of an expert (of its N channel blocks; twice as many where projections are apart),
 D hidden, W widths, S windows, T tokens.
@@ -33,9 +33,8 @@ from dynamo_jax.quant.planes import Planes, dequantize
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.store import page_counts
 
-PRIOR_TOKENS = 1024
-MOST_SPANS = 8  # of a text, whose reads are bounded one by one: the time to solve grows with them
-READ_MARGIN = 0.015  # of the read budget, kept free: windows are a sample of the data to come
+PRIOR_TOKENS = 64  # of the known datasets, in how often each expert is used
+PRIOR_ROWS = 128  # of the known datasets, in what a row costs at each expert's widths; of its layer, in what that is
 
 
 class Observation(NamedTuple):
@@ -110,38 +109,49 @@ def observe_windows(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> 
     return Observation(np.pad(np.stack(errors), [(0, 0)] * 3 + [(0, 1)]), np.stack(counts, axis=1), each, exact)
 
 
+class Expected(NamedTuple):
+    """Of the text to come. errors: nats a token that each of an expert's widths loses; use: rows of a token."""
+
+    errors: Float[np.ndarray, "L E M W"]
+    use: Float[np.ndarray, "L E"]
+
+
+def expected(known: Knowledge, seen: Observation) -> Expected:
+    """What was seen, shrunk towards the known datasets'.
+
+    A token goes to few experts, so that most experts have few rows in a short window: what a row costs is uncertain
+    long after the shares of the experts are known. The errors are one times the other.
+    """
+    tokens, rows, known_rows = float(seen.tokens.sum()), seen.counts.sum(axis=0), known.counts.sum(axis=0)
+    use = (rows + PRIOR_TOKENS * known_rows / known.tokens) / (tokens + PRIOR_TOKENS)
+    measured = seen.errors * known.correction[:, :, None, :] * known.loss_per_error[:, None, None, None]
+    sums = known.block_errors * known.tokens
+    of_layer = sums.sum(axis=1, keepdims=True) / np.maximum(known_rows.sum(axis=1), 1)[:, None, None, None]
+    a_row = (sums + PRIOR_ROWS * of_layer) / (known_rows + PRIOR_ROWS)[:, :, None, None]
+    a_row = (measured + PRIOR_ROWS * a_row) / (rows + PRIOR_ROWS)[:, :, None, None]
+    return Expected(use[:, :, None, None] * a_row, use)
+
+
 def adapted_plan(plan: Plan, known: Knowledge, seen: Observation, spare: dict[int, int] | None = None) -> Plan:
     """The plan for what was seen: the page counts of ``plan``, the baseline, placed anew.
 
-    Its stored bytes equal the baseline's at most, and so do the bytes read a token under the routing
-    of the windows. ``spare``: pages of each level that may be others than the baseline's, any number by default.
+    Its stored bytes equal the baseline's at most, and so do the bytes that it is expected to read a token. ``spare``:
+    pages of each level that may be others than the baseline's, any number by default.
     """
-    tokens = float(seen.tokens.sum())
-    measured = seen.errors / tokens * known.correction[:, :, None, :] * known.loss_per_error[:, None, None, None]
-    share = tokens / (tokens + PRIOR_TOKENS)
-    errors = share * measured + (1 - share) * known.block_errors
-    return placed_anew(plan, errors, seen.counts, seen.tokens, spare=spare)
+    return placed_anew(plan, *expected(known, seen), spare=spare)
 
 
 def placed_anew(
     plan: Plan,
     errors: Float[np.ndarray, "L E M W"],
-    counts: Float[np.ndarray, "S L E"],
-    tokens: Float[np.ndarray, " S"],
-    margin: float = READ_MARGIN,
+    use: Float[np.ndarray, "L E"],
     spare: dict[int, int] | None = None,
 ) -> Plan:
-    """The pages of ``plan`` where they lower the errors most; in no part of the windows, with ``counts`` of
-    ``tokens`` routed to each expert, are more bytes read a token than by ``plan``, less a share of ``margin``."""
-    # routing of parts of the text bounds the bytes: a mean over all of it would not carry over
-    spans = range(0, len(counts), -(-len(counts) // MOST_SPANS))
-    counts, tokens = np.add.reduceat(counts, spans), np.add.reduceat(tokens, spans)
-    read = counts[:, :, :, None, None] / tokens[:, None, None, None, None] * plan.costs()
-    read = np.broadcast_to(read, (len(counts), *errors.shape)).reshape(len(counts), -1)
-    budgets = np.array([plan.bytes_per_token(c, t) for c, t in zip(counts, tokens)])
-    least = read.reshape(len(counts), -1, len(WIDTHS))[:, :, 0].sum(axis=1)
-    budgets = np.maximum(budgets * (1 - margin), least)
+    """The pages of ``plan`` where they lower the errors most; where a token has ``use`` rows at each expert, no more
+    bytes are read than by ``plan``."""
+    read = np.broadcast_to(use[:, :, None, None] * plan.costs(), errors.shape).reshape(-1, len(WIDTHS))
+    budget = plan.bytes_per_token(use, 1.0)
     pages_each = np.tile(plan.pages(), plan.widths[..., 0].size)
     now = plan.widths.reshape(-1)
-    widths = reallocate(errors.reshape(-1, len(WIDTHS)), page_counts(plan), read, budgets, pages_each, now, spare)
+    widths = reallocate(errors.reshape(-1, len(WIDTHS)), page_counts(plan), read, budget, pages_each, now, spare)
     return dataclasses.replace(plan, widths=widths.reshape(plan.widths.shape).astype(np.int8))
