@@ -7,15 +7,16 @@
     layers   microseconds of one layer's experts, gate, up, activation and down: ours with all experts at 2, 3 and 4
              bits and mixed (2, 3 or 4 for each expert's gate and up, and for its down, a third each), one program for
              all; ``jax.lax.ragged_dot`` in bfloat16, gate and up in one product; ``tokamax.ragged_dot`` in bfloat16
-             where it is installed
+             and with int4 weights where it is installed, a scale for each channel and 256 inputs (128 where 256 do
+             not divide them)
     model    a synthetic OLMoE-1B-7B, tokens a second of prefill and decoding: experts in bfloat16 by ragged_dot, at 4
              bits, 3 bits mixed, and the same with two variants and a monitor for each request; programs that a switch
              compiled
 
 A layer's weights are other ones in each turn, of several layers that together are larger than the cache of the GPU.
 "us": the least of three runs of many turns, over their number. ``speedup_vs_bf16``: over ``jax.lax.ragged_dot``.
-``share_of_bandwidth``: bytes of the weights that are read, scales counted, over time, as a share of what a plain copy
-of 2 GiB reads and writes a second in the same run. Tokens choose experts at random (seed 0). The bundled model's
+``share_of_bandwidth``: bytes of the weights that are read, our scales counted, over time, as a share of what a plain
+copy of 2 GiB reads and writes a second in the same run. Tokens choose experts at random (seed 0). The bundled model's
 decode step, plain and switched, is measured by ``switch_overhead.py``, on a GPU as on a CPU.
 
 Parts run in processes of their own. ``--limit``: seconds after which nothing new is begun; what was measured is written
@@ -35,7 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,9 +159,9 @@ def copy_bandwidth() -> float:
     return size / seconds(run, array)
 
 
-def bfloat16_experts(layer: Layer, tokens: int, product: Callable[..., Any]) -> float:
-    """Seconds with ``product(rows, weights, sizes)``; two layers' weights take turns."""
-    weights = [bfloat16_weights(layer, number) for number in range(2)]
+def peer_experts(layer: Layer, tokens: int, make: Callable[..., Any], product: Callable[..., Any]) -> float:
+    """Seconds with ``product(rows, weights, sizes)`` of the weights ``make(layer, number)``; two layers take turns."""
+    weights = [make(layer, number) for number in range(2)]
     rows = jax.random.normal(jax.random.key(1), (tokens * layer.chosen, layer.hidden), jnp.bfloat16)
     sizes = jnp.asarray(sizes_of(layer, tokens), jnp.int32)
 
@@ -184,6 +185,22 @@ def bfloat16_weights(layer: Layer, number: int) -> tuple[Any, Any]:
     return inner, outer
 
 
+def int4_weights(layer: Layer, number: int) -> tuple[Any, Any]:
+    """The same sizes as tokamax takes them."""
+    import qwix
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def make(key: Any, shape: tuple[int, int, int]) -> Any:
+        experts, inputs, outputs = shape
+        groups = inputs // (256 if inputs % 256 == 0 else BLOCK)
+        codes = jax.random.randint(key, shape, -8, 8, jnp.int8).astype(jnp.int4)
+        return qwix.QArray(codes, jnp.full((experts, groups, outputs), 0.002, jnp.bfloat16))
+
+    shapes = (layer.experts, layer.hidden, 2 * layer.channels), (layer.experts, layer.channels, layer.hidden)
+    inner, outer = (make(jax.random.key(2 * number + i), shape) for i, shape in enumerate(shapes))
+    return inner, outer
+
+
 def multiplied(rows: Any, sizes: Any, weights: tuple[Any, Any], product: Callable[..., Any]) -> Any:
     both = product(rows, weights[0], sizes)
     channels = weights[1].shape[1]
@@ -194,17 +211,26 @@ def ragged(rows: Any, weights: Any, sizes: Any) -> Any:
     return jax.lax.ragged_dot(rows, weights, sizes, preferred_element_type=jnp.bfloat16)
 
 
-def peers() -> dict[str, Callable[..., Any]]:
-    """Products of rows and bfloat16 weights, by name."""
-    found: dict[str, Callable[..., Any]] = {"jax.lax.ragged_dot": ragged}
+class Peer(NamedTuple):
+    """bits: a weight, scales not counted; weights: of (layer, number); product: of rows, weights and sizes."""
+
+    name: str
+    bits: int
+    weights: Callable[..., tuple[Any, Any]]
+    product: Callable[..., Any]
+
+
+def peers() -> list[Peer]:
+    found = [Peer("jax.lax.ragged_dot", 16, bfloat16_weights, ragged)]
     if importlib.util.find_spec("tokamax"):
 
         def tokamax_ragged(rows: Any, weights: Any, sizes: Any) -> Any:
             import tokamax
 
-            return tokamax.ragged_dot(rows, weights, sizes)
+            return tokamax.ragged_dot(rows, weights, sizes, preferred_element_type=jnp.bfloat16)
 
-        found["tokamax.ragged_dot"] = tokamax_ragged
+        found += [Peer("tokamax.ragged_dot", 16, bfloat16_weights, tokamax_ragged)]
+        found += [Peer("tokamax.ragged_dot", 4, int4_weights, tokamax_ragged)]
     return found
 
 
@@ -217,16 +243,17 @@ def measured_layer(layer: Layer, tokens: int) -> Iterator[tuple[str, str, float,
         except Exception as error:  # the others' rows are wanted still
             return str(error)[:500]
 
-    whole = 6.0 * layer.hidden * layer.channels * int((sizes_of(layer, tokens) > 0).sum())
-    for name, product in peers().items():
-        yield name, "16", tried(functools.partial(bfloat16_experts, layer, tokens, product)), whole
+    weights = 3.0 * layer.hidden * layer.channels * int((sizes_of(layer, tokens) > 0).sum())
+    for peer in peers():
+        own = functools.partial(peer_experts, layer, tokens, peer.weights, peer.product)
+        yield peer.name, str(peer.bits), tried(own), weights * peer.bits / 8
     layers = layers_of(layer, tokens)
     run = chained(layers)
     inputs = jax.jit(functools.partial(quantized_inputs, layer, tokens, layers))()
     for bits, choices in PLANS.items():
         widths = widths_of(layers, layer, choices)
-        own = functools.partial(seconds, run, *inputs, (table(widths, layer),))
-        yield "ours", bits, tried(own), bytes_read(layer, tokens, widths)
+        ours = functools.partial(seconds, run, *inputs, (table(widths, layer),))
+        yield "ours", bits, tried(ours), bytes_read(layer, tokens, widths)
 
 
 def measure_layers(add: Callable[..., None], late: Callable[[], bool]) -> None:
