@@ -47,7 +47,14 @@ from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
 from dynamo_jax.pipeline import DecoderSource, QuantizeConfig, analyze, baseline_plan, knowledge_of
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import dequantize
-from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows, placed_anew
+from dynamo_jax.runtime.adapt import (
+    PRIOR_COST_ROWS,
+    PRIOR_TOKENS,
+    Observation,
+    adapted_plan,
+    observe_windows,
+    placed_anew,
+)
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import default_spare
 from dynamo_jax.work import MemoryWork
@@ -226,10 +233,11 @@ def marks(rows: list[dict[str, Any]]) -> dict[str, float]:
                 out[f"{what}, of hotness's"] = 1 - found / mean("hotness", tokens, key)
                 out[f"{what}, of uniform's"] = 1 - found / mean("uniform", 0, key)
         adapted = [r for r in own if r["method"] == "adapted"]
-        static = {r["novel"]: r["nll"] for r in own if r["method"] == "static"}
-        out[f"{budget:g} bits: most that it adds to a kind's loss"] = max(
-            r["nll"] / static[r["novel"]] - 1 for r in adapted
-        )
+        static = {r["novel"]: r for r in own if r["method"] == "static"}
+        for what, key in (("adds to a kind's loss", "nll"), ("adds to the bytes a token reads", "bytes_per_token")):
+            more = [r[key] / static[r["novel"]][key] - 1 for r in adapted]
+            out[f"{budget:g} bits: most that it {what}"] = max(more)
+        out[f"{budget:g} bits: mean that it adds to the bytes a token reads"] = float(np.mean(more))
     return out
 
 
@@ -250,6 +258,7 @@ def main() -> None:
     texts = {name: collect(parts(arguments.texts), TEXT_BYTES) for name, parts in kinds.items()}
     windows = {name: token_windows(text, tokenizer, base.window, name) for name, text in texts.items()}
     job = {"limit": arguments.limit, "calibration_windows": base.calibration_windows}
+    job |= {"prior_tokens": PRIOR_TOKENS, "prior_cost_rows": PRIOR_COST_ROWS}
     rows = []
     for budget in arguments.budget or [3.0, 2.5]:
         for novel in arguments.novel or kinds:

@@ -4,6 +4,7 @@
 
 Everything but the experts is bfloat16. Experts: a third of them each at 2, 3 and 4 bits in the baseline, half as many
 slots again for other variants, two variants, 8 requests with a cache of 4,096 tokens each. Only shapes are needed.
+Layers are stacked and run in a loop (``dynamo_jax.models.stacked``), so that the experts' kernel is compiled once.
 "resident" is what the program is given and "temporary" what it needs beside it, from the compiler's memory analysis;
 "memory" is that of the core.
 """
@@ -27,7 +28,8 @@ from layers import MODELS, Layer
 from tpu_schedule import tiled_shapes
 
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import Decoder, new_cache, parameters, with_parameters
+from dynamo_jax.models.decoder import Decoder, new_cache, parameters
+from dynamo_jax.models.stacked import stacked, stacked_cache, stacked_decoder
 from dynamo_jax.runtime.monitor import Signatures, start
 from dynamo_jax.runtime.serving import SPARE, State, experts, observe
 
@@ -49,10 +51,17 @@ def state_of(config: ModelConfig) -> Any:
 
 def decode(config: ModelConfig, arrays: Any, state: State, cache: Any, tokens: Any) -> Any:
     """The next token of each request, the cache and the monitors after it."""
-    model = with_parameters(config, arrays)
+    model = stacked_decoder(config, arrays)
     mask = jnp.ones(tokens.shape, bool)
     hidden, routings, cache = model.cached_states(tokens, mask, cache, experts=experts(state), dtype=jnp.bfloat16)
     return jnp.argmax(model.logits(hidden)[:, -1], axis=-1), cache, observe(state, routings).watch
+
+
+def weights_and_cache(config: ModelConfig) -> tuple[dict[str, Any], Any]:
+    """All parameters but those of experts, and a cache, with layers stacked."""
+    arrays = parameters(Decoder(config, with_experts=False, rngs=nnx.Rngs(0)))
+    cache = new_cache(config, REQUESTS, CAPACITY, jnp.bfloat16)
+    return stacked(config, arrays), stacked_cache(config, cache)
 
 
 def main() -> None:
@@ -69,10 +78,8 @@ def main() -> None:
             config = MODELS[name]
             if chosen.layers:
                 config = dataclasses.replace(config, num_hidden_layers=chosen.layers)
-            build = functools.partial(Decoder, config, with_experts=False)
-            arrays = jax.eval_shape(lambda build=build: parameters(build(rngs=nnx.Rngs(0))))
+            arrays, cache = jax.eval_shape(functools.partial(weights_and_cache, config))
             arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), arrays)
-            cache = jax.eval_shape(lambda config=config: new_cache(config, REQUESTS, CAPACITY, jnp.bfloat16))
             tokens = jax.ShapeDtypeStruct((REQUESTS, 1), jnp.int32)
             begin = time.perf_counter()
             step = functools.partial(decode, config)

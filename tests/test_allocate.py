@@ -220,7 +220,7 @@ def test_an_objective_that_is_not_known_is_named():
 
 
 def baseline_limits(rng, items):
-    """A random baseline, its pages, and the bytes that it reads in each sample."""
+    """A random baseline, its pages, and the bytes that it reads."""
     baseline = rng.integers(0, 4, items)
     pages = {level: int((CHOICES[baseline] >= level).sum()) for level in LEVELS}
     use = rng.random(items) * (rng.random(items) < 0.8)
@@ -285,6 +285,15 @@ def test_a_hot_block_is_refined_only_as_far_as_its_reads_allow():
     read = np.array([[2.0, 3.0, 4.0, 8.0], [0.0, 0.0, 0.0, 0.0]])
     widths = reallocate(errors, {3: 1, 4: 1, 8: 1}, read, 2.0)
     np.testing.assert_array_equal(widths, [2, 8])
+
+
+def test_a_baseline_without_pages_is_its_own_plan_in_a_large_model():
+    """The read limit is then met to the last byte, by sums of 1e9."""
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        read = rng.random(1024)[:, None] * np.array([2.25, 3.25, 4.25, 8.375]) * 1e6
+        widths = reallocate(falling(rng, 1024), {3: 0, 4: 0, 8: 0}, read, float(read[:, 0].sum()))
+        assert (widths == 2).all()
 
 
 def test_limits_that_no_plan_meets_are_named():

@@ -193,11 +193,7 @@ class Decoder(nnx.Module):
 
         The caller sees to it that the cache has room: slots past its capacity would overwrite its last ones.
         """
-        before = cache.key_positions.max(axis=1, keepdims=True) + 1
-        positions = before + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
-        new = jnp.where(mask, positions, -1)
-        keys = jax.lax.dynamic_update_slice(cache.key_positions, new, (0, cache.used))
-        places = Places(positions, keys, angles(self.config, positions), cache.used)
+        places, keys = next_places(self.config, mask, cache)
         x, extras, layers = self._run(self.embedded(tokens, dtype), experts, places, cache.layers)
         return x, extras, Cache(layers, keys, cache.used + tokens.shape[1])
 
@@ -248,6 +244,15 @@ def positions_of(
         return positions, positions
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
     return positions, jnp.where(mask, positions, -1)
+
+
+def next_places(config: ModelConfig, mask: Bool[Array, "B T"], cache: Cache) -> tuple[Places, Int[Array, "B S"]]:
+    """Where tokens stand that follow those in the cache, and the cache's key positions with them."""
+    before = cache.key_positions.max(axis=1, keepdims=True) + 1
+    positions = before + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
+    new = jnp.where(mask, positions, -1)
+    keys = jax.lax.dynamic_update_slice(cache.key_positions, new, (0, cache.used))
+    return Places(positions, keys, angles(config, positions), cache.used), keys
 
 
 def parameters(model: nnx.Module) -> dict[str, Array]:

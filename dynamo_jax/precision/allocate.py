@@ -159,10 +159,11 @@ def reallocate(
     if now is not None and spare is not None:
         rows += [np.outer(each * (now < level), np.asarray(WIDTHS) >= level).reshape(-1) for level in LEVELS]
         most += [float(spare[level]) for level in LEVELS]
+    scale = max(read_budget, 1e-30)  # the solver's tolerances are absolute
     result = scipy.optimize.linprog(
         errors.reshape(-1) / max(float(np.abs(errors).max()), 1e-30),
-        A_ub=scipy.sparse.csr_matrix(np.stack([*rows, read_costs.reshape(-1)])),
-        b_ub=[*most, read_budget],
+        A_ub=scipy.sparse.csr_matrix(np.stack([*rows, read_costs.reshape(-1) / scale])),
+        b_ub=[*most, read_budget / scale],
         A_eq=_one_choice(*errors.shape),
         b_eq=np.ones(len(errors)),
         bounds=(0, 1),

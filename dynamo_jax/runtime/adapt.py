@@ -34,7 +34,7 @@ from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.store import page_counts
 
 PRIOR_TOKENS = 64  # of the known datasets, in how often each expert is used
-PRIOR_ROWS = 128  # of the known datasets, in what a row costs at each expert's widths; of its layer, in what that is
+PRIOR_COST_ROWS = 128  # of the known datasets, in what a row costs at each expert; of its layer's experts, in those
 
 
 class Observation(NamedTuple):
@@ -120,16 +120,17 @@ def expected(known: Knowledge, seen: Observation) -> Expected:
     """What was seen, shrunk towards the known datasets'.
 
     A token goes to few experts, so that most experts have few rows in a short window: what a row costs is uncertain
-    long after the shares of the experts are known. The errors are one times the other.
+    long after the shares of the experts are known. The errors are one times the other. A row of the known datasets
+    counts with its own token's importance, one that was seen with its layer's mean, since it has no gradient.
     """
     tokens, rows, known_rows = float(seen.tokens.sum()), seen.counts.sum(axis=0), known.counts.sum(axis=0)
     use = (rows + PRIOR_TOKENS * known_rows / known.tokens) / (tokens + PRIOR_TOKENS)
     measured = seen.errors * known.correction[:, :, None, :] * known.loss_per_error[:, None, None, None]
     sums = known.block_errors * known.tokens
     of_layer = sums.sum(axis=1, keepdims=True) / np.maximum(known_rows.sum(axis=1), 1)[:, None, None, None]
-    a_row = (sums + PRIOR_ROWS * of_layer) / (known_rows + PRIOR_ROWS)[:, :, None, None]
-    a_row = (measured + PRIOR_ROWS * a_row) / (rows + PRIOR_ROWS)[:, :, None, None]
-    return Expected(use[:, :, None, None] * a_row, use)
+    known_cost = (sums + PRIOR_COST_ROWS * of_layer) / (known_rows + PRIOR_COST_ROWS)[:, :, None, None]
+    cost = (measured + PRIOR_COST_ROWS * known_cost) / (rows + PRIOR_COST_ROWS)[:, :, None, None]
+    return Expected(use[:, :, None, None] * cost, use)
 
 
 def adapted_plan(plan: Plan, known: Knowledge, seen: Observation, spare: dict[int, int] | None = None) -> Plan:

@@ -1,6 +1,6 @@
 """A quantized model as one value: parameters, planes, plan, and what calibration knew.
 
-Axes: S known datasets, L layers, E experts, N channel blocks, W widths.
+Axes: S known datasets, L layers, E experts, M widths of an expert (``runtime.adapt``), W widths.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Knowledge:
     centre, inverse, limit: how windows of each dataset scatter around them (``monitor.Signatures``).
     threshold: divergence in bits above which data is novel.
     loss_per_error: nats a token for each unit of mean squared expert-output error, by layer.
-    block_errors: nats a token that each block loses at each width, mean over the known datasets.
+    block_errors: nats a token that each of an expert's widths loses, mean over all calibration tokens.
     correction: for each expert and width, its measured error over the sum of its blocks'.
     calibrated: each dataset's text digest and the number of windows that calibration used.
     tokens: calibration tokens of all datasets together.
@@ -40,7 +40,7 @@ class Knowledge:
     limit: Float[np.ndarray, " S"]
     threshold: float
     loss_per_error: Float[np.ndarray, " L"]
-    block_errors: Float[np.ndarray, "L E N W"]
+    block_errors: Float[np.ndarray, "L E M W"]
     correction: Float[np.ndarray, "L E W"]
     calibrated: dict[str, tuple[str, int]]
     tokens: int
