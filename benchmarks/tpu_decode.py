@@ -28,8 +28,8 @@ from layers import MODELS, Layer
 from tpu_schedule import tiled_shapes
 
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import Decoder, new_cache, parameters
-from dynamo_jax.models.stacked import stacked, stacked_cache, stacked_decoder
+from dynamo_jax.models.decoder import Decoder, parameters
+from dynamo_jax.models.stacked import new_stacked_cache, stacked, stacked_decoder
 from dynamo_jax.runtime.monitor import Signatures, start
 from dynamo_jax.runtime.serving import SPARE, State, experts, observe
 
@@ -60,8 +60,7 @@ def decode(config: ModelConfig, arrays: Any, state: State, cache: Any, tokens: A
 def weights_and_cache(config: ModelConfig) -> tuple[dict[str, Any], Any]:
     """All parameters but those of experts, and a cache, with layers stacked."""
     arrays = parameters(Decoder(config, with_experts=False, rngs=nnx.Rngs(0)))
-    cache = new_cache(config, REQUESTS, CAPACITY, jnp.bfloat16)
-    return stacked(config, arrays), stacked_cache(config, cache)
+    return stacked(config, arrays), new_stacked_cache(config, REQUESTS, CAPACITY, jnp.bfloat16)
 
 
 def main() -> None:

@@ -12,8 +12,10 @@ import tokenizers
 
 from dynamo_jax import checkpoint
 from dynamo_jax.chat import Files, chat_prompt, stop_tokens
+from dynamo_jax.kernels.layout import Resident
 from dynamo_jax.models.decoder import parameters
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer, side_files
+from dynamo_jax.models.stacked import stacked
 from dynamo_jax.runtime.generate import Between, GenerateConfig, LanguageModel, stream
 from dynamo_jax.runtime.online import Event, Follower
 from dynamo_jax.runtime.quantized import QuantizedModel
@@ -34,9 +36,10 @@ def quantized_language_model(
         host, state = init(model, variants=1, slots=page_counts(model.plan))
         state = state._replace(watch=None)
     follower = Follower(model, host, state) if adaptive else None
-    return LanguageModel(
-        config=model.config, parameters=model.device_parameters(dtype), state=state, dtype=dtype
-    ), follower
+    parameters = model.device_parameters(dtype)
+    if not isinstance(state.resident, Resident):  # a kernel takes long to compile: once for all layers alike
+        parameters = stacked(model.config, parameters)
+    return LanguageModel(config=model.config, parameters=parameters, state=state, dtype=dtype), follower
 
 
 class Loaded(NamedTuple):

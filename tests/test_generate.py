@@ -24,6 +24,7 @@ from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import parameters
 from dynamo_jax.models.families import FAMILIES
 from dynamo_jax.models.huggingface import load_checkpoint, side_files
+from dynamo_jax.models.stacked import stacked
 from dynamo_jax.pipeline import QuantizeConfig, quantize
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.runtime import online, serving
@@ -101,6 +102,22 @@ def test_a_capacity_that_is_too_small_is_named(tiny):
     with pytest.raises(ValueError, match="capacity 16 is less than 19: a bucket of 16 and max_tokens less one"):
         generate(tiny, [[5]], GenerateConfig(max_tokens=4), capacity=16)
     assert len(generate(tiny, [[5]], GenerateConfig(max_tokens=4), capacity=19)[0]) == 4
+
+
+def test_layers_in_loops_generate_the_same_tokens_and_are_watched_alike(quantized):
+    model, _ = quantized_language_model(quantized, adaptive=True)
+    loops = dataclasses.replace(model, parameters=stacked(model.config, model.parameters))
+    left = []
+
+    def keep(state, _):
+        left.append(state.watch)
+        return state
+
+    config = GenerateConfig(max_tokens=5)
+    one, other = (list(stream(m, PROMPTS, config, between=keep)) for m in (model, loops))
+    assert one == other and len(one) == 5
+    for before, after in zip(left[:5], left[5:]):
+        np.testing.assert_array_equal(before.newer, after.newer)
 
 
 def test_switching_the_variant_while_decoding_compiles_nothing(quantized, compilations):

@@ -12,6 +12,7 @@ Axes: B batch, T tokens, S cached tokens, D hidden, V vocabulary; lead axis: the
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.models.attention import LayerCache
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import Cache, Decoder, Layer, filled, layer_with_parameters, next_places
+from dynamo_jax.models.decoder import (
+    Cache,
+    Decoder,
+    Layer,
+    filled,
+    layer_with_parameters,
+    new_cache,
+    next_places,
+    with_parameters,
+)
 from dynamo_jax.models.experts import ExpertsFn, float_experts
 from dynamo_jax.models.layerwise import first_alike
 
@@ -69,8 +79,24 @@ def stacked(config: ModelConfig, arrays: dict[str, Array]) -> dict[str, Array]:
     return out
 
 
+def is_stacked(arrays: dict[str, Array]) -> bool:
+    """Whether these parameters are those of ``stacked_decoder``, not of ``Decoder``."""
+    return any(name.startswith("loops.") for name in arrays)
+
+
+def any_decoder(config: ModelConfig, arrays: dict[str, Array]) -> Decoder | StackedDecoder:
+    """The decoder that has these parameters, stacked or not."""
+    return (stacked_decoder if is_stacked(arrays) else with_parameters)(config, arrays)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "batch", "capacity", "dtype"))
+def new_stacked_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
+    """An empty cache for ``capacity`` tokens a sequence."""
+    return stacked_cache(config, new_cache(config, batch, capacity, dtype))
+
+
 def stacked_cache(config: ModelConfig, cache: Cache) -> Cache:
-    """A cache of ``Decoder``, such as ``new_cache`` makes, as ``StackedDecoder`` takes it."""
+    """A cache of ``Decoder`` as ``StackedDecoder`` takes it."""
     layers = [
         jax.tree.map(lambda *a: jnp.stack(a), *(cache.layers[layer] for layer in loop.layers(place)))
         for loop in loops(config)

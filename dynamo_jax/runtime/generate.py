@@ -20,8 +20,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import Cache, new_cache, with_parameters
+from dynamo_jax.models.decoder import Cache, new_cache
 from dynamo_jax.models.experts import float_experts
+from dynamo_jax.models.stacked import any_decoder, is_stacked, new_stacked_cache
 from dynamo_jax.runtime.monitor import Watch
 from dynamo_jax.runtime.serving import State, experts, for_requests, observe
 
@@ -32,7 +33,8 @@ SMALLEST_CAPACITY = 1024  # slots of the cache, unless the caller or a longer te
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageModel:
-    """What generation needs. state: of quantized experts, None where ``parameters`` hold the experts in float."""
+    """What generation needs. parameters: by dotted name, stacked (``models.stacked``) or not; state: of quantized
+    experts, None where ``parameters`` hold the experts in float."""
 
     config: ModelConfig
     parameters: dict[str, Array]
@@ -104,7 +106,7 @@ def _next(
     sampling: Sampling,
     watched: Bool[Array, "B T"],
 ) -> tuple[Int[Array, " B"], Cache, Watch | None]:
-    model = with_parameters(config, parameters)
+    model = any_decoder(config, parameters)
     run = float_experts if state is None else experts(state)
     hidden, routings, cache = model.cached_states(tokens, mask, cache, experts=run, dtype=dtype)
     logits = model.logits(hidden[:, -1:])[:, 0]
@@ -177,7 +179,8 @@ def stream(
     )
     fixed = (model.config, model.dtype, model.parameters)
     state = model.state and for_requests(model.state, len(prompts))
-    cache = new_cache(model.config, len(prompts), slots, model.dtype)
+    empty = new_stacked_cache if is_stacked(model.parameters) else new_cache
+    cache = empty(model.config, len(prompts), slots, model.dtype)
     token, cache, seen = prefill(*fixed, state, tokens, mask, cache, sampling)
     texts = [list(prompt) for prompt in prompts]
     for step in range(int(room.max())):
