@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import json
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def main() -> None:
                 flush=True,
             )
             if chosen.json:
-                chosen.json.write_text(json.dumps({"rows": rows, "jax": jax.__version__}, indent=1) + "\n")
+                found = {"rows": rows, "jax": jax.__version__, "libtpu": version("libtpu")}
+                chosen.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

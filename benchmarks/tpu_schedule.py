@@ -29,6 +29,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,8 @@ def main() -> None:
             for tokens in chosen.tokens or TOKENS:
                 rows += rows_for(chip, name, tokens)
                 if chosen.json:
-                    chosen.json.write_text(json.dumps({"rows": rows, "jax": jax.__version__}, indent=1) + "\n")
+                    found = {"rows": rows, "jax": jax.__version__, "libtpu": version("libtpu")}
+                    chosen.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
