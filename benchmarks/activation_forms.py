@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from texts import add_texts
 
 from dynamo_jax import checkpoint
 from dynamo_jax.data import token_windows, write_json
@@ -85,7 +86,7 @@ def experts_of(model: Any, form: str) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--texts", type=Path, required=True)
+    add_texts(parser)
     parser.add_argument("--limit", type=int, default=32, help="windows of each kind at most")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -36,6 +36,7 @@ import numpy as np
 import peers
 from divergence import changes, predictions
 from quality import UNIFORM_GRIDS, groups_of
+from texts import add_texts
 
 from dynamo_jax.checkpoint import stacked_planes
 from dynamo_jax.data import token_windows, write_json
@@ -243,7 +244,7 @@ def marks(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--texts", type=Path, required=True)
+    add_texts(parser)
     parser.add_argument("--budget", type=float, action="append", help="bits a weight; 3.0 and 2.5 by default")
     kinds = {**KNOWN, **NOVEL}
     parser.add_argument("--novel", action="append", choices=list(kinds), help="all kinds by default")

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from divergence import changes, predictions
+from texts import add_texts
 
 from dynamo_jax.data import token_windows, write_json
 from dynamo_jax.demo import KNOWN, NOVEL, collect
@@ -43,7 +44,7 @@ METHODS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--texts", type=Path, required=True)
+    add_texts(parser)
     parser.add_argument("--limit", type=int, default=32, help="windows of each kind of text")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

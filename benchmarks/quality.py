@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 from divergence import changes, predictions
+from texts import add_texts
 
 from dynamo_jax.checkpoint import stacked_planes
 from dynamo_jax.data import token_windows, write_json
@@ -386,7 +387,7 @@ def part(bench: Bench, folder: Path | None, name: str, job: dict[str, Any], run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--texts", type=Path, required=True)
+    add_texts(parser)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budget", type=float, action="append", help="bits a weight; 3.0 and 2.5 by default")
     parser.add_argument("--only", action="append", choices=PARTS)

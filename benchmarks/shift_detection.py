@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from texts import add_texts
 
 from dynamo_jax.data import write_json
 from dynamo_jax.demo import KNOWN, NOVEL, collect
@@ -73,7 +74,7 @@ def changes_of(found: np.ndarray, decisions: np.ndarray) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--texts", type=Path, required=True)
+    add_texts(parser)
     parser.add_argument("--streams", type=int, default=16, help="changes of each kind")
     parser.add_argument("--tokens", type=int, default=100_000, help="of unchanged text of each kind at most")
     parser.add_argument("--windows", type=int, default=32, help="calibration windows of each known kind")

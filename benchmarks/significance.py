@@ -38,8 +38,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
-from quality import dynamo, log_probabilities, sample
+from divergence import log_probabilities
+from quality import dynamo, sample
 from scipy.stats import spearmanr
+from texts import add_texts
 
 from dynamo_jax.data import token_windows, write_json
 from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
@@ -233,7 +235,7 @@ def show(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--texts", type=Path, required=True)
+    add_texts(parser)
     parser.add_argument("--sample", type=int, default=96, help="experts, and channel blocks, to measure")
     parser.add_argument("--quick", action="store_true", help="a sample of 24 and less text")
     parser.add_argument("--seed", type=int, default=0)

@@ -67,3 +67,35 @@ def test_a_module_says_what_it_is_for_and_stays_short(path):
     assert text.count("\n") <= 500
     assert path.stem not in ("utils", "helpers", "common")
     assert "allow_pickle" not in text
+
+
+def defined(path: pathlib.Path) -> set[str]:
+    """Names at the top of a module, imported ones too."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        for inner in ast.walk(node):
+            if isinstance(inner, (ast.Import, ast.ImportFrom)):
+                names |= {(alias.asname or alias.name).split(".")[0] for alias in inner.names}
+            elif isinstance(inner, (ast.FunctionDef, ast.ClassDef)):
+                names.add(inner.name)
+            elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+                names.add(inner.id)
+    return names
+
+
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda p: p.stem)
+def test_what_a_benchmark_imports_of_ours_is_there(path):
+    """Benchmarks take from seconds to hours; no test runs them."""
+    modules = {p.stem: p for p in BENCHMARKS}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not node.module:
+            continue
+        wanted = {alias.name for alias in node.names}
+        if node.module in modules:
+            assert wanted <= defined(modules[node.module]), node.module
+        elif node.module.split(".")[0] == "dynamo_jax":
+            module = __import__(node.module, fromlist=sorted(wanted))  # modules among them too
+            assert {n for n in wanted if not hasattr(module, n)} == set(), node.module
