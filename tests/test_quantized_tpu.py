@@ -21,16 +21,21 @@ from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 from kernel_cases import Case, biases_of, rows_and_sizes, widths_of
 
+from dynamo_jax.generate_command import quantized_language_model
 from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, BasePlanes, Pages, unpack
 from dynamo_jax.kernels.quantized_tpu import FORMS, quantized_experts_tpu
 from dynamo_jax.kernels.rows import rows_in_tiles
 from dynamo_jax.kernels.tiles import TILE, empty_pages, tiled_base, tiled_pages
 from dynamo_jax.kernels.tpu_steps import Shape, blocks_of_step, rows_of_tile, steps_of
+from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, with_parameters
 from dynamo_jax.models.experts import silu_gated
+from dynamo_jax.models.huggingface import load_tokenizer
+from dynamo_jax.models.stacked import is_stacked
 from dynamo_jax.pipeline import QuantizeConfig, quantize
 from dynamo_jax.runtime import serving
+from dynamo_jax.runtime.generate import GenerateConfig, generate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -258,6 +263,28 @@ def test_the_run_time_adapts_and_switches_with_planes_in_tiles(tokenizer_file, c
     planes.codes[3][0, 1] ^= 1
     with pytest.raises(ValueError, match="3-bit page of layer 0, expert 1"):
         dataclasses.replace(host.pages, planes=planes).arrays(3, np.array([[0, 0, 0], [0, 1, 0]]))
+
+
+@pytest.mark.slow
+def test_generation_runs_the_kernel_in_a_loop_over_the_layers(monkeypatch):
+    """As on a TPU, where planes lie in tiles and layers are stacked: the tokens of the XLA path."""
+    rng = np.random.default_rng(0)
+    known = {n: " ".join(f"word{i}" for i in rng.integers(a, a + 20, 3000)) for n, a in (("low", 3), ("high", 35))}
+    settings = QuantizeConfig(
+        bits=4.0, channel_block=128, group_size=128, window=64, calibration_windows=16, quantizer="rtn"
+    )
+    tokenizer = load_tokenizer(BUNDLED)
+    decoder = Decoder(dataclasses.replace(CONFIG, vocab_size=tokenizer.get_vocab_size()), rngs=nnx.Rngs(0))
+    model = quantize(decoder, tokenizer, known, settings)[0]
+    found = {}
+    for arrangement in ("planes", "tiles"):
+        monkeypatch.setattr(serving, "arrangement_for", lambda *_, own=arrangement: own)
+        language, _ = quantized_language_model(model, adaptive=True)
+        assert is_stacked(language.parameters) == (arrangement == "tiles")
+        with pltpu.force_tpu_interpret_mode():
+            prompts, config = [[5, 9, 33, 7, 50], [40, 6]], GenerateConfig(max_tokens=4)
+            found[arrangement] = generate(language, prompts, config, capacity=64)
+    assert found["planes"] == found["tiles"]
 
 
 needs_compiler = pytest.mark.skipif(

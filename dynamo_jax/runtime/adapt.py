@@ -1,8 +1,8 @@
 """A plan for novel data, from a window of its own tokens: no labels, no gradients.
 
 One forward pass measures the output error of each block at each width (``observe_windows``). How often each expert is
-used, and what a row costs there, are then guessed apart, since the first is known sooner: both begin from the known
-datasets', which a short window cannot overturn (``expected``). The same number of refinement pages as in the baseline
+used, and what a row costs there, are then estimated apart, since the first is known sooner: both begin from the known
+datasets' and follow the text as it shows more (``expected``). The same number of refinement pages as in the baseline
 goes where it lowers the loss most, and no more bytes are read a token (``adapted_plan``, a small linear program).
 
 Axes: L layers, E experts, M widths of an expert (of its N channel blocks; twice as many where projections are apart),
