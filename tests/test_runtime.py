@@ -161,8 +161,7 @@ def test_later_text_reads_no_more_bytes_though_the_plan_follows_the_text_it_saw(
     assert np.mean(ratios) <= 1 + most
 
 
-@pytest.mark.parametrize("kind", ["quantized", "apart"])
-@pytest.mark.parametrize("window", [[5, 9], [5] * 17])
+@pytest.mark.parametrize(("kind", "window"), [("quantized", [5, 9]), ("apart", [5] * 17)])
 def test_one_token_and_one_repeated_token_make_a_plan(request, kind, window):
     model = request.getfixturevalue(kind)
     plan = adapt(model, np.array([window], np.int32))
