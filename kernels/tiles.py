@@ -12,8 +12,12 @@ they are of the same bytes as in ``layout.py`` but where G is odd, as are scales
 
     plane     words of a tile     bits 4 i + j of word s, i = 0..7
     2 bits    8                   row 64 (j / 2) + 8 s + i, bits j = 0, 1 and 2, 3
-    3, 4      8 for two tiles     of tile h, j = 0, 1: rows 64 j + 8 s + i; of tile h + H, j = 2, 3: the same
+    3         8 for two tiles     row 64 (j / 2) + 8 s + i, of tile h (j even) and of tile h + H (j odd)
+    4         8 for two tiles     the same, of tile h + H (j even) and of tile h (j odd)
     8         16                  row 8 s + i
+
+So one shift of all words, or none, puts the 3-bit plane's bits of a tile where the 4-bit plane's fill the gaps: both
+make a word like that of the base plane, and the two words change halves to make nibbles (``tpu_planes.py``).
 
 Axes: L layers, E experts, P = 3 projections, F channels, N blocks of 128 channels, D hidden, G = D / 128 groups,
 H = ceil(G / 2), Q pages of a level, p projections of a page.
@@ -120,8 +124,8 @@ def _packed(codes: UInt8[np.ndarray, "*S 128 Dp"], level: int, projection: Int[n
         tiles = tiles.reshape(*lead, groups, 2, TILE // 2, TILE)  # halves of the rows
     if level in (3, 4):
         tiles = np.pad(tiles, [(0, 0)] * len(lead) + [(0, groups % 2)] + [(0, 0)] * 3)
-        tiles = np.moveaxis(tiles.reshape(*lead, 2, -(-groups // 2), 2, TILE // 2, TILE), -5, -4)
-        tiles = tiles.reshape(*lead, -(-groups // 2), 4, TILE // 2, TILE)
+        tiles = np.moveaxis(tiles.reshape(*lead, 2, -(-groups // 2), 2, TILE // 2, TILE), -5, -3)  # part, then tile
+        tiles = (tiles if level == 3 else np.flip(tiles, -3)).reshape(*lead, -(-groups // 2), 4, TILE // 2, TILE)
     # (.., parts of a nibble, rows, lanes): rows to words and nibbles, parts to bits
     parts = 1 if level == 8 else tiles.shape[-3]
     words = tiles.reshape(*lead, tiles.shape[len(lead)], parts, tiles.shape[-2] // SUBLANES, SUBLANES, TILE).astype(

@@ -12,17 +12,18 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int4
+from jaxtyping import Array, Float, Int4, Int32
 
 from dynamo_jax.kernels.layout import RATIO_UNIT
 from dynamo_jax.kernels.tpu_steps import Shape, Steps
 
-HIGH, MIDDLE, LOW = -0x33333334, 0x22222222, 0x11111111  # of every nibble: bits 2 and 3, bit 1, bit 0
+HIGH, HALF = -0x33333334, 0x33333333  # of every nibble: bits 2 and 3, bits 0 and 1
+ODD, EVEN = -0x55555556, 0x55555555  # bits of a word
 
 
 class Reading(NamedTuple):
-    """How a block's tiles are read. three, four: which bits of a nibble its 3- and 4-bit planes give; offset: z; eight:
-    1 where the last plane is read."""
+    """How a block's tiles are read. three, four: which bits of a word its 3- and 4-bit planes give; offset: z; eight: 1
+    where the last plane is read."""
 
     three: Any
     four: Any
@@ -35,11 +36,14 @@ def _reading(path: int, width: Any) -> Reading:
         return Reading(0, 0, 2.0, 0.0)
     bits = lambda least, mask: jnp.where(width >= least, jnp.int32(mask), jnp.int32(0))  # noqa: E731
     offset = jnp.where(width == 2, 2.0, jnp.where(width == 3, 1.0, 0.5))
-    return Reading(bits(3, MIDDLE), bits(4, LOW), offset, jnp.where(width == 8, 1.0, 0.0) if path == 8 else 0.0)
+    return Reading(bits(3, ODD), bits(4, EVEN), offset, jnp.where(width == 8, 1.0, 0.0) if path == 8 else 0.0)
 
 
-def _shifted(words: Array, left: int) -> Array:
-    return words if left == 0 else (words << left if left > 0 else words >> -left)
+def _merged(base: Int32[Array, "8 128"], rest: Int32[Array, "8 128"]) -> tuple[Array, Array]:
+    """Nibbles of a tile's first and last 64 rows: the lower half of each nibble of ``base`` and the upper one of
+    ``rest`` change places, which takes six operations where masks and shifts take eight."""
+    other = (base ^ (rest >> 2)) & jnp.int32(HALF)
+    return rest ^ (other << 2), base ^ other
 
 
 class StepPlanes:
@@ -65,17 +69,24 @@ class StepPlanes:
     def tile(self, k: int, projection: int, group: int) -> Int4[Array, "128 128"]:
         """n of 128 x 128 weights."""
         base, own = self._block_of("base", k)[projection, group], self.how[k][projection // 2]
+        levels = [level for level in (3, 4) if self.path >= level and level in self.shape.levels]
+        if levels:
+            low, high = _merged(base, self._rest(k, projection, group, levels, own))
+        else:
+            low, high = (base << 2) & jnp.int32(HIGH), base & jnp.int32(HIGH)
+        return jnp.concatenate([pltpu.bitcast(low, jnp.int4), pltpu.bitcast(high, jnp.int4)], axis=0)
+
+    def _rest(self, k: int, projection: int, group: int, levels: list[int], own: Reading) -> Int32[Array, "8 128"]:
+        """2 q3 + q4 of a tile, where the word of its base plane has q2."""
         paired = -(-self.shape.groups // 2)
-        parts = []
-        for part in (0, 1):
-            bits = _shifted(base, 2 - 2 * part) & jnp.int32(HIGH)
-            index = 2 * (group // paired) + part
-            for level, mask, to in ((3, own.three, 1), (4, own.four, 0)):
-                if self.path >= level and level in self.shape.levels:
-                    words = self._page(level, 0, k, projection)[group % paired]
-                    bits = bits | (_shifted(words, to - index) & mask)
-            parts.append(pltpu.bitcast(bits, jnp.int4))
-        return jnp.concatenate(parts, axis=0)
+        second, out = group >= paired, None  # of the two tiles that share words
+        for level in levels:
+            words = self._page(level, 0, k, projection)[group % paired]
+            if not second:
+                words = words << 1 if level == 3 else words >> 1
+            bits = words & (own.three if level == 3 else own.four)
+            out = bits if out is None else out | bits
+        return out
 
     def last_tile(self, k: int, projection: int, group: int) -> Int4[Array, "128 128"]:
         """n8 of 128 x 128 weights."""

@@ -82,7 +82,8 @@ def test_tiles_hold_the_planes_bits_where_the_page_says():
         half = group // 2
         for level in (3, 4):
             words = tiles[level].codes[0, projection, group % 2]
-            assert bits(words, word, 4 * i + 2 * half + part) == q[level][projection][at]
+            shift = 4 * i + 2 * part + (half if level == 3 else 1 - half)
+            assert bits(words, word, shift) == q[level][projection][at]
         assert bits(tiles[8].codes[0, projection, group], row // 8, 4 * i, 4) ^ 8 == q[8][projection][at]
 
 
