@@ -8,9 +8,11 @@ kernel's grid loop are its cycles a step as long as nothing stalls. The compiler
 
     loop        bundles between the loop's first and its last, executed once a grid step
     regions     runs of bundles that a branch may jump over: one ``pl.when`` each. A branch names the region that it
-                jumps to the end of, and the bundle after that end names it again; of regions that hold others (the
-                pipeline's own guard, which always runs) the innermost are meant
-    always      bundles of the loop that are in no such region: they run in every step
+                jumps to the end of, and the bundle after that end names it again; of regions that hold others the innermost
+                are meant
+    holders     regions that hold others, but for one that holds all others: the pipeline's own guard, which always runs
+    always      bundles of the loop that are in no such region, holders' own among them: they run in every step, or if it
+                is a holder's, the caller knows
 
 A step's cycles are ``always`` and those of the regions that it runs. How often a region runs, only the caller knows.
 Beside the bytes that the step moves this bounds its time: max(cycles / clock, bytes / bandwidth). That is a model: it
@@ -76,15 +78,23 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """Bundles of a kernel's grid loop. regions: of each ``pl.when`` in it, in the order of the program; always: of what
-    runs in every step."""
+    """Bundles of a kernel's grid loop. regions: of each innermost ``pl.when`` in it, in the order of the program; always: of
+    what is in none; holders: of each outermost ``pl.when`` that holds others, its own bundles, which are in ``always``,
+    and the places in ``regions`` of those that it holds."""
 
     always: int
     regions: tuple[int, ...]
+    holders: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
     def total(self) -> int:
         return self.always + sum(self.regions)
+
+    def without_holders(self) -> Loop:
+        """Of the steps that run none of them."""
+        held = {place for _, places in self.holders for place in places}
+        left = tuple(size for place, size in enumerate(self.regions) if place not in held)
+        return Loop(self.always - sum(own for own, _ in self.holders), left)
 
 
 def compiled(chip: Chip, function: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[str, Loop]]:
@@ -130,9 +140,16 @@ def loop_of(schedule: str) -> Loop | None:
     if first is None or last is None:
         return None
     inside = sorted({(a, b) for a, b in found if first <= a < b <= last + 1})
-    innermost = [(a, b) for a, b in inside if not any((c, d) != (a, b) and a <= c and d <= b for c, d in inside)]
+    held = {(a, b): [(c, d) for c, d in inside if (c, d) != (a, b) and a <= c and d <= b] for a, b in inside}
+    innermost = [region for region in inside if not held[region]]
+    holders = [region for region in inside if held[region] and len(held[region]) < len(inside) - 1]
+    holders = [region for region in holders if not any(region in held[other] for other in holders)]
     sizes = tuple(b - a for a, b in innermost)
-    return Loop(last + 1 - first - sum(sizes), sizes)
+    own = []
+    for a, b in holders:
+        places = tuple(place for place, region in enumerate(innermost) if region in held[a, b])
+        own.append((b - a - sum(sizes[place] for place in places), places))
+    return Loop(last + 1 - first - sum(sizes), sizes, tuple(own))
 
 
 def known(dots: int, conditional: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:

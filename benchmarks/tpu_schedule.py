@@ -90,14 +90,14 @@ def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str) ->
     own_steps = -(-blocks // per_step)
     # programs differ in M only, so one is compiled for all numbers of tokens that have it
     like = min(t for t in TOKENS if rows_of_tile(t * layer.chosen, layer.experts) == rows)
-    loop = our_loop(chip, layer, like, levels, form)
+    # pages lie one after the other: what holds loops, over pages that lie alone, runs in the very first step if at all
+    loop = our_loop(chip, layer, like, levels, form).without_holders()
     paths = (2, *levels)
     ends = (0, 0)
     regions = loop.regions
     if own_steps > 1:  # what only a tile's first and last step run
         begin = len(regions) - len(paths) - 2
         ends, regions = (regions[begin], regions[-1]), (*regions[:begin], *regions[begin + 1 : -1])
-    # copies of pages that are read run in every step; loops over none are counted once
     always = loop.always + sum(regions[: -len(paths)])
     cycles = dict(zip(paths, regions[-len(paths) :]))
     assert min(cycles.values()) > always / 2, (loop, paths)

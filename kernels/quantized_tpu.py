@@ -45,7 +45,7 @@ FAST_MEMORY = 48 * 2**20  # bytes that the kernel may have, of the 64 and more o
 MAGIC = 1.5 * 2**23  # a small float32 that is added to it has its nearest whole number in the lowest bits
 
 
-DOWN_BLOCKS = 2  # that one product with down sums over: the depth of a matrix unit, and the others run meanwhile
+DOWN_BLOCKS = 2  # that one product with down sums over: the depth of a matrix unit
 
 
 def quantized_experts_tpu(
@@ -101,58 +101,38 @@ def _call(
     biases: Any,
     interpret: Any,
 ) -> Float[Array, "TM D"]:
-    size, units, last = shape.groups * TILE, shape.units, shape.all_blocks - 1
+    size = shape.groups * TILE
     num_experts = resident.base.codes.shape[1]
     prefetched, tree = jax.tree.flatten(steps)
 
     def of(scalars: tuple[Any, ...]) -> Steps:
         return jax.tree.unflatten(tree, scalars)
 
-    def expert_of(tile: Any, scalars: tuple[Any, ...]) -> Any:
-        return of(scalars).group[tile] % num_experts
-
     def by_rows(tile: Any, step: Any, *_: Any) -> tuple[Any, ...]:
         return tile, 0
 
-    def by_block(k: int, layered: bool, rank: int) -> Callable[..., tuple[Any, ...]]:
-        def index(tile: Any, step: Any, *scalars: Any) -> tuple[Any, ...]:
-            block = jnp.minimum(step * shape.blocks + k, last)
-            lead = (of(scalars).layer[0],) if layered else ()
-            return (*lead, expert_of(tile, scalars), block, *[0] * rank)
+    def of_expert(array: Array) -> tuple[Array, pl.BlockSpec]:
+        index = lambda tile, step, *s: (of(s).group[tile] % num_experts, *[0] * (array.ndim - 1))  # noqa: E731
+        return array, pl.BlockSpec((None, *array.shape[1:]), index)
 
-        return index
-
-    def spec(array: Array, lead: int, index: Callable[..., tuple[Any, ...]]) -> tuple[Array, pl.BlockSpec]:
-        return array, pl.BlockSpec((*[None] * lead, *array.shape[lead:]), index)
-
-    def of_blocks(array: Array) -> list[tuple[Array, pl.BlockSpec]]:
-        """The step's blocks in one piece, or where steps do not divide them, each on its own."""
-        rank = array.ndim - 3
-        if shape.all_blocks % shape.blocks:
-            one = (None, None, 1, *array.shape[3:])
-            return [(array, pl.BlockSpec(one, by_block(k, True, rank))) for k in range(shape.blocks)]
-        all_of = (None, None, shape.blocks, *array.shape[3:])
-        index = lambda tile, step, *s: (of(s).layer[0], expert_of(tile, s), step, *[0] * rank)  # noqa: E731
-        return [(array, pl.BlockSpec(all_of, index))]
+    def by_hand(array: Array) -> tuple[Array, pl.BlockSpec]:
+        return array, pl.BlockSpec(memory_space=pl.ANY)
 
     inputs: dict[str, Any] = {
         "x": (rows, pl.BlockSpec((shape.rows, size), by_rows)),
-        "base": of_blocks(resident.base.codes),
-        "scales": of_blocks(resident.base.scales),
+        "base": [by_hand(array) for array in resident.base],
         "pages": {},
         "biases": [],
     }
-    buffers: Any = {}
+    buffers: Any = {2: [pltpu.VMEM((2, shape.blocks, *a.shape[3:]), a.dtype) for a in resident.base]}
     for level in shape.levels:
         own = [a for a in resident.pages[level] if a is not None]
-        inputs["pages"][level] = [(a, pl.BlockSpec(memory_space=pl.ANY)) for a in own]
-        buffers[level] = [pltpu.VMEM((2, shape.blocks * units, *a.shape[1:]), a.dtype) for a in own]
+        inputs["pages"][level] = [by_hand(a) for a in own]
+        buffers[level] = [pltpu.VMEM((2, shape.blocks * shape.units, *a.shape[1:]), a.dtype) for a in own]
     if biases is not None:
         inner = jnp.stack([b.astype(jnp.float32) for b in biases[:2]], axis=1)
         inner = jnp.moveaxis(inner.reshape(inner.shape[0], 2, -1, TILE), 2, 1)  # (E, N, 2, 128)
-        outer = biases[2].astype(jnp.float32)[:, None]
-        inputs["biases"] = [spec(inner, 2, by_block(k, False, 2)) for k in range(shape.blocks)]
-        inputs["biases"].append(spec(outer, 1, lambda tile, step, *scalars: (expert_of(tile, scalars), 0, 0)))
+        inputs["biases"] = [of_expert(inner), of_expert(biases[2].astype(jnp.float32)[:, None])]
     is_pair = lambda leaf: isinstance(leaf, tuple) and len(leaf) == 2 and isinstance(leaf[1], pl.BlockSpec)  # noqa: E731
     pairs, inputs_tree = jax.tree.flatten(inputs, is_leaf=is_pair)
     dtype = FORMS[shape.form][0]
@@ -161,7 +141,7 @@ def _call(
         scalars, rest = refs[: len(prefetched)], refs[len(prefetched) :]
         named = jax.tree.unflatten(inputs_tree, rest[: len(pairs)])
         out, *scratch = rest[len(pairs) :]
-        _body(shape, of(scalars), named, activation, out, _Scratch(*scratch))
+        _body(shape, num_experts, of(scalars), named, activation, out, _Scratch(*scratch))
 
     return pl.pallas_call(
         kernel,
@@ -184,7 +164,7 @@ def _call(
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=FAST_MEMORY),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=FAST_MEMORY, disable_bounds_checks=True),
         interpret=interpret,
     )(*prefetched, *[array for array, _ in pairs])
 
@@ -195,8 +175,8 @@ class _Scratch(NamedTuple):
     left of it; h_sums: (M, 128) lane g is what the offsets z of down add to all outputs of group g; scales: of the
     step's gate and up, (B, 2, 2, G, 128), and down_scales of its down, (2, .., G, 128 blocks), those of the last plane
     behind those of the others; rows of them are read from memory, which spreads them over registers at no cost; total:
-    (M, D) the outputs; pages: by level, codes and ratios of the pages of this step and of the next, (2, B*U, ..) each,
-    and copied: a semaphore for each of the two."""
+    (M, D) the outputs; planes: of this step and of the next, codes and scales of the base, (2, B, ..) each, and by level
+    codes and ratios of the pages, (2, B*U, ..) each, and copied: a semaphore for each of the two."""
 
     x: Any
     x_scale: Any
@@ -205,12 +185,56 @@ class _Scratch(NamedTuple):
     scales: Any
     down_scales: Any
     total: Any
-    pages: dict[int, list[Any]]
+    planes: dict[int, list[Any]]
     copied: Any
+
+
+class _At(NamedTuple):
+    """A step: its number among those of all groups, its expert, the first of its blocks, of which a last step has some
+    that the step before had too, where steps do not divide the blocks, and its pages' runs, by level."""
+
+    number: Any
+    expert: Any
+    first: Any
+    runs: dict[int, list[Any]]
+
+
+def _copies(shape: Shape, steps: Steps, inputs: dict[str, Any], scratch: _Scratch) -> tuple[Callable, Callable]:
+    """Two functions of a step, a buffer, a condition or None and what is to be done with each copy: of all that lies in
+    one piece, without a branch; and of pages that lie alone."""
+
+    def in_pieces(of: _At, buffer: Any, when: Any, run: Callable[[Any], None]) -> None:
+        def copy(from_: Any, into: Any, when: Any) -> None:
+            one = lambda: run(pltpu.make_async_copy(from_, into, scratch.copied.at[buffer]))  # noqa: E731
+            one() if when is None else pl.when(when)(one)
+
+        for whole, here in zip(inputs["base"], scratch.planes[2]):
+            copy(whole.at[steps.layer[0], of.expert, pl.ds(of.first, shape.blocks)], here.at[buffer], when)
+        for level, runs in of.runs.items():
+            for unit, first in enumerate(runs):
+                there = first >= 0 if when is None else when & (first >= 0)
+                for pool, here in zip(inputs["pages"][level], scratch.planes[level]):
+                    into = here.at[buffer, pl.ds(unit * shape.blocks, shape.blocks)]
+                    copy(pool.at[pl.ds(first, shape.blocks)], into, there)
+
+    def alone(of: _At, buffer: Any, when: Any, run: Callable[[Any], None]) -> None:
+        for level, fetch in steps.fetches.items():
+
+            def one(j: Any, _: Any, level: int = level, fetch: Fetches = fetch) -> int:
+                index = of.number * (shape.blocks * shape.units) + j
+                page, place = fetch.page[index], fetch.place[index]
+                for pool, here in zip(inputs["pages"][level], scratch.planes[level]):
+                    run(pltpu.make_async_copy(pool.at[page], here.at[buffer, place], scratch.copied.at[buffer]))
+                return 0
+
+            jax.lax.fori_loop(0, jnp.where(True if when is None else when, fetch.single[of.number], 0), one, 0)
+
+    return in_pieces, alone
 
 
 def _body(
     shape: Shape,
+    num_experts: int,
     steps: Steps,
     inputs: dict[str, Any],
     activation: Callable[[Array, Array], Array],
@@ -218,52 +242,24 @@ def _body(
     scratch: _Scratch,
 ) -> None:
     """One grid step."""
-    step = pl.program_id(1)
-    running = pl.program_id(0) * shape.steps + step
-    turn = running % 2
+    tile, step = pl.program_id(0), pl.program_id(1)
+    turn = (tile * shape.steps + step) % 2
 
-    def step_of(number: Any) -> Any:
-        return steps.group[number // shape.steps] * shape.steps + number % shape.steps
+    def step_of(tile: Any, step: Any) -> _At:
+        group = steps.group[tile]
+        number = group * shape.steps + step
+        first = jnp.minimum(step * shape.blocks, shape.all_blocks - shape.blocks)
+        runs = {n: [f.run[number * shape.units + u] for u in range(shape.units)] for n, f in steps.fetches.items()}
+        return _At(number, group % num_experts, first, runs)
 
-    at = step_of(running)
+    begins, ends = (tile == 0) & (step == 0), step == shape.steps - 1
+    last = ends & (tile == steps.tiles[0] - 1)
+    own, later = step_of(tile, step), step_of(jnp.where(ends & ~last, tile + 1, tile), jnp.where(ends, 0, step + 1))
+    in_pieces, alone = _copies(shape, steps, inputs, scratch)
+    start, wait = (lambda copy: copy.start()), (lambda copy: copy.wait())
+    scattered = bool(shape.levels) and shape.blocks > 1
 
-    def copies(of: Any, buffer: Any, run: Callable[[Any], None]) -> None:
-        for level, fetch in steps.fetches.items():
-            pairs = list(zip(inputs["pages"][level], scratch.pages[level]))
-            for unit in range(shape.units):
-                first = fetch.run[of * shape.units + unit]
-
-                @pl.when(first >= 0)
-                def _all(first: Any = first, unit: int = unit, pairs: Any = pairs) -> None:
-                    for pool, here in pairs:
-                        into = here.at[buffer, pl.ds(unit * shape.blocks, shape.blocks)]
-                        from_ = pool.at[pl.ds(first, shape.blocks)]
-                        run(pltpu.make_async_copy(from_, into, scratch.copied.at[buffer]))
-
-            if shape.blocks == 1:
-                continue
-
-            def one(j: Any, _: Any, fetch: Fetches = fetch, pairs: Any = pairs) -> int:
-                index = of * (shape.blocks * shape.units) + j
-                page, place = fetch.page[index], fetch.place[index]
-                for pool, here in pairs:
-                    run(pltpu.make_async_copy(pool.at[page], here.at[buffer, place], scratch.copied.at[buffer]))
-                return 0
-
-            jax.lax.fori_loop(0, fetch.single[of], one, 0)
-
-    if shape.levels:
-
-        def ahead(later: Any, _: Any) -> int:
-            copies(step_of(running + later), (turn + later) % 2, lambda copy: copy.start())
-            return 0
-
-        last = running + 1 == steps.tiles[0] * shape.steps
-        jax.lax.fori_loop(jnp.where(running == 0, 0, 1), jnp.where(last, 1, 2), ahead, 0)
-        copies(at, turn, lambda copy: copy.wait())
-
-    @pl.when(step == 0)
-    def _begin() -> None:
+    def begin() -> None:
         rows = inputs["x"][...].astype(jnp.float32)
         if shape.form == "bf16":
             own = rows.astype(jnp.bfloat16)
@@ -286,15 +282,7 @@ def _body(
         low = (sums - high.astype(jnp.float32)).astype(jnp.bfloat16)
         scratch.x_sums[...] = jnp.concatenate([high[:, : shape.groups], low[:, : shape.groups]], axis=1)
 
-    for width in (2, *shape.levels):
-
-        @pl.when(steps.path[at] == width)
-        def _run(width: int = width) -> None:
-            planes = StepPlanes(shape, width, steps, at, inputs, scratch.pages, turn)
-            (_many_rows if shape.many else _few_rows)(shape, planes, step, inputs, activation, scratch)
-
-    @pl.when(step == shape.steps - 1)
-    def _end() -> None:
+    def end() -> None:
         sums = scratch.h_sums[...]
         for g in range(shape.groups):
             lanes = slice(g * TILE, (g + 1) * TILE)
@@ -302,6 +290,33 @@ def _body(
             if inputs["biases"]:
                 found = found + inputs["biases"][-1][:, lanes]
             out[:, lanes] = found.astype(out.dtype)
+
+    in_pieces(later, 1 - turn, ~last, start)
+    if shape.steps == 1:
+        begin()  # behind the scalar work of starting copies
+
+
+    @pl.when((begins | (steps.alone[later.number] > 0)) if scattered else begins)
+    def _seldom() -> None:
+        in_pieces(own, turn, begins, start)
+        if scattered:
+            alone(own, turn, begins, start)
+            alone(later, 1 - turn, ~last, start)
+
+    in_pieces(own, turn, None, wait)
+    if scattered:
+        pl.when(steps.alone[own.number] > 0)(lambda: alone(own, turn, None, wait))
+
+    if shape.steps > 1:
+        pl.when(step == 0)(begin)
+    for width in (2, *shape.levels):
+
+        @pl.when(steps.path[own.number] == width)
+        def _run(width: int = width) -> None:
+            planes = StepPlanes(shape, width, steps, own.number, scratch.planes, turn)
+            (_many_rows if shape.many else _few_rows)(shape, planes, own.first, step, inputs, activation, scratch)
+
+    end() if shape.steps == 1 else pl.when(ends)(end)
 
 
 def _in_form(scaled: Float[Array, "M K"], form: str) -> Array:
@@ -312,19 +327,20 @@ def _in_form(scaled: Float[Array, "M K"], form: str) -> Array:
 
 
 def _activated(
-    shape: Shape, found: Float[Array, "M 256"], k: int, step: Any, inputs: dict[str, Any], activation: Callable
+    shape: Shape, found: Float[Array, "M 256"], at: Any, step: Any, inputs: dict[str, Any], activation: Callable
 ) -> Float[Array, "M 128"]:
-    """Hidden channels of block k from its gate and up; zero past the last block."""
+    """Hidden channels of block ``at`` from its gate and up; zero where the step before had the block."""
     if inputs["biases"]:
-        bias = inputs["biases"][k]
+        bias = inputs["biases"][0][at]
         found = found + jnp.concatenate([bias[0:1], bias[1:2]], axis=1)
     own = activation(found[:, :TILE], found[:, TILE:])
-    return jnp.where(step * shape.blocks + k < shape.all_blocks, own, 0.0)
+    return own if shape.all_blocks % shape.blocks == 0 else jnp.where(at >= step * shape.blocks, own, 0.0)
 
 
 def _many_rows(
     shape: Shape,
     planes: StepPlanes,
+    first: Any,
     step: Any,
     inputs: dict[str, Any],
     activation: Callable[[Array, Array], Array],
@@ -355,7 +371,7 @@ def _many_rows(
             tiles = [weights(k, projection, g, row_of(own, g), row_of(last, g)) for g in range(shape.groups)]
             both.append(jnp.concatenate(tiles, axis=0))
         found = jnp.dot(scratch.x[...], jnp.concatenate(both, axis=1), preferred_element_type=jnp.float32)
-        hidden.append(_activated(shape, found, k, step, inputs, activation).astype(jnp.bfloat16))
+        hidden.append(_activated(shape, found, first + k, step, inputs, activation).astype(jnp.bfloat16))
     lhs = jnp.concatenate(hidden, axis=1)
     columns = [[None if s is None else s.T for s in scales_of(k, 2)] for k in range(shape.blocks)]
     for g in range(shape.groups):
@@ -368,6 +384,7 @@ def _many_rows(
 def _few_rows(
     shape: Shape,
     planes_of: StepPlanes,
+    first: Any,
     step: Any,
     inputs: dict[str, Any],
     activation: Callable[[Array, Array], Array],
@@ -390,7 +407,7 @@ def _few_rows(
         return jnp.dot(lhs, rhs, preferred_element_type=sum_dtype).astype(jnp.float32)
 
     planes = [False, True] if path == 8 else [False]  # whether it is the last plane, which has scales of its own
-    parts = [list(blocks[first : first + DOWN_BLOCKS]) for first in range(0, shape.blocks, DOWN_BLOCKS)]
+    parts = [list(blocks[k : k + DOWN_BLOCKS]) for k in range(0, shape.blocks, DOWN_BLOCKS)]
     hidden: dict[int, Float[Array, "M 128"]] = {}
     offsets: list[Float[Array, "M 256"]] = []  # what z adds to gate and up of each block
     largest: dict[tuple[int, bool], Float[Array, "G 1"]] = {}  # scale of down in each part
@@ -425,7 +442,7 @@ def _few_rows(
                 found = found + product(scratch.x[:, lanes], rhs) * row
         if shape.form != "bf16":
             found = found * jnp.concatenate([scratch.x_scale[...]] * 2, axis=1)
-        hidden[k] = _activated(shape, found, k, step, inputs, activation)
+        hidden[k] = _activated(shape, found, first + k, step, inputs, activation)
 
     def down(part: int, own: list[int]) -> None:
         """What the channels of some blocks add to the outputs."""
@@ -454,12 +471,12 @@ def _few_rows(
             scratch.h_sums[:, :groups] += _dot(*both, transposed=True)
 
     begin()
-    for part in range(len(parts) + 1):  # the matrix unit never waits for hidden channels: others are on the way
-        for k in parts[part] if part < len(parts) else []:
-            inner(k)
-        if part:
-            down(part - 1, parts[part - 1])
-    end()
+    for k in blocks:  # all before the first down, so that the matrix unit never waits for hidden channels
+        inner(k)
+    for part, own in enumerate(parts):
+        if part == len(parts) - 1:
+            end()  # of the last products these would be the slowest to come back
+        down(part, own)
 
 
 def _dot(a: Float[Array, "M K"], b: Float[Array, "K N"], transposed: bool = False) -> Float[Array, "M N"]:

@@ -49,26 +49,26 @@ def _merged(base: Int32[Array, "8 128"], rest: Int32[Array, "8 128"]) -> tuple[A
 class StepPlanes:
     """The tiles and scales of a step's blocks, at widths up to ``path``."""
 
-    def __init__(self, shape: Shape, path: int, steps: Steps, at: Any, inputs: Any, pages: Any, turn: Any):
-        self.shape, self.path, self.inputs, self.pages, self.turn = shape, path, inputs, pages, turn
+    def __init__(self, shape: Shape, path: int, steps: Steps, at: Any, planes: Any, turn: Any):
+        self.shape, self.path, self.planes, self.turn = shape, path, planes, turn
         self.how = [
             [_reading(path, steps.widths[(at * shape.blocks + k) * 2 + part]) for part in (0, 1)]
             for k in range(shape.blocks)
         ]
 
-    def _block_of(self, name: str, k: int) -> Any:
-        refs = self.inputs[name]
-        return refs[0].at[k] if len(refs) == 1 else refs[k].at[0]
+    def _block(self, kind: int, k: int) -> Any:
+        """kind: 0 for codes, 1 for scales."""
+        return self.planes[2][kind].at[self.turn, k]
 
     def _page(self, level: int, kind: int, k: int, projection: int) -> Any:
         """kind: 0 for codes, 1 for ratios."""
         together = self.shape.together
         place = projection // together * self.shape.blocks + k
-        return self.pages[level][kind].at[self.turn, place, projection % together]
+        return self.planes[level][kind].at[self.turn, place, projection % together]
 
     def tile(self, k: int, projection: int, group: int) -> Int4[Array, "128 128"]:
         """n of 128 x 128 weights."""
-        base, own = self._block_of("base", k)[projection, group], self.how[k][projection // 2]
+        base, own = self._block(0, k)[projection, group], self.how[k][projection // 2]
         levels = [level for level in (3, 4) if self.path >= level and level in self.shape.levels]
         if levels:
             low, high = _merged(base, self._rest(k, projection, group, levels, own))
@@ -93,7 +93,7 @@ class StepPlanes:
         return pltpu.bitcast(self._page(8, 0, k, projection)[group], jnp.int4)
 
     def scales(self, k: int, projection: int) -> Float[Array, "G 128"]:
-        return self._block_of("scales", k)[projection].astype(jnp.float32)
+        return self._block(1, k)[projection].astype(jnp.float32)
 
     def last_scales(self, k: int, projection: int) -> Float[Array, "G 128"]:
         """Those of the last plane, zero where the block does not read it."""

@@ -38,13 +38,14 @@ class Fetches(NamedTuple):
 class Steps(NamedTuple):
     """What each grid step works on. layer (1,); tiles: how many tiles of rows there are (1,); group: of each (T,), a
     variant and an expert; and of the steps of each group path: (VE*S,) the widest plane that one reads; widths:
-    (VE*S*B*2,) of each block, gate and up, then down; fetches: by level."""
+    (VE*S*B*2,) of each block, gate and up, then down; alone: (VE*S,) how many pages are not in runs; fetches: by level."""
 
     layer: Int[Array, " 1"]
     tiles: Int[Array, " 1"]
     group: Int[Array, " T"]
     path: Int[Array, " GS"]
     widths: Int[Array, " GSB2"]
+    alone: Int[Array, " GS"]
     fetches: dict[int, Fetches]
 
 
@@ -100,14 +101,16 @@ def steps_of(
 ) -> Steps:
     """The work of all grid steps, for scalar prefetch; its size does not grow with the rows but for ``group``."""
     count, units, blocks = len(tables) * num_experts, shape.units, shape.blocks
-    block = jnp.arange(shape.steps * blocks)
-    real = block < shape.all_blocks
+    wanted = jnp.arange(shape.steps)[:, None] * blocks
+    first = jnp.minimum(wanted, shape.all_blocks - blocks)
+    block = (first + jnp.arange(blocks)).reshape(-1)
+    real = (first + jnp.arange(blocks) >= wanted).reshape(-1)
     fetches = {}
     width = jnp.full((count, shape.steps, units, blocks), 2, jnp.int32)
     for level in shape.levels:
         missing = jnp.full((num_experts, units * shape.all_blocks), -1, jnp.int32)
         each = jnp.concatenate([t[level][layer] if level in t else missing for t in tables])
-        own = each.reshape(count, units, shape.all_blocks)[:, :, jnp.minimum(block, shape.all_blocks - 1)]
+        own = each.reshape(count, units, shape.all_blocks)[:, :, block]
         own = jnp.where(real, own, -1).reshape(count, units, shape.steps, blocks).transpose(0, 2, 1, 3)
         width = jnp.where(own >= 0, level, width)
         fetches[level] = _fetches(own.reshape(count * shape.steps, units, blocks))
@@ -118,6 +121,7 @@ def steps_of(
         group=group,
         path=width.max(axis=(2, 3)).reshape(-1),
         widths=of_parts.reshape(-1),
+        alone=sum((fetch.single for fetch in fetches.values()), jnp.zeros(count * shape.steps, jnp.int32)),
         fetches=fetches,
     )
 
