@@ -44,13 +44,14 @@ from dynamo_jax.kernels.tpu_steps import blocks_of_step, rows_of_tile
 from dynamo_jax.models.experts import silu_gated
 
 SCALE_BITS = 16 / TILE
+LAYERS = 16  # in the arrays that the kernel reads: the compiler would keep those of one layer in fast memory
 ROUNDED = {"v5e": "int8", "v5p": "int8", "v6e": "int8", "tpu7x": "fp8"}
 
 
 def arguments(layer: Layer, tokens: int, levels: tuple[int, ...]) -> tuple[Any, ...]:
-    """Shapes of what one layer's experts take, with slots for all pages."""
+    """Shapes of what one layer's experts take, with slots for all pages of ``LAYERS``."""
     of = jax.ShapeDtypeStruct
-    resident, table = tiled_shapes(1, layer, dict.fromkeys(levels, 1.0))
+    resident, table = tiled_shapes(LAYERS, layer, dict.fromkeys(levels, 1.0))
     rows = of((tokens * layer.chosen, layer.hidden), jnp.bfloat16)
     return rows, of((layer.experts,), jnp.int32), resident, (table,)
 

@@ -116,7 +116,7 @@ def _call(
         return array, pl.BlockSpec((None, *array.shape[1:]), index)
 
     def by_hand(array: Array) -> tuple[Array, pl.BlockSpec]:
-        return array, pl.BlockSpec(memory_space=pl.ANY)
+        return array, pl.BlockSpec(memory_space=pltpu.HBM)
 
     inputs: dict[str, Any] = {
         "x": (rows, pl.BlockSpec((shape.rows, size), by_rows)),
