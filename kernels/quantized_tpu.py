@@ -270,9 +270,9 @@ def _body(
             scratch.x_scale[...] = jnp.broadcast_to(scale, scratch.x_scale.shape)
         scratch.x[...] = own
         scratch.total[...] = jnp.zeros(scratch.total.shape, jnp.float32)
-        scratch.h_sums[...] = jnp.zeros(scratch.h_sums.shape, jnp.float32)
         if shape.many:
             return
+        scratch.h_sums[...] = jnp.zeros(scratch.h_sums.shape, jnp.float32)
         lane = jax.lax.broadcasted_iota(jnp.int32, (shape.rows, TILE), 1)
         sums = jnp.zeros((shape.rows, TILE), jnp.float32)
         for g in range(shape.groups):
@@ -283,10 +283,10 @@ def _body(
         scratch.x_sums[...] = jnp.concatenate([high[:, : shape.groups], low[:, : shape.groups]], axis=1)
 
     def end() -> None:
-        sums = scratch.h_sums[...]
+        sums = None if shape.many else scratch.h_sums[...]
         for g in range(shape.groups):
             lanes = slice(g * TILE, (g + 1) * TILE)
-            found = scratch.total[:, lanes] + sums[:, g : g + 1]
+            found = scratch.total[:, lanes] if sums is None else scratch.total[:, lanes] + sums[:, g : g + 1]
             if inputs["biases"]:
                 found = found + inputs["biases"][-1][:, lanes]
             out[:, lanes] = found.astype(out.dtype)
@@ -374,10 +374,15 @@ def _many_rows(
         hidden.append(_activated(shape, found, first + k, step, inputs, activation).astype(jnp.bfloat16))
     lhs = jnp.concatenate(hidden, axis=1)
     columns = [[None if s is None else s.T for s in scales_of(k, 2)] for k in range(shape.blocks)]
-    for g in range(shape.groups):
-        lanes = slice(g * TILE, (g + 1) * TILE)
-        each = [[None if s is None else s[:, g : g + 1] for s in columns[k]] for k in range(shape.blocks)]
-        tiles = [weights(k, 2, g, *each[k]) for k in range(shape.blocks)]
+    for first_group in range(0, shape.groups, 2):  # two fill the width of a matrix unit
+        both = range(first_group, min(first_group + 2, shape.groups))
+        tiles = [
+            jnp.concatenate(
+                [weights(k, 2, g, *[None if s is None else s[:, g : g + 1] for s in columns[k]]) for g in both], axis=1
+            )
+            for k in range(shape.blocks)
+        ]
+        lanes = slice(first_group * TILE, (both[-1] + 1) * TILE)
         scratch.total[:, lanes] += jnp.dot(lhs, jnp.concatenate(tiles, axis=0), preferred_element_type=jnp.float32)
 
 
