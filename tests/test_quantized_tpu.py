@@ -319,6 +319,23 @@ print(json.dumps(out))
     assert a == d == e and 100 < s[0] - r[0] == pytest.approx(t[0] - s[0], rel=0.15)
 
 
+def test_what_holds_other_regions_is_counted_apart():
+    """A schedule by hand: the pipeline's guard, in it a ``pl.when`` with a loop, and one of its own."""
+    code = """
+import bundles, json
+branch, end = "{ %1 = sbr.rel (%p1_0) target = $region@ }", "{ nop /* Start/End empty region @ */ }"
+lines = ["LB: > {}", branch.replace("@", "9"), *[": > {}"] * 5]
+lines += [branch.replace("@", "1"), ": > {}", branch.replace("@", "2"), *[": > {}"] * 3, end.replace("@", "2"), ": > {}"]
+lines += [end.replace("@", "1"), branch.replace("@", "3"), *[": > {}"] * 7, end.replace("@", "3"), end.replace("@", "9")]
+text = [f"{hex(i)} {line if line[0] in 'L:' else ': > ' + line}" for i, line in enumerate(lines)]
+loop = bundles.loop_of(chr(10).join(text))
+print(json.dumps([loop, loop.without_holders(), len(lines)], default=vars))
+"""
+    loop, without, lines = compiler(code)
+    assert loop["regions"] == [3, 7] and loop["holders"] == [[4, [0]]]
+    assert loop["always"] == lines - 10 and without["always"] == lines - 14 and without["regions"] == [7]
+
+
 @needs_compiler
 @pytest.mark.parametrize("tokens", [8, pytest.param(2048, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("chip", ["tpu7x", *(pytest.param(c, marks=pytest.mark.slow) for c in ("v5e", "v5p", "v6e"))])
@@ -336,3 +353,29 @@ print(json.dumps(out))
 """
     found = compiler(code, chip, str(tokens))
     assert len(found) == 5 and all(len(each) == 1 and each[0] > 100 for each in found.values()), found
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
+def test_all_levels_and_both_kinds_of_pages_compile(chip):
+    code = """
+import bundles, functools, jax, jax.numpy as jnp, json, sys
+import tpu_schedule as t
+from dynamo_jax.kernels.tiles import TiledResident, empty_pages
+chip, layer, of = sys.argv[1], t.SHAPES["olmoe-1b-7b"], jax.ShapeDtypeStruct
+blocks, found = layer.channels // t.TILE, []
+for together, levels in ((1, (3, 4, 8)), (3, (3, 4, 8)), (3, (3,)), (1, (8,))):
+    base, pages = t.tiled_shapes(2, layer, {})[0].base, {}
+    for level in levels:
+        slots = layer.experts * blocks * 3 // together
+        pages[level] = jax.eval_shape(functools.partial(empty_pages, slots, together, level, layer.hidden))
+    table = {level: of((2, layer.experts, 3 // together * blocks), jnp.int32) for level in levels}
+    rows, sizes = of((64, layer.hidden), jnp.bfloat16), of((layer.experts,), jnp.int32)
+    run = lambda *a: t.quantized_experts_tpu(*a, 0, t.silu_gated, form=t.ROUNDED[chip], blocks=2)
+    loops = bundles.compiled(bundles.CHIPS[chip], run, rows, sizes, TiledResident(base, pages), (table,))[1]
+    found += [loop.total for name, loop in loops.items() if name.startswith("experts_")]
+print(json.dumps(found))
+"""
+    found = compiler(code, chip)
+    assert len(found) == 4 and min(found) > 100, found
