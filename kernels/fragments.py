@@ -16,8 +16,12 @@ in which planes that are not read are zeros. The last plane has nibbles of its o
 
     plane     words of a thread     nibble's bits of word j
     2 bits    4                     bits 2, 3: fragment 2 j; bits 0, 1: fragment 2 j + 1
-    3, 4      2                     bit b: fragment 4 j + b
+    3         2                     bits 3, 1, 2, 0: fragments 4 j, 4 j + 1, 4 j + 2, 4 j + 3
+    4         2                     bits 2, 0, 3, 1: fragments 4 j, 4 j + 1, 4 j + 2, 4 j + 3
     8         8                     fragment j; words 4 .. 7 of all threads behind words 0 .. 3
+
+So one shift of both words, or none, puts bits of the 3-bit plane beside those of the 4-bit plane, two for each nibble as
+in a word of the base plane.
 
 Pages keep their slots and are of the same bytes as in ``layout.py``, but that ratios are bfloat16.
 
@@ -40,6 +44,7 @@ THREADS = 128
 BLOCK = 128  # channels
 DOWN = 2  # the projection whose rows are hidden
 WORDS = {2: 4, 3: 2, 4: 2, 8: 8}  # of a thread and tile
+BIT = {2: (2, 0), 3: (3, 1, 2, 0), 4: (2, 0, 3, 1), 8: (0,)}  # of a nibble, the lowest of each fragment of a word
 
 
 class FragmentBase(NamedTuple):
@@ -127,13 +132,8 @@ def _packed(codes: UInt8[np.ndarray, "*S 128 Dp"], level: int, projection: Int[n
     fragments = order.reshape(*down.shape[:-2], THREADS, 8, 4, 2).astype(np.uint32)  # (.., thread, i, p, e)
     shifts = 4 * np.arange(4, dtype=np.uint32)[:, None] + 16 * np.arange(2, dtype=np.uint32)
     nibbles = np.bitwise_or.reduce(np.bitwise_or.reduce(fragments << shifts, axis=-1), axis=-1)  # (.., thread, i)
-    if level == 2:
-        words = nibbles[..., 0::2] << np.uint32(2) | nibbles[..., 1::2]
-    elif level == 8:
-        words = nibbles
-    else:
-        four = nibbles.reshape(*nibbles.shape[:-1], 2, 4) << np.arange(4, dtype=np.uint32)
-        words = np.bitwise_or.reduce(four, axis=-1)
+    bit = np.array(BIT[level], np.uint32)
+    words = np.bitwise_or.reduce(nibbles.reshape(*nibbles.shape[:-1], WORDS[level], len(bit)) << bit, axis=-1)
     once = min(4, WORDS[level])  # words that a thread reads at once
     words = np.swapaxes(words.reshape(*down.shape[:-2], THREADS, WORDS[level] // once, once), -3, -2)
     return words.reshape(*down.shape[:-2], THREADS * WORDS[level]).view(np.int32)

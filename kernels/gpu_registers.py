@@ -16,9 +16,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from dynamo_jax.kernels.fragments import INNER, ROWS, WORDS
-from dynamo_jax.kernels.gpu_unpack import BASE_BITS, ONE_TWENTY_EIGHT_BITS, PAIR, left_shift, words_shape
+from dynamo_jax.kernels.gpu_unpack import BASE_BITS, ONE_TWENTY_EIGHT_BITS, PAIR, words_shape
 
-AND_OR = 0xEA  # (a & b) | c, as the table of a lop3 instruction
+AND_OR, SELECT = 0xEA, 0xCA  # (a & b) | c and (a & b) | (~a & c), as the tables of a lop3 instruction
 
 
 def weights_in_registers(levels: tuple[int, ...], rows: bool | None) -> Any:
@@ -28,14 +28,19 @@ def weights_in_registers(levels: tuple[int, ...], rows: bool | None) -> Any:
     def run(ctx: Any, base: Any, *rest: Any) -> Any:
         planes = dict(zip(levels, map(_words, rest)))
         masks = dict(zip(levels, (_scalar(a) for a in rest[len(levels) :])))
-        words = _words(base)
         out = []
-        for i in range(8):
-            word = _and(_shifted(words[i // 2], left_shift(2, i)), BASE_BITS)
-            for level in levels:
-                own = planes[level][i * WORDS[level] // 8]
-                word = _lop3(_shifted(own, left_shift(level, i)), masks[level], word)
-            out.append(word)
+        for i, word in enumerate(_words(base)):  # of two fragments, with each of which it shares half of every nibble
+            others = None  # the other halves
+            for level in reversed(levels):
+                plane = planes[level][i // 2]
+                if i % 2:
+                    plane = _shifted(plane, 1 if level == 3 else -1)
+                others = _and(plane, masks[level]) if others is None else _lop3(AND_OR, plane, masks[level], others)
+            both = ((word, -2), (_shifted(word, 2), 0))
+            if others is None:
+                out += [_and(own, _constant(BASE_BITS)) for own, _ in both]
+            else:
+                out += [_lop3(SELECT, _constant(BASE_BITS), own, _shifted(others, left)) for own, left in both]
         return _in_registers(out, rows, *rest[2 * len(levels) :])
 
     return _inlined(run, (2, *levels), len(levels), rows)
@@ -72,7 +77,7 @@ def _in_registers(words: list[Any], rows: bool | None, *scaling: Any) -> Any:
     two = ir.VectorType.get((2,), ir.BF16Type.get())
     magic = _constant(ONE_TWENTY_EIGHT_BITS * 65537)
     registers = [
-        llvm.bitcast(two, _lop3(_shifted(word, 1 - 4 * p), _constant(PAIR), magic)) for word in words for p in range(4)
+        llvm.bitcast(two, _lop3(AND_OR, _shifted(word, 1 - 4 * p), _constant(PAIR), magic)) for word in words for p in range(4)
     ]
     if rows is not None:
         less, scales = llvm.bitcast(two, _scalar(scaling[0])), list(scaling[1].registers.flat)
@@ -104,8 +109,8 @@ def _constant(value: int) -> Any:
     return make(word, ir.IntegerAttr.get(word, value - 2**32 if value >= 2**31 else value))
 
 
-def _and(a: Any, mask: int) -> Any:
-    return arith.andi(a, _constant(mask))
+def _and(a: Any, mask: Any) -> Any:
+    return arith.andi(a, mask)
 
 
 def _shifted(value: Any, left: int) -> Any:
@@ -114,8 +119,8 @@ def _shifted(value: Any, left: int) -> Any:
     return arith.shli(value, _constant(left)) if left > 0 else arith.shrui(value, _constant(-left))
 
 
-def _lop3(a: Any, b: Any, c: Any) -> Any:
-    """(a & b) | c in one instruction."""
+def _lop3(table: int, a: Any, b: Any, c: Any) -> Any:
+    """Any function of three bits in one instruction."""
     word = ir.IntegerType.get_signless(32)
-    text = f"lop3.b32 $0, $1, $2, $3, {AND_OR};"
+    text = f"lop3.b32 $0, $1, $2, $3, {table};"
     return llvm.inline_asm(word, [a, b, c], text, "=r,r,r,r", has_side_effects=False)

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Int, Int32
 
-from dynamo_jax.kernels.fragments import INNER, ROWS, THREADS, WORDS
+from dynamo_jax.kernels.fragments import BIT, INNER, ROWS, THREADS, WORDS
 
 BASE_BITS = 0xCCCCCCCC  # of every nibble: bits 2 and 3
-MASKS = {3: 0x22222222, 4: 0x11111111}  # bit 1, bit 0
+MASKS = {3: 0xAAAAAAAA, 4: 0x55555555}  # every second bit: those of a plane in a word that has two for each nibble
+NIBBLE_BIT = {2: 2, 3: 1, 4: 0, 8: 0}  # the lowest of a plane in n
 PAIR = 0x001E001E  # where a shift leaves the nibbles of two weights
 ONE_TWENTY_EIGHT, ONE_TWENTY_EIGHT_BITS = 128, 0x4300  # bfloat16: the last bits of 128 + 2 n are those of n
 LAST_TWICE = 1  # 2 z of the last plane
@@ -31,7 +32,8 @@ class Reading(NamedTuple):
 
 def reading(present: dict[int, Array]) -> Reading:
     """Of a block, from whether its variant reads each plane of 3 and 4 bits that the program has."""
-    masks = {level: jnp.where(has, jnp.int32(MASKS[level]), 0) for level, has in present.items() if level in MASKS}
+    masks = {level: jnp.where(has, jnp.uint32(MASKS[level]), 0) for level, has in present.items() if level in MASKS}
+    masks = {level: jax.lax.bitcast_convert_type(mask, jnp.int32) for level, mask in masks.items()}
     twice = jnp.int32(4)
     for level, value in ((3, 2), (4, 1)):
         if level in masks:
@@ -47,7 +49,8 @@ def weights(
     the program has."""
     nibbles = _by_fragment(words[2], 2) & jnp.uint32(BASE_BITS)
     for level, mask in how.masks.items():
-        nibbles = nibbles | (_by_fragment(words[level], level) & mask.astype(jnp.uint32))
+        own = mask.astype(jnp.uint32) & jnp.uint32(~BASE_BITS & 0xFFFFFFFF)
+        nibbles = nibbles | (_by_fragment(words[level], level) & own)
     return _tile(nibbles, how.twice, scales, rows)
 
 
@@ -63,19 +66,12 @@ def _by_fragment(words: Int32[Array, ...], level: int) -> Any:
     once = min(4, WORDS[level])
     own = jax.lax.bitcast_convert_type(words, jnp.uint32).reshape(-1, THREADS, once).swapaxes(0, 1)
     own = own.reshape(THREADS, WORDS[level])
-    each = [_shift(own[:, i * WORDS[level] // 8], left_shift(level, i)) for i in range(8)]
-    return jnp.stack(each, axis=1)
+    left = [NIBBLE_BIT[level] - bit for bit in BIT[level]]
+    return jnp.stack([_shift(own[:, i // len(left)], left[i % len(left)]) for i in range(8)], axis=1)
 
 
 def _shift(words: Any, left: int) -> Any:
     return words << jnp.uint32(left) if left >= 0 else words >> jnp.uint32(-left)
-
-
-def left_shift(level: int, fragment: int) -> int:
-    """By how much the words of a plane are shifted to the left for a fragment."""
-    if level == 2:
-        return 2 * (fragment % 2)
-    return {3: 1 - fragment % 4, 4: -(fragment % 4), 8: 0}[level]
 
 
 def _tile(nibbles: Any, twice: Any, scales: Any, rows: bool) -> BFloat16[Array, "64 128"]:

@@ -61,7 +61,8 @@ def test_fragments_hold_the_planes_bits_where_the_page_says():
         half, group = divmod(tile, hidden // 128)
         at = (64 * half + row, 128 * group + inner) if projection < 2 else (inner, 64 * tile + row)
         nibble = 4 * p + 16 * e
-        for level, word, bit in ((2, i // 2, 2 - 2 * (i % 2)), (3, i // 4, i % 4), (4, i // 4, i % 4), (8, i, 0)):
+        bits = {2: 2 - 2 * (i % 2), 3: (3, 1, 2, 0)[i % 4], 4: (2, 0, 3, 1)[i % 4], 8: 0}
+        for level, word, bit in ((level, i * WORDS[level] // 8, bit) for level, bit in bits.items()):
             once = min(4, WORDS[level])
             place = word // once * THREADS * once + t * once + word % once
             found = int(words[level][projection, tile, place]) >> (nibble + bit) & (2 ** PLANE_BITS[level] - 1)
@@ -272,9 +273,13 @@ class Threads:
     class llvm:
         @staticmethod
         def inline_asm(word, operands, text, *_, **__):
-            assert text.startswith("lop3.b32") and text.endswith(f"{0xF0 & 0xCC | 0xAA};")  # (a & b) | c
+            table = int(text.removeprefix("lop3.b32 $0, $1, $2, $3, ").removesuffix(";"))
             a, b, c = operands
-            return a & b | c
+            found = np.zeros_like(a | b | c)
+            for row in range(8):  # of the table, by the bits of the three operands
+                same = [own if row >> place & 1 else ~own for own, place in ((a, 2), (b, 1), (c, 0))]
+                found |= (same[0] & same[1] & same[2]) * np.uint32(table >> row & 1)
+            return found
 
         @staticmethod
         def bitcast(_, word):
@@ -331,7 +336,7 @@ def test_instructions_leave_in_each_thread_what_the_definition_says(monkeypatch,
             np.stack([scales[8 * c + 2 * (thread % 4) + e] for e in (0, 1)], axis=-1) for c in range(16)
         ]
     twice = LAST_TWICE if last else int(how.twice)
-    scalar = lambda value: Held([np.full(THREADS, value, np.uint32)])  # noqa: E731
+    scalar = lambda value: Held([np.full(THREADS, value % 2**32, np.uint32)])  # noqa: E731
     scaling = () if rows is None else (scalar(offset_word(twice)), scale_held)
     own_scales = None if rows is None else jnp.asarray(scales)
     if last:
