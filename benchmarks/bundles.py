@@ -8,11 +8,10 @@ kernel's grid loop are its cycles a step as long as nothing stalls. The compiler
 
     loop        bundles between the loop's first and its last, executed once a grid step
     regions     runs of bundles that a branch may jump over: one ``pl.when`` each. A branch names the region that it
-                jumps to the end of, and the bundle after that end names it again; of regions that hold others the innermost
-                are meant
-    holders     regions that hold others, but for one that holds all others: the pipeline's own guard, which always runs
-    always      bundles of the loop that are in no such region, holders' own among them: they run in every step, or if it
-                is a holder's, the caller knows
+                jumps to the end of, and the bundle after that end names it again; of regions that hold others the
+                innermost are meant
+    holders     regions that hold others, but for one that holds all others: the pipeline's guard, which always runs
+    always      bundles of the loop that are in no region: they run in every step, or in those that run a holder
 
 A step's cycles are ``always`` and those of the regions that it runs. How often a region runs, only the caller knows.
 Beside the bytes that the step moves this bounds its time: max(cycles / clock, bytes / bandwidth). That is a model: it
@@ -24,10 +23,12 @@ Import this before jax: libtpu reads the environment once, when it loads.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,9 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """Bundles of a kernel's grid loop. regions: of each innermost ``pl.when`` in it, in the order of the program; always: of
-    what is in none; holders: of each outermost ``pl.when`` that holds others, its own bundles, which are in ``always``,
-    and the places in ``regions`` of those that it holds."""
+    """Bundles of a kernel's grid loop. regions: of each innermost ``pl.when`` in it, in the order of the program;
+    always: of what is in none; holders: of each outermost ``pl.when`` that holds others, its own bundles, which are in
+    ``always``, and the places in ``regions`` of those that it holds."""
 
     always: int
     regions: tuple[int, ...]
@@ -150,6 +151,13 @@ def loop_of(schedule: str) -> Loop | None:
         places = tuple(place for place, region in enumerate(innermost) if region in held[a, b])
         own.append((b - a - sum(sizes[place] for place in places), places))
     return Loop(last + 1 - first - sum(sizes), sizes, tuple(own))
+
+
+def write(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    """Rows of a benchmark, with what compiled them; nowhere without a path."""
+    if path:
+        found = {"rows": rows, "jax": jax.__version__, "libtpu": version("libtpu")}
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def known(dots: int, conditional: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -177,16 +177,20 @@ def peer_experts(layer: Layer, tokens: int, make: Callable[..., Any], product: C
     return seconds(run, rows, sizes, weights)
 
 
-def bfloat16_weights(layer: Layer, number: int) -> tuple[Any, Any]:
-    """Gate and up side by side, and down."""
-    make = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16) * 0.02, static_argnums=1)
+def both_weights(layer: Layer, number: int, make: Callable[..., Any]) -> tuple[Any, Any]:
+    """Gate and up side by side, and down, of ``make(key, shape)``."""
     shapes = (layer.experts, layer.hidden, 2 * layer.channels), (layer.experts, layer.channels, layer.hidden)
     inner, outer = (make(jax.random.key(2 * number + i), shape) for i, shape in enumerate(shapes))
     return inner, outer
 
 
+def bfloat16_weights(layer: Layer, number: int) -> tuple[Any, Any]:
+    make = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16) * 0.02, static_argnums=1)
+    return both_weights(layer, number, make)
+
+
 def int4_weights(layer: Layer, number: int) -> tuple[Any, Any]:
-    """The same sizes as tokamax takes them."""
+    """As tokamax takes them."""
     import qwix
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -196,9 +200,7 @@ def int4_weights(layer: Layer, number: int) -> tuple[Any, Any]:
         codes = jax.random.randint(key, shape, -8, 8, jnp.int8).astype(jnp.int4)
         return qwix.QArray(codes, jnp.full((experts, groups, outputs), 0.002, jnp.bfloat16))
 
-    shapes = (layer.experts, layer.hidden, 2 * layer.channels), (layer.experts, layer.channels, layer.hidden)
-    inner, outer = (make(jax.random.key(2 * number + i), shape) for i, shape in enumerate(shapes))
-    return inner, outer
+    return both_weights(layer, number, make)
 
 
 def multiplied(rows: Any, sizes: Any, weights: tuple[Any, Any], product: Callable[..., Any]) -> Any:

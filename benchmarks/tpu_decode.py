@@ -16,9 +16,7 @@ import bundles  # isort: skip  (before jax)
 import argparse
 import dataclasses
 import functools
-import json
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +93,7 @@ def main() -> None:
                 f"{MEMORY[chip]:7d} {fits!s:>12s} {seconds:10.0f}",
                 flush=True,
             )
-            if chosen.json:
-                found = {"rows": rows, "jax": jax.__version__, "libtpu": version("libtpu")}
-                chosen.json.write_text(json.dumps(found, indent=1) + "\n")
+            bundles.write(chosen.json, rows)
 
 
 if __name__ == "__main__":

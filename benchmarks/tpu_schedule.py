@@ -26,10 +26,8 @@ import bundles  # isort: skip  (before jax)
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -258,9 +256,7 @@ def main() -> None:
         for name in chosen.shape or SHAPES:
             for tokens in chosen.tokens or TOKENS:
                 rows += rows_for(chip, name, tokens)
-                if chosen.json:
-                    found = {"rows": rows, "jax": jax.__version__, "libtpu": version("libtpu")}
-                    chosen.json.write_text(json.dumps(found, indent=1) + "\n")
+                bundles.write(chosen.json, rows)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ in which planes that are not read are zeros. The last plane has nibbles of its o
     4         2                     bits 2, 0, 3, 1: fragments 4 j, 4 j + 1, 4 j + 2, 4 j + 3
     8         8                     fragment j; words 4 .. 7 of all threads behind words 0 .. 3
 
-So one shift of both words, or none, puts bits of the 3-bit plane beside those of the 4-bit plane, two for each nibble as
-in a word of the base plane.
+So one shift of both words, or none, puts bits of the 3-bit plane beside those of the 4-bit plane, two for each nibble
+as in a word of the base plane.
 
 Pages keep their slots and are of the same bytes as in ``layout.py``, but that ratios are bfloat16.
 

@@ -77,7 +77,9 @@ def _in_registers(words: list[Any], rows: bool | None, *scaling: Any) -> Any:
     two = ir.VectorType.get((2,), ir.BF16Type.get())
     magic = _constant(ONE_TWENTY_EIGHT_BITS * 65537)
     registers = [
-        llvm.bitcast(two, _lop3(AND_OR, _shifted(word, 1 - 4 * p), _constant(PAIR), magic)) for word in words for p in range(4)
+        llvm.bitcast(two, _lop3(AND_OR, _shifted(word, 1 - 4 * p), _constant(PAIR), magic))
+        for word in words
+        for p in range(4)
     ]
     if rows is not None:
         less, scales = llvm.bitcast(two, _scalar(scaling[0])), list(scaling[1].registers.flat)

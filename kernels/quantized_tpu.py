@@ -175,8 +175,8 @@ class _Scratch(NamedTuple):
     left of it; h_sums: (M, 128) lane g is what the offsets z of down add to all outputs of group g; scales: of the
     step's gate and up, (B, 2, 2, G, 128), and down_scales of its down, (2, .., G, 128 blocks), those of the last plane
     behind those of the others; rows of them are read from memory, which spreads them over registers at no cost; total:
-    (M, D) the outputs; planes: of this step and of the next, codes and scales of the base, (2, B, ..) each, and by level
-    codes and ratios of the pages, (2, B*U, ..) each, and copied: a semaphore for each of the two."""
+    (M, D) the outputs; planes: by level, of this step and of the next, codes and scales of the base, (2, B, ..) each,
+    and codes and ratios of the pages, (2, B*U, ..) each; copied: a semaphore for each of the two."""
 
     x: Any
     x_scale: Any
@@ -294,7 +294,6 @@ def _body(
     in_pieces(later, 1 - turn, ~last, start)
     if shape.steps == 1:
         begin()  # behind the scalar work of starting copies
-
 
     @pl.when((begins | (steps.alone[later.number] > 0)) if scattered else begins)
     def _seldom() -> None:

@@ -38,7 +38,8 @@ class Fetches(NamedTuple):
 class Steps(NamedTuple):
     """What each grid step works on. layer (1,); tiles: how many tiles of rows there are (1,); group: of each (T,), a
     variant and an expert; and of the steps of each group path: (VE*S,) the widest plane that one reads; widths:
-    (VE*S*B*2,) of each block, gate and up, then down; alone: (VE*S,) how many pages are not in runs; fetches: by level."""
+    (VE*S*B*2,) of each block, gate and up, then down; alone: (VE*S,) how many pages are in no run; fetches: by
+    level."""
 
     layer: Int[Array, " 1"]
     tiles: Int[Array, " 1"]

@@ -325,8 +325,9 @@ def test_what_holds_other_regions_is_counted_apart():
 import bundles, json
 branch, end = "{ %1 = sbr.rel (%p1_0) target = $region@ }", "{ nop /* Start/End empty region @ */ }"
 lines = ["LB: > {}", branch.replace("@", "9"), *[": > {}"] * 5]
-lines += [branch.replace("@", "1"), ": > {}", branch.replace("@", "2"), *[": > {}"] * 3, end.replace("@", "2"), ": > {}"]
-lines += [end.replace("@", "1"), branch.replace("@", "3"), *[": > {}"] * 7, end.replace("@", "3"), end.replace("@", "9")]
+lines += [branch.replace("@", "1"), ": > {}", branch.replace("@", "2"), *[": > {}"] * 3, end.replace("@", "2")]
+lines += [": > {}", end.replace("@", "1"), branch.replace("@", "3"), *[": > {}"] * 7]
+lines += [end.replace("@", "3"), end.replace("@", "9")]
 text = [f"{hex(i)} {line if line[0] in 'L:' else ': > ' + line}" for i, line in enumerate(lines)]
 loop = bundles.loop_of(chr(10).join(text))
 print(json.dumps([loop, loop.without_holders(), len(lines)], default=vars))
