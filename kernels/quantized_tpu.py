@@ -362,6 +362,9 @@ def _many_rows(
     def row_of(scales: Array | None, g: int) -> Any:
         return None if scales is None else scales[g : g + 1]
 
+    def column_of(scales: Array | None, g: int) -> Any:
+        return None if scales is None else scales[:, g : g + 1]
+
     hidden = []
     for k in range(shape.blocks):
         both = []
@@ -374,14 +377,12 @@ def _many_rows(
     lhs = jnp.concatenate(hidden, axis=1)
     columns = [[None if s is None else s.T for s in scales_of(k, 2)] for k in range(shape.blocks)]
     for first_group in range(0, shape.groups, 2):  # two fill the width of a matrix unit
-        both = range(first_group, min(first_group + 2, shape.groups))
-        tiles = [
-            jnp.concatenate(
-                [weights(k, 2, g, *[None if s is None else s[:, g : g + 1] for s in columns[k]]) for g in both], axis=1
-            )
-            for k in range(shape.blocks)
-        ]
-        lanes = slice(first_group * TILE, (both[-1] + 1) * TILE)
+        end, tiles = min(first_group + 2, shape.groups), []
+        for k in range(shape.blocks):
+            own, last = columns[k]
+            each = [weights(k, 2, g, column_of(own, g), column_of(last, g)) for g in range(first_group, end)]
+            tiles.append(jnp.concatenate(each, axis=1))
+        lanes = slice(first_group * TILE, end * TILE)
         scratch.total[:, lanes] += jnp.dot(lhs, jnp.concatenate(tiles, axis=0), preferred_element_type=jnp.float32)
 
 

@@ -8,6 +8,7 @@ Axes: G groups of 128 hidden.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -70,23 +71,21 @@ class StepPlanes:
         """n of 128 x 128 weights."""
         base, own = self._block(0, k)[projection, group], self.how[k][projection // 2]
         levels = [level for level in (3, 4) if self.path >= level and level in self.shape.levels]
-        if levels:
-            low, high = _merged(base, self._rest(k, projection, group, levels, own))
+        masks = {3: own.three, 4: own.four}
+        bits = [self._bits(level, k, projection, group) & masks[level] for level in levels]
+        if bits:
+            low, high = _merged(base, functools.reduce(jnp.bitwise_or, bits))
         else:
             low, high = (base << 2) & jnp.int32(HIGH), base & jnp.int32(HIGH)
         return jnp.concatenate([pltpu.bitcast(low, jnp.int4), pltpu.bitcast(high, jnp.int4)], axis=0)
 
-    def _rest(self, k: int, projection: int, group: int, levels: list[int], own: Reading) -> Int32[Array, "8 128"]:
-        """2 q3 + q4 of a tile, where the word of its base plane has q2."""
+    def _bits(self, level: int, k: int, projection: int, group: int) -> Int32[Array, "8 128"]:
+        """A plane's bits of a tile where the words of ``_merged`` want them, those of another tile between them."""
         paired = -(-self.shape.groups // 2)
-        second, out = group >= paired, None  # of the two tiles that share words
-        for level in levels:
-            words = self._page(level, 0, k, projection)[group % paired]
-            if not second:
-                words = words << 1 if level == 3 else words >> 1
-            bits = words & (own.three if level == 3 else own.four)
-            out = bits if out is None else out | bits
-        return out
+        words = self._page(level, 0, k, projection)[group % paired]
+        if group >= paired:
+            return words
+        return words << 1 if level == 3 else words >> 1
 
     def last_tile(self, k: int, projection: int, group: int) -> Int4[Array, "128 128"]:
         """n8 of 128 x 128 weights."""
