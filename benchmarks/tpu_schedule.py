@@ -89,7 +89,8 @@ def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str) ->
     own_steps = -(-blocks // per_step)
     # programs differ in M only, so one is compiled for all numbers of tokens that have it
     like = min(t for t in TOKENS if rows_of_tile(t * layer.chosen, layer.experts) == rows)
-    # pages lie one after the other: what holds loops, over pages that lie alone, runs in the very first step if at all
+    # pages lie one after the other: what holds loops, over pages that lie alone, runs in the very first step if at all;
+    # without levels the first step's copies have no loops and are counted in all
     loop = our_loop(chip, layer, like, levels, form).without_holders()
     paths = (2, *levels)
     ends = (0, 0)
@@ -107,8 +108,8 @@ def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str) ->
         bits = (2 * inner + outer) / 3 + SCALE_BITS
         own_bytes = 3 * layer.channels * layer.hidden * bits / 8
         weights += own_bytes if size else 0
-        # blocks that a last step has twice, and pages of an odd number of groups
-        again = (own_steps * per_step / blocks - 1) * (2 + SCALE_BITS) + (groups % 2 / groups) * (bits - 2 - SCALE_BITS)
+        # blocks that a last step has once more, and pages of an odd number of groups
+        again = (own_steps * per_step / blocks - 1) * bits + (groups % 2 / groups) * (bits - 2 - SCALE_BITS)
         own_bytes += 3 * layer.channels * layer.hidden * again / 8
         moved = 2 * rows * layer.hidden * 2  # a tile's rows in and out, bfloat16
         for step in range(own_steps):

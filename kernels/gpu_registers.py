@@ -31,14 +31,16 @@ def weights_in_registers(levels: tuple[int, ...], rows: bool | None) -> Any:
         out = []
         for i, word in enumerate(_words(base)):  # of two fragments, with each of which it shares half of every nibble
             others = None  # the other halves
-            for level in reversed(levels):
+            for level in levels:
                 plane = planes[level][i // 2]
                 if i % 2:
                     plane = _shifted(plane, 1 if level == 3 else -1)
-                others = _and(plane, masks[level]) if others is None else _lop3(AND_OR, plane, masks[level], others)
+                others = (
+                    arith.andi(plane, masks[level]) if others is None else _lop3(AND_OR, plane, masks[level], others)
+                )
             both = ((word, -2), (_shifted(word, 2), 0))
             if others is None:
-                out += [_and(own, _constant(BASE_BITS)) for own, _ in both]
+                out += [arith.andi(own, _constant(BASE_BITS)) for own, _ in both]
             else:
                 out += [_lop3(SELECT, _constant(BASE_BITS), own, _shifted(others, left)) for own, left in both]
         return _in_registers(out, rows, *rest[2 * len(levels) :])
@@ -109,10 +111,6 @@ def _constant(value: int) -> Any:
     word = ir.IntegerType.get_signless(32)
     make: Any = arith.constant
     return make(word, ir.IntegerAttr.get(word, value - 2**32 if value >= 2**31 else value))
-
-
-def _and(a: Any, mask: Any) -> Any:
-    return arith.andi(a, mask)
 
 
 def _shifted(value: Any, left: int) -> Any:

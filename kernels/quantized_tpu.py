@@ -6,8 +6,8 @@ activation is applied, and what the blocks' channels add to the outputs is summe
 unit multiplies. A block whose variant reads fewer planes has the bits of the others masked away, so blocks of different
 widths share one straight run of instructions; only whether a step reads 3, 4 or 8 bits at all chooses between programs.
 Where rows are few, scales are never multiplied into weights: each group of 128 hidden is one matrix product, scaled
-after it in gate and up, and before it, in the few rows of hidden channels, in down. Pages are copied a step ahead, only
-those that are read; those of all blocks of a step in one piece where they lie one after the other.
+after it in gate and up, and before it, in the few rows of hidden channels, in down. Planes are copied a step ahead, of
+pages those that are read; those of all blocks of a step in one piece where they lie one after the other.
 
 Forms: "bf16" activations; "int8" and "fp8" (e4m3) activations with one scale a row, where the chip multiplies those.
 
@@ -43,9 +43,7 @@ from dynamo_jax.kernels.tpu_steps import (
 FORMS = {"bf16": (jnp.bfloat16, 0.0), "int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0)}
 FAST_MEMORY = 48 * 2**20  # bytes that the kernel may have, of the 64 and more of every chip
 MAGIC = 1.5 * 2**23  # a small float32 that is added to it has its nearest whole number in the lowest bits
-
-
-DOWN_BLOCKS = 2  # that one product with down sums over: the depth of a matrix unit
+DOWN_BLOCKS = 2  # that one product with down sums over: the depth of a matrix unit of v6e and TPU7x
 
 
 def quantized_experts_tpu(
@@ -66,7 +64,8 @@ def quantized_experts_tpu(
 
     ``blocks`` of a grid step and ``tile_rows``: by rule where None. Where tiles have many rows (``MANY_ROWS``) the form
     is always "bf16": the products are then the work, and their operands are made once for many rows. ``interpret``:
-    for ``pallas_call``.
+    for ``pallas_call``. A block that reads a plane reads those below it too, as plans have it; which slots page tables
+    name is not checked on the device.
     """
     num_experts = resident.base.codes.shape[1]
     if group_sizes.shape[0] != num_experts * len(tables):
@@ -82,7 +81,7 @@ def quantized_experts_tpu(
     )
     units = max([PROJECTIONS // resident.pages[level].codes.shape[1] for level in levels], default=1)
     tile_rows = tile_rows or rows_of_tile(count, num_experts)
-    blocks = blocks or blocks_of_step(groups, all_blocks, tile_rows)
+    blocks = min(blocks or blocks_of_step(groups, all_blocks, tile_rows), all_blocks)
     form = "bf16" if tile_rows >= MANY_ROWS else form
     shape = Shape(tile_rows, groups, all_blocks, blocks, levels, units, form)
     place, source, group, used = rows_in_tiles(group_sizes, count, tile_rows)
@@ -201,7 +200,7 @@ class _At(NamedTuple):
 
 def _copies(shape: Shape, steps: Steps, inputs: dict[str, Any], scratch: _Scratch) -> tuple[Callable, Callable]:
     """Two functions of a step, a buffer, a condition or None and what is to be done with each copy: of all that lies in
-    one piece, without a branch; and of pages that lie alone."""
+    one piece, which the compiler makes instructions with a condition; and in loops, of pages that lie alone."""
 
     def in_pieces(of: _At, buffer: Any, when: Any, run: Callable[[Any], None]) -> None:
         def copy(from_: Any, into: Any, when: Any) -> None:
@@ -376,7 +375,7 @@ def _many_rows(
         hidden.append(_activated(shape, found, first + k, step, inputs, activation).astype(jnp.bfloat16))
     lhs = jnp.concatenate(hidden, axis=1)
     columns = [[None if s is None else s.T for s in scales_of(k, 2)] for k in range(shape.blocks)]
-    for first_group in range(0, shape.groups, 2):  # two fill the width of a matrix unit
+    for first_group in range(0, shape.groups, 2):  # two fill the width of a matrix unit of v6e and TPU7x
         end, tiles = min(first_group + 2, shape.groups), []
         for k in range(shape.blocks):
             own, last = columns[k]

@@ -50,10 +50,10 @@ def _merged(base: Int32[Array, "8 128"], rest: Int32[Array, "8 128"]) -> tuple[A
 class StepPlanes:
     """The tiles and scales of a step's blocks, at widths up to ``path``."""
 
-    def __init__(self, shape: Shape, path: int, steps: Steps, at: Any, planes: Any, turn: Any):
+    def __init__(self, shape: Shape, path: int, steps: Steps, number: Any, planes: Any, turn: Any):
         self.shape, self.path, self.planes, self.turn = shape, path, planes, turn
         self.how = [
-            [_reading(path, steps.widths[(at * shape.blocks + k) * 2 + part]) for part in (0, 1)]
+            [_reading(path, steps.widths[(number * shape.blocks + k) * 2 + part]) for part in (0, 1)]
             for k in range(shape.blocks)
         ]
 

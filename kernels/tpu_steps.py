@@ -13,7 +13,7 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from dynamo_jax.kernels.layout import PROJECTIONS, PageTable
 from dynamo_jax.kernels.tiles import TILE
@@ -25,7 +25,8 @@ STEP_WEIGHTS = 6 * 2**20  # of a grid step: what a step costs whatever it does i
 
 class Fetches(NamedTuple):
     """The pages of one level that each step of each group reads. run: (VE*S*U,) the first slot of each part whose pages
-    of all blocks lie in slots one after the other, as they are first put there, else -1. Of the others: single (VE*S,)
+    of all blocks lie in slots one after the other, as they are first put there, else -1; those of blocks that the step
+    before had too come along. Of the others: single (VE*S,)
     how many there are, and in the first places of a step's (VE*S*B*U,) page, the slot of each, and place, where in the
     step it goes."""
 
@@ -105,16 +106,16 @@ def steps_of(
     wanted = jnp.arange(shape.steps)[:, None] * blocks
     first = jnp.minimum(wanted, shape.all_blocks - blocks)
     block = (first + jnp.arange(blocks)).reshape(-1)
-    real = (first + jnp.arange(blocks) >= wanted).reshape(-1)
+    real = (first + jnp.arange(blocks) >= wanted)[:, None]  # (S, 1, B): not of the step before
     fetches = {}
     width = jnp.full((count, shape.steps, units, blocks), 2, jnp.int32)
     for level in shape.levels:
         missing = jnp.full((num_experts, units * shape.all_blocks), -1, jnp.int32)
         each = jnp.concatenate([t[level][layer] if level in t else missing for t in tables])
         own = each.reshape(count, units, shape.all_blocks)[:, :, block]
-        own = jnp.where(real, own, -1).reshape(count, units, shape.steps, blocks).transpose(0, 2, 1, 3)
-        width = jnp.where(own >= 0, level, width)
-        fetches[level] = _fetches(own.reshape(count * shape.steps, units, blocks))
+        own = own.reshape(count, units, shape.steps, blocks).transpose(0, 2, 1, 3)
+        width = jnp.where((own >= 0) & real, level, width)
+        fetches[level] = _fetches(own.reshape(count * shape.steps, units, blocks), jnp.tile(real[:, 0], (count, 1)))
     of_parts = width[:, :, jnp.array([0, units - 1])].swapaxes(2, 3)  # gate and up share a width
     return Steps(
         layer=jnp.full(1, layer, jnp.int32),
@@ -127,10 +128,10 @@ def steps_of(
     )
 
 
-def _fetches(pages: Int[Array, "I U B"]) -> Fetches:
-    """Of the pages of each step, -1 where there is none."""
+def _fetches(pages: Int[Array, "I U B"], real: Bool[Array, "I B"]) -> Fetches:
+    """Of the pages of each step, -1 where there is none; ``real``: of which blocks pages that lie alone are read."""
     in_turn = (pages == pages[:, :, :1] + jnp.arange(pages.shape[2])).all(axis=2) & (pages[:, :, 0] >= 0)
-    alone = jnp.where(in_turn[:, :, None], -1, pages).reshape(len(pages), -1)
+    alone = jnp.where(in_turn[:, :, None] | ~real[:, None], -1, pages).reshape(len(pages), -1)
     place = jnp.argsort(alone < 0, axis=1, stable=True).astype(jnp.int32)
     page = jnp.maximum(jnp.take_along_axis(alone, place, axis=1), 0)
     run = jnp.where(in_turn, pages[:, :, 0], -1).astype(jnp.int32)
