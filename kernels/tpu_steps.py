@@ -78,10 +78,12 @@ class Shape(NamedTuple):
 
 
 def blocks_of_step(groups: int, all_blocks: int, tile_rows: int) -> int:
-    """B: as many as a step should have or, if that divides all of them better, down to half as many."""
+    """B: about as many as a step should have, between half and one and a half times that, so that the steps have as few
+    blocks twice as can be."""
     weights = STEP_WEIGHTS if tile_rows < MANY_ROWS else STEP_WEIGHTS // 2
-    most = max(1, min(all_blocks, round(weights / (PROJECTIONS * TILE * TILE * groups))))
-    return min(range(max(1, most // 2), most + 1), key=lambda b: (-(-all_blocks // b) * b, -b))
+    wanted = max(1, round(weights / (PROJECTIONS * TILE * TILE * groups)))
+    some = range(max(1, min(all_blocks, wanted) // 2), min(all_blocks, wanted * 3 // 2) + 1)
+    return min(some, key=lambda b: (-(-all_blocks // b) * b, abs(b - wanted)))
 
 
 def rows_of_tile(count: int, num_experts: int) -> int:
