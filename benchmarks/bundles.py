@@ -22,10 +22,12 @@ Import this before jax: libtpu reads the environment once, when it loads.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
@@ -33,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 DUMP = Path(tempfile.mkdtemp(prefix="schedule-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+atexit.register(shutil.rmtree, DUMP, ignore_errors=True)
 os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true"
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing here touches a chip
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

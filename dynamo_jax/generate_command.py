@@ -112,6 +112,7 @@ def describe(event: Event) -> str:
         "novel": "the text is novel",
         "adapted": f"switched to a variant adapted to it, {event.moved} pages moved",
         "not better": f"adapted, but no better on what was seen, {event.moved} pages moved: baseline",
+        "left": "the variant no longer suits the text: baseline",
         "failed": f"adapting failed, no switch: {event.name}",
     }[event.what]
     more = "" if event.gain is None else f", {event.gain:+.4f} nats a token nearer to 8 bits on what was seen"

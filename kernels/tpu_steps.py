@@ -79,11 +79,11 @@ class Shape(NamedTuple):
 
 def blocks_of_step(groups: int, all_blocks: int, tile_rows: int) -> int:
     """B: about as many as a step should have, between half and one and a half times that, so that the steps have as few
-    blocks twice as can be."""
+    blocks twice as can be, and pairs of blocks if they can be had."""
     weights = STEP_WEIGHTS if tile_rows < MANY_ROWS else STEP_WEIGHTS // 2
     wanted = max(1, round(weights / (PROJECTIONS * TILE * TILE * groups)))
-    some = range(max(1, min(all_blocks, wanted) // 2), min(all_blocks, wanted * 3 // 2) + 1)
-    return min(some, key=lambda b: (-(-all_blocks // b) * b, abs(b - wanted)))
+    some = range(-(-min(all_blocks, wanted) // 2), min(all_blocks, wanted * 3 // 2) + 1)
+    return min(some, key=lambda b: (-(-all_blocks // b) * b, b % 2, abs(b - wanted), -b))
 
 
 def rows_of_tile(count: int, num_experts: int) -> int:

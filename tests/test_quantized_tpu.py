@@ -226,6 +226,7 @@ def test_every_row_has_one_place_in_a_tile_of_its_group(sizes):
 def test_tiles_of_rows_hold_most_groups_and_steps_divide_the_blocks():
     assert [rows_of_tile(n, 64) for n in (1, 64, 512, 1024)] == [8, 8, 16, 24]
     assert rows_of_tile(128 * 64, 64) == 192 and rows_of_tile(10**6, 8) == 256
+    assert [blocks_of_step(g, n, 64) for g, n in ((16, 8), (16, 11), (23, 23), (100, 1))] == [4, 4, 4, 1]
     assert [blocks_of_step(g, n, 16) for g, n in ((16, 8), (16, 6), (16, 11), (32, 112), (23, 23))] == [8, 6, 11, 4, 6]
 
 

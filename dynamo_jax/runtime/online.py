@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows
+from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows, saved_by
 from dynamo_jax.runtime.monitor import HOP, UNKNOWN
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import Host, Move, State, begin, finish, gain, is_novel, spare, switch
@@ -21,6 +21,7 @@ FIRST = 256  # tokens of novel text, before a variant is adapted to it
 AGAIN = 4  # times more tokens of novel text, and the variant is adapted once more
 MOST = 2048  # tokens that a variant is adapted to
 KEPT = 8192  # tokens of a request that are remembered
+RECENT = 1024  # novel tokens of which the router says whether the variant still suits them
 
 
 class Event(NamedTuple):
@@ -30,7 +31,7 @@ class Event(NamedTuple):
     token: int
     request: int
     text: int
-    what: str  # known | novel | adapted | not better | failed
+    what: str  # known | novel | adapted | not better | left | failed
     name: str  # the nearest known dataset, or why it failed
     score: float
     gain: float | None = None
@@ -40,6 +41,10 @@ class Event(NamedTuple):
 @dataclasses.dataclass
 class Follower:
     """Is called ``between`` two steps of ``generate.stream``. Requests whose text is novel share variant 1.
+
+    A variant is adapted after ``FIRST`` novel tokens and anew after ``AGAIN`` times as many. When it would have lost
+    more than the baseline on the last ``RECENT`` ones, by where the router sent them, it is left and another is adapted
+    to these; each time that happens, twice as many tokens are waited for.
 
     state: the last one handed back; a call of ``stream`` that begins with it goes on with the monitors and the variant
     of the call before.
@@ -58,13 +63,16 @@ class Follower:
         """Nothing is known of the requests."""
         self._labels = np.full(requests, UNKNOWN)
         self._streams: list[list[int]] = [[] for _ in range(requests)]  # tokens, since about when the label is the same
+        self._tokens, self._looked = np.zeros(requests, int), np.zeros(requests, int)  # of all texts; hops looked at
         self._current: list[list[int]] = [[] for _ in range(requests)]
         self._text = np.zeros(requests, int)
         self._forget()
 
     def _forget(self) -> None:
         """No variant is fit for what may come."""
-        self._next, self._good = FIRST, False
+        self._next, self._least, self._good = FIRST, FIRST, False
+        self._saves: np.ndarray | None = None  # nats a row of each expert, by the variant
+        self._hops: list[float] = []  # nats a token that it saved in the last hops of novel text
 
     def __call__(self, state: State, texts: list[list[int]]) -> State:
         assert state.watch is not None
@@ -79,8 +87,9 @@ class Follower:
         self._labels = labels
         if not novel.any():
             self._forget()
-        elif self._move is None:
-            state = self._adapt(state, novel)
+        else:
+            self._look(state, novel)
+            state = self._adapt(state, novel) if self._move is None else state
         if self._move is not None and self._move[0].staged.ready():
             state = self._take(state, novel)
         self.state = switch(state, np.where(novel & self._good, 1, 0))
@@ -89,10 +98,31 @@ class Follower:
     def _append(self, request: int, text: list[int]) -> None:
         before, stream = self._current[request], self._streams[request]
         goes_on = bool(before) and text[: len(before)] == before
-        stream += text[len(before) :] if goes_on else text
+        more = text[len(before) :] if goes_on else text
+        stream += more
         del stream[:-KEPT]
+        self._tokens[request] += len(more)
         self._text[request] += not goes_on
         self._current[request] = text
+
+    def _look(self, state: State, novel: np.ndarray) -> None:
+        """Whether the variant still suits the novel text, from the router's counts of each hop, as they come."""
+        assert state.watch is not None
+        new = np.flatnonzero(novel & (self._tokens // HOP > self._looked))
+        self._looked = self._tokens // HOP
+        if not self._good or self._saves is None or not len(new):
+            return
+        counts, tokens = np.asarray(state.watch.older), np.asarray(state.watch.older_tokens)
+        self._hops += [float((counts[r] * self._saves).sum() / tokens[r]) for r in new if tokens[r] > 0]
+        del self._hops[: -RECENT // HOP]
+        if len(self._hops) < RECENT // HOP or np.mean(self._hops) > 0:
+            return
+        self._note(state, int(new[0]), "left")
+        self._good, self._hops = False, []
+        self._least = min(2 * self._least, MOST)
+        self._next = max(self._least, RECENT)
+        for stream in self._streams:
+            del stream[: -RECENT - 1]
 
     def _windows(self, novel: np.ndarray) -> Int[np.ndarray, "S T1"]:
         """The last novel tokens in whole windows, those of one request after those of another."""
@@ -130,6 +160,9 @@ class Follower:
             self._fail(state, novel, error)
             return state
         self._good = found > 0 and bool(novel.any())
+        self._saves = saved_by(self.host.plans[1], self.host.plans[0], self.model.knowledge, seen)
+        hops = (seen.counts * self._saves).sum(axis=(1, 2)) / seen.tokens
+        self._hops = [float(each) for each in hops[-RECENT // HOP :]]
         what = "adapted" if self._good else "not better"
         self._note(state, _first(novel), what, gain=found, moved=move.staged.pages)
         return state
