@@ -230,6 +230,44 @@ def test_known_text_forgets_the_variant_and_other_requests_begin_anew(quantized)
     assert [(e.request, e.text, e.what) for e in follower.events[-2:]] == [(0, 1, "novel"), (1, 1, "known")]
 
 
+def test_a_variant_is_left_when_the_router_says_that_it_no_longer_pays(quantized, monkeypatch):
+    """From the counts of hops alone; another is adapted to the last tokens, later each time."""
+    seen = []
+    monkeypatch.setattr(online, "observe_windows", lambda _, windows: seen.append(windows) or fails())
+    follower, state = follower_of(quantized)
+    shape = state.watch.older.shape[1:]
+
+    def fails():
+        raise ValueError("not now")
+
+    def hop(state, number, share):
+        """The next hop of one text, whose rows went to expert 0 to the given share, else to expert 1."""
+        counts = np.zeros((1, *shape), np.float32)
+        counts[..., 0], counts[..., 1] = 128 * share, 128 * (1 - share)
+        watch = state.watch._replace(older=jnp.asarray(counts), older_tokens=jnp.full(1, 128.0))
+        text = list(range(online.HOP * (number + 1)))
+        return follower(labelled(state._replace(watch=watch), 1), [text])
+
+    hops = online.RECENT // online.HOP
+    follower._next, follower._good = 10**6, True
+    follower._saves = np.zeros(shape)
+    follower._saves[0, :2] = 1.0, -1.0  # nats a row, in one layer
+    for number in range(hops):
+        state = hop(state, number, 0.75)
+        assert state.number.tolist() == [1]
+    assert follower._hops == [0.5] * hops
+    for number in range(hops, hops + hops // 2 - 1):  # as much the other way, but not for as long
+        state = hop(state, number, 0.25)
+        assert state.number.tolist() == [1]
+    state = hop(state, hops + hops // 2 - 1, 0.25)
+    assert state.number.tolist() == [0] and [e.what for e in follower.events] == ["novel", "left", "failed"]
+    assert "no longer suits" in describe(follower.events[1])
+    assert seen[0].size // (online.WINDOW + 1) * online.WINDOW == online.RECENT  # the last ones, at once
+    assert follower._least == 2 * online.FIRST and follower._next > online.RECENT
+    state = hop(state, 2 * hops, 0.25)
+    assert state.number.tolist() == [0] and len(seen) == 1
+
+
 def test_a_request_that_has_ended_is_not_watched(quantized):
     model, _ = quantized_language_model(quantized, adaptive=True)
     first = generate(model, [[5] * 20], GenerateConfig(max_tokens=1))[0][0]

@@ -31,7 +31,15 @@ from dynamo_jax.models.experts import ExpertWeights, expert_outputs
 from dynamo_jax.pipeline import DecoderSource, QuantizeConfig, baseline_plan, quantize
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import dequantize
-from dynamo_jax.runtime.adapt import PRIOR_COST_ROWS, PRIOR_TOKENS, Observation, adapted_plan, expected, observe_windows
+from dynamo_jax.runtime.adapt import (
+    PRIOR_COST_ROWS,
+    PRIOR_TOKENS,
+    Observation,
+    adapted_plan,
+    expected,
+    observe_windows,
+    saved_by,
+)
 from dynamo_jax.runtime.quantized import Knowledge
 from dynamo_jax.runtime.store import page_counts
 
@@ -135,6 +143,18 @@ def test_what_is_expected_by_hand():
     np.testing.assert_allclose(found.use, [[(96 + 128) / 128, 32 / 128]])
     np.testing.assert_allclose(found.errors[0, 0, 0, 0], (96 + 128) / 128 * (768 + 128 * 2) / (96 + 128))
     np.testing.assert_allclose(found.errors[0, 1, 0, 0], 32 / 128 * 128 * 2 / (32 + 128))
+
+
+def test_what_a_plan_saves_follows_the_router(quantized, novel):
+    """On rows as the plan was expected to have them, it saves what it was expected to; the baseline saves nothing."""
+    model, known = quantized, quantized.knowledge
+    seen = observe_windows(model, novel.first)
+    plan, found = adapted_plan(model.plan, known, seen), expected(known, seen)
+    saves = saved_by(plan, model.plan, known, seen)
+    assert saves.shape == seen.counts.shape[1:] and (saved_by(model.plan, model.plan, known, seen) == 0).all()
+    places = (np.searchsorted(WIDTHS, p.widths)[..., None] for p in (model.plan, plan))
+    before, after = (np.take_along_axis(found.errors, place, axis=-1).sum() for place in places)
+    assert (found.use * saves).sum() == pytest.approx(before - after, rel=1e-9) and before > after
 
 
 @pytest.mark.parametrize(("tokens", "most"), [(2048, 0.01), (512, 0.02)])
