@@ -106,16 +106,14 @@ class Case:
         return float(changes(self.config, params, self.first[:windows], self.nearly[:windows])[2].mean())
 
 
-def case_of(
-    model: Any, tokenizer: Any, windows: dict[str, np.ndarray], novel: str, settings: QuantizeConfig, limit: int
-) -> Case:
-    known = {name: w[: settings.calibration_windows] for name, w in windows.items() if name != novel}
+def quantized_on(model: Any, tokenizer: Any, known: dict[str, np.ndarray], settings: QuantizeConfig) -> QuantizedModel:
+    """A model quantized on windows of some kinds, with planes on the device."""
     work = MemoryWork()
     analyses = analyze(DecoderSource(model), known, settings, work)
     store = stacked_planes(work.get, model.config)
     arrays = parameters(model)
     experts = set(expert_parameter_names(model.config))
-    quantized = QuantizedModel(
+    return QuantizedModel(
         config=model.config,
         parameters={name: a for name, a in arrays.items() if name not in experts},
         tokenizer=tokenizer,
@@ -125,9 +123,16 @@ def case_of(
         knowledge=knowledge_of(analyses, settings, {}),
         files={},
     )
-    params = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in arrays.items()}
+
+
+def case_of(
+    model: Any, tokenizer: Any, windows: dict[str, np.ndarray], novel: str, settings: QuantizeConfig, limit: int
+) -> Case:
+    known = {name: w[: settings.calibration_windows] for name, w in windows.items() if name != novel}
+    quantized = quantized_on(model, tokenizer, known, settings)
+    params = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in parameters(model).items()}
     sizes = np.s_[..., : model.config.intermediate_size, : model.config.hidden_size]
-    options = [np.asarray(dequantize(store, width).astype(jnp.bfloat16))[sizes] for width in WIDTHS]
+    options = [np.asarray(dequantize(quantized.store, width).astype(jnp.bfloat16))[sizes] for width in WIDTHS]
     first, rest = windows[novel][: max(SEEN)], windows[novel][max(SEEN) :][:limit]
     return Case(model, quantized, params, options, first, rest)
 
