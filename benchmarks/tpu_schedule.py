@@ -1,6 +1,7 @@
 """Quantized experts on TPUs that are not here: modelled time from the compiler's own schedule.
 
     python benchmarks/tpu_schedule.py [--chip v6e] [--shape olmoe-1b-7b] [--json PATH]
+    python benchmarks/tpu_schedule.py --rows PATH      # the table of docs/kernels.md from rows that were written before
 
 Every kernel is compiled for the chip; cycles of a grid step are counted in its final schedule (``bundles.py``), bytes
 from what the step copies. Modelled time is the sum over steps of max(cycles / clock, bytes / bandwidth). Kernels:
@@ -26,6 +27,8 @@ import bundles  # isort: skip  (before jax)
 
 import argparse
 import functools
+import itertools
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -240,13 +243,60 @@ def rows_for(chip: str, name: str, tokens: int) -> list[dict[str, Any]]:
     return out
 
 
+def found(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any] | None:
+    """The first row that has these values."""
+    return next((row for row in rows if all(row[key] == value for key, value in wanted.items())), None)
+
+
+def over_uniform(rows: list[dict[str, Any]], **of: Any) -> float | None:
+    """Time of the mixed plan over that of a uniform one of the same bytes, between whole widths by interpolation."""
+    uniform = [found(rows, kernel=f"ours {width}", **of) for width in (2, 3, 4)]
+    mixed = found(rows, kernel="ours mixed", **of)
+    if mixed is None or not all(uniform):
+        return None
+    bits, times = ([row[key] for row in uniform if row] for key in ("bits", "modelled_us"))
+    return float(mixed["modelled_us"] / np.interp(mixed["bits"], bits, times))
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Of each chip, layer and number of tokens: times as fast as megablox, and over the time of the bytes."""
+
+    def cell(of: dict[str, Any], kernel: str, bound: bool = True) -> str:
+        row = found(rows, kernel=kernel, **of)
+        if row is None:
+            return ""
+        return f"{row['speedup_vs_bf16']:.2f}" + (f" ({row['over_bandwidth_bound']:.2f})" if bound else "")
+
+    for chip, name, tokens in dict.fromkeys((row["chip"], row["shape"], row["tokens"]) for row in rows):
+        at = {"chip": chip, "shape": name, "tokens": tokens}
+        own, plain = at | {"form": ROUNDED[chip]}, at | {"form": "bf16"}
+        if tokens == PREFILL:
+            last = " / ".join(cell(plain, f"ours {plan}", bound=False) for plan in ("4", "3", "mixed"))
+            cells = [""] * 5 + [last]
+        else:
+            each = [cell(own, f"ours {plan}") for plan in ("4", "3", "mixed", "2")]
+            cells = [cell(plain, "tokamax int4"), *each, cell(plain, "ours mixed")]
+        print(f"| {chip} | {name} | {tokens:,} | {' | '.join(cells)} |")
+    print("\nmixed over uniform plans of the same bytes, least and most")
+    for chip in dict.fromkeys(row["chip"] for row in rows):
+        ratios = []
+        for name, tokens in itertools.product(SHAPES, TOKENS):
+            ratio = over_uniform(rows, chip=chip, shape=name, tokens=tokens, form=ROUNDED[chip])
+            ratios += [] if ratio is None else [(ratio, name, tokens)]
+        for ratio, name, tokens in (min(ratios), max(ratios)):
+            print(f"{chip:6s} {ratio - 1:+.1%} ({name}, {tokens} tokens)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--chip", action="append", choices=list(bundles.CHIPS), help="v5e, v6e and tpu7x by default")
     parser.add_argument("--shape", action="append", choices=list(SHAPES), help="all by default")
     parser.add_argument("--tokens", action="append", type=int, choices=TOKENS, help="all by default")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--rows", type=Path, help="print the table of these rows and compile nothing")
     chosen = parser.parse_args()
+    if chosen.rows:
+        return print_table(json.loads(chosen.rows.read_text())["rows"])
     sys.argv = sys.argv[:1]  # a peer reads flags of its own there
     print(
         f"{'chip':6s} {'shape':17s} tokens  {'kernel':14s} form  {'bits':>6s} {'modelled us':>11s} "
