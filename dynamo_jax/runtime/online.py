@@ -162,7 +162,7 @@ class Follower:
         self._good = found > 0 and bool(novel.any())
         self._saves = saved_by(self.host.plans[1], self.host.plans[0], self.model.knowledge, seen)
         hops = (seen.counts * self._saves).sum(axis=(1, 2)) / seen.tokens
-        self._hops = [float(each) for each in hops[-RECENT // HOP :]]
+        self._hops = [float(each) for each in hops[: RECENT // HOP][::-1]]  # the last windows come first
         what = "adapted" if self._good else "not better"
         self._note(state, _first(novel), what, gain=found, moved=move.staged.pages)
         return state
