@@ -201,8 +201,7 @@ def rows_of(
     weights, bits = uniform(8 * plan.bytes_per_token(*own) / active)
     add("uniform", case.run(weights), active * bits / 8, 0)
     add_plan("static-channel", placed_anew(plan, known.block_errors, known.counts.sum(axis=0) / known.tokens))
-    scale = known.correction[:, :, None, :] * known.loss_per_error[:, None, None, None]
-    add_plan("oracle", placed_anew(plan, truth.errors / own[1] * scale, own[0] / own[1]))
+    add_plan("oracle", placed_anew(plan, known.losses(truth.errors) / own[1], own[0] / own[1]))
     for count in SEEN:
         seen = part_of(looked[:count])
         tokens = int(seen.tokens.sum())

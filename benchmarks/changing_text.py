@@ -32,14 +32,13 @@ from texts import add_texts
 
 from dynamo_jax.data import token_windows, write_json
 from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
-from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows, saved_by
-from dynamo_jax.runtime.online import AGAIN, FIRST, MOST, RECENT
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import default_spare
+from dynamo_jax.runtime.standing import MOST, RECENT, Standing
 
 TURNS = (1, 2, 4, 8)  # windows of one kind before the other comes
 
@@ -55,39 +54,30 @@ class Followed(NamedTuple):
 
 def saved(model: QuantizedModel, plan: Plan, seen: Observation) -> float:
     """Nats a token below the baseline, by the errors that were measured."""
-    known = model.knowledge
-    scaled = seen.errors * known.correction[:, :, None, :] * known.loss_per_error[:, None, None, None]
-    at = (np.searchsorted(WIDTHS, p.widths)[..., None] for p in (model.plan, plan))
-    base, own = (np.take_along_axis(scaled, place, axis=-1).sum() for place in at)
-    return float((base - own) / seen.tokens.sum())
+    losses = model.knowledge.losses(seen.errors)
+    return float((model.plan.chosen(losses).sum() - plan.chosen(losses).sum()) / seen.tokens.sum())
 
 
 def followed(model: QuantizedModel, windows: list[Observation], size: int, leaves: bool) -> Followed:
     """``Follower`` on one request, window after window of ``size`` tokens."""
-    spare, recent = default_spare(model.plan), RECENT // size
-    plan, saves = model.plan, np.zeros(windows[0].counts.shape[1:])
-    good, wanted, least, adaptations = False, FIRST // size, FIRST // size, 0
+    spare, standing = default_spare(model.plan), Standing(size)
+    plan, adaptations = model.plan, 0
     stream: list[Observation] = []
-    by_router: list[float] = []
     found: list[float] = []
     agree: list[bool] = []
     for window in windows:
-        own, told = saved(model, plan, window), float((window.counts * saves).sum() / window.tokens.sum())
-        found.append(own if good else 0.0)
+        own = saved(model, plan, window)
+        found.append(own if standing.serves else 0.0)
         stream.append(window)
-        if good:
-            agree.append((own > 0) == (told > 0))
-            by_router = [*by_router, told][-recent:]
-            if leaves and len(by_router) == recent and np.mean(by_router) <= 0:
-                good, least = False, min(2 * least, MOST // size)
-                wanted, stream = max(least, recent), stream[-recent:]
-        if len(stream) >= wanted:
-            while wanted <= len(stream):
-                wanted *= AGAIN
+        if standing.serves:
+            agree.append((own > 0) == (float(standing.told(window.counts[0], window.tokens[0])) > 0))
+            if leaves and standing.leaves(window.counts, window.tokens):
+                stream = stream[-RECENT // size :]
+        if standing.due(len(stream) * size):
             seen = part_of(stream[-MOST // size :])
             plan, adaptations = adapted_plan(model.plan, model.knowledge, seen, spare), adaptations + 1
-            good, saves = saved(model, plan, seen) > 0, saved_by(plan, model.plan, model.knowledge, seen)
-            by_router = [float((w.counts * saves).sum() / w.tokens.sum()) for w in stream[-recent:]]
+            saves = saved_by(plan, model.plan, model.knowledge, seen)
+            standing.begins(saved(model, plan, seen) > 0, saves, seen.counts, seen.tokens)
     return Followed(found, adaptations, agree)
 
 

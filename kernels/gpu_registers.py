@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from dynamo_jax.kernels.fragments import INNER, ROWS, WORDS
+from dynamo_jax.kernels.fragments import BIT, INNER, ROWS, WORDS
 from dynamo_jax.kernels.gpu_unpack import BASE_BITS, ONE_TWENTY_EIGHT_BITS, PAIR, words_shape
 
 AND_OR, SELECT = 0xEA, 0xCA  # (a & b) | c and (a & b) | (~a & c), as the tables of a lop3 instruction
@@ -34,7 +34,7 @@ def weights_in_registers(levels: tuple[int, ...], rows: bool | None) -> Any:
             for level in levels:
                 plane = planes[level][i // 2]
                 if i % 2:
-                    plane = _shifted(plane, 1 if level == 3 else -1)
+                    plane = _shifted(plane, BIT[level][0] - BIT[level][2])
                 others = (
                     arith.andi(plane, masks[level]) if others is None else _lop3(AND_OR, plane, masks[level], others)
                 )

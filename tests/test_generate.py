@@ -38,6 +38,7 @@ from dynamo_jax.runtime.generate import (
     stream,
 )
 from dynamo_jax.runtime.monitor import start
+from dynamo_jax.runtime.standing import AGAIN, FIRST, MOST, RECENT, Standing
 from dynamo_jax.runtime.store import page_counts
 
 PROMPTS = [[5, 9, 33, 7, 50, 12, 8, 3, 21, 44, 17, 29], [40, 6], [11, 12, 13, 14, 15, 16, 17]]
@@ -190,8 +191,8 @@ def test_the_follower_adapts_to_the_last_novel_tokens_of_all_texts(quantized, mo
     state = follower(labelled(state, 0), [known])
     with pytest.raises(ZeroDivisionError):
         follower(labelled(state, 1), [known + novel])
-    assert seen[0].shape[0] * online.WINDOW >= online.FIRST and seen[0][0, -1] == 299
-    assert seen[0].min() >= 0 and (seen[0] >= 1000).sum() < online.FIRST
+    assert seen[0].shape[0] * online.WINDOW >= FIRST and seen[0][0, -1] == 299
+    assert seen[0].min() >= 0 and (seen[0] >= 1000).sum() < FIRST
 
     seen.clear()
     follower, state = follower_of(quantized)
@@ -212,7 +213,7 @@ def test_a_plan_that_could_not_prove_itself_does_not_serve(quantized, monkeypatc
 
     monkeypatch.setattr(online, "gain", fails)
     follower, state = follower_of(quantized)
-    state, follower._good = labelled(state, 1), True
+    state, follower._standing.serves = labelled(state, 1), True
     follower._move = serving.begin(follower.host, state, quantized.plan), np.zeros((1, 3), int), None
     assert follower(state, [[1, 2, 3]]).number.tolist() == [0]
     assert (follower.events[-1].what, follower.events[-1].name) == ("failed", "no memory")
@@ -220,11 +221,11 @@ def test_a_plan_that_could_not_prove_itself_does_not_serve(quantized, monkeypatc
 
 def test_known_text_forgets_the_variant_and_other_requests_begin_anew(quantized):
     follower, state = follower_of(quantized)
-    follower._good, follower._next = True, 4096
+    follower._standing.serves, follower._standing.wanted = True, 4096
     assert follower(labelled(state, 1), [[1, 2, 3]]).number.tolist() == [1]
     assert follower(labelled(state, 0), [[1, 2, 3, 4]]).number.tolist() == [0]
-    assert (follower._good, follower._next) == (False, online.FIRST)
-    follower._good = True
+    assert follower._standing == Standing(online.HOP)
+    follower._standing.serves = True
     _, two = follower_of(quantized, 2)
     assert follower(labelled(two, 1, 0), [[1], [2]]).number.tolist() == [0, 0]
     assert [(e.request, e.text, e.what) for e in follower.events[-2:]] == [(0, 1, "novel"), (1, 1, "known")]
@@ -248,24 +249,38 @@ def test_a_variant_is_left_when_the_router_says_that_it_no_longer_pays(quantized
         text = list(range(online.HOP * (number + 1)))
         return follower(labelled(state._replace(watch=watch), 1), [text])
 
-    hops = online.RECENT // online.HOP
-    follower._next, follower._good = 10**6, True
-    follower._saves = np.zeros(shape)
-    follower._saves[0, :2] = 1.0, -1.0  # nats a row, in one layer
+    hops = RECENT // online.HOP
+    follower._standing.wanted, follower._standing.serves = 10**6, True
+    follower._standing.saves = saves = np.zeros(shape)
+    saves[0, :2] = 1.0, -1.0  # nats a row, in one layer
     for number in range(hops):
         state = hop(state, number, 0.75)
         assert state.number.tolist() == [1]
-    assert follower._hops == [0.5] * hops
+    assert follower._standing.saved == [0.5] * hops
     for number in range(hops, hops + hops // 2 - 1):  # as much the other way, but not for as long
         state = hop(state, number, 0.25)
         assert state.number.tolist() == [1]
     state = hop(state, hops + hops // 2 - 1, 0.25)
     assert state.number.tolist() == [0] and [e.what for e in follower.events] == ["novel", "left", "failed"]
     assert "no longer suits" in describe(follower.events[1])
-    assert seen[0].size // (online.WINDOW + 1) * online.WINDOW == online.RECENT  # the last ones, at once
-    assert follower._least == 2 * online.FIRST and follower._next > online.RECENT
+    assert seen[0].size // (online.WINDOW + 1) * online.WINDOW == RECENT  # the last ones, at once
+    assert follower._standing.least == 2 * FIRST and follower._standing.wanted > RECENT
     state = hop(state, 2 * hops, 0.25)
     assert state.number.tolist() == [0] and len(seen) == 1
+
+
+def test_each_time_that_a_variant_is_left_twice_as_many_tokens_are_waited_for():
+    standing, piece = Standing(RECENT // 2), (np.ones((1, 1, 1)), np.full(1, 8.0))
+    assert not standing.due(FIRST - 1) and standing.due(FIRST) and not standing.due(FIRST * AGAIN - 1)
+    waited = []
+    for _ in range(5):
+        standing.begins(True, np.full((1, 1), -1.0), *piece)  # it loses, but on too few tokens yet
+        assert standing.saved == [-1 / 8] and standing.leaves(*piece) and not standing.leaves(*piece)
+        waited.append(standing.wanted)
+        assert not standing.serves and not standing.due(standing.wanted - 1) and standing.due(standing.wanted)
+    assert waited == [RECENT, RECENT, MOST, MOST, MOST]
+    standing.begins(True, np.zeros((1, 1)), np.ones((9, 1, 1)), np.ones(9))
+    assert len(standing.saved) == 2  # the last ones
 
 
 def test_a_request_that_has_ended_is_not_watched(quantized):

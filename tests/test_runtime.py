@@ -152,8 +152,7 @@ def test_what_a_plan_saves_follows_the_router(quantized, novel):
     plan, found = adapted_plan(model.plan, known, seen), expected(known, seen)
     saves = saved_by(plan, model.plan, known, seen)
     assert saves.shape == seen.counts.shape[1:] and (saved_by(model.plan, model.plan, known, seen) == 0).all()
-    places = (np.searchsorted(WIDTHS, p.widths)[..., None] for p in (model.plan, plan))
-    before, after = (np.take_along_axis(found.errors, place, axis=-1).sum() for place in places)
+    before, after = (p.chosen(found.errors).sum() for p in (model.plan, plan))
     assert (found.use * saves).sum() == pytest.approx(before - after, rel=1e-9) and before > after
 
 

@@ -57,6 +57,11 @@ class Plan:
         """Bytes of what each width of an expert is for, at each width."""
         return item_costs(self.blocks, self.channel_block, self.hidden_size, self.group_size, self.apart)
 
+    def chosen(self, values: Float[np.ndarray, "L E M W"]) -> Float[np.ndarray, "L E M"]:
+        """Of values at all widths those at the plan's."""
+        at = np.searchsorted(WIDTHS, self.widths)
+        return np.take_along_axis(values, at[..., None], axis=-1)[..., 0]
+
     def pages(self) -> Int[np.ndarray, " M"]:
         """Pages of a level that each width of an expert stands for: a page holds what one width must serve."""
         return np.repeat(APART, self.blocks) if self.apart else np.ones(self.blocks, int)
@@ -71,8 +76,8 @@ class Plan:
 
     def expert_bytes(self) -> Float[np.ndarray, "L E"]:
         """Stored bytes of each expert, scales included."""
-        at = np.searchsorted(WIDTHS, self.widths)
-        return self.costs()[np.arange(at.shape[-1]), at].sum(axis=2)
+        costs = self.costs()
+        return self.chosen(np.broadcast_to(costs, (*self.widths.shape[:2], *costs.shape))).sum(axis=2)
 
     def stored_bytes(self) -> int:
         return int(self.expert_bytes().sum())

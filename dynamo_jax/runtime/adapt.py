@@ -130,11 +130,10 @@ def expected(known: Knowledge, seen: Observation) -> Expected:
     """
     tokens, rows, known_rows = float(seen.tokens.sum()), seen.counts.sum(axis=0), known.counts.sum(axis=0)
     use = (rows + PRIOR_TOKENS * known_rows / known.tokens) / (tokens + PRIOR_TOKENS)
-    measured = seen.errors * known.correction[:, :, None, :] * known.loss_per_error[:, None, None, None]
     sums = known.block_errors * known.tokens
     of_layer = sums.sum(axis=1, keepdims=True) / np.maximum(known_rows.sum(axis=1), 1)[:, None, None, None]
     known_cost = (sums + PRIOR_COST_ROWS * of_layer) / (known_rows + PRIOR_COST_ROWS)[:, :, None, None]
-    cost = (measured + PRIOR_COST_ROWS * known_cost) / (rows + PRIOR_COST_ROWS)[:, :, None, None]
+    cost = (known.losses(seen.errors) + PRIOR_COST_ROWS * known_cost) / (rows + PRIOR_COST_ROWS)[:, :, None, None]
     return Expected(cost, use)
 
 
@@ -155,11 +154,7 @@ def saved_by(plan: Plan, baseline: Plan, known: Knowledge, seen: Observation) ->
     of the model.
     """
     cost = expected(known, seen).cost
-    base, own = (
-        np.take_along_axis(cost, np.searchsorted(WIDTHS, p.widths)[..., None], axis=-1)[..., 0].sum(axis=-1)
-        for p in (baseline, plan)
-    )
-    return base - own
+    return (baseline.chosen(cost) - plan.chosen(cost)).sum(axis=-1)
 
 
 def placed_anew(

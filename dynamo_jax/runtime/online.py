@@ -15,13 +15,10 @@ from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows,
 from dynamo_jax.runtime.monitor import HOP, UNKNOWN
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import Host, Move, State, begin, finish, gain, is_novel, spare, switch
+from dynamo_jax.runtime.standing import MOST, RECENT, Standing
 
 WINDOW = 128  # tokens that are measured at a time
-FIRST = 256  # tokens of novel text, before a variant is adapted to it
-AGAIN = 4  # times more tokens of novel text, and the variant is adapted once more
-MOST = 2048  # tokens that a variant is adapted to
 KEPT = 8192  # tokens of a request that are remembered
-RECENT = 1024  # novel tokens of which the router says whether the variant still suits them
 
 
 class Event(NamedTuple):
@@ -40,11 +37,8 @@ class Event(NamedTuple):
 
 @dataclasses.dataclass
 class Follower:
-    """Is called ``between`` two steps of ``generate.stream``. Requests whose text is novel share variant 1.
-
-    A variant is adapted after ``FIRST`` novel tokens and anew after ``AGAIN`` times as many. When it would have lost
-    more than the baseline on the last ``RECENT`` ones, by where the router sent them, it is left and another is adapted
-    to these; each time that happens, twice as many tokens are waited for.
+    """Is called ``between`` two steps of ``generate.stream``. Requests whose text is novel share variant 1; when it is
+    adapted, serves and is left ``standing.py`` says.
 
     state: the last one handed back; a call of ``stream`` that begins with it goes on with the monitors and the variant
     of the call before.
@@ -66,13 +60,7 @@ class Follower:
         self._tokens, self._looked = np.zeros(requests, int), np.zeros(requests, int)  # of all texts; hops looked at
         self._current: list[list[int]] = [[] for _ in range(requests)]
         self._text = np.zeros(requests, int)
-        self._forget()
-
-    def _forget(self) -> None:
-        """No variant is fit for what may come."""
-        self._next, self._least, self._good = FIRST, FIRST, False
-        self._saves: np.ndarray | None = None  # nats a row of each expert, by the variant
-        self._hops: list[float] = []  # nats a token that it saved in the last hops of novel text
+        self._standing = Standing(HOP)
 
     def __call__(self, state: State, texts: list[list[int]]) -> State:
         assert state.watch is not None
@@ -86,13 +74,13 @@ class Follower:
                 del self._streams[request][: -2 * HOP - 1]
         self._labels = labels
         if not novel.any():
-            self._forget()
+            self._standing = Standing(HOP)
         else:
             self._look(state, novel)
             state = self._adapt(state, novel) if self._move is None else state
         if self._move is not None and self._move[0].staged.ready():
             state = self._take(state, novel)
-        self.state = switch(state, np.where(novel & self._good, 1, 0))
+        self.state = switch(state, np.where(novel & self._standing.serves, 1, 0))
         return self.state
 
     def _append(self, request: int, text: list[int]) -> None:
@@ -110,19 +98,14 @@ class Follower:
         assert state.watch is not None
         new = np.flatnonzero(novel & (self._tokens // HOP > self._looked))
         self._looked = self._tokens // HOP
-        if not self._good or self._saves is None or not len(new):
+        if not self._standing.serves or not len(new):
             return
         counts, tokens = np.asarray(state.watch.older), np.asarray(state.watch.older_tokens)
-        self._hops += [float((counts[r] * self._saves).sum() / tokens[r]) for r in new if tokens[r] > 0]
-        del self._hops[: -RECENT // HOP]
-        if len(self._hops) < RECENT // HOP or np.mean(self._hops) > 0:
-            return
-        self._note(state, int(new[0]), "left")
-        self._good, self._hops = False, []
-        self._least = min(2 * self._least, MOST)
-        self._next = max(self._least, RECENT)
-        for stream in self._streams:
-            del stream[: -RECENT - 1]
+        ended = new[tokens[new] > 0]
+        if self._standing.leaves(counts[ended], tokens[ended]):
+            self._note(state, int(new[0]), "left")
+            for stream in self._streams:
+                del stream[: -RECENT - 1]
 
     def _windows(self, novel: np.ndarray) -> Int[np.ndarray, "S T1"]:
         """The last novel tokens in whole windows, those of one request after those of another."""
@@ -135,10 +118,8 @@ class Follower:
     def _adapt(self, state: State, novel: np.ndarray) -> State:
         """Send a plan's pages on their way, if there is enough new text to make one for."""
         windows = self._windows(novel)
-        if len(windows) * WINDOW < self._next:
+        if not self._standing.due(len(windows) * WINDOW):
             return state
-        while self._next <= len(windows) * WINDOW:
-            self._next *= AGAIN
         windows = windows[: MOST // WINDOW]
         try:
             seen = observe_windows(self.model, windows)
@@ -154,16 +135,15 @@ class Follower:
         (move, windows, seen), self._move = self._move, None
         try:
             self.host, state = finish(self.host, state, move)
-            self._good = False  # until the plan that is there now has proved itself
+            self._standing.serves = False  # until the plan that is there now has proved itself
             found = gain(self.model, state, windows, seen)
         except (ValueError, RuntimeError) as error:
             self._fail(state, novel, error)
             return state
-        self._good = found > 0 and bool(novel.any())
-        self._saves = saved_by(self.host.plans[1], self.host.plans[0], self.model.knowledge, seen)
-        hops = (seen.counts * self._saves).sum(axis=(1, 2)) / seen.tokens
-        self._hops = [float(each) for each in hops[: RECENT // HOP][::-1]]  # the last windows come first
-        what = "adapted" if self._good else "not better"
+        serves = found > 0 and bool(novel.any())
+        saves = saved_by(self.host.plans[1], self.host.plans[0], self.model.knowledge, seen)
+        self._standing.begins(serves, saves, seen.counts[::-1], seen.tokens[::-1])  # the last windows come first
+        what = "adapted" if serves else "not better"
         self._note(state, _first(novel), what, gain=found, moved=move.staged.pages)
         return state
 

@@ -45,6 +45,10 @@ class Knowledge:
     calibrated: dict[str, tuple[str, int]]
     tokens: int
 
+    def losses(self, errors: Float[np.ndarray, "L E M W"]) -> Float[np.ndarray, "L E M W"]:
+        """Nats that measured errors of experts' outputs cost."""
+        return errors * self.correction[:, :, None, :] * self.loss_per_error[:, None, None, None]
+
     def signatures(self) -> dict[str, Float[np.ndarray, "L E"]]:
         return dict(zip(self.names, self.counts))
 

@@ -1,0 +1,73 @@
+"""When a variant is adapted to novel text, when it serves, and when it is left: the rule, which knows no model.
+
+A variant is adapted after ``FIRST`` novel tokens and anew after ``AGAIN`` times as many. When it would have lost more
+than the baseline on the last ``RECENT`` ones, by where the router sent them, it is left and another is adapted to
+these; each time that happens, twice as many tokens are waited for.
+
+Axes: L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float
+
+FIRST = 256  # tokens of novel text, before a variant is adapted to it
+AGAIN = 4  # times more tokens of novel text, and the variant is adapted once more
+MOST = 2048  # tokens that a variant is adapted to
+RECENT = 1024  # novel tokens of which the router says whether the variant still suits them
+
+
+@dataclasses.dataclass
+class Standing:
+    """Of one variant, on text that is looked at in pieces of ``piece`` tokens.
+
+    serves: whether it was better than the baseline where that was last looked at. wanted: tokens of novel text that the
+    next adaptation waits for; least: that those after a variant was left wait for at least. saves: nats a row at each
+    expert by which it is expected to lose less than the baseline, None before there is one. saved: nats a token, by the
+    router, in the last pieces.
+    """
+
+    piece: int
+    serves: bool = False
+    wanted: int = FIRST
+    least: int = FIRST
+    saves: Float[np.ndarray, "L E"] | None = None
+    saved: list[float] = dataclasses.field(default_factory=list)
+
+    def due(self, tokens: int) -> bool:
+        """Whether so many tokens of novel text are enough to adapt to; then the next time takes more."""
+        if tokens < self.wanted:
+            return False
+        while self.wanted <= tokens:
+            self.wanted *= AGAIN
+        return True
+
+    def told(self, counts: Float[np.ndarray, "*S L E"], tokens: Float[np.ndarray, "*S"]) -> Float[np.ndarray, "*S"]:
+        """Nats a token that the variant saves where the router sent rows as it did."""
+        return (counts * self.saves).sum(axis=(-2, -1)) / tokens
+
+    def begins(
+        self,
+        serves: bool,
+        saves: Float[np.ndarray, "L E"],
+        counts: Float[np.ndarray, "S L E"],
+        tokens: Float[np.ndarray, " S"],
+    ) -> None:
+        """The variant is a new one; counts and tokens of the pieces that it was adapted to, the oldest first."""
+        self.serves, self.saves = serves, saves
+        self.saved = self.told(counts, tokens)[-RECENT // self.piece :].tolist()
+
+    def leaves(self, counts: Float[np.ndarray, "S L E"], tokens: Float[np.ndarray, " S"]) -> bool:
+        """Whether the variant no longer suits the text, with the next pieces of it; then another is due."""
+        if not self.serves or self.saves is None:
+            return False
+        self.saved = [*self.saved, *self.told(counts, tokens).tolist()][-RECENT // self.piece :]
+        if len(self.saved) < RECENT // self.piece or np.mean(self.saved) > 0:
+            return False
+        self.serves, self.saved = False, []
+        self.least = min(2 * self.least, MOST)
+        self.wanted = max(self.least, RECENT)
+        return True
