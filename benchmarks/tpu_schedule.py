@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from layers import PREFILL, SHAPES, TOKENS, Layer, sizes_of
 
+from dynamo_jax.kernels.layout import filled
 from dynamo_jax.kernels.quantized_tpu import quantized_experts_tpu
 from dynamo_jax.kernels.tiles import TILE, TiledBase, TiledResident, empty_pages
 from dynamo_jax.kernels.tpu_steps import blocks_of_step, rows_of_tile
@@ -49,35 +50,38 @@ LAYERS = 16  # in the arrays that the kernel reads: the compiler would keep thos
 ROUNDED = {"v5e": "int8", "v5p": "int8", "v6e": "int8", "tpu7x": "fp8"}
 
 
-def arguments(layer: Layer, tokens: int, levels: tuple[int, ...]) -> tuple[Any, ...]:
+def arguments(layer: Layer, tokens: int, levels: tuple[int, ...], group: int = TILE) -> tuple[Any, ...]:
     """Shapes of what one layer's experts take, with slots for all pages of ``LAYERS``."""
     of = jax.ShapeDtypeStruct
-    resident, table = tiled_shapes(LAYERS, layer, dict.fromkeys(levels, 1.0))
-    rows = of((tokens * layer.chosen, layer.hidden), jnp.bfloat16)
+    resident, table = tiled_shapes(LAYERS, layer, dict.fromkeys(levels, 1.0), group)
+    rows = of((tokens * layer.chosen, filled(layer.hidden, group)), jnp.bfloat16)
     return rows, of((layer.experts,), jnp.int32), resident, (table,)
 
 
-def tiled_shapes(layers: int, layer: Layer, shares: dict[int, float]) -> tuple[TiledResident, Any]:
+def tiled_shapes(layers: int, layer: Layer, shares: dict[int, float], group: int = TILE) -> tuple[TiledResident, Any]:
     """Shapes of the planes of some layers, with slots for a share of each level's pages (of one projection each), and
     of a page table."""
     of = jax.ShapeDtypeStruct
-    blocks, groups = layer.channels // TILE, layer.hidden // TILE
-    lead = (layers, layer.experts, blocks, 3, groups)
-    base = TiledBase(of((*lead, 8, TILE), jnp.int32), of((*lead, TILE), jnp.bfloat16))
+    blocks, hidden = layer.channels // TILE, filled(layer.hidden, group)
+    tiles, groups = hidden // TILE, hidden // group
+    lead = (layers, layer.experts, blocks, 3)
+    base = TiledBase(of((*lead, tiles, 8, TILE), jnp.int32), of((*lead, groups, TILE), jnp.bfloat16))
     pages = {}
     for level, share in shares.items():
         slots = int(layers * layer.experts * blocks * 3 * share)
-        pages[level] = jax.eval_shape(functools.partial(empty_pages, slots, 1, level, layer.hidden))
+        pages[level] = jax.eval_shape(functools.partial(empty_pages, slots, 1, level, hidden, groups))
     table = {level: of((layers, layer.experts, 3 * blocks), jnp.int32) for level in shares}
     return TiledResident(base, pages), table
 
 
 @functools.cache
-def our_loop(chip: str, layer: Layer, tokens: int, levels: tuple[int, ...], form: str) -> bundles.Loop:
+def our_loop(
+    chip: str, layer: Layer, tokens: int, levels: tuple[int, ...], form: str, group: int = TILE
+) -> bundles.Loop:
     def experts(rows: Any, sizes: Any, resident: Any, tables: Any) -> Any:
         return quantized_experts_tpu(rows, sizes, resident, tables, 0, silu_gated, form=form)
 
-    loops = bundles.compiled(bundles.CHIPS[chip], experts, *arguments(layer, tokens, levels))[1]
+    loops = bundles.compiled(bundles.CHIPS[chip], experts, *arguments(layer, tokens, levels, group))[1]
     return next(loop for name, loop in loops.items() if name.startswith("experts_"))
 
 

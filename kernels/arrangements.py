@@ -31,7 +31,7 @@ class Arrangement(NamedTuple):
 ARRANGEMENTS = {
     "planes": Arrangement(Resident, lambda base: base, lambda pages, _, __: pages, layout.empty_pages),
     "tiles": Arrangement(
-        tiles.TiledResident, tiles.tiled_base, tiles.tiled_pages, lambda *size: tiles.empty_pages(*size[:4])
+        tiles.TiledResident, tiles.tiled_base, tiles.tiled_pages, lambda *size: tiles.empty_pages(*size[:4], size[5])
     ),
     "fragments": Arrangement(
         fragments.FragmentResident,

@@ -5,14 +5,14 @@ activation is applied, and what the blocks' channels add to the outputs is summe
 (``tiles.py``); whole words are masked and merged into signed nibbles, which the core itself widens to what its matrix
 unit multiplies. A block whose variant reads fewer planes has the bits of the others masked away, so blocks of different
 widths share one straight run of instructions; only whether a step reads 3, 4 or 8 bits at all chooses between programs.
-Where rows are few, scales are never multiplied into weights: each group of 128 hidden is one matrix product, scaled
+Where rows are few, scales are never multiplied into weights: each group of hidden is one matrix product, scaled
 after it in gate and up, and before it, in the few rows of hidden channels, in down. Planes are copied a step ahead, of
 pages those that are read; those of all blocks of a step in one piece where they lie one after the other.
 
 Forms: "bf16" activations; "int8" and "fp8" (e4m3) activations with one scale a row, where the chip multiplies those.
 
-Axes: R rows in order, V variants, E experts, N blocks, D hidden, G groups of 128 hidden, M rows a tile, T tiles of
-rows, S steps of a tile, B blocks a step, U parts of a block with pages of their own.
+Axes: R rows in order, V variants, E experts, N blocks, D hidden, K groups of hidden with scales of their own, M rows a
+tile, T tiles of rows, S steps of a tile, B blocks a step, U parts of a block with pages of their own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jaxtyping import Array, BFloat16, Float, Int
 from dynamo_jax.kernels.layout import PROJECTIONS, PageTable
 from dynamo_jax.kernels.rows import rows_in_tiles
 from dynamo_jax.kernels.tiles import TILE, TiledResident
-from dynamo_jax.kernels.tpu_planes import StepPlanes
+from dynamo_jax.kernels.tpu_planes import StepPlanes, no_pages
 from dynamo_jax.kernels.tpu_steps import (
     MANY_ROWS,
     Fetches,
@@ -75,15 +75,16 @@ def quantized_experts_tpu(
     count = rows.shape[0]
     if count == 0:
         return rows
-    all_blocks, groups = resident.base.codes.shape[2], resident.base.codes.shape[4]
+    all_blocks, tiles = resident.base.codes.shape[2], resident.base.codes.shape[4]
     levels = tuple(
         level for level, pages in resident.pages.items() if pages.codes.shape[0] and any(level in t for t in tables)
     )
     units = max([PROJECTIONS // resident.pages[level].codes.shape[1] for level in levels], default=1)
     tile_rows = tile_rows or rows_of_tile(count, num_experts)
-    blocks = min(blocks or blocks_of_step(groups, all_blocks, tile_rows), all_blocks)
+    blocks = min(blocks or blocks_of_step(tiles, all_blocks, tile_rows), all_blocks)
     form = "bf16" if tile_rows >= MANY_ROWS else form
-    shape = Shape(tile_rows, groups, all_blocks, blocks, levels, units, form)
+    alike = tiles // resident.base.scales.shape[4]
+    shape = Shape(tile_rows, tiles, alike, all_blocks, blocks, levels, units, form)
     place, source, group, used = rows_in_tiles(group_sizes, count, tile_rows)
     steps = steps_of(shape, group, used, num_experts, tables, layer)
     filled = jnp.pad(rows, ((0, 1), (0, 0)))[source]  # the last row is empty
@@ -100,7 +101,7 @@ def _call(
     biases: Any,
     interpret: Any,
 ) -> Float[Array, "TM D"]:
-    size = shape.groups * TILE
+    size = shape.tiles * TILE
     num_experts = resident.base.codes.shape[1]
     prefetched, tree = jax.tree.flatten(steps)
 
@@ -127,7 +128,7 @@ def _call(
     for level in shape.levels:
         own = [a for a in resident.pages[level] if a is not None]
         inputs["pages"][level] = [by_hand(a) for a in own]
-        buffers[level] = [pltpu.VMEM((2, shape.blocks * shape.units, *a.shape[1:]), a.dtype) for a in own]
+        buffers[level] = [pltpu.VMEM((shape.places + 1, *a.shape[1:]), a.dtype) for a in own]
     if biases is not None:
         inner = jnp.stack([b.astype(jnp.float32) for b in biases[:2]], axis=1)
         inner = jnp.moveaxis(inner.reshape(inner.shape[0], 2, -1, TILE), 2, 1)  # (E, N, 2, 128)
@@ -170,12 +171,13 @@ def _call(
 
 class _Scratch(NamedTuple):
     """What lasts over the steps of a tile. x: (M, D) its rows as they are multiplied; x_scale: (M, 128) what they were
-    divided by, in all lanes; x_sums: (M, 2 G) lane g is the sum of group g, in units of x, lane G + g what bfloat16
+    divided by, in all lanes; x_sums: (M, 2 K) lane g is the sum of group g, in units of x, lane K + g what bfloat16
     left of it; h_sums: (M, 128) lane g is what the offsets z of down add to all outputs of group g; scales: of the
-    step's gate and up, (B, 2, 2, G, 128), and down_scales of its down, (2, .., G, 128 blocks), those of the last plane
+    step's gate and up, (B, 2, 2, K, 128), and down_scales of its down, (2, .., K, 128 blocks), those of the last plane
     behind those of the others; rows of them are read from memory, which spreads them over registers at no cost; total:
     (M, D) the outputs; planes: by level, of this step and of the next, codes and scales of the base, (2, B, ..) each,
-    and codes and ratios of the pages, (2, B*U, ..) each; copied: a semaphore for each of the two."""
+    and codes and ratios of the pages, (2*B*U + 1, ..) each, the last of them zeros, which are read in place of pages
+    that a block does not read; copied: a semaphore for each of the two."""
 
     x: Any
     x_scale: Any
@@ -213,7 +215,7 @@ def _copies(shape: Shape, steps: Steps, inputs: dict[str, Any], scratch: _Scratc
             for unit, first in enumerate(runs):
                 there = first >= 0 if when is None else when & (first >= 0)
                 for pool, here in zip(inputs["pages"][level], scratch.planes[level]):
-                    into = here.at[buffer, pl.ds(unit * shape.blocks, shape.blocks)]
+                    into = here.at[pl.ds((buffer * shape.units + unit) * shape.blocks, shape.blocks)]
                     copy(pool.at[pl.ds(first, shape.blocks)], into, there)
 
     def alone(of: _At, buffer: Any, when: Any, run: Callable[[Any], None]) -> None:
@@ -221,9 +223,9 @@ def _copies(shape: Shape, steps: Steps, inputs: dict[str, Any], scratch: _Scratc
 
             def one(j: Any, _: Any, level: int = level, fetch: Fetches = fetch) -> int:
                 index = of.number * (shape.blocks * shape.units) + j
-                page, place = fetch.page[index], fetch.place[index]
+                page, place = fetch.page[index], buffer * (shape.blocks * shape.units) + fetch.place[index]
                 for pool, here in zip(inputs["pages"][level], scratch.planes[level]):
-                    run(pltpu.make_async_copy(pool.at[page], here.at[buffer, place], scratch.copied.at[buffer]))
+                    run(pltpu.make_async_copy(pool.at[page], here.at[place], scratch.copied.at[buffer]))
                 return 0
 
             jax.lax.fori_loop(0, jnp.where(True if when is None else when, fetch.single[of.number], 0), one, 0)
@@ -275,7 +277,7 @@ def _body(
         lane = jax.lax.broadcasted_iota(jnp.int32, (shape.rows, TILE), 1)
         sums = jnp.zeros((shape.rows, TILE), jnp.float32)
         for g in range(shape.groups):
-            one = own[:, g * TILE : (g + 1) * TILE].astype(jnp.float32).sum(axis=1, keepdims=True)
+            one = own[:, shape.lanes(g)].astype(jnp.float32).sum(axis=1, keepdims=True)
             sums = jnp.where(lane == g, one, sums)
         high = sums.astype(jnp.bfloat16)
         low = (sums - high.astype(jnp.float32)).astype(jnp.bfloat16)
@@ -284,7 +286,7 @@ def _body(
     def end() -> None:
         sums = None if shape.many else scratch.h_sums[...]
         for g in range(shape.groups):
-            lanes = slice(g * TILE, (g + 1) * TILE)
+            lanes = shape.lanes(g)
             found = scratch.total[:, lanes] if sums is None else scratch.total[:, lanes] + sums[:, g : g + 1]
             if inputs["biases"]:
                 found = found + inputs["biases"][-1][:, lanes]
@@ -297,6 +299,8 @@ def _body(
     @pl.when((begins | (steps.alone[later.number] > 0)) if scattered else begins)
     def _seldom() -> None:
         in_pieces(own, turn, begins, start)
+        if shape.levels:
+            pl.when(begins)(lambda: no_pages(shape, scratch.planes))
         if scattered:
             alone(own, turn, begins, start)
             alone(later, 1 - turn, ~last, start)
@@ -348,7 +352,7 @@ def _many_rows(
 
     def weights(k: int, projection: int, g: int, scale: Any, last_scale: Any) -> BFloat16[Array, "128 128"]:
         """scale: of the tile's rows (128, 1) or of its lanes (1, 128)."""
-        offset = planes.how[k][projection // 2].offset
+        offset = planes.offset(k, projection)
         out = (planes.tile(k, projection, g).astype(jnp.bfloat16) + jnp.asarray(offset, jnp.bfloat16)) * scale
         if last_scale is not None:
             out = out + (planes.last_tile(k, projection, g).astype(jnp.bfloat16) + jnp.bfloat16(0.5)) * last_scale
@@ -359,29 +363,29 @@ def _many_rows(
         return [None if s is None else s.astype(jnp.bfloat16) for s in own]
 
     def row_of(scales: Array | None, g: int) -> Any:
-        return None if scales is None else scales[g : g + 1]
+        return None if scales is None else scales[g // shape.alike : g // shape.alike + 1]
 
     def column_of(scales: Array | None, g: int) -> Any:
-        return None if scales is None else scales[:, g : g + 1]
+        return None if scales is None else scales[:, g // shape.alike : g // shape.alike + 1]
 
     hidden = []
     for k in range(shape.blocks):
         both = []
         for projection in (0, 1):
             own, last = scales_of(k, projection)
-            tiles = [weights(k, projection, g, row_of(own, g), row_of(last, g)) for g in range(shape.groups)]
+            tiles = [weights(k, projection, g, row_of(own, g), row_of(last, g)) for g in range(shape.tiles)]
             both.append(jnp.concatenate(tiles, axis=0))
         found = jnp.dot(scratch.x[...], jnp.concatenate(both, axis=1), preferred_element_type=jnp.float32)
         hidden.append(_activated(shape, found, first + k, step, inputs, activation).astype(jnp.bfloat16))
     lhs = jnp.concatenate(hidden, axis=1)
     columns = [[None if s is None else s.T for s in scales_of(k, 2)] for k in range(shape.blocks)]
-    for first_group in range(0, shape.groups, 2):  # two fill the width of a matrix unit of v6e and TPU7x
-        end, tiles = min(first_group + 2, shape.groups), []
+    for first_tile in range(0, shape.tiles, 2):  # two fill the width of a matrix unit of v6e and TPU7x
+        end, tiles = min(first_tile + 2, shape.tiles), []
         for k in range(shape.blocks):
             own, last = columns[k]
-            each = [weights(k, 2, g, column_of(own, g), column_of(last, g)) for g in range(first_group, end)]
+            each = [weights(k, 2, g, column_of(own, g), column_of(last, g)) for g in range(first_tile, end)]
             tiles.append(jnp.concatenate(each, axis=1))
-        lanes = slice(first_group * TILE, end * TILE)
+        lanes = slice(first_tile * TILE, end * TILE)
         scratch.total[:, lanes] += jnp.dot(lhs, jnp.concatenate(tiles, axis=0), preferred_element_type=jnp.float32)
 
 
@@ -398,14 +402,13 @@ def _few_rows(
     blocks, groups = range(shape.blocks), shape.groups
     dtype, limit = FORMS[shape.form]
     sum_dtype = jnp.int32 if shape.form == "int8" else jnp.float32
-    path, how = planes_of.path, planes_of.how
-    scales_of, last_scales_of = planes_of.scales, planes_of.last_scales
+    path, scales_of, last_scales_of = planes_of.path, planes_of.scales, planes_of.last_scales
 
-    def tile(k: int, projection: int, group: int) -> Array:
-        return planes_of.tile(k, projection, group).astype(dtype)
-
-    def last_tile(k: int, projection: int, group: int) -> Array:
-        return planes_of.last_tile(k, projection, group).astype(dtype)
+    def weights(k: int, projection: int, g: int, last: bool) -> Array:
+        """n of a group, along the rows of gate and up and along the lanes of down."""
+        of = planes_of.last_tile if last else planes_of.tile
+        tiles = [of(k, projection, g * shape.alike + i).astype(dtype) for i in range(shape.alike)]
+        return jnp.concatenate(tiles, axis=projection // 2)
 
     def product(lhs: Array, rhs: Array) -> Array:
         return jnp.dot(lhs, rhs, preferred_element_type=sum_dtype).astype(jnp.float32)
@@ -425,7 +428,7 @@ def _few_rows(
                 for projection in (0, 1):
                     scratch.scales[k, int(plane), projection] = scales[projection]
                 twice = jnp.concatenate([jnp.concatenate(scales, axis=1)] * 2, axis=0)
-                found = found + (0.5 if plane else how[k][0].offset) * _dot(scratch.x_sums[...], twice)
+                found = found + (0.5 if plane else planes_of.offset(k, 0)) * _dot(scratch.x_sums[...], twice)
             offsets.append(found)
         for part, own in enumerate(parts):
             for plane in planes:
@@ -440,8 +443,8 @@ def _few_rows(
         found = offsets[k]
         for plane in planes:
             for g in range(groups):
-                lanes = slice(g * TILE, (g + 1) * TILE)
-                rhs = jnp.concatenate([(last_tile if plane else tile)(k, p, g) for p in (0, 1)], axis=1)
+                lanes = shape.lanes(g)
+                rhs = jnp.concatenate([weights(k, p, g, plane) for p in (0, 1)], axis=1)
                 row = jnp.concatenate([scratch.scales[k, int(plane), p, g : g + 1] for p in (0, 1)], axis=1)
                 found = found + product(scratch.x[:, lanes], rhs) * row
         if shape.form != "bf16":
@@ -457,9 +460,9 @@ def _few_rows(
             rows_most = rows_most * (1 / limit)
         for plane in planes:
             for g in range(groups):
-                lanes = slice(g * TILE, (g + 1) * TILE)
+                lanes = shape.lanes(g)
                 lhs = rows * scratch.down_scales[int(plane), part, g : g + 1, :width]
-                rhs = jnp.concatenate([(last_tile if plane else tile)(k, 2, g) for k in own], axis=0)
+                rhs = jnp.concatenate([weights(k, 2, g, plane) for k in own], axis=0)
                 if shape.form == "bf16":
                     scratch.total[:, lanes] += product(lhs.astype(jnp.bfloat16), rhs)
                 else:
@@ -469,7 +472,7 @@ def _few_rows(
     def end() -> None:
         """What z adds to the outputs."""
         for plane in planes:
-            own = [hidden[k] * (0.5 if plane else how[k][1].offset) for k in blocks]
+            own = [hidden[k] * (0.5 if plane else planes_of.offset(k, 2)) for k in blocks]
             scales = [(last_scales_of if plane else scales_of)(k, 2) for k in blocks]
             both = (jnp.concatenate(own, axis=1), jnp.concatenate(scales, axis=1))
             scratch.h_sums[:, :groups] += _dot(*both, transposed=True)
@@ -486,5 +489,7 @@ def _few_rows(
 def _dot(a: Float[Array, "M K"], b: Float[Array, "K N"], transposed: bool = False) -> Float[Array, "M N"]:
     """One pass in bfloat16, of ``b`` (N, K) where it is transposed."""
     dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    if transposed and b.shape[0] == 1:  # a product of one column is none that Pallas knows
+        return (a * b).sum(axis=1, keepdims=True)
     operands = (a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
     return jax.lax.dot_general(*operands, dims, preferred_element_type=jnp.float32)

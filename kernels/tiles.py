@@ -8,19 +8,18 @@ bits of one weight sit where masks and shifts of whole words leave them in one s
 
 in which planes that are not read are zeros. A nibble of a word is a row: word s of a lane holds rows 8 s .. 8 s + 7.
 The last plane has its own nibbles, n8 = q8 - 8, and its own scale: w8 = w4 + (n8 + 1/2) s8. Pages keep their slots;
-they are of the same bytes as in ``layout.py`` but where G is odd, as are scales but where a group is longer than 128.
+all is of the same bytes as in ``layout.py``, but pages where G is odd.
 
     plane     words of a tile     bits 4 i + j of word s, i = 0..7
     2 bits    8                   row 64 (j / 2) + 8 s + i, bits j = 0, 1 and 2, 3
-    3         8 for two tiles     row 64 (j / 2) + 8 s + i, of tile h (j even) and of tile h + H (j odd)
-    4         8 for two tiles     the same, of tile h + H (j even) and of tile h (j odd)
+    3, 4      8 for two tiles     row 64 (j / 2) + 8 s + i, of tile 2 h (j even) and of tile 2 h + 1 (j odd)
     8         16                  row 8 s + i
 
-So one shift of all words, or none, puts the 3-bit plane's bits of a tile where the 4-bit plane's fill the gaps: both
-make a word like that of the base plane, and the two words change halves to make nibbles (``tpu_planes.py``).
+So where the words of the 3- and 4-bit plane change every second bit, each is a word of one tile like that of its base
+plane; and those two change halves to make nibbles (``tpu_planes.py``).
 
-Axes: L layers, E experts, P = 3 projections, F channels, N blocks of 128 channels, D hidden, G = D / 128 groups,
-H = ceil(G / 2), Q pages of a level, p projections of a page.
+Axes: L layers, E experts, P = 3 projections, F channels, N blocks of 128 channels, D hidden, G = D / 128 tiles of a
+block, H = ceil(G / 2), K groups of hidden with scales of their own, Q pages of a level, p projections of a page.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ class TiledBase(NamedTuple):
     """Two bits of every weight. scales: a quarter of the base scales, lane c that of channel c."""
 
     codes: Int32[Array, "L E N P G 8 128"]
-    scales: BFloat16[Array, "L E N P G 128"]
+    scales: BFloat16[Array, "L E N P K 128"]
 
 
 class TiledPages(NamedTuple):
     """The resident pages of one level. codes: of 3 and 4 bits X = H and Y = 8, of 8 bits X = G and Y = 16."""
 
     codes: Int32[Array, "Q p X Y 128"]
-    ratios: UInt8[Array, "Q p G 128"] | None
+    ratios: UInt8[Array, "Q p K 128"] | None
 
 
 class TiledResident(NamedTuple):
@@ -61,8 +60,8 @@ class TiledResident(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int]:
         """Channels and hidden size."""
-        scales = self.base.scales
-        return scales.shape[2] * TILE, scales.shape[4] * TILE
+        codes = self.base.codes
+        return codes.shape[2] * TILE, codes.shape[4] * TILE
 
 
 def tiled_base(base: BasePlanes) -> TiledBase:
@@ -86,23 +85,22 @@ def tiled_pages(pages: Pages, level: int, projection: Int[np.ndarray, "Q p"]) ->
     return TiledPages(_packed(codes, level, projection), ratios)
 
 
-def empty_pages(count: int, together: int, level: int, hidden_size: int) -> TiledPages:
-    """Slots for pages of ``together`` projections."""
-    groups = hidden_size // TILE
-    words = (groups, 2 * SUBLANES) if level == 8 else (-(-groups // 2), SUBLANES)
-    ratios = jnp.zeros((count, together, groups, TILE), jnp.uint8) if level == 8 else None
+def empty_pages(count: int, together: int, level: int, hidden_size: int, num_groups: int) -> TiledPages:
+    """Slots for pages of ``together`` projections; num_groups: K."""
+    tiles = hidden_size // TILE
+    words = (tiles, 2 * SUBLANES) if level == 8 else (-(-tiles // 2), SUBLANES)
+    ratios = jnp.zeros((count, together, num_groups, TILE), jnp.uint8) if level == 8 else None
     return TiledPages(jnp.zeros((count, together, *words, TILE), jnp.int32), ratios)
 
 
-def _scales(array: Float[np.ndarray, "*S C G0"], hidden_size: int) -> Any:
-    """One value for each group of 128 hidden and each channel."""
+def _scales(array: Float[np.ndarray, "*S 128 K"], hidden_size: int) -> Float[np.ndarray, "*S K 128"]:
+    """Channels as lanes."""
     group = hidden_size // array.shape[-1]
     if group % TILE:
         raise ValueError(f"groups of {group} weights: tiles need multiples of {TILE}")
-    if hidden_size > TILE * TILE:
-        raise ValueError(f"{hidden_size} hidden: tiles reach to {TILE * TILE}")
-    each = np.repeat(array, group // TILE, axis=-1)
-    return np.ascontiguousarray(np.swapaxes(each, -1, -2))
+    if array.shape[-1] > TILE:
+        raise ValueError(f"{array.shape[-1]} groups of {group} weights: there may be {TILE}")
+    return np.ascontiguousarray(np.swapaxes(array, -1, -2))
 
 
 def _packed(codes: UInt8[np.ndarray, "*S 128 Dp"], level: int, projection: Int[np.ndarray, "*S"]) -> Any:
@@ -124,8 +122,8 @@ def _packed(codes: UInt8[np.ndarray, "*S 128 Dp"], level: int, projection: Int[n
         tiles = tiles.reshape(*lead, groups, 2, TILE // 2, TILE)  # halves of the rows
     if level in (3, 4):
         tiles = np.pad(tiles, [(0, 0)] * len(lead) + [(0, groups % 2)] + [(0, 0)] * 3)
-        tiles = np.moveaxis(tiles.reshape(*lead, 2, -(-groups // 2), 2, TILE // 2, TILE), -5, -3)  # part, then tile
-        tiles = (tiles if level == 3 else np.flip(tiles, -3)).reshape(*lead, -(-groups // 2), 4, TILE // 2, TILE)
+        pairs = tiles.reshape(*lead, -(-groups // 2), 2, 2, TILE // 2, TILE)
+        tiles = pairs.swapaxes(-3, -4).reshape(*lead, -(-groups // 2), 4, TILE // 2, TILE)  # half, then tile
     # (.., parts of a nibble, rows, lanes): rows to words and nibbles, parts to bits
     parts = 1 if level == 8 else tiles.shape[-3]
     words = tiles.reshape(*lead, tiles.shape[len(lead)], parts, tiles.shape[-2] // SUBLANES, SUBLANES, TILE).astype(

@@ -1,15 +1,14 @@
 """How the TPU kernel reads planes that are in fast memory: bits of words to nibbles, and scales.
 
-A block whose variant reads fewer planes has the bits of the others masked away, by masks that are scalars, so that
-blocks of different widths are read by the same instructions.
+A block whose variant reads fewer planes has zeros in place of the others: their pages are read at another address, so
+that blocks of different widths are read by the same instructions and none of these masks anything away.
 
-Axes: G groups of 128 hidden.
+Axes: K groups of hidden with scales of their own.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
@@ -21,30 +20,32 @@ from dynamo_jax.kernels.tpu_steps import Shape, Steps
 HIGH, HALF = -0x33333334, 0x33333333  # of every nibble: bits 2 and 3, bits 0 and 1
 ODD, EVEN = -0x55555556, 0x55555555  # bits of a word
 
-
-class Reading(NamedTuple):
-    """How a block's tiles are read. three, four: which bits of a word its 3- and 4-bit planes give; offset: z; eight: 1
-    where the last plane is read."""
-
-    three: Any
-    four: Any
-    offset: Any
-    eight: Any
+Words = Int32[Array, "8 128"]
 
 
-def _reading(path: int, width: Any) -> Reading:
-    if path == 2:
-        return Reading(0, 0, 2.0, 0.0)
-    bits = lambda least, mask: jnp.where(width >= least, jnp.int32(mask), jnp.int32(0))  # noqa: E731
-    offset = jnp.where(width == 2, 2.0, jnp.where(width == 3, 1.0, 0.5))
-    return Reading(bits(3, ODD), bits(4, EVEN), offset, jnp.where(width == 8, 1.0, 0.0) if path == 8 else 0.0)
+def no_pages(shape: Shape, planes: Any) -> None:
+    """Make the zeros that are read in place of pages."""
+    for level in shape.levels:
+        if level != 8:
+            codes = planes[level][0]
+            codes[shape.places] = jnp.zeros(codes.shape[1:], codes.dtype)
 
 
-def _merged(base: Int32[Array, "8 128"], rest: Int32[Array, "8 128"]) -> tuple[Array, Array]:
-    """Nibbles of a tile's first and last 64 rows: the lower half of each nibble of ``base`` and the upper one of
-    ``rest`` change places, which takes six operations where masks and shifts take eight."""
+def _nibbles(base: Words, rest: Words | None) -> tuple[Words, Words]:
+    """Of a tile's first and last 64 rows: the lower half of each nibble of ``base`` and the upper one of ``rest``
+    change places, which takes six operations where masks and shifts take eight."""
+    if rest is None:
+        return (base << 2) & jnp.int32(HIGH), base & jnp.int32(HIGH)
     other = (base ^ (rest >> 2)) & jnp.int32(HALF)
     return rest ^ (other << 2), base ^ other
+
+
+def _of_tiles(three: Words, four: Words | None) -> tuple[Words, Words]:
+    """What ``_nibbles`` wants of two tiles from their 3- and 4-bit planes: these change every second bit."""
+    if four is None:
+        return (three << 1) & jnp.int32(ODD), three & jnp.int32(ODD)
+    other = (three ^ (four >> 1)) & jnp.int32(EVEN)
+    return four ^ (other << 1), three ^ other
 
 
 class StepPlanes:
@@ -52,10 +53,14 @@ class StepPlanes:
 
     def __init__(self, shape: Shape, path: int, steps: Steps, number: Any, planes: Any, turn: Any):
         self.shape, self.path, self.planes, self.turn = shape, path, planes, turn
-        self.how = [
-            [_reading(path, steps.widths[(number * shape.blocks + k) * 2 + part]) for part in (0, 1)]
-            for k in range(shape.blocks)
-        ]
+        first = number * shape.blocks
+        self.widths = [[steps.widths[(first + k) * 2 + part] for part in (0, 1)] for k in range(shape.blocks)]
+        self._rests: dict[tuple[int, int, int], tuple[Words, Words]] = {}
+
+    def offset(self, k: int, projection: int) -> Any:
+        """z"""
+        width = self.widths[k][projection // 2]
+        return 2.0 if self.path == 2 else jnp.where(width == 2, 2.0, jnp.where(width == 3, 1.0, 0.5))
 
     def _block(self, kind: int, k: int) -> Any:
         """kind: 0 for codes, 1 for scales."""
@@ -63,38 +68,36 @@ class StepPlanes:
 
     def _page(self, level: int, kind: int, k: int, projection: int) -> Any:
         """kind: 0 for codes, 1 for ratios."""
-        together = self.shape.together
-        place = projection // together * self.shape.blocks + k
-        return self.planes[level][kind].at[self.turn, place, projection % together]
+        shape = self.shape
+        place = (self.turn * shape.units + projection // shape.together) * shape.blocks + k
+        if level != 8:
+            place = jnp.where(self.widths[k][projection // 2] >= level, place, shape.places)
+        return self.planes[level][kind].at[place, projection % shape.together]
 
-    def tile(self, k: int, projection: int, group: int) -> Int4[Array, "128 128"]:
+    def tile(self, k: int, projection: int, tile: int) -> Int4[Array, "128 128"]:
         """n of 128 x 128 weights."""
-        base, own = self._block(0, k)[projection, group], self.how[k][projection // 2]
-        levels = [level for level in (3, 4) if self.path >= level and level in self.shape.levels]
-        masks = {3: own.three, 4: own.four}
-        bits = [self._bits(level, k, projection, group) & masks[level] for level in levels]
-        if bits:
-            low, high = _merged(base, functools.reduce(jnp.bitwise_or, bits))
-        else:
-            low, high = (base << 2) & jnp.int32(HIGH), base & jnp.int32(HIGH)
+        rest = None if self.path == 2 else self._rest(k, projection, tile // 2)[tile % 2]
+        low, high = _nibbles(self._block(0, k)[projection, tile], rest)
         return jnp.concatenate([pltpu.bitcast(low, jnp.int4), pltpu.bitcast(high, jnp.int4)], axis=0)
 
-    def _bits(self, level: int, k: int, projection: int, group: int) -> Int32[Array, "8 128"]:
-        """A plane's bits of a tile where the words of ``_merged`` want them, those of another tile between them."""
-        paired = -(-self.shape.groups // 2)
-        words = self._page(level, 0, k, projection)[group % paired]
-        if group >= paired:
-            return words
-        return words << 1 if level == 3 else words >> 1
+    def _rest(self, k: int, projection: int, pair: int) -> tuple[Words, Words]:
+        """Of two tiles; they are asked for one soon after the other."""
+        at = (k, projection, pair)
+        if at not in self._rests:
+            levels = [level for level in (3, 4) if level <= self.path and level in self.shape.levels]
+            three, four = [*(self._page(level, 0, k, projection)[pair] for level in levels), None][:2]
+            self._rests[at] = _of_tiles(three, four)
+        return self._rests[at]
 
-    def last_tile(self, k: int, projection: int, group: int) -> Int4[Array, "128 128"]:
+    def last_tile(self, k: int, projection: int, tile: int) -> Int4[Array, "128 128"]:
         """n8 of 128 x 128 weights."""
-        return pltpu.bitcast(self._page(8, 0, k, projection)[group], jnp.int4)
+        return pltpu.bitcast(self._page(8, 0, k, projection)[tile], jnp.int4)
 
-    def scales(self, k: int, projection: int) -> Float[Array, "G 128"]:
+    def scales(self, k: int, projection: int) -> Float[Array, "K 128"]:
         return self._block(1, k)[projection].astype(jnp.float32)
 
-    def last_scales(self, k: int, projection: int) -> Float[Array, "G 128"]:
+    def last_scales(self, k: int, projection: int) -> Float[Array, "K 128"]:
         """Those of the last plane, zero where the block does not read it."""
         ratios = self._page(8, 1, k, projection)[...].astype(jnp.int32).astype(jnp.float32)
-        return self.scales(k, projection) * ratios * (4 * RATIO_UNIT * self.how[k][projection // 2].eight)
+        read = jnp.where(self.widths[k][projection // 2] == 8, 4 * RATIO_UNIT, 0.0)
+        return self.scales(k, projection) * ratios * read

@@ -3,8 +3,8 @@
 Rows are put in tiles of one expert each, and for each expert and variant it is written down which pages its steps read.
 All of it is plain XLA; ``quantized_tpu.py`` has the kernel.
 
-Axes: R rows in order, V variants, E experts, N blocks, G groups of 128 hidden, M rows a tile, T tiles of rows, S steps
-of a tile, B blocks a step, U parts of a block with pages of their own.
+Axes: R rows in order, V variants, E experts, N blocks, G tiles of 128 hidden, K groups of hidden with scales of their
+own, M rows a tile, T tiles of rows, S steps of a tile, B blocks a step, U parts of a block with pages of their own.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Shape(NamedTuple):
     own, 1 or 3; together: projections of a page."""
 
     rows: int  # M
-    groups: int  # G
+    tiles: int  # G
+    alike: int  # tiles along hidden that share their scales
     all_blocks: int  # N
     blocks: int  # B
     levels: tuple[int, ...]
@@ -68,6 +69,20 @@ class Shape(NamedTuple):
         return -(-self.all_blocks // self.blocks)
 
     @property
+    def groups(self) -> int:
+        """K"""
+        return self.tiles // self.alike
+
+    @property
+    def places(self) -> int:
+        """Of pages of one level, those of a step and of the next."""
+        return 2 * self.blocks * self.units
+
+    def lanes(self, group: int) -> slice:
+        """The hidden of a group."""
+        return slice(group * self.alike * TILE, (group + 1) * self.alike * TILE)
+
+    @property
     def many(self) -> bool:
         """Whether scaling the weights is less work than scaling sums of them for each row."""
         return self.rows >= MANY_ROWS
@@ -77,11 +92,11 @@ class Shape(NamedTuple):
         return PROJECTIONS // self.units
 
 
-def blocks_of_step(groups: int, all_blocks: int, tile_rows: int) -> int:
+def blocks_of_step(tiles: int, all_blocks: int, tile_rows: int) -> int:
     """B: about as many as a step should have, between half and one and a half times that, so that the steps have as few
     blocks twice as can be, and pairs of blocks if they can be had."""
     weights = STEP_WEIGHTS if tile_rows < MANY_ROWS else STEP_WEIGHTS // 2
-    wanted = max(1, round(weights / (PROJECTIONS * TILE * TILE * groups)))
+    wanted = max(1, round(weights / (PROJECTIONS * TILE * TILE * tiles)))
     some = range(-(-min(all_blocks, wanted) // 2), min(all_blocks, wanted * 3 // 2) + 1)
     return min(some, key=lambda b: (-(-all_blocks // b) * b, b % 2, abs(b - wanted), -b))
 

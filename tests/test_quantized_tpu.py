@@ -82,11 +82,9 @@ def test_tiles_hold_the_planes_bits_where_the_page_says():
         part, word, i = row // 64, row % 64 // 8, row % 8
         found = bits(base.codes[0, 0, 0, projection, group], word, 4 * i + 2 * part, 2)
         assert found ^ 2 == q2[projection][at]
-        half = group // 2
         for level in (3, 4):
-            words = tiles[level].codes[0, projection, group % 2]
-            shift = 4 * i + 2 * part + (half if level == 3 else 1 - half)
-            assert bits(words, word, shift) == q[level][projection][at]
+            words = tiles[level].codes[0, projection, group // 2]
+            assert bits(words, word, 4 * i + 2 * part + group % 2) == q[level][projection][at]
         assert bits(tiles[8].codes[0, projection, group], row // 8, 4 * i, 4) ^ 8 == q[8][projection][at]
 
 
@@ -97,6 +95,20 @@ def test_all_widths_variants_and_biases_at_once(form, apart):
     rows, sizes = rows_and_sizes(1, [5, 0, 9, 1, 20, 0], 384)
     biases = biases_of(2, 3, 256, 384)
     compared(case, rows, sizes, biases, form=form, tolerance=TOLERANCE[form], interpret=CHECKED)
+
+
+@pytest.mark.parametrize(
+    ("form", "hidden", "group_size", "tile_rows"),
+    [("fp8", 512, 256, None), ("int8", 384, 384, 8), ("bf16", 512, 512, None), ("bf16", 768, 384, 64)],
+)
+def test_groups_longer_than_a_tile_have_one_scale(form, hidden, group_size, tile_rows):
+    """Stored once, and multiplied in one product; the whole hidden size too."""
+    widths = [widths_of(v, 2, 256, True) for v in range(2)]
+    case = Case.of("tiles", 16, 2, 256, hidden, True, widths, group_size=group_size)
+    assert case.arranged.base.scales.shape[-2:] == (hidden // group_size, TILE)
+    assert case.arranged.pages[8].ratios.size == case.resident.pages[8].ratios.size
+    rows, sizes = rows_and_sizes(17, [5, 0, 9, 1], hidden)
+    compared(case, rows, sizes, form=form, tile_rows=tile_rows, tolerance=TOLERANCE[form], interpret=CHECKED)
 
 
 @pytest.mark.slow
@@ -141,7 +153,7 @@ def test_many_rows_need_no_more_scalars():
     """The work list is of experts and steps; only the tiles' groups are as many as the rows."""
     sizes = [4096 * 8, 0]
     _, _, group, used = rows_in_tiles(jnp.array(sizes), sum(sizes), 256)
-    shape = Shape(256, 1, 3, 2, (3,), 1, "bf16")
+    shape = Shape(256, 1, 1, 3, 2, (3,), 1, "bf16")
     case = Case.of("tiles", 0, 2, 384, 128, False, [widths_of(0, 2, 384, False)])
     steps = steps_of(shape, group, used, 2, case.tables, 0)
     assert sum(a.size for a in jax.tree.leaves(steps)) < group.size + 100
@@ -149,7 +161,7 @@ def test_many_rows_need_no_more_scalars():
 
 def test_pages_in_order_come_in_runs_in_a_last_step_too():
     """Three blocks an expert, two a step: the last step begins at the second block, whose pages come with the run."""
-    shape = Shape(8, 1, 3, 2, (3,), 3, "bf16")
+    shape = Shape(8, 1, 1, 3, 2, (3,), 3, "bf16")
     slots = {3: jnp.arange(9).reshape(1, 1, 9)}
     steps = steps_of(shape, jnp.zeros(1, jnp.int32), jnp.asarray(1), 1, (slots,), 0)
     assert steps.fetches[3].run.tolist() == [0, 3, 6, 1, 4, 7] and steps.alone.tolist() == [0, 0]
@@ -209,7 +221,7 @@ def test_what_does_not_fit_tiles_is_an_error_that_says_so():
 def test_empty_pages_have_the_shape_of_pages():
     for level in LEVELS:
         made = Case.of("tiles", 0, 1, 128, 384, True, []).arranged.pages[level]  # two layers of three pages
-        assert jax.tree.map(jnp.shape, empty_pages(6, 1, level, 384)) == jax.tree.map(jnp.shape, made)
+        assert jax.tree.map(jnp.shape, empty_pages(6, 1, level, 384, 3)) == jax.tree.map(jnp.shape, made)
 
 
 @pytest.mark.parametrize("sizes", [[0, 0, 5], [16, 1, 0], [33, 0, 0], [1, 1, 1]])
@@ -388,7 +400,8 @@ for together, levels in ((1, (3, 4, 8)), (3, (3, 4, 8)), (3, (3,))):
     base, pages = t.tiled_shapes(2, layer, {})[0].base, {}
     for level in levels:
         slots = layer.experts * blocks * 3 // together
-        pages[level] = jax.eval_shape(functools.partial(empty_pages, slots, together, level, layer.hidden))
+        sizes = slots, together, level, layer.hidden, layer.hidden // t.TILE
+        pages[level] = jax.eval_shape(functools.partial(empty_pages, *sizes))
     table = {level: of((2, layer.experts, 3 // together * blocks), jnp.int32) for level in levels}
     rows, sizes = of((64, layer.hidden), jnp.bfloat16), of((layer.experts,), jnp.int32)
     run = lambda *a: t.quantized_experts_tpu(*a, 0, t.silu_gated, form=t.ROUNDED[chip], blocks=2)
