@@ -65,18 +65,20 @@ REGION_END = re.compile(r"empty region (\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """topology: a name that the compiler knows; clock in Hz and bandwidth of one core's memory in bytes a second."""
+    """topology: a name that the compiler knows; clock in Hz and bandwidth of one core's memory in bytes a second; unit:
+    rows and columns of a matrix unit."""
 
     topology: str
     clock: float
     bandwidth: float
+    unit: int
 
 
 CHIPS = {
-    "v5e": Chip("v5e:2x2", 1.5e9, 820e9),
-    "v5p": Chip("v5p:2x2x1", 1.75e9, 2765e9),
-    "v6e": Chip("v6e:2x2", 1.75e9, 1640e9),
-    "tpu7x": Chip("tpu7x:2x2x1", 1.9e9, 3700e9),
+    "v5e": Chip("v5e:2x2", 1.5e9, 820e9, 128),
+    "v5p": Chip("v5p:2x2x1", 1.75e9, 2765e9, 128),
+    "v6e": Chip("v6e:2x2", 1.75e9, 1640e9, 256),
+    "tpu7x": Chip("tpu7x:2x2x1", 1.9e9, 3700e9, 256),
 }
 
 
@@ -159,8 +161,12 @@ def loop_of(schedule: str) -> Loop | None:
 def write(path: Path | None, rows: list[dict[str, Any]]) -> None:
     """Rows of a benchmark, with what compiled them; nowhere without a path."""
     if path:
-        found = {"rows": rows, "jax": jax.__version__, "libtpu": version("libtpu")}
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps({"rows": rows, **versions()}, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of what compiles."""
+    return {"jax": jax.__version__, "libtpu": version("libtpu")}
 
 
 def known(dots: int, conditional: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:

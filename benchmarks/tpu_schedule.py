@@ -2,6 +2,7 @@
 
     python benchmarks/tpu_schedule.py [--chip v6e] [--shape olmoe-1b-7b] [--json PATH]
     python benchmarks/tpu_schedule.py --rows PATH      # the table of docs/kernels.md from rows that were written before
+    python benchmarks/tpu_schedule.py --peers PATH ..  # the peers' rows from there, of the same jax and libtpu
 
 Every kernel is compiled for the chip; cycles of a grid step are counted in its final schedule (``bundles.py``), bytes
 from what the step copies. Modelled time is the sum over steps of max(cycles / clock, bytes / bandwidth). Kernels:
@@ -12,11 +13,11 @@ from what the step copies. Modelled time is the sum over steps of max(cycles / c
                        the two is not counted
     tokamax bf16, int8, int4   its ``ragged_dot``, in the same way, at 64 tokens; its weights have one scale a channel
 
-"bits" is with scales, 0.125 bits a weight in ours. ``form`` is what the matrix unit multiplies: bfloat16, or
-activations quantized a row at a time, int8 on v5e, v5p and v6e and fp8 on TPU7x. Tokens choose experts at random (seed
-0); prefill is 2,048 of them. A step of a peer is what runs in each and its longest ``pl.when``, the product; of ours
-all that it runs. Pages lie as a baseline's do, one after the other. What XLA does around a kernel is not counted:
-sorting rows, and in ours the work list.
+"bits" is with scales, one for each ``group`` of weights in ours, 0.0625 or 0.125 bits a weight. ``form`` is what the
+matrix unit multiplies: bfloat16, or activations quantized a row at a time, int8 on v5e, v5p and v6e and fp8 on TPU7x.
+Tokens choose experts at random (seed 0); prefill is 2,048 of them. A step of a peer is what runs in each and its
+longest ``pl.when``, the product; of ours all that it runs. Pages lie as a baseline's do, one after the other. What XLA
+does around a kernel is not counted: sorting rows, and in ours the work list.
 ``over_bandwidth_bound``: time over that of the kernel's own weight bytes at full bandwidth. ``speedup_vs_bf16``: over
 megablox.
 """
@@ -45,12 +46,12 @@ from dynamo_jax.kernels.tiles import TILE, TiledBase, TiledResident, empty_pages
 from dynamo_jax.kernels.tpu_steps import blocks_of_step, rows_of_tile
 from dynamo_jax.models.experts import silu_gated
 
-SCALE_BITS = 16 / TILE
+GROUPS = (256, 128)  # weights that share a scale: those of the demo, and one tile's
 LAYERS = 16  # in the arrays that the kernel reads: the compiler would keep those of one layer in fast memory
 ROUNDED = {"v5e": "int8", "v5p": "int8", "v6e": "int8", "tpu7x": "fp8"}
 
 
-def arguments(layer: Layer, tokens: int, levels: tuple[int, ...], group: int = TILE) -> tuple[Any, ...]:
+def arguments(layer: Layer, tokens: int, levels: tuple[int, ...], group: int) -> tuple[Any, ...]:
     """Shapes of what one layer's experts take, with slots for all pages of ``LAYERS``."""
     of = jax.ShapeDtypeStruct
     resident, table = tiled_shapes(LAYERS, layer, dict.fromkeys(levels, 1.0), group)
@@ -58,7 +59,7 @@ def arguments(layer: Layer, tokens: int, levels: tuple[int, ...], group: int = T
     return rows, of((layer.experts,), jnp.int32), resident, (table,)
 
 
-def tiled_shapes(layers: int, layer: Layer, shares: dict[int, float], group: int = TILE) -> tuple[TiledResident, Any]:
+def tiled_shapes(layers: int, layer: Layer, shares: dict[int, float], group: int) -> tuple[TiledResident, Any]:
     """Shapes of the planes of some layers, with slots for a share of each level's pages (of one projection each), and
     of a page table."""
     of = jax.ShapeDtypeStruct
@@ -75,9 +76,7 @@ def tiled_shapes(layers: int, layer: Layer, shares: dict[int, float], group: int
 
 
 @functools.cache
-def our_loop(
-    chip: str, layer: Layer, tokens: int, levels: tuple[int, ...], form: str, group: int = TILE
-) -> bundles.Loop:
+def our_loop(chip: str, layer: Layer, tokens: int, levels: tuple[int, ...], form: str, group: int) -> bundles.Loop:
     def experts(rows: Any, sizes: Any, resident: Any, tables: Any) -> Any:
         return quantized_experts_tpu(rows, sizes, resident, tables, 0, silu_gated, form=form)
 
@@ -85,20 +84,20 @@ def our_loop(
     return next(loop for name, loop in loops.items() if name.startswith("experts_"))
 
 
-def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str) -> tuple[float, float]:
+def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str, group: int) -> tuple[float, float]:
     """Seconds, and those of the weight bytes alone. widths: (E, 2) of gate and up, and of down."""
     at = bundles.CHIPS[chip]
     levels = (3, 4) if (widths > 2).any() else ()  # one program for all plans but the one that never reads more
     count = tokens * layer.chosen
-    rows, groups = rows_of_tile(count, layer.experts), layer.hidden // TILE
-    blocks = layer.channels // TILE
-    per_step = blocks_of_step(groups, blocks, rows)
+    hidden, rows = filled(layer.hidden, group), rows_of_tile(count, layer.experts)
+    blocks, tiles_of_block = layer.channels // TILE, hidden // TILE
+    per_step = blocks_of_step(tiles_of_block, blocks, rows, at.unit)
     own_steps = -(-blocks // per_step)
     # programs differ in M only, so one is compiled for all numbers of tokens that have it
     like = min(t for t in TOKENS if rows_of_tile(t * layer.chosen, layer.experts) == rows)
     # pages lie one after the other: what holds loops, over pages that lie alone, runs in the very first step if at all;
     # without levels the first step's copies have no loops and are counted in all
-    loop = our_loop(chip, layer, like, levels, form).without_holders()
+    loop = our_loop(chip, layer, like, levels, form, group).without_holders()
     paths = (2, *levels)
     ends = (0, 0)
     regions = loop.regions
@@ -112,13 +111,15 @@ def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str) ->
     for expert, size in enumerate(sizes_of(layer, tokens)):
         tiles = -(-size // rows)
         inner, outer = widths[expert]
-        bits = (2 * inner + outer) / 3 + SCALE_BITS
-        own_bytes = 3 * layer.channels * layer.hidden * bits / 8
+        bits = (2 * inner + outer) / 3 + 16 / group
+        own_bytes = 3 * layer.channels * hidden * bits / 8
         weights += own_bytes if size else 0
-        # blocks that a last step has once more, and pages of an odd number of groups
-        again = (own_steps * per_step / blocks - 1) * bits + (groups % 2 / groups) * (bits - 2 - SCALE_BITS)
-        own_bytes += 3 * layer.channels * layer.hidden * again / 8
-        moved = 2 * rows * layer.hidden * 2  # a tile's rows in and out, bfloat16
+        # blocks that a last step has once more, and pages of an odd number of tiles
+        again = (own_steps * per_step / blocks - 1) * bits + (tiles_of_block % 2 / tiles_of_block) * (
+            bits - 2 - 16 / group
+        )
+        own_bytes += 3 * layer.channels * hidden * again / 8
+        moved = 2 * rows * hidden * 2  # a tile's rows in and out, bfloat16
         for step in range(own_steps):
             found = always + cycles[max(inner, outer)] + (step == 0) * ends[0] + (step == own_steps - 1) * ends[1]
             own = own_bytes / own_steps + moved * (step == 0)
@@ -208,48 +209,54 @@ PEERS = {
 }
 
 
-def rows_for(chip: str, name: str, tokens: int) -> list[dict[str, Any]]:
+def rows_for(chip: str, name: str, tokens: int, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """before: rows of peers that were found before, which are taken as they are."""
     layer, out = SHAPES[name], []
     sizes = sizes_of(layer, tokens)
-    reference = None
 
-    def add(kernel: str, bits: float, form: str, seconds: float, bound: float) -> None:
-        row = {"chip": chip, "shape": name, "tokens": tokens, "kernel": kernel, "bits": bits, "form": form}
-        row |= {"modelled_us": seconds * 1e6, "speedup_vs_bf16": reference / seconds if reference else 1.0}
-        row |= {"over_bandwidth_bound": seconds / bound}
-        out.append(row)
+    def print_row(row: dict[str, Any]) -> None:
         print(
-            f"{chip:6s} {name:17s} {tokens:5d}  {kernel:14s} {form:5s} {bits:6.3f} {row['modelled_us']:10.1f} "
-            f"{row['speedup_vs_bf16']:7.2f} {row['over_bandwidth_bound']:7.2f}",
+            f"{chip:6s} {name:17s} {tokens:5d}  {row['kernel']:14s} {row['form']:5s} {row['bits']:6.3f} "
+            f"{row['modelled_us']:10.1f} {row['speedup_vs_bf16']:7.2f} {row['over_bandwidth_bound']:7.2f}",
             flush=True,
         )
 
+    def add(kernel: str, bits: float, form: str, seconds: float, bound: float, **more: Any) -> None:
+        row = {"chip": chip, "shape": name, "tokens": tokens, "kernel": kernel, "bits": bits, "form": form, **more}
+        reference = out[0]["modelled_us"] if out else seconds * 1e6
+        row |= {"modelled_us": seconds * 1e6, "speedup_vs_bf16": reference / (seconds * 1e6)}
+        row |= {"over_bandwidth_bound": seconds / bound}
+        out.append(row)
+        print_row(row)
+
     for kernel, (bits, make) in PEERS.items():
-        if tokens != 64 and reference:
+        if tokens != 64 and out:
+            continue
+        if row := found(before, chip=chip, shape=name, tokens=tokens, kernel=kernel):
+            out.append(row)
+            print_row(row)
             continue
         fixed = (chip, tokens * layer.chosen, layer.experts)
         both = ((layer.hidden, 2 * layer.channels), (layer.channels, layer.hidden))
         parts = [grouped(*fixed, *shape, sizes, bits, make) for shape in both]
         seconds, bound = (sum(values) for values in zip(*parts))
-        if reference is None:
-            reference = seconds
         add(kernel, bits, "bf16", seconds, bound)
     mixed = np.array([(i % 3 + 2, i // 3 % 3 + 2) for i in np.random.default_rng(1).permutation(layer.experts)])
     plans = {f"ours {w}": np.full((layer.experts, 2), w) for w in (2, 3, 4)} | {"ours mixed": mixed}
     forms = (ROUNDED[chip], "bf16") if tokens == 64 else ("bf16",) if tokens == PREFILL else (ROUNDED[chip],)
-    for form in forms:
+    for group, form in itertools.product(GROUPS, forms):
         for kernel, widths in plans.items():
-            if kernel == "ours 2" and form == "bf16":
+            if form == "bf16" and (kernel == "ours 2" or group != GROUPS[0]):
                 continue
             used = sizes > 0
-            bits = float((2 * widths[used, 0] + widths[used, 1]).mean() / 3 + SCALE_BITS)
-            add(kernel, bits, form, *ours(chip, layer, tokens, widths, form))
+            bits = float((2 * widths[used, 0] + widths[used, 1]).mean() / 3 + 16 / group)
+            add(kernel, bits, form, *ours(chip, layer, tokens, widths, form, group), group=group)
     return out
 
 
 def found(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any] | None:
     """The first row that has these values."""
-    return next((row for row in rows if all(row[key] == value for key, value in wanted.items())), None)
+    return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
 
 
 def over_uniform(rows: list[dict[str, Any]], **of: Any) -> float | None:
@@ -265,8 +272,8 @@ def over_uniform(rows: list[dict[str, Any]], **of: Any) -> float | None:
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Of each chip, layer and number of tokens: times as fast as megablox, and over the time of the bytes."""
 
-    def cell(of: dict[str, Any], kernel: str, bound: bool = True) -> str:
-        row = found(rows, kernel=kernel, **of)
+    def cell(of: dict[str, Any], kernel: str, group: int | None, bound: bool = True) -> str:
+        row = found(rows, kernel=kernel, group=group, **of)
         if row is None:
             return ""
         return f"{row['speedup_vs_bf16']:.2f}" + (f" ({row['over_bandwidth_bound']:.2f})" if bound else "")
@@ -274,21 +281,23 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for chip, name, tokens in dict.fromkeys((row["chip"], row["shape"], row["tokens"]) for row in rows):
         at = {"chip": chip, "shape": name, "tokens": tokens}
         own, plain = at | {"form": ROUNDED[chip]}, at | {"form": "bf16"}
+        long, short = GROUPS
         if tokens == PREFILL:
-            last = " / ".join(cell(plain, f"ours {plan}", bound=False) for plan in ("4", "3", "mixed"))
-            cells = [""] * 5 + [last]
+            last = " / ".join(cell(plain, f"ours {plan}", long, bound=False) for plan in ("4", "3", "mixed"))
+            cells = [""] * 7 + [last]
         else:
-            each = [cell(own, f"ours {plan}") for plan in ("4", "3", "mixed", "2")]
-            cells = [cell(plain, "tokamax int4"), *each, cell(plain, "ours mixed")]
+            each = [cell(own, f"ours {plan}", long) for plan in ("4", "3", "mixed", "2")]
+            each += [cell(own, f"ours {plan}", short) for plan in ("4", "mixed")]
+            cells = [cell(plain, "tokamax int4", None), *each, cell(plain, "ours mixed", long)]
         print(f"| {chip} | {name} | {tokens:,} | {' | '.join(cells)} |")
     print("\nmixed over uniform plans of the same bytes, least and most")
-    for chip in dict.fromkeys(row["chip"] for row in rows):
+    for chip, group in itertools.product(dict.fromkeys(row["chip"] for row in rows), GROUPS):
         ratios = []
         for name, tokens in itertools.product(SHAPES, TOKENS):
-            ratio = over_uniform(rows, chip=chip, shape=name, tokens=tokens, form=ROUNDED[chip])
+            ratio = over_uniform(rows, chip=chip, shape=name, tokens=tokens, form=ROUNDED[chip], group=group)
             ratios += [] if ratio is None else [(ratio, name, tokens)]
-        for ratio, name, tokens in (min(ratios), max(ratios)):
-            print(f"{chip:6s} {ratio - 1:+.1%} ({name}, {tokens} tokens)")
+        for ratio, name, tokens in (min(ratios), max(ratios)) if ratios else ():
+            print(f"{chip:6s} groups of {group} {ratio - 1:+.1%} ({name}, {tokens} tokens)")
 
 
 def main() -> None:
@@ -298,6 +307,7 @@ def main() -> None:
     parser.add_argument("--tokens", action="append", type=int, choices=TOKENS, help="all by default")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rows", type=Path, help="print the table of these rows and compile nothing")
+    parser.add_argument("--peers", type=Path, help="take the peers' rows from here; found with the same compiler")
     chosen = parser.parse_args()
     if chosen.rows:
         return print_table(json.loads(chosen.rows.read_text())["rows"])
@@ -306,11 +316,17 @@ def main() -> None:
         f"{'chip':6s} {'shape':17s} tokens  {'kernel':14s} form  {'bits':>6s} {'modelled us':>11s} "
         f"{'speedup':>7s} {'/ bound':>7s}"
     )
+    before: list[dict[str, Any]] = []
+    if chosen.peers:
+        of = json.loads(chosen.peers.read_text())
+        if any(of[key] != value for key, value in bundles.versions().items()):
+            parser.error(f"{chosen.peers} was found with other versions than {bundles.versions()}")
+        before = [row for row in of["rows"] if row["kernel"] in PEERS]
     rows: list[dict[str, Any]] = []
     for chip in chosen.chip or ("v5e", "v6e", "tpu7x"):
         for name in chosen.shape or SHAPES:
             for tokens in chosen.tokens or TOKENS:
-                rows += rows_for(chip, name, tokens)
+                rows += rows_for(chip, name, tokens, before)
                 bundles.write(chosen.json, rows)
 
 

@@ -36,6 +36,7 @@ from dynamo_jax.kernels.tpu_steps import (
     Shape,
     Steps,
     blocks_of_step,
+    matrix_unit,
     rows_of_tile,
     steps_of,
 )
@@ -81,7 +82,7 @@ def quantized_experts_tpu(
     )
     units = max([PROJECTIONS // resident.pages[level].codes.shape[1] for level in levels], default=1)
     tile_rows = tile_rows or rows_of_tile(count, num_experts)
-    blocks = min(blocks or blocks_of_step(tiles, all_blocks, tile_rows), all_blocks)
+    blocks = min(blocks or blocks_of_step(tiles, all_blocks, tile_rows, matrix_unit()), all_blocks)
     form = "bf16" if tile_rows >= MANY_ROWS else form
     alike = tiles // resident.base.scales.shape[4]
     shape = Shape(tile_rows, tiles, alike, all_blocks, blocks, levels, units, form)
@@ -317,8 +318,11 @@ def _body(
         def _run(width: int = width) -> None:
             planes = StepPlanes(shape, width, steps, own.number, scratch.planes, turn)
             (_many_rows if shape.many else _few_rows)(shape, planes, own.first, step, inputs, activation, scratch)
+            if shape.steps == 1:
+                end()
 
-    end() if shape.steps == 1 else pl.when(ends)(end)
+    if shape.steps > 1:
+        pl.when(ends)(end)
 
 
 def _in_form(scaled: Float[Array, "M K"], form: str) -> Array:

@@ -13,6 +13,7 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int
 
 from dynamo_jax.kernels.layout import PROJECTIONS, PageTable
@@ -92,10 +93,19 @@ class Shape(NamedTuple):
         return PROJECTIONS // self.units
 
 
-def blocks_of_step(tiles: int, all_blocks: int, tile_rows: int) -> int:
+def matrix_unit() -> int:
+    """Rows of weights that a matrix unit of the chip multiplies by at once; on no TPU those of v5e."""
+    try:
+        return pltpu.get_tpu_info().mxu_column_size
+    except ValueError:
+        return TILE
+
+
+def blocks_of_step(tiles: int, all_blocks: int, tile_rows: int, unit: int) -> int:
     """B: about as many as a step should have, between half and one and a half times that, so that the steps have as few
-    blocks twice as can be, and pairs of blocks if they can be had."""
-    weights = STEP_WEIGHTS if tile_rows < MANY_ROWS else STEP_WEIGHTS // 2
+    blocks twice as can be, and pairs of blocks if they can be had. ``unit``: as ``matrix_unit`` says; what more blocks
+    save where rows are many, adding up in memory, a small one saves nothing of."""
+    weights = STEP_WEIGHTS if tile_rows < MANY_ROWS or unit > TILE else STEP_WEIGHTS // 2
     wanted = max(1, round(weights / (PROJECTIONS * TILE * TILE * tiles)))
     some = range(-(-min(all_blocks, wanted) // 2), min(all_blocks, wanted * 3 // 2) + 1)
     return min(some, key=lambda b: (-(-all_blocks // b) * b, b % 2, abs(b - wanted), -b))

@@ -27,7 +27,7 @@ from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, BasePlanes, Pages, unp
 from dynamo_jax.kernels.quantized_tpu import FORMS, quantized_experts_tpu
 from dynamo_jax.kernels.rows import rows_in_tiles
 from dynamo_jax.kernels.tiles import TILE, empty_pages, tiled_base, tiled_pages
-from dynamo_jax.kernels.tpu_steps import Shape, blocks_of_step, rows_of_tile, steps_of
+from dynamo_jax.kernels.tpu_steps import Shape, blocks_of_step, matrix_unit, rows_of_tile, steps_of
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, with_parameters
@@ -238,8 +238,11 @@ def test_every_row_has_one_place_in_a_tile_of_its_group(sizes):
 def test_tiles_of_rows_hold_most_groups_and_steps_divide_the_blocks():
     assert [rows_of_tile(n, 64) for n in (1, 64, 512, 1024)] == [8, 8, 16, 24]
     assert rows_of_tile(128 * 64, 64) == 192 and rows_of_tile(10**6, 8) == 256
-    assert [blocks_of_step(g, n, 64) for g, n in ((16, 8), (16, 11), (23, 23), (100, 1))] == [4, 4, 4, 1]
-    assert [blocks_of_step(g, n, 16) for g, n in ((16, 8), (16, 6), (16, 11), (32, 112), (23, 23))] == [8, 6, 11, 4, 6]
+    assert [blocks_of_step(g, n, 64, 128) for g, n in ((16, 8), (16, 11), (23, 23), (100, 1))] == [4, 4, 4, 1]
+    for rows, unit in ((16, 128), (64, 256)):
+        found = [blocks_of_step(g, n, rows, unit) for g, n in ((16, 8), (16, 6), (16, 11), (32, 112), (23, 23))]
+        assert found == [8, 6, 11, 4, 6]
+    assert matrix_unit() == 128  # here
 
 
 CONFIG = ModelConfig(
@@ -378,7 +381,7 @@ import tpu_schedule as t
 chip, tokens, out = sys.argv[1], int(sys.argv[2]), {}
 for name, layer in t.SHAPES.items():
     run = lambda *a: t.quantized_experts_tpu(*a, 0, t.silu_gated, form=t.ROUNDED[chip], blocks=1)
-    loops = bundles.compiled(bundles.CHIPS[chip], run, *t.arguments(layer, tokens, (3, 4)))[1]
+    loops = bundles.compiled(bundles.CHIPS[chip], run, *t.arguments(layer, tokens, (3, 4), 256))[1]
     out[name] = [loop.total for n, loop in loops.items() if n.startswith("experts_")]
 print(json.dumps(out))
 """
@@ -397,7 +400,7 @@ from dynamo_jax.kernels.tiles import TiledResident, empty_pages
 chip, layer, of = sys.argv[1], t.SHAPES["olmoe-1b-7b"], jax.ShapeDtypeStruct
 blocks, found = layer.channels // t.TILE, []
 for together, levels in ((1, (3, 4, 8)), (3, (3, 4, 8)), (3, (3,))):
-    base, pages = t.tiled_shapes(2, layer, {})[0].base, {}
+    base, pages = t.tiled_shapes(2, layer, {}, t.TILE)[0].base, {}
     for level in levels:
         slots = layer.experts * blocks * 3 // together
         sizes = slots, together, level, layer.hidden, layer.hidden // t.TILE
