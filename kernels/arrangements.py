@@ -31,13 +31,16 @@ class Arrangement(NamedTuple):
 ARRANGEMENTS = {
     "planes": Arrangement(Resident, lambda base: base, lambda pages, _, __: pages, layout.empty_pages),
     "tiles": Arrangement(
-        tiles.TiledResident, tiles.tiled_base, tiles.tiled_pages, lambda *size: tiles.empty_pages(*size[:4], size[5])
+        tiles.TiledResident,
+        tiles.tiled_base,
+        tiles.tiled_pages,
+        lambda count, together, level, hidden, _, groups: tiles.empty_pages(count, together, level, hidden, groups),
     ),
     "fragments": Arrangement(
         fragments.FragmentResident,
         fragments.fragment_base,
         fragments.fragment_pages,
-        lambda *size: fragments.empty_pages(*size[:4]),
+        lambda count, together, level, hidden, *_: fragments.empty_pages(count, together, level, hidden),
     ),
 }
 

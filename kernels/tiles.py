@@ -93,8 +93,8 @@ def empty_pages(count: int, together: int, level: int, hidden_size: int, num_gro
     return TiledPages(jnp.zeros((count, together, *words, TILE), jnp.int32), ratios)
 
 
-def _scales(array: Float[np.ndarray, "*S 128 K"], hidden_size: int) -> Float[np.ndarray, "*S K 128"]:
-    """Channels as lanes."""
+def _scales(array: Float[np.ndarray, "*S 128 K"], hidden_size: int) -> Any:
+    """(*S, K, 128): channels as lanes."""
     group = hidden_size // array.shape[-1]
     if group % TILE:
         raise ValueError(f"groups of {group} weights: tiles need multiples of {TILE}")
