@@ -23,7 +23,8 @@ in which planes that are not read are zeros. The last plane has nibbles of its o
 So one shift of both words, or none, puts bits of the 3-bit plane beside those of the 4-bit plane, two for each nibble
 as in a word of the base plane.
 
-Pages keep their slots and are of the same bytes as in ``layout.py``, but that ratios are bfloat16.
+Pages keep their slots and all is of the same bytes as in ``layout.py``, but that ratios are bfloat16, and that scales
+and ratios are repeated where a group is longer than 128.
 
 Axes: L layers, E experts, N blocks of 128 channels, P = 3 projections, D hidden, X = D / 64 tiles of a block and
 projection: of gate and up first those of channels 0..63, then of 64..127; Q pages of a level, p projections of a page.
