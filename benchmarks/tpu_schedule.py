@@ -307,7 +307,9 @@ def main() -> None:
     parser.add_argument("--tokens", action="append", type=int, choices=TOKENS, help="all by default")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rows", type=Path, help="print the table of these rows and compile nothing")
-    parser.add_argument("--peers", type=Path, help="take the peers' rows from here; found with the same compiler")
+    parser.add_argument(
+        "--peers", type=Path, help="take the peers' rows from here; of the same compiler, sizes and chips"
+    )
     chosen = parser.parse_args()
     if chosen.rows:
         return print_table(json.loads(chosen.rows.read_text())["rows"])

@@ -2,9 +2,9 @@
 
 A grid step takes one tile of rows of one expert and some of its channel blocks: gate and up are multiplied, the
 activation is applied, and what the blocks' channels add to the outputs is summed in fast memory. The planes come packed
-(``tiles.py``); whole words are masked and merged into signed nibbles, which the core itself widens to what its matrix
-unit multiplies. A block whose variant reads fewer planes has the bits of the others masked away, so blocks of different
-widths share one straight run of instructions; only whether a step reads 3, 4 or 8 bits at all chooses between programs.
+(``tiles.py``); whole words are merged into signed nibbles, which the core itself widens to what its matrix unit
+multiplies. A block whose variant reads fewer planes has zeros in place of the others, so blocks of different widths
+share one straight run of instructions; only whether a step reads 3, 4 or 8 bits at all chooses between programs.
 Where rows are few, scales are never multiplied into weights: each group of hidden is one matrix product, scaled
 after it in gate and up, and before it, in the few rows of hidden channels, in down. Planes are copied a step ahead, of
 pages those that are read; those of all blocks of a step in one piece where they lie one after the other.
@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, BFloat16, Float, Int
 
-from dynamo_jax.kernels.layout import PROJECTIONS, PageTable
+from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, PageTable
 from dynamo_jax.kernels.rows import rows_in_tiles
 from dynamo_jax.kernels.tiles import TILE, TiledResident
 from dynamo_jax.kernels.tpu_planes import StepPlanes, no_pages
@@ -77,9 +77,10 @@ def quantized_experts_tpu(
     if count == 0:
         return rows
     all_blocks, tiles = resident.base.codes.shape[2], resident.base.codes.shape[4]
-    levels = tuple(
-        level for level, pages in resident.pages.items() if pages.codes.shape[0] and any(level in t for t in tables)
-    )
+    there = [level for level, pages in resident.pages.items() if pages.codes.shape[0]]
+    levels = tuple(level for level in LEVELS if level in there and any(level in t for t in tables))
+    if levels != LEVELS[: len(levels)]:
+        raise ValueError(f"planes of {levels} bits are read, but those of {LEVELS} refine each other in turn")
     units = max([PROJECTIONS // resident.pages[level].codes.shape[1] for level in levels], default=1)
     tile_rows = tile_rows or rows_of_tile(count, num_experts)
     blocks = min(blocks or blocks_of_step(tiles, all_blocks, tile_rows, matrix_unit()), all_blocks)
@@ -129,7 +130,7 @@ def _call(
     for level in shape.levels:
         own = [a for a in resident.pages[level] if a is not None]
         inputs["pages"][level] = [by_hand(a) for a in own]
-        buffers[level] = [pltpu.VMEM((shape.places + 1, *a.shape[1:]), a.dtype) for a in own]
+        buffers[level] = [pltpu.VMEM((shape.places + (level != 8), *a.shape[1:]), a.dtype) for a in own]
     if biases is not None:
         inner = jnp.stack([b.astype(jnp.float32) for b in biases[:2]], axis=1)
         inner = jnp.moveaxis(inner.reshape(inner.shape[0], 2, -1, TILE), 2, 1)  # (E, N, 2, 128)
@@ -177,8 +178,8 @@ class _Scratch(NamedTuple):
     step's gate and up, (B, 2, 2, K, 128), and down_scales of its down, (2, .., K, 128 blocks), those of the last plane
     behind those of the others; rows of them are read from memory, which spreads them over registers at no cost; total:
     (M, D) the outputs; planes: by level, of this step and of the next, codes and scales of the base, (2, B, ..) each,
-    and codes and ratios of the pages, (2*B*U + 1, ..) each, the last of them zeros, which are read in place of pages
-    that a block does not read; copied: a semaphore for each of the two."""
+    and codes and ratios of the pages, (2*B*U, ..) each, of 3 and 4 bits with zeros behind them, which are read in place
+    of pages that a block does not read; copied: a semaphore for each of the two."""
 
     x: Any
     x_scale: Any
@@ -421,7 +422,7 @@ def _few_rows(
     parts = [list(blocks[k : k + DOWN_BLOCKS]) for k in range(0, shape.blocks, DOWN_BLOCKS)]
     hidden: dict[int, Float[Array, "M 128"]] = {}
     offsets: list[Float[Array, "M 256"]] = []  # what z adds to gate and up of each block
-    largest: dict[tuple[int, bool], Float[Array, "G 1"]] = {}  # scale of down in each part
+    largest: dict[tuple[int, bool], Float[Array, "K 1"]] = {}  # scale of down in each part
 
     def begin() -> None:
         """All that needs no hidden channel: scales to where rows of them are read, and offsets."""
@@ -491,9 +492,10 @@ def _few_rows(
 
 
 def _dot(a: Float[Array, "M K"], b: Float[Array, "K N"], transposed: bool = False) -> Float[Array, "M N"]:
-    """One pass in bfloat16, of ``b`` (N, K) where it is transposed."""
+    """One pass in bfloat16, of ``b`` (N, K) where it is transposed; a sum in float32 where the product has one
+    column, which Pallas does not multiply."""
     dims = (((1,), (1 if transposed else 0,)), ((), ()))
-    if transposed and b.shape[0] == 1:  # a product of one column is none that Pallas knows
+    if transposed and b.shape[0] == 1:
         return (a * b).sum(axis=1, keepdims=True)
     operands = (a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
     return jax.lax.dot_general(*operands, dims, preferred_element_type=jnp.float32)

@@ -111,19 +111,19 @@ def _packed(codes: UInt8[np.ndarray, "*S 128 Dp"], level: int, projection: Int[n
     size, lead = q.shape[-1], q.shape[:-2]
     if size % TILE:
         raise ValueError(f"{size} hidden are not tiles of {TILE}")
-    groups = size // TILE
-    by_channel = np.swapaxes(q.reshape(*lead, TILE, groups, TILE), -3, -2)  # (.., G, channel, hidden)
+    count = size // TILE
+    by_channel = np.swapaxes(q.reshape(*lead, TILE, count, TILE), -3, -2)  # (.., G, channel, hidden)
     tiles = np.where((projection == DOWN)[..., None, None, None], by_channel, np.swapaxes(by_channel, -1, -2))
     if level == 2:
         tiles = tiles ^ 2  # n is signed
     if level == 8:
         tiles = tiles ^ 8
     else:
-        tiles = tiles.reshape(*lead, groups, 2, TILE // 2, TILE)  # halves of the rows
+        tiles = tiles.reshape(*lead, count, 2, TILE // 2, TILE)  # halves of the rows
     if level in (3, 4):
-        tiles = np.pad(tiles, [(0, 0)] * len(lead) + [(0, groups % 2)] + [(0, 0)] * 3)
-        pairs = tiles.reshape(*lead, -(-groups // 2), 2, 2, TILE // 2, TILE)
-        tiles = pairs.swapaxes(-3, -4).reshape(*lead, -(-groups // 2), 4, TILE // 2, TILE)  # half, then tile
+        tiles = np.pad(tiles, [(0, 0)] * len(lead) + [(0, count % 2)] + [(0, 0)] * 3)
+        pairs = tiles.reshape(*lead, -(-count // 2), 2, 2, TILE // 2, TILE)
+        tiles = pairs.swapaxes(-3, -4).reshape(*lead, -(-count // 2), 4, TILE // 2, TILE)  # half, then tile
     # (.., parts of a nibble, rows, lanes): rows to words and nibbles, parts to bits
     parts = 1 if level == 8 else tiles.shape[-3]
     words = tiles.reshape(*lead, tiles.shape[len(lead)], parts, tiles.shape[-2] // SUBLANES, SUBLANES, TILE).astype(

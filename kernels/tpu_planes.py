@@ -1,7 +1,7 @@
 """How the TPU kernel reads planes that are in fast memory: bits of words to nibbles, and scales.
 
-A block whose variant reads fewer planes has zeros in place of the others: their pages are read at another address, so
-that blocks of different widths are read by the same instructions and none of these masks anything away.
+A block whose variant reads fewer planes has zeros in place of the others, which are read at another address (of the
+last plane a scale of zero), so that blocks of different widths are read by the same instructions and nothing is masked.
 
 Axes: K groups of hidden with scales of their own.
 """
