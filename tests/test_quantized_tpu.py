@@ -250,7 +250,7 @@ def test_tiles_of_rows_hold_most_groups_and_steps_divide_the_blocks():
 
 CONFIG = ModelConfig(
     vocab_size=61,
-    hidden_size=192,  # filled up to 256
+    hidden_size=320,  # filled up to two groups
     intermediate_size=128,
     num_hidden_layers=2,
     num_attention_heads=4,
@@ -274,7 +274,7 @@ def test_the_run_time_adapts_and_switches_with_planes_in_tiles(tokenizer_file, c
     rng = np.random.default_rng(0)
     known = {n: " ".join(f"w{i}" for i in rng.integers(a, a + 20, 2000)) for n, a in (("low", 3), ("high", 35))}
     settings = QuantizeConfig(
-        bits=4.0, channel_block=128, group_size=128, window=64, calibration_windows=16, quantizer="rtn"
+        bits=4.0, channel_block=128, group_size=256, window=64, calibration_windows=16, quantizer="rtn"
     )
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
     model = quantize(Decoder(CONFIG, rngs=nnx.Rngs(0)), tokenizer, known, settings)[0]
@@ -308,7 +308,7 @@ def test_generation_runs_the_kernel_in_a_loop_over_the_layers(monkeypatch):
     rng = np.random.default_rng(0)
     known = {n: " ".join(f"word{i}" for i in rng.integers(a, a + 20, 3000)) for n, a in (("low", 3), ("high", 35))}
     settings = QuantizeConfig(
-        bits=4.0, channel_block=128, group_size=128, window=64, calibration_windows=16, quantizer="rtn"
+        bits=4.0, channel_block=128, group_size=256, window=64, calibration_windows=16, quantizer="rtn"
     )
     tokenizer = load_tokenizer(BUNDLED)
     decoder = Decoder(dataclasses.replace(CONFIG, vocab_size=tokenizer.get_vocab_size()), rngs=nnx.Rngs(0))
