@@ -84,9 +84,8 @@ class StepPlanes:
         """Of two tiles; they are asked for one soon after the other."""
         at = (k, projection, pair)
         if at not in self._rests:
-            levels = [level for level in (3, 4) if level <= self.path and level in self.shape.levels]
-            three, four = [*(self._page(level, 0, k, projection)[pair] for level in levels), None][:2]
-            self._rests[at] = _of_tiles(three, four)
+            four = None if self.path == 3 else self._page(4, 0, k, projection)[pair]
+            self._rests[at] = _of_tiles(self._page(3, 0, k, projection)[pair], four)
         return self._rests[at]
 
     def last_tile(self, k: int, projection: int, tile: int) -> Int4[Array, "128 128"]:
