@@ -209,7 +209,9 @@ PEERS = {
 }
 
 
-def rows_for(chip: str, name: str, tokens: int, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def rows_for(
+    chip: str, name: str, tokens: int, groups: tuple[int, ...], before: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """before: rows of peers that were found before, which are taken as they are."""
     layer, out = SHAPES[name], []
     sizes = sizes_of(layer, tokens)
@@ -244,9 +246,9 @@ def rows_for(chip: str, name: str, tokens: int, before: list[dict[str, Any]]) ->
     mixed = np.array([(i % 3 + 2, i // 3 % 3 + 2) for i in np.random.default_rng(1).permutation(layer.experts)])
     plans = {f"ours {w}": np.full((layer.experts, 2), w) for w in (2, 3, 4)} | {"ours mixed": mixed}
     forms = (ROUNDED[chip], "bf16") if tokens == 64 else ("bf16",) if tokens == PREFILL else (ROUNDED[chip],)
-    for group, form in itertools.product(GROUPS, forms):
+    for group, form in itertools.product(groups, forms):
         for kernel, widths in plans.items():
-            if form == "bf16" and (kernel == "ours 2" or group != GROUPS[0]):
+            if form == "bf16" and (kernel == "ours 2" or group != groups[0]):
                 continue
             used = sizes > 0
             bits = float((2 * widths[used, 0] + widths[used, 1]).mean() / 3 + 16 / group)
@@ -305,6 +307,7 @@ def main() -> None:
     parser.add_argument("--chip", action="append", choices=list(bundles.CHIPS), help="v5e, v6e and tpu7x by default")
     parser.add_argument("--shape", action="append", choices=list(SHAPES), help="all by default")
     parser.add_argument("--tokens", action="append", type=int, choices=TOKENS, help="all by default")
+    parser.add_argument("--group", action="append", type=int, help=f"weights that share a scale, {GROUPS} by default")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rows", type=Path, help="print the table of these rows and compile nothing")
     parser.add_argument(
@@ -313,6 +316,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.rows:
         return print_table(json.loads(chosen.rows.read_text())["rows"])
+    if any(group < TILE or group % TILE for group in chosen.group or ()):
+        parser.error(f"groups are multiples of {TILE} weights, not {chosen.group}")
     sys.argv = sys.argv[:1]  # a peer reads flags of its own there
     print(
         f"{'chip':6s} {'shape':17s} tokens  {'kernel':14s} form  {'bits':>6s} {'modelled us':>11s} "
@@ -328,7 +333,7 @@ def main() -> None:
     for chip in chosen.chip or ("v5e", "v6e", "tpu7x"):
         for name in chosen.shape or SHAPES:
             for tokens in chosen.tokens or TOKENS:
-                rows += rows_for(chip, name, tokens, before)
+                rows += rows_for(chip, name, tokens, tuple(chosen.group or GROUPS), before)
                 bundles.write(chosen.json, rows)
 
 
