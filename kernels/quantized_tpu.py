@@ -29,10 +29,10 @@ from jaxtyping import Array, BFloat16, Float, Int
 from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, PageTable
 from dynamo_jax.kernels.rows import rows_in_tiles
 from dynamo_jax.kernels.tiles import TILE, TiledResident
+from dynamo_jax.kernels.tpu_copies import StepAt, copies_of
 from dynamo_jax.kernels.tpu_planes import StepPlanes, no_pages
 from dynamo_jax.kernels.tpu_steps import (
     MANY_ROWS,
-    Fetches,
     Shape,
     Steps,
     blocks_of_step,
@@ -192,49 +192,6 @@ class _Scratch(NamedTuple):
     copied: Any
 
 
-class _At(NamedTuple):
-    """A step: its number among those of all groups, its expert, the first of its blocks, of which a last step has some
-    that the step before had too, where steps do not divide the blocks, and its pages' runs, by level."""
-
-    number: Any
-    expert: Any
-    first: Any
-    runs: dict[int, list[Any]]
-
-
-def _copies(shape: Shape, steps: Steps, inputs: dict[str, Any], scratch: _Scratch) -> tuple[Callable, Callable]:
-    """Two functions of a step, a buffer, a condition or None and what is to be done with each copy: of all that lies in
-    one piece, which the compiler makes instructions with a condition; and in loops, of pages that lie alone."""
-
-    def in_pieces(of: _At, buffer: Any, when: Any, run: Callable[[Any], None]) -> None:
-        def copy(from_: Any, into: Any, when: Any) -> None:
-            one = lambda: run(pltpu.make_async_copy(from_, into, scratch.copied.at[buffer]))  # noqa: E731
-            one() if when is None else pl.when(when)(one)
-
-        for whole, here in zip(inputs["base"], scratch.planes[2]):
-            copy(whole.at[steps.layer[0], of.expert, pl.ds(of.first, shape.blocks)], here.at[buffer], when)
-        for level, runs in of.runs.items():
-            for unit, first in enumerate(runs):
-                there = first >= 0 if when is None else when & (first >= 0)
-                for pool, here in zip(inputs["pages"][level], scratch.planes[level]):
-                    into = here.at[pl.ds((buffer * shape.units + unit) * shape.blocks, shape.blocks)]
-                    copy(pool.at[pl.ds(first, shape.blocks)], into, there)
-
-    def alone(of: _At, buffer: Any, when: Any, run: Callable[[Any], None]) -> None:
-        for level, fetch in steps.fetches.items():
-
-            def one(j: Any, _: Any, level: int = level, fetch: Fetches = fetch) -> int:
-                index = of.number * (shape.blocks * shape.units) + j
-                page, place = fetch.page[index], buffer * (shape.blocks * shape.units) + fetch.place[index]
-                for pool, here in zip(inputs["pages"][level], scratch.planes[level]):
-                    run(pltpu.make_async_copy(pool.at[page], here.at[place], scratch.copied.at[buffer]))
-                return 0
-
-            jax.lax.fori_loop(0, jnp.where(True if when is None else when, fetch.single[of.number], 0), one, 0)
-
-    return in_pieces, alone
-
-
 def _body(
     shape: Shape,
     num_experts: int,
@@ -248,17 +205,17 @@ def _body(
     tile, step = pl.program_id(0), pl.program_id(1)
     turn = (tile * shape.steps + step) % 2
 
-    def step_of(tile: Any, step: Any) -> _At:
+    def step_of(tile: Any, step: Any) -> StepAt:
         group = steps.group[tile]
         number = group * shape.steps + step
         first = jnp.minimum(step * shape.blocks, shape.all_blocks - shape.blocks)
         runs = {n: [f.run[number * shape.units + u] for u in range(shape.units)] for n, f in steps.fetches.items()}
-        return _At(number, group % num_experts, first, runs)
+        return StepAt(number, group % num_experts, first, runs)
 
     begins, ends = (tile == 0) & (step == 0), step == shape.steps - 1
     last = ends & (tile == steps.tiles[0] - 1)
     own, later = step_of(tile, step), step_of(jnp.where(ends & ~last, tile + 1, tile), jnp.where(ends, 0, step + 1))
-    in_pieces, alone = _copies(shape, steps, inputs, scratch)
+    in_pieces, alone = copies_of(shape, steps, inputs, scratch.planes, scratch.copied)
     start, wait = (lambda copy: copy.start()), (lambda copy: copy.wait())
     scattered = bool(shape.levels) and shape.blocks > 1
 
