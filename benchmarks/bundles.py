@@ -127,8 +127,8 @@ def compiled(chip: Chip, function: Callable[..., Any], *arguments: Any) -> tuple
 
 
 def loop_of(schedule: str) -> Loop | None:
-    """The outermost loop of a schedule; None where there is none."""
-    first = last = None
+    """The longest of the outermost loops of a schedule; None where there is none."""
+    loops: list[list[int]] = []  # the first and the last bundle of each; bundles of a loop need not say that they are
     opened: list[tuple[str, int]] = []
     found: list[tuple[int, int]] = []
     for line in schedule.splitlines():
@@ -136,15 +136,19 @@ def loop_of(schedule: str) -> Loop | None:
         if match is None:
             continue
         at = int(match.group(1), 16)
-        if ">" in match.group(3):
-            first, last = (at if first is None else first), at
+        depth = match.group(3).count(">")
+        if depth and (not loops or (depth == 1 and match.group(2) == "LB")):
+            loops.append([at, at])
+        elif depth:
+            loops[-1][1] = at
         ended = set(REGION_END.findall(line))
         found += [(start, at) for name, start in opened if name in ended]
         opened = [(name, start) for name, start in opened if name not in ended]
         if branch := BRANCH.search(line):
             opened.append((branch.group(1), at + 1))
-    if first is None or last is None:
+    if not loops:
         return None
+    first, last = max(loops, key=lambda ends: ends[1] - ends[0])
     inside = sorted({(a, b) for a, b in found if first <= a < b <= last + 1})
     held = {(a, b): [(c, d) for c, d in inside if (c, d) != (a, b) and a <= c and d <= b] for a, b in inside}
     innermost = [region for region in inside if not held[region]]

@@ -12,6 +12,9 @@ from what the step copies. Modelled time is the sum over steps of max(cycles / c
     megablox bf16      gate with up in one product and down in another, the best of some tilings; what it does between
                        the two is not counted
     tokamax bf16, int8, int4   its ``ragged_dot``, in the same way, at 64 tokens; its weights have one scale a channel
+    gmm_v2 bf16, int8, int4    its newer kernel, likewise, with as few rows a tile as most experts have; where weights
+                       are quantized it quantizes rows as ours does. Released in tpu-inference (``pip install --no-deps
+                       tpu-inference==0.28.0``), of which one file is loaded; no rows where that is missing
 
 "bits" is with scales, one for each ``group`` of weights in ours, 0.0625 or 0.125 bits a weight. ``form`` is what the
 matrix unit multiplies: bfloat16, or activations quantized a row at a time, int8 on v5e, v5p and v6e and fp8 on TPU7x.
@@ -28,6 +31,7 @@ import bundles  # isort: skip  (before jax)
 
 import argparse
 import functools
+import importlib.util
 import itertools
 import json
 import sys
@@ -47,6 +51,7 @@ from dynamo_jax.kernels.tpu_steps import blocks_of_step, rows_of_tile
 from dynamo_jax.models.experts import silu_gated
 
 GROUPS = (256, 128)  # weights that share a scale: those of the demo, and one tile's
+SUBLANES = 16  # rows of bfloat16 that lie together
 LAYERS = 16  # in the arrays that the kernel reads: the compiler would keep those of one layer in fast memory
 ROUNDED = {"v5e": "int8", "v5p": "int8", "v6e": "int8", "tpu7x": "fp8"}
 
@@ -127,20 +132,31 @@ def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str, gr
     return total, weights / at.bandwidth
 
 
-def tilings(inner: int, outer: int, bits: float) -> list[tuple[int, int]]:
+def tilings(inner: int, outer: int, bits: float, widths: tuple[int, ...]) -> list[tuple[int, int]]:
     """Pairs of k, all of it or as much as divides it and fits, and n."""
     ks = [k for k in range(TILE, inner + 1, TILE) if inner % k == 0 and k <= 4096]
-    return [(max(ks), n) for n in (512, 768, 1024) if max(ks) * n * bits <= 2**26]
+    return [(max(ks), n) for n in widths if max(ks) * n * bits <= 2**26]
+
+
+def even(outer: int, most: int) -> int:
+    """Columns of a tile, at most so many, of which tiles of one size have as few to spare as can be."""
+    return filled(-(-outer // -(-outer // most)), TILE)
 
 
 def grouped(
-    chip: str, rows: int, experts: int, inner: int, outer: int, sizes: np.ndarray, bits: float, make: Callable
+    chip: str, rows: int, experts: int, inner: int, outer: int, sizes: np.ndarray, kernel: str
 ) -> tuple[float, float]:
     """A grouped product of a peer at its best tiling: seconds, and those of its weight bytes alone."""
     at, best = bundles.CHIPS[chip], float("inf")
-    tile_rows = min(128, max(16, 16 * -(-rows // 16))) if rows < 1024 else 256
-    tiles = touched(sizes, tile_rows)
-    for k, n in tilings(inner, outer, bits):
+    bits, make = PEERS[kernel]
+    if kernel.startswith("gmm_v2"):
+        tile_rows = 16 * -(-(rows_of_tile(rows, experts) + SUBLANES - 1) // 16)
+        tiles = touched_from_group(sizes, tile_rows)
+        some = tilings(inner, outer, bits, tuple(even(outer, most) for most in (1024, 2048)))[-1:]
+    else:
+        tile_rows = min(128, max(16, 16 * -(-rows // 16))) if rows < 1024 else 256
+        tiles, some = touched(sizes, tile_rows), tilings(inner, outer, bits, (512, 768, 1024))
+    for k, n in some:
         try:
             loop = peer_loop(make, chip, experts, inner, outer, (tile_rows, k, n))
         except Exception as error:
@@ -159,6 +175,12 @@ def touched(sizes: np.ndarray, tile: int) -> int:
     """Pairs of an expert and a tile of rows that have a row in common."""
     end = np.cumsum(sizes)
     return sum(-(-int(e) // tile) - int(e - s) // tile for s, e in zip(sizes, end) if s)
+
+
+def touched_from_group(sizes: np.ndarray, tile: int) -> int:
+    """Tiles of rows where those of each expert begin at its first row, or at most ``SUBLANES`` - 1 before."""
+    begin = np.cumsum(sizes) - sizes
+    return sum(-(-int(b % SUBLANES + s) // tile) for b, s in zip(begin, sizes) if s)
 
 
 @functools.cache
@@ -201,12 +223,54 @@ def tokamax(dtype: Any) -> Callable:
     return make
 
 
+def gmm_v2(dtype: Any) -> Callable:
+    @functools.cache
+    def make(experts: int, inner: int, outer: int, tiling: tuple[int, int, int]) -> tuple[Callable, Any]:
+        theirs = gmm_v2_module()
+        rows, k, n = tiling
+        tiles = theirs.TileSizes(tile_m=rows, tile_k=k, tile_n=n, bucket_base=rows)
+        weights: Any = jax.ShapeDtypeStruct((experts, inner, outer), dtype), None
+        if dtype != jnp.bfloat16:
+            weights = weights[0], jax.ShapeDtypeStruct((experts, 1, 1, outer), jnp.float32)
+
+        def run(x: Any, w: Any, sizes: Any) -> Any:
+            return theirs.gmm_v2(x, w[0], sizes, w[1], tile_info=tiles, preferred_element_type=jnp.bfloat16)
+
+        return run, weights
+
+    return make
+
+
+@functools.cache
+def gmm_v2_module() -> Any:
+    """Its file alone, since the package imports much more."""
+    package = importlib.util.find_spec("tpu_inference")
+    places = (package and package.submodule_search_locations) or ()
+    for path in (Path(place) / "kernels/megablox/gmm_v2.py" for place in places):
+        if path.exists():
+            spec = importlib.util.spec_from_file_location("gmm_v2", path)
+            assert spec and spec.loader
+            module = sys.modules["gmm_v2"] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module
+    raise ImportError("no gmm_v2 here: pip install --no-deps tpu-inference==0.28.0")
+
+
 PEERS = {
     "megablox bf16": (16, megablox),
     "tokamax bf16": (16, tokamax(jnp.bfloat16)),
     "tokamax int8": (8, tokamax(jnp.int8)),
     "tokamax int4": (4, tokamax(jnp.int4)),
+    "gmm_v2 bf16": (16, gmm_v2(jnp.bfloat16)),
+    "gmm_v2 int8": (8, gmm_v2(jnp.int8)),
+    "gmm_v2 int4": (4, gmm_v2(jnp.int4)),
 }
+
+
+def form_of(chip: str, kernel: str) -> str:
+    """Of the activations that a peer multiplies."""
+    rounds = kernel == "gmm_v2 int4" or (kernel == "gmm_v2 int8" and ROUNDED[chip] == "int8")
+    return ROUNDED[chip] if rounds else "bf16"
 
 
 def rows_for(
@@ -231,7 +295,7 @@ def rows_for(
         out.append(row)
         print_row(row)
 
-    for kernel, (bits, make) in PEERS.items():
+    for kernel, (bits, _) in PEERS.items():
         if tokens != 64 and out:
             continue
         if row := found(before, chip=chip, shape=name, tokens=tokens, kernel=kernel):
@@ -240,9 +304,13 @@ def rows_for(
             continue
         fixed = (chip, tokens * layer.chosen, layer.experts)
         both = ((layer.hidden, 2 * layer.channels), (layer.channels, layer.hidden))
-        parts = [grouped(*fixed, *shape, sizes, bits, make) for shape in both]
+        try:
+            parts = [grouped(*fixed, *shape, sizes, kernel) for shape in both]
+        except ImportError as error:
+            print(f"{chip:6s} {name:17s} {tokens:5d}  {kernel:14s} {error}")
+            continue
         seconds, bound = (sum(values) for values in zip(*parts))
-        add(kernel, bits, "bf16", seconds, bound)
+        add(kernel, bits, form_of(chip, kernel), seconds, bound)
     mixed = np.array([(i % 3 + 2, i // 3 % 3 + 2) for i in np.random.default_rng(1).permutation(layer.experts)])
     plans = {f"ours {w}": np.full((layer.experts, 2), w) for w in (2, 3, 4)} | {"ours mixed": mixed}
     forms = (ROUNDED[chip], "bf16") if tokens == 64 else ("bf16",) if tokens == PREFILL else (ROUNDED[chip],)
@@ -286,11 +354,12 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         long, short = GROUPS
         if tokens == PREFILL:
             last = " / ".join(cell(plain, f"ours {plan}", long, bound=False) for plan in ("4", "3", "mixed"))
-            cells = [""] * 7 + [last]
+            cells = [""] * 8 + [last]
         else:
             each = [cell(own, f"ours {plan}", long) for plan in ("4", "3", "mixed", "2")]
             each += [cell(own, f"ours {plan}", short) for plan in ("4", "mixed")]
-            cells = [cell(plain, "tokamax int4", None), *each, cell(plain, "ours mixed", long)]
+            peers = [cell(plain, "tokamax int4", None), cell(own, "gmm_v2 int4", None)]
+            cells = [*peers, *each, cell(plain, "ours mixed", long)]
         print(f"| {chip} | {name} | {tokens:,} | {' | '.join(cells)} |")
     print("\nmixed over uniform plans of the same bytes, least and most")
     for chip, group in itertools.product(dict.fromkeys(row["chip"] for row in rows), GROUPS):
