@@ -66,19 +66,20 @@ REGION_END = re.compile(r"empty region (\d+)")
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """topology: a name that the compiler knows; clock in Hz and bandwidth of one core's memory in bytes a second; unit:
-    rows and columns of a matrix unit."""
+    rows and columns of a matrix unit; lite: as in ``kernels.tpu_steps.Core``."""
 
     topology: str
     clock: float
     bandwidth: float
     unit: int
+    lite: bool
 
 
 CHIPS = {
-    "v5e": Chip("v5e:2x2", 1.5e9, 820e9, 128),
-    "v5p": Chip("v5p:2x2x1", 1.75e9, 2765e9, 128),
-    "v6e": Chip("v6e:2x2", 1.75e9, 1640e9, 256),
-    "tpu7x": Chip("tpu7x:2x2x1", 1.9e9, 3700e9, 256),
+    "v5e": Chip("v5e:2x2", 1.5e9, 820e9, 128, True),
+    "v5p": Chip("v5p:2x2x1", 1.75e9, 2765e9, 128, False),
+    "v6e": Chip("v6e:2x2", 1.75e9, 1640e9, 256, True),
+    "tpu7x": Chip("tpu7x:2x2x1", 1.9e9, 3700e9, 256, False),
 }
 
 

@@ -16,11 +16,12 @@ from what the step copies. Modelled time is the sum over steps of max(cycles / c
                        are quantized it quantizes rows as ours does. Released in tpu-inference (``pip install --no-deps
                        tpu-inference==0.28.0``), of which one file is loaded; no rows where that is missing
 
-"bits" is with scales, one for each ``group`` of weights in ours, 0.0625 or 0.125 bits a weight. ``form`` is what the
-matrix unit multiplies: bfloat16, or activations quantized a row at a time, int8 on v5e, v5p and v6e and fp8 on TPU7x.
-Tokens choose experts at random (seed 0); prefill is 2,048 of them. A step of a peer is what runs in each and its
-longest ``pl.when``, the product; of ours all that it runs. Pages lie as a baseline's do, one after the other. What XLA
-does around a kernel is not counted: sorting rows, and in ours the work list.
+"bits" is with scales, one for each ``group`` of weights in ours, 0.0625 or 0.125 bits a weight, one for each channel in
+the peers'. Bytes are of weights, of scales, and of rows in and out as each kernel copies them: of ours whole tiles.
+``form`` is what the matrix unit multiplies: bfloat16, or activations quantized a row at a time, int8 on v5e, v5p and
+v6e and fp8 on TPU7x. Tokens choose experts at random (seed 0); prefill is 2,048 of them. A step of a peer is what runs
+in each and its longest ``pl.when``, the product; of ours all that it runs. Pages lie as a baseline's do, one after the
+other. What XLA does around a kernel is not counted: sorting rows, and in ours the work list.
 ``over_bandwidth_bound``: time over that of the kernel's own weight bytes at full bandwidth. ``speedup_vs_bf16``: over
 megablox.
 """
@@ -80,6 +81,11 @@ def tiled_shapes(layers: int, layer: Layer, shares: dict[int, float], group: int
     return TiledResident(base, pages), table
 
 
+def tile_of(chip: str, layer: Layer, tokens: int) -> int:
+    """Rows of a tile of ours."""
+    return rows_of_tile(tokens * layer.chosen, layer.experts, layer.channels, bundles.CHIPS[chip].lite)
+
+
 @functools.cache
 def our_loop(chip: str, layer: Layer, tokens: int, levels: tuple[int, ...], form: str, group: int) -> bundles.Loop:
     def experts(rows: Any, sizes: Any, resident: Any, tables: Any) -> Any:
@@ -93,13 +99,13 @@ def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str, gr
     """Seconds, and those of the weight bytes alone. widths: (E, 2) of gate and up, and of down."""
     at = bundles.CHIPS[chip]
     levels = (3, 4) if (widths > 2).any() else ()  # one program for all plans but the one that never reads more
-    count = tokens * layer.chosen
-    hidden, rows = filled(layer.hidden, group), rows_of_tile(count, layer.experts)
+    hidden = filled(layer.hidden, group)
     blocks, tiles_of_block = layer.channels // TILE, hidden // TILE
+    rows = tile_of(chip, layer, tokens)
     per_step = blocks_of_step(tiles_of_block, blocks, rows, at.unit)
     own_steps = -(-blocks // per_step)
     # programs differ in M only, so one is compiled for all numbers of tokens that have it
-    like = min(t for t in TOKENS if rows_of_tile(t * layer.chosen, layer.experts) == rows)
+    like = min(t for t in TOKENS if tile_of(chip, layer, t) == rows)
     # pages lie one after the other: what holds loops, over pages that lie alone, runs in the very first step if at all;
     # without levels the first step's copies have no loops and are counted in all
     loop = our_loop(chip, layer, like, levels, form, group).without_holders()
@@ -143,32 +149,38 @@ def even(outer: int, most: int) -> int:
     return filled(-(-outer // -(-outer // most)), TILE)
 
 
-def grouped(
-    chip: str, rows: int, experts: int, inner: int, outer: int, sizes: np.ndarray, kernel: str
-) -> tuple[float, float]:
-    """A grouped product of a peer at its best tiling: seconds, and those of its weight bytes alone."""
+def grouped(chip: str, layer: Layer, tokens: int, inner: int, outer: int, kernel: str) -> tuple[float, float]:
+    """A grouped product of a peer at its best tiling: seconds, and the bytes of its weights."""
     at, best = bundles.CHIPS[chip], float("inf")
     bits, make = PEERS[kernel]
-    if kernel.startswith("gmm_v2"):
-        tile_rows = 16 * -(-(rows_of_tile(rows, experts) + SUBLANES - 1) // 16)
+    rows, sizes, ours = tokens * layer.chosen, sizes_of(layer, tokens), tile_of(chip, layer, tokens)
+    newer, scale = kernel.startswith("gmm_v2"), 4 if bits < 16 else 0  # bytes of a channel's
+    if newer:
+        tile_rows = 16 * -(-(ours + SUBLANES - 1) // 16)
         tiles = touched_from_group(sizes, tile_rows)
-        some = tilings(inner, outer, bits, tuple(even(outer, most) for most in (1024, 2048)))[-1:]
+        some = tilings(inner, outer, bits, tuple(even(outer, most) for most in (1024, 2048, 4096)))[-1:]
     else:
         tile_rows = min(128, max(16, 16 * -(-rows // 16))) if rows < 1024 else 256
         tiles, some = touched(sizes, tile_rows), tilings(inner, outer, bits, (512, 768, 1024))
     for k, n in some:
         try:
-            loop = peer_loop(make, chip, experts, inner, outer, (tile_rows, k, n))
+            loop = peer_loop(make, chip, layer.experts, inner, outer, (tile_rows, k, n))
         except Exception as error:
             if "memory" not in str(error).lower():
                 raise
             continue
-        steps = tiles * (inner // k) * -(-outer // n)
-        moved = k * n * bits / 8 + tile_rows * k * 2 * (inner > k)
+        along, passes = inner // k, -(-outer // n)
+        steps = tiles * along * passes
+        if newer:  # of rows those that its tiles hold, of outputs each once
+            moved_rows = passes * SUBLANES * touched_from_group(sizes, SUBLANES) * inner + rows * outer
+        else:  # whole tiles, where they change
+            of_rows = -(-rows // tile_rows)
+            moved_rows = tile_rows * (passes * (of_rows if along == 1 else tiles) * inner + of_rows * outer)
+        moved = k * n * bits / 8 + n * scale / along + 2 * moved_rows / steps
         cycles = loop.always + max(loop.regions, default=0)  # the product is in one of them, or in none
         best = min(best, steps * max(cycles / at.clock, moved / at.bandwidth))
     assert best < float("inf"), (inner, outer)
-    return best, int((sizes > 0).sum()) * inner * outer * bits / 8 / at.bandwidth
+    return best, int((sizes > 0).sum()) * outer * (inner * bits / 8 + scale)
 
 
 def touched(sizes: np.ndarray, tile: int) -> int:
@@ -295,22 +307,23 @@ def rows_for(
         out.append(row)
         print_row(row)
 
-    for kernel, (bits, _) in PEERS.items():
+    used = sizes > 0
+    for kernel in PEERS:
         if tokens != 64 and out:
             continue
         if row := found(before, chip=chip, shape=name, tokens=tokens, kernel=kernel):
             out.append(row)
             print_row(row)
             continue
-        fixed = (chip, tokens * layer.chosen, layer.experts)
         both = ((layer.hidden, 2 * layer.channels), (layer.channels, layer.hidden))
         try:
-            parts = [grouped(*fixed, *shape, sizes, kernel) for shape in both]
+            parts = [grouped(chip, layer, tokens, *shape, kernel) for shape in both]
         except ImportError as error:
             print(f"{chip:6s} {name:17s} {tokens:5d}  {kernel:14s} {error}")
             continue
-        seconds, bound = (sum(values) for values in zip(*parts))
-        add(kernel, bits, form_of(chip, kernel), seconds, bound)
+        seconds, weights = (sum(values) for values in zip(*parts))
+        bits = 8 * weights / (int(used.sum()) * 3 * layer.hidden * layer.channels)
+        add(kernel, bits, form_of(chip, kernel), seconds, weights / bundles.CHIPS[chip].bandwidth)
     mixed = np.array([(i % 3 + 2, i // 3 % 3 + 2) for i in np.random.default_rng(1).permutation(layer.experts)])
     plans = {f"ours {w}": np.full((layer.experts, 2), w) for w in (2, 3, 4)} | {"ours mixed": mixed}
     forms = (ROUNDED[chip], "bf16") if tokens == 64 else ("bf16",) if tokens == PREFILL else (ROUNDED[chip],)
@@ -318,7 +331,6 @@ def rows_for(
         for kernel, widths in plans.items():
             if form == "bf16" and (kernel == "ours 2" or group != groups[0]):
                 continue
-            used = sizes > 0
             bits = float((2 * widths[used, 0] + widths[used, 1]).mean() / 3 + 16 / group)
             add(kernel, bits, form, *ours(chip, layer, tokens, widths, form, group), group=group)
     return out

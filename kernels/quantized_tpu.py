@@ -36,7 +36,7 @@ from dynamo_jax.kernels.tpu_steps import (
     Shape,
     Steps,
     blocks_of_step,
-    matrix_unit,
+    core,
     rows_of_tile,
     steps_of,
 )
@@ -82,8 +82,9 @@ def quantized_experts_tpu(
     if levels != LEVELS[: len(levels)]:
         raise ValueError(f"planes of {levels} bits are read, but those of {LEVELS} refine each other in turn")
     units = max([PROJECTIONS // resident.pages[level].codes.shape[1] for level in levels], default=1)
-    tile_rows = tile_rows or rows_of_tile(count, num_experts)
-    blocks = min(blocks or blocks_of_step(tiles, all_blocks, tile_rows, matrix_unit()), all_blocks)
+    at = core()
+    tile_rows = tile_rows or rows_of_tile(count, num_experts, all_blocks * TILE, at.lite)
+    blocks = min(blocks or blocks_of_step(tiles, all_blocks, tile_rows, at.unit), all_blocks)
     form = "bf16" if tile_rows >= MANY_ROWS else form
     alike = tiles // resident.base.scales.shape[4]
     shape = Shape(tile_rows, tiles, alike, all_blocks, blocks, levels, units, form)

@@ -10,6 +10,7 @@ own, M rows a tile, T tiles of rows, S steps of a tile, B blocks a step, U parts
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from dynamo_jax.kernels.tiles import TILE
 
 MOST_ROWS = 256  # of a tile
 MANY_ROWS = 64
+FEW_ROWS = 32  # the most of a tile that has not many
 STEP_WEIGHTS = 6 * 2**20  # of a grid step: what a step costs whatever it does is then a small share of it
 
 
@@ -93,17 +95,26 @@ class Shape(NamedTuple):
         return PROJECTIONS // self.units
 
 
-def matrix_unit() -> int:
-    """Rows of weights that a matrix unit of the chip multiplies by at once; on no TPU those of v5e."""
+class Core(NamedTuple):
+    """What sizes follow from. unit: rows of weights that a matrix unit multiplies by at once; lite: whether the chip is
+    one (v5e, v6e) whose memory is so much slower than its core that copies bind, and a few more rows cost nothing."""
+
+    unit: int
+    lite: bool
+
+
+def core() -> Core:
+    """That of the chip that is compiled for; on no TPU v5e's."""
     try:
-        return pltpu.get_tpu_info().mxu_column_size
+        info = pltpu.get_tpu_info()
     except ValueError:
-        return TILE
+        return Core(TILE, True)
+    return Core(info.mxu_column_size, info.is_lite)
 
 
 def blocks_of_step(tiles: int, all_blocks: int, tile_rows: int, unit: int) -> int:
     """B: about as many as a step should have, between half and one and a half times that, so that the steps have as few
-    blocks twice as can be, and pairs of blocks if they can be had. ``unit``: as ``matrix_unit`` says; what more blocks
+    blocks twice as can be, and pairs of blocks if they can be had. ``unit``: of a ``Core``; what more blocks
     save where rows are many, adding up in memory, a small one saves nothing of."""
     weights = STEP_WEIGHTS if tile_rows < MANY_ROWS or unit > TILE else STEP_WEIGHTS // 2
     wanted = max(1, round(weights / (PROJECTIONS * TILE * TILE * tiles)))
@@ -111,13 +122,18 @@ def blocks_of_step(tiles: int, all_blocks: int, tile_rows: int, unit: int) -> in
     return min(some, key=lambda b: (-(-all_blocks // b) * b, b % 2, abs(b - wanted), -b))
 
 
-def rows_of_tile(count: int, num_experts: int) -> int:
-    """M: enough for the rows of most experts at one variant, so that their planes are read and unpacked once."""
+def rows_of_tile(count: int, num_experts: int, channels: int, lite: bool) -> int:
+    """M: enough for the rows of most experts at one variant, so that their planes are read and unpacked once. Where
+    copies bind (``lite``, of a ``Core``) as many as are worth it: eight more take 32 bytes a hidden, in and out, and
+    planes of 4 bits that are read again 3/2 a channel."""
     mean = count / num_experts
     wanted = mean + 2 * mean**0.5
-    if wanted <= 32:
-        return max(8, 8 * math.ceil(wanted / 8))
-    return min(MOST_ROWS, max(MANY_ROWS, 64 * math.ceil(wanted / 64)))
+    if wanted > FEW_ROWS:
+        return min(MOST_ROWS, max(MANY_ROWS, 64 * math.ceil(wanted / 64)))
+    if lite:
+        worth = NormalDist().inv_cdf(1 - 32 / (1.5 * channels))
+        wanted = min(FEW_ROWS, mean + worth * mean**0.5)
+    return max(8, 8 * math.ceil(wanted / 8))
 
 
 def steps_of(
