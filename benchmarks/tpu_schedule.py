@@ -17,7 +17,7 @@ from what the step copies. Modelled time is the sum over steps of max(cycles / c
                        tpu-inference==0.28.0``), of which one file is loaded; no rows where that is missing
 
 "bits" is with scales, one for each ``group`` of weights in ours, 0.0625 or 0.125 bits a weight, one for each channel in
-the peers'. Bytes are of weights, of scales, and of rows in and out as each kernel copies them: of ours whole tiles.
+the peers'. Bytes are of weights, of scales, and of rows in and out as each kernel copies them.
 ``form`` is what the matrix unit multiplies: bfloat16, or activations quantized a row at a time, int8 on v5e, v5p and
 v6e and fp8 on TPU7x. Tokens choose experts at random (seed 0); prefill is 2,048 of them. A step of a peer is what runs
 in each and its longest ``pl.when``, the product; of ours all that it runs. Pages lie as a baseline's do, one after the
@@ -48,7 +48,7 @@ from layers import PREFILL, SHAPES, TOKENS, Layer, sizes_of
 from dynamo_jax.kernels.layout import filled
 from dynamo_jax.kernels.quantized_tpu import quantized_experts_tpu
 from dynamo_jax.kernels.tiles import TILE, TiledBase, TiledResident, empty_pages
-from dynamo_jax.kernels.tpu_steps import blocks_of_step, rows_of_tile
+from dynamo_jax.kernels.tpu_steps import blocks_of_step, chunk_of, rows_of_tile
 from dynamo_jax.models.experts import silu_gated
 
 GROUPS = (256, 128)  # weights that share a scale: those of the demo, and one tile's
@@ -83,7 +83,7 @@ def tiled_shapes(layers: int, layer: Layer, shares: dict[int, float], group: int
 
 def tile_of(chip: str, layer: Layer, tokens: int) -> int:
     """Rows of a tile of ours."""
-    return rows_of_tile(tokens * layer.chosen, layer.experts, layer.channels, bundles.CHIPS[chip].lite)
+    return rows_of_tile(tokens * layer.chosen, layer.experts, bundles.CHIPS[chip].lite)
 
 
 @functools.cache
@@ -125,12 +125,12 @@ def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str, gr
         bits = (2 * inner + outer) / 3 + 16 / group
         own_bytes = 3 * layer.channels * hidden * bits / 8
         weights += own_bytes if size else 0
-        # blocks that a last step has once more, and pages of an odd number of tiles
-        again = (own_steps * per_step / blocks - 1) * bits + (tiles_of_block % 2 / tiles_of_block) * (
-            bits - 2 - 16 / group
-        )
+        # blocks that the last of two steps copies once more, and pages of an odd number of tiles
+        again = (own_steps * per_step / blocks - 1) * bits if own_steps == 2 else 0
+        again += tiles_of_block % 2 / tiles_of_block * (bits - 2 - 16 / group)
         own_bytes += 3 * layer.channels * hidden * again / 8
-        moved = 2 * rows * hidden * 2  # a tile's rows in and out, bfloat16
+        chunks = -(-size // chunk_of(rows))  # of rows that are copied, in and out, bfloat16
+        moved = 2 * chunks * chunk_of(rows) * hidden * 2 / max(tiles, 1)
         for step in range(own_steps):
             found = always + cycles[max(inner, outer)] + (step == 0) * ends[0] + (step == own_steps - 1) * ends[1]
             own = own_bytes / own_steps + moved * (step == 0)

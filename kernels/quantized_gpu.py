@@ -73,10 +73,10 @@ def _experts(
     levels = tuple(level for level in LEVELS if any(level in t for t in tables) and len(resident.pages[level].codes))
     together = resident.pages[levels[0]].codes.shape[1] if levels else PROJECTIONS
     tile = rows_of_tile(rows.shape[0], num_experts)
-    place, row, group, tiles = rows_in_tiles(group_sizes, rows.shape[0], tile)
+    lie = rows_in_tiles(group_sizes, rows.shape[0], tile, tile)
     shape = Shape(
         rows=tile,
-        tiles=group.shape[0],
+        tiles=lie.group.shape[0],
         hidden=hidden,
         layers=resident.base.codes.shape[0],
         all_blocks=all_blocks,
@@ -87,9 +87,9 @@ def _experts(
         blocks=blocks,
         interpret=interpret is not None,
     )
-    shape = shape._replace(split=_split(shape, min(rows.shape[0], group.shape[0])))
-    x = jnp.take(rows, row, axis=0, mode="fill", fill_value=0).reshape(-1, tile, hidden)
-    work, group, page = _scalars(shape, tables, layer, group, tiles)
+    shape = shape._replace(split=_split(shape, min(rows.shape[0], lie.group.shape[0])))
+    x = jnp.take(rows, lie.source, axis=0, mode="fill", fill_value=0).reshape(-1, tile, hidden)
+    work, group, page = _scalars(shape, tables, layer, lie.group, lie.used)
 
     def inputs(inner: bool, x: Array, own_biases: Any) -> Inputs:
         codes, scales, pools, ratios = _planes(shape, resident, inner)
@@ -98,9 +98,9 @@ def _experts(
     own = None if biases is None else _biases(biases[:2], all_blocks)
     h = _run(shape, True, inputs(True, x, own), activation, interpret)
     out = _run(shape, False, inputs(False, h, None), activation, interpret)
-    found = out.astype(jnp.float32).sum(axis=1).swapaxes(1, 2).reshape(-1, hidden)[place]
+    found = out.astype(jnp.float32).sum(axis=1).swapaxes(1, 2).reshape(-1, hidden)[lie.place]
     if biases is not None:
-        found = found + biases[2][group[place // tile] % num_experts]
+        found = found + biases[2][lie.group[lie.place // tile] % num_experts]
     return jnp.where((jnp.arange(rows.shape[0]) < group_sizes.sum())[:, None], found, 0).astype(rows.dtype)
 
 

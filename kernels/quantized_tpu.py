@@ -29,7 +29,7 @@ from jaxtyping import Array, BFloat16, Float, Int
 from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, PageTable
 from dynamo_jax.kernels.rows import rows_in_tiles
 from dynamo_jax.kernels.tiles import TILE, TiledResident
-from dynamo_jax.kernels.tpu_copies import StepAt, copies_of
+from dynamo_jax.kernels.tpu_copies import StepAt, copies_of, copy, rows_of
 from dynamo_jax.kernels.tpu_planes import StepPlanes, no_pages
 from dynamo_jax.kernels.tpu_steps import (
     MANY_ROWS,
@@ -83,36 +83,34 @@ def quantized_experts_tpu(
         raise ValueError(f"planes of {levels} bits are read, but those of {LEVELS} refine each other in turn")
     units = max([PROJECTIONS // resident.pages[level].codes.shape[1] for level in levels], default=1)
     at = core()
-    tile_rows = tile_rows or rows_of_tile(count, num_experts, all_blocks * TILE, at.lite)
+    tile_rows = tile_rows or rows_of_tile(count, num_experts, at.lite)
     blocks = min(blocks or blocks_of_step(tiles, all_blocks, tile_rows, at.unit), all_blocks)
     form = "bf16" if tile_rows >= MANY_ROWS else form
     alike = tiles // resident.base.scales.shape[4]
     shape = Shape(tile_rows, tiles, alike, all_blocks, blocks, levels, units, form)
-    place, source, group, used = rows_in_tiles(group_sizes, count, tile_rows)
-    steps = steps_of(shape, group, used, num_experts, tables, layer)
-    filled = jnp.pad(rows, ((0, 1), (0, 0)))[source]  # the last row is empty
-    out = _call(shape, steps, filled, resident, activation, biases, interpret)
-    return jnp.where((jnp.arange(count) < group_sizes.sum())[:, None], out[place], 0).astype(rows.dtype)
+    lie = rows_in_tiles(group_sizes, count, tile_rows, shape.chunk)
+    steps = steps_of(shape, lie, num_experts, tables, layer)
+    filled = jnp.pad(rows, ((0, 1), (0, 0)))[lie.source]  # the last row is empty
+    chunks = filled.reshape(-1, shape.chunk, filled.shape[1])
+    out = _call(shape, steps, chunks, resident, activation, biases, interpret).reshape(filled.shape)
+    return jnp.where((jnp.arange(count) < group_sizes.sum())[:, None], out[lie.place], 0).astype(rows.dtype)
 
 
 def _call(
     shape: Shape,
     steps: Steps,
-    rows: Float[Array, "TM D"],
+    rows: Float[Array, "C X D"],
     resident: TiledResident,
     activation: Callable[[Array, Array], Array],
     biases: Any,
     interpret: Any,
-) -> Float[Array, "TM D"]:
+) -> Float[Array, "C X D"]:
     size = shape.tiles * TILE
     num_experts = resident.base.codes.shape[1]
     prefetched, tree = jax.tree.flatten(steps)
 
     def of(scalars: tuple[Any, ...]) -> Steps:
         return jax.tree.unflatten(tree, scalars)
-
-    def by_rows(tile: Any, step: Any, *_: Any) -> tuple[Any, ...]:
-        return tile, 0
 
     def of_expert(array: Array) -> tuple[Array, pl.BlockSpec]:
         index = lambda tile, step, *s: (of(s).group[tile] % num_experts, *[0] * (array.ndim - 1))  # noqa: E731
@@ -122,7 +120,7 @@ def _call(
         return array, pl.BlockSpec(memory_space=pltpu.HBM)
 
     inputs: dict[str, Any] = {
-        "x": (rows, pl.BlockSpec((shape.rows, size), by_rows)),
+        "x": by_hand(rows if interpret else pltpu.with_memory_space_constraint(rows, pltpu.HBM)),
         "base": [by_hand(array) for array in resident.base],
         "pages": {},
         "biases": [],
@@ -138,7 +136,7 @@ def _call(
         inputs["biases"] = [of_expert(inner), of_expert(biases[2].astype(jnp.float32)[:, None])]
     is_pair = lambda leaf: isinstance(leaf, tuple) and len(leaf) == 2 and isinstance(leaf[1], pl.BlockSpec)  # noqa: E731
     pairs, inputs_tree = jax.tree.flatten(inputs, is_leaf=is_pair)
-    dtype = FORMS[shape.form][0]
+    dtype, tile = FORMS[shape.form][0], (shape.rows // shape.chunk, shape.chunk, size)
 
     def kernel(*refs: Any) -> None:
         scalars, rest = refs[: len(prefetched)], refs[len(prefetched) :]
@@ -149,13 +147,16 @@ def _call(
     return pl.pallas_call(
         kernel,
         name=f"experts_{shape.form}",
-        out_shape=jax.ShapeDtypeStruct((rows.shape[0], size), rows.dtype),
+        out_shape=pltpu.MemorySpace.HBM(rows.shape, rows.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetched),
             grid=(steps.tiles[0], shape.steps),
             in_specs=[spec for _, spec in pairs],
-            out_specs=pl.BlockSpec((shape.rows, size), by_rows),
+            out_specs=pl.BlockSpec(memory_space=pltpu.HBM),
             scratch_shapes=[
+                pltpu.VMEM((2, *tile), rows.dtype),
+                pltpu.VMEM(tile, rows.dtype),
+                pltpu.SemaphoreType.DMA((3,)),
                 pltpu.VMEM((shape.rows, size), dtype),
                 pltpu.VMEM((shape.rows, TILE), jnp.float32),
                 pltpu.VMEM((shape.rows, 2 * shape.groups), jnp.bfloat16),
@@ -173,15 +174,20 @@ def _call(
 
 
 class _Scratch(NamedTuple):
-    """What lasts over the steps of a tile. x: (M, D) its rows as they are multiplied; x_scale: (M, 128) what they were
-    divided by, in all lanes; x_sums: (M, 2 K) lane g is the sum of group g, in units of x, lane K + g what bfloat16
-    left of it; h_sums: (M, 128) lane g is what the offsets z of down add to all outputs of group g; scales: of the
-    step's gate and up, (B, 2, 2, K, 128), and down_scales of its down, (2, .., K, 128 blocks), those of the last plane
-    behind those of the others; rows of them are read from memory, which spreads them over registers at no cost; total:
-    (M, D) the outputs; planes: by level, of this step and of the next, codes and scales of the base, (2, B, ..) each,
-    and codes and ratios of the pages, (2*B*U, ..) each, of 3 and 4 bits with zeros behind them, which are read in place
-    of pages that a block does not read; copied: a semaphore for each of the two."""
+    """What lasts over the steps of a tile. came: (2, M / X, X, D) its rows in chunks, and those of the next tile; out:
+    (M / X, X, D) its outputs, which leave while the next is multiplied; moved: a semaphore of each of the three; x:
+    (M, D) its rows as they are multiplied; x_scale: (M, 128) what they were divided by, in all lanes; x_sums:
+    (M, 2 K) lane g is the sum of group g, in units of x, lane K + g what bfloat16 left of it; h_sums: (M, 128) lane g
+    is what the offsets z of down add to all outputs of group g; scales: of the step's gate and up, (B, 2, 2, K, 128),
+    and down_scales of its down, (2, .., K, 128 blocks), those of the last plane behind those of the others; rows of
+    them are read from memory, which spreads them over registers at no cost; total: (M, D) the outputs; planes: by
+    level, of this step and of the next, codes and scales of the base, (2, B, ..) each, and codes and ratios of the
+    pages, (2*B*U, ..) each, of 3 and 4 bits with zeros behind them, which are read in place of pages that a block does
+    not read; copied: a semaphore for each of the two."""
 
+    came: Any
+    out: Any
+    moved: Any
     x: Any
     x_scale: Any
     x_sums: Any
@@ -211,17 +217,29 @@ def _body(
         number = group * shape.steps + step
         first = jnp.minimum(step * shape.blocks, shape.all_blocks - shape.blocks)
         runs = {n: [f.run[number * shape.units + u] for u in range(shape.units)] for n, f in steps.fetches.items()}
-        return StepAt(number, group % num_experts, first, runs)
+        skipped = jnp.where(step == shape.steps - 1, shape.skipped, 0) if shape.skipped else 0
+        return StepAt(number, group % num_experts, first, skipped, runs)
 
     begins, ends = (tile == 0) & (step == 0), step == shape.steps - 1
-    last = ends & (tile == steps.tiles[0] - 1)
-    own, later = step_of(tile, step), step_of(jnp.where(ends & ~last, tile + 1, tile), jnp.where(ends, 0, step + 1))
+    last_tile = tile == steps.tiles[0] - 1
+    last, next_tile = ends & last_tile, jnp.where(last_tile, tile, tile + 1)
+    own, later = step_of(tile, step), step_of(jnp.where(ends, next_tile, tile), jnp.where(ends, 0, step + 1))
     in_pieces, alone = copies_of(shape, steps, inputs, scratch.planes, scratch.copied)
     start, wait = (lambda copy: copy.start()), (lambda copy: copy.wait())
     scattered = bool(shape.levels) and shape.blocks > 1
 
+    def rows_in(tile: Any, when: Any, run: Callable[[Any], None]) -> None:
+        from_, into = rows_of(steps, tile, inputs["x"], scratch.came.at[tile % 2])
+        copy(from_, into, scratch.moved.at[tile % 2], when, run)
+
+    def rows_out(tile: Any, when: Any, run: Callable[[Any], None]) -> None:
+        into, from_ = rows_of(steps, tile, out, scratch.out)
+        copy(from_, into, scratch.moved.at[2], when, run)
+
     def begin() -> None:
-        rows = inputs["x"][...].astype(jnp.float32)
+        rows_in(tile, None, wait)
+        rows_in(next_tile, ~last_tile, start)
+        rows = scratch.came[tile % 2].astype(jnp.float32).reshape(shape.rows, -1)
         if shape.form == "bf16":
             own = rows.astype(jnp.bfloat16)
         else:
@@ -250,21 +268,26 @@ def _body(
             found = scratch.total[:, lanes] if sums is None else scratch.total[:, lanes] + sums[:, g : g + 1]
             if inputs["biases"]:
                 found = found + inputs["biases"][-1][:, lanes]
-            out[:, lanes] = found.astype(out.dtype)
+            scratch.out[:, :, lanes] = found.reshape(-1, shape.chunk, found.shape[1]).astype(out.dtype)
 
-    in_pieces(later, 1 - turn, ~last, start)
-    if shape.steps == 1:
-        begin()  # behind the scalar work of starting copies
+    def leave() -> None:
+        rows_out(tile, None, start)
+        rows_out(tile, last_tile, wait)
 
     @pl.when((begins | (steps.alone[later.number] > 0)) if scattered else begins)
     def _seldom() -> None:
         in_pieces(own, turn, begins, start)
+        rows_in(tile, begins, start)
         if shape.levels:
             pl.when(begins)(lambda: no_pages(shape, scratch.planes))
         if scattered:
             alone(own, turn, begins, start)
             alone(later, 1 - turn, ~last, start)
 
+    in_pieces(later, 1 - turn, ~last, start)
+    if shape.steps == 1:
+        begin()  # behind the scalar work of starting copies
+        rows_out(jnp.maximum(tile - 1, 0), tile > 0, wait)
     in_pieces(own, turn, None, wait)
     if scattered:
         pl.when(steps.alone[own.number] > 0)(lambda: alone(own, turn, None, wait))
@@ -280,8 +303,14 @@ def _body(
             if shape.steps == 1:
                 end()
 
-    if shape.steps > 1:
-        pl.when(ends)(end)
+    if shape.steps == 1:
+        return leave()
+
+    @pl.when(ends)
+    def _end() -> None:
+        rows_out(jnp.maximum(tile - 1, 0), tile > 0, wait)
+        end()
+        leave()
 
 
 def _in_form(scaled: Float[Array, "M K"], form: str) -> Array:

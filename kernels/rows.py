@@ -5,8 +5,8 @@ assignments in expert order; ``gather_rows`` and ``combine_rows`` move activatio
 back. Both are permutations with repetition, so their gradients are gathers as well; XLA would
 derive scatters, which run one element at a time on a CPU.
 
-Axes: T tokens (of ``rows_in_tiles``: tiles), k experts a token, R = T*k rows, D hidden, E experts, V variants, M rows a
-tile.
+Axes: T tokens (of ``rows_in_tiles``: tiles), k experts a token, R = T*k rows, D hidden, E experts, V variants, C chunks
+of X rows.
 """
 
 from __future__ import annotations
@@ -84,21 +84,45 @@ def _no_gradient(order: RowOrder) -> RowOrder:
     return jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), order)
 
 
-def rows_in_tiles(
-    group_sizes: Int[Array, " VE"], count: int, tile: int
-) -> tuple[Int[Array, " R"], Int[Array, " TM"], Int[Array, " T"], Int[Array, ""]]:
-    """Rows in tiles of one group each: where each row lies in them, the row in each of their places (R where there is
-    none), the group of each tile, and how many tiles hold rows. Searches compare with all groups, since a search by
-    halves would be a loop of small programs on an accelerator."""
-    each = -(-group_sizes // tile)
-    tile_end, row_end = jnp.cumsum(each), jnp.cumsum(group_sizes)
-    most = count // tile + min(group_sizes.shape[0], count)
-    last = group_sizes.shape[0] - 1
-    group = jnp.minimum(jnp.searchsorted(tile_end, jnp.arange(most), side="right", method="compare_all"), last)
-    first = (row_end - group_sizes)[group] + (jnp.arange(most) - (tile_end - each)[group]) * tile
-    row = first[:, None] + jnp.arange(tile)
-    real = (row < row_end[group][:, None]) & (jnp.arange(most) < tile_end[-1])[:, None]
-    owner = jnp.minimum(jnp.searchsorted(row_end, jnp.arange(count), side="right", method="compare_all"), last)
-    place = (tile_end - each)[owner] * tile + jnp.arange(count) - (row_end - group_sizes)[owner]
-    place = jnp.clip(place, 0, most * tile - 1)
-    return place, jnp.where(real, row, count).reshape(-1), group.astype(jnp.int32), tile_end[-1]
+class TiledRows(NamedTuple):
+    """Rows in tiles of one group each. A group's rows begin a chunk of their own, so that a tile is some chunks.
+
+    place: (R,) where each row lies. source: (CX,) the row in each place, R where there is none. group: (T,) of each
+    tile, first: (T,) its first chunk, chunks: (T,) how many of its own it has, 0 past the last tile. used: tiles that
+    hold rows.
+    """
+
+    place: Int[Array, " R"]
+    source: Int[Array, " CX"]
+    group: Int[Array, " T"]
+    first: Int[Array, " T"]
+    chunks: Int[Array, " T"]
+    used: Int[Array, ""]
+
+
+def rows_in_tiles(group_sizes: Int[Array, " VE"], count: int, tile: int, chunk: int) -> TiledRows:
+    """R = ``count`` rows in order in tiles of up to ``tile`` rows, a multiple of ``chunk``."""
+    most = min(group_sizes.shape[0], count)
+    each_tile, each_chunk = -(-group_sizes // tile), -(-group_sizes // chunk)
+    row_end, tile_end, chunk_end = jnp.cumsum(group_sizes), jnp.cumsum(each_tile), jnp.cumsum(each_chunk)
+    row_begin, tile_begin, chunk_begin = row_end - group_sizes, tile_end - each_tile, chunk_end - each_chunk
+    tiles, chunks, rows = jnp.arange(count // tile + most), jnp.arange(count // chunk + most), jnp.arange(count)
+    group, owner, of_row = _owner(tile_end, tiles), _owner(chunk_end, chunks), _owner(row_end, rows)
+    first = chunk_begin[group] + (tiles - tile_begin[group]) * (tile // chunk)
+    own = jnp.where(tiles < tile_end[-1], jnp.clip(chunk_end[group] - first, 0, tile // chunk), 0)
+    row = (row_begin[owner] + (chunks - chunk_begin[owner]) * chunk)[:, None] + jnp.arange(chunk)
+    real = (row < row_end[owner][:, None]) & (chunks < chunk_end[-1])[:, None]
+    return TiledRows(
+        place=jnp.clip(chunk_begin[of_row] * chunk + rows - row_begin[of_row], 0, row.size - 1),
+        source=jnp.where(real, row, count).reshape(-1),
+        group=group.astype(jnp.int32),
+        first=first.astype(jnp.int32),
+        chunks=own.astype(jnp.int32),
+        used=tile_end[-1],
+    )
+
+
+def _owner(end: Int[Array, " VE"], number: Int[Array, " N"]) -> Int[Array, " N"]:
+    """The group of each of N parts, given where each group's end; past them the last group. Each is compared with all:
+    a search by halves would be a loop of small programs on an accelerator."""
+    return jnp.minimum(jnp.searchsorted(end, number, side="right", method="compare_all"), end.shape[0] - 1)

@@ -1,4 +1,4 @@
-"""What a step of the TPU kernel copies into fast memory: planes that lie in one piece, and pages that lie alone.
+"""What a step of the TPU kernel copies: planes that lie in one piece, pages that lie alone, and a tile's rows.
 
 Axes: as in ``tpu_steps.py``.
 """
@@ -18,11 +18,13 @@ from dynamo_jax.kernels.tpu_steps import Fetches, Shape, Steps
 
 class StepAt(NamedTuple):
     """A step: its number among those of all groups, its expert, the first of its blocks, of which a last step has some
-    that the step before had too, where steps do not divide the blocks, and its pages' runs, by level."""
+    that the step before had too, where steps do not divide the blocks, how many of them are not copied, and its pages'
+    runs, by level."""
 
     number: Any
     expert: Any
     first: Any
+    skipped: Any
     runs: dict[int, list[Any]]
 
 
@@ -33,18 +35,16 @@ def copies_of(
     one piece, which the compiler makes instructions with a condition; and in loops, of pages that lie alone."""
 
     def in_pieces(of: StepAt, buffer: Any, when: Any, run: Callable[[Any], None]) -> None:
-        def copy(from_: Any, into: Any, when: Any) -> None:
-            one = lambda: run(pltpu.make_async_copy(from_, into, copied.at[buffer]))  # noqa: E731
-            one() if when is None else pl.when(when)(one)
-
+        count = shape.blocks - of.skipped
         for whole, here in zip(inputs["base"], planes[2]):
-            copy(whole.at[steps.layer[0], of.expert, pl.ds(of.first, shape.blocks)], here.at[buffer], when)
+            from_ = whole.at[steps.layer[0], of.expert, pl.ds(of.first + of.skipped, count)]
+            copy(from_, here.at[buffer, pl.ds(of.skipped, count)], copied.at[buffer], when, run)
         for level, runs in of.runs.items():
             for unit, first in enumerate(runs):
                 there = first >= 0 if when is None else when & (first >= 0)
                 for pool, here in zip(inputs["pages"][level], planes[level]):
-                    into = here.at[pl.ds((buffer * shape.units + unit) * shape.blocks, shape.blocks)]
-                    copy(pool.at[pl.ds(first, shape.blocks)], into, there)
+                    into = here.at[pl.ds((buffer * shape.units + unit) * shape.blocks + of.skipped, count)]
+                    copy(pool.at[pl.ds(first + of.skipped, count)], into, copied.at[buffer], there, run)
 
     def alone(of: StepAt, buffer: Any, when: Any, run: Callable[[Any], None]) -> None:
         for level, fetch in steps.fetches.items():
@@ -59,3 +59,15 @@ def copies_of(
             jax.lax.fori_loop(0, jnp.where(True if when is None else when, fetch.single[of.number], 0), one, 0)
 
     return in_pieces, alone
+
+
+def rows_of(steps: Steps, tile: Any, memory: Any, fast: Any) -> tuple[Any, Any]:
+    """A tile's chunks of rows, as many as it has, in memory (C, X, D) and in fast memory (M / X, X, D)."""
+    count = steps.chunks[tile]
+    return memory.at[pl.ds(steps.first[tile], count)], fast.at[pl.ds(0, count)]
+
+
+def copy(from_: Any, into: Any, copied: Any, when: Any, run: Callable[[Any], None]) -> None:
+    """Do something with a copy, where ``when`` is None or holds."""
+    one = lambda: run(pltpu.make_async_copy(from_, into, copied))  # noqa: E731
+    one() if when is None else pl.when(when)(one)

@@ -10,7 +10,6 @@ own, M rows a tile, T tiles of rows, S steps of a tile, B blocks a step, U parts
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int
 
 from dynamo_jax.kernels.layout import PROJECTIONS, PageTable
+from dynamo_jax.kernels.rows import TiledRows
 from dynamo_jax.kernels.tiles import TILE
 
 MOST_ROWS = 256  # of a tile
@@ -40,14 +40,16 @@ class Fetches(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What each grid step works on. layer (1,); tiles: how many tiles of rows there are (1,); group: of each (T,), a
-    variant and an expert; and of the steps of each group path: (VE*S,) the widest plane that one reads; widths:
-    (VE*S*B*2,) of each block, gate and up, then down; alone: (VE*S,) how many pages are in no run; fetches: by
-    level."""
+    """What each grid step works on. layer (1,); tiles: how many tiles of rows there are (1,); of each (T,) its group, a
+    variant and an expert, its first chunk of rows and its number of chunks; and of the steps of each group path:
+    (VE*S,) the widest plane that one reads; widths: (VE*S*B*2,) of each block, gate and up, then down; alone: (VE*S,)
+    how many pages are in no run; fetches: by level."""
 
     layer: Int[Array, " 1"]
     tiles: Int[Array, " 1"]
     group: Int[Array, " T"]
+    first: Int[Array, " T"]
+    chunks: Int[Array, " T"]
     path: Int[Array, " GS"]
     widths: Int[Array, " GSB2"]
     alone: Int[Array, " GS"]
@@ -68,8 +70,19 @@ class Shape(NamedTuple):
     form: str
 
     @property
+    def chunk(self) -> int:
+        """Rows that are copied or not: those of a tile that hold none stay where they are."""
+        return chunk_of(self.rows)
+
+    @property
     def steps(self) -> int:
         return -(-self.all_blocks // self.blocks)
+
+    @property
+    def skipped(self) -> int:
+        """Blocks of a tile's last step that the step before had too and that need no copy: in their places lie others
+        of the same expert, from two steps before, and their hidden channels are zeros."""
+        return self.steps * self.blocks - self.all_blocks if self.steps > 2 else 0
 
     @property
     def groups(self) -> int:
@@ -122,29 +135,32 @@ def blocks_of_step(tiles: int, all_blocks: int, tile_rows: int, unit: int) -> in
     return min(some, key=lambda b: (-(-all_blocks // b) * b, b % 2, abs(b - wanted), -b))
 
 
-def rows_of_tile(count: int, num_experts: int, channels: int, lite: bool) -> int:
-    """M: enough for the rows of most experts at one variant, so that their planes are read and unpacked once. Where
-    copies bind (``lite``, of a ``Core``) as many as are worth it: eight more take 32 bytes a hidden, in and out, and
-    planes of 4 bits that are read again 3/2 a channel."""
+def rows_of_tile(count: int, num_experts: int, lite: bool) -> int:
+    """M: enough for the rows of most experts at one variant, so that their planes are read and unpacked once; of still
+    more where rows that are not there cost nothing (``lite``, of a ``Core``)."""
     mean = count / num_experts
     wanted = mean + 2 * mean**0.5
     if wanted > FEW_ROWS:
         return min(MOST_ROWS, max(MANY_ROWS, 64 * math.ceil(wanted / 64)))
     if lite:
-        worth = NormalDist().inv_cdf(1 - 32 / (1.5 * channels))
-        wanted = min(FEW_ROWS, mean + worth * mean**0.5)
+        wanted = min(FEW_ROWS, mean + 3 * mean**0.5)
     return max(8, 8 * math.ceil(wanted / 8))
+
+
+def chunk_of(tile_rows: int) -> int:
+    """Of so many rows a tile; bfloat16 lies in memory by eight rows."""
+    return MANY_ROWS if tile_rows % MANY_ROWS == 0 else 8
 
 
 def steps_of(
     shape: Shape,
-    group: Int[Array, " T"],
-    tiles: Int[Array, ""],
+    lie: TiledRows,
     num_experts: int,
     tables: tuple[PageTable, ...],
     layer: int,
 ) -> Steps:
-    """The work of all grid steps, for scalar prefetch; its size does not grow with the rows but for ``group``."""
+    """The work of all grid steps, for scalar prefetch; its size does not grow with the rows but for what is of each
+    tile."""
     count, units, blocks = len(tables) * num_experts, shape.units, shape.blocks
     wanted = jnp.arange(shape.steps)[:, None] * blocks
     first = jnp.minimum(wanted, shape.all_blocks - blocks)
@@ -162,8 +178,10 @@ def steps_of(
     of_parts = width[:, :, jnp.array([0, units - 1])].swapaxes(2, 3)  # gate and up share a width
     return Steps(
         layer=jnp.full(1, layer, jnp.int32),
-        tiles=tiles.reshape(1).astype(jnp.int32),
-        group=group,
+        tiles=lie.used.reshape(1).astype(jnp.int32),
+        group=lie.group,
+        first=lie.first,
+        chunks=lie.chunks,
         path=width.max(axis=(2, 3)).reshape(-1),
         widths=of_parts.reshape(-1),
         alone=sum((fetch.single for fetch in fetches.values()), jnp.zeros(count * shape.steps, jnp.int32)),

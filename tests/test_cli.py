@@ -51,9 +51,8 @@ def folder(files, tmp_path_factory):
     """A model that the quantize command wrote."""
     out = tmp_path_factory.mktemp("models") / "quantized"
     known = ("--known", f"code={files / 'code.txt'}", "--known", f"sums={files / 'sums.txt'}")
-    cli.app(
-        ["quantize", "--model", "tiny-moe", *known, "--bits", "3.0", "--out", str(out), *FAST], standalone_mode=False
-    )
+    arguments = ["quantize", "--model", "tiny-moe", *known, "--bits", "3.0", "--out", str(out), *FAST]
+    cli.app([*arguments, "--quantizer", "rtn"], standalone_mode=False)
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, BasePlanes, Pages, unp
 from dynamo_jax.kernels.quantized_tpu import FORMS, quantized_experts_tpu
 from dynamo_jax.kernels.rows import rows_in_tiles
 from dynamo_jax.kernels.tiles import TILE, empty_pages, tiled_base, tiled_pages
-from dynamo_jax.kernels.tpu_steps import Shape, blocks_of_step, matrix_unit, rows_of_tile, steps_of
+from dynamo_jax.kernels.tpu_steps import Shape, blocks_of_step, core, rows_of_tile, steps_of
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, with_parameters
@@ -130,16 +131,23 @@ def test_any_widths_groups_and_tiling(sizes, widths, form, blocks, tile_rows, sh
 
 
 @pytest.mark.parametrize(
-    ("form", "apart", "blocks", "tile_rows", "variants"),
-    [("int8", False, 2, None, 2), ("bf16", True, 2, None, 1), ("fp8", False, 9, 8, 1), ("bf16", True, 2, 64, 2)],
+    ("form", "apart", "channels", "blocks", "tile_rows", "variants", "shuffled"),
+    [
+        ("int8", False, 640, 2, None, 2, True),
+        ("fp8", False, 640, 2, None, 1, False),
+        ("bf16", True, 384, 2, None, 1, True),
+        ("fp8", False, 384, 9, 8, 1, True),
+        ("bf16", True, 384, 2, 64, 2, True),
+    ],
 )
-def test_blocks_that_do_not_divide_and_pages_in_any_order(form, apart, blocks, tile_rows, variants):
-    """Three blocks an expert: two a step, or three (no step has more), of which down has a part of one block."""
-    widths = [widths_of(v, 2, 384, apart) for v in range(variants)]
-    case = Case.of("tiles", 11, 2, 384, 128, apart, widths, shuffled=True)
+def test_blocks_that_do_not_divide(form, apart, channels, blocks, tile_rows, variants, shuffled):
+    """Three blocks an expert: two a step, or three (no step has more), of which down has a part of one block; or five,
+    two a step, so that what the step before had is not copied again. Pages in any order, and in runs."""
+    widths = [widths_of(v, 2, channels, apart, (2, 3, 4, 8) if shuffled else (8,)) for v in range(variants)]
+    case = Case.of("tiles", 11, 2, channels, 128, apart, widths, shuffled=shuffled)
     rows, sizes = rows_and_sizes(12, [3, 9, 4, 1][: 2 * variants], 128)
     how = {"form": form, "blocks": blocks, "tile_rows": tile_rows, "tolerance": TOLERANCE[form], "interpret": CHECKED}
-    compared(case, rows, sizes, biases_of(13, 2, 384, 128), **how)
+    compared(case, rows, sizes, biases_of(13, 2, channels, 128), **how)
 
 
 def test_each_step_reads_its_own_pages():
@@ -152,22 +160,23 @@ def test_each_step_reads_its_own_pages():
 def test_many_rows_need_no_more_scalars():
     """The work list is of experts and steps; only the tiles' groups are as many as the rows."""
     sizes = [4096 * 8, 0]
-    _, _, group, used = rows_in_tiles(jnp.array(sizes), sum(sizes), 256)
+    lie = rows_in_tiles(jnp.array(sizes), sum(sizes), 256, 64)
     shape = Shape(256, 1, 1, 3, 2, (3,), 1, "bf16")
     case = Case.of("tiles", 0, 2, 384, 128, False, [widths_of(0, 2, 384, False)])
-    steps = steps_of(shape, group, used, 2, case.tables, 0)
-    assert sum(a.size for a in jax.tree.leaves(steps)) < group.size + 100
+    steps = steps_of(shape, lie, 2, case.tables, 0)
+    assert sum(a.size for a in jax.tree.leaves(steps)) < 3 * lie.group.size + 100
 
 
 def test_pages_in_order_come_in_runs_in_a_last_step_too():
     """Three blocks an expert, two a step: the last step begins at the second block, whose pages come with the run."""
     shape = Shape(8, 1, 1, 3, 2, (3,), 3, "bf16")
     slots = {3: jnp.arange(9).reshape(1, 1, 9)}
-    steps = steps_of(shape, jnp.zeros(1, jnp.int32), jnp.asarray(1), 1, (slots,), 0)
+    lie = rows_in_tiles(jnp.array([3]), 3, 8, 8)
+    steps = steps_of(shape, lie, 1, (slots,), 0)
     assert steps.fetches[3].run.tolist() == [0, 3, 6, 1, 4, 7] and steps.alone.tolist() == [0, 0]
     assert steps.widths.reshape(2, 2, 2).tolist() == [[[3, 3], [3, 3]], [[2, 2], [3, 3]]]
     shuffled = {3: jnp.array([[[8, 7, 6, 5, 4, 3, 2, -1, 0]]])}
-    steps = steps_of(shape, jnp.zeros(1, jnp.int32), jnp.asarray(1), 1, (shuffled,), 0)
+    steps = steps_of(shape, lie, 1, (shuffled,), 0)
     assert (steps.fetches[3].run == -1).all() and steps.alone.tolist() == [5, 3]
     assert sorted(steps.fetches[3].page.reshape(2, 6)[1, :3].tolist()) == [0, 3, 6]
 
@@ -227,25 +236,32 @@ def test_empty_pages_have_the_shape_of_pages():
         assert jax.tree.map(jnp.shape, empty_pages(6, 1, level, 384, 3)) == jax.tree.map(jnp.shape, made)
 
 
+@pytest.mark.parametrize("chunk", [8, 16])
 @pytest.mark.parametrize("sizes", [[0, 0, 5], [16, 1, 0], [33, 0, 0], [1, 1, 1]])
-def test_every_row_has_one_place_in_a_tile_of_its_group(sizes):
+def test_every_row_has_one_place_in_a_tile_of_its_group(sizes, chunk):
     count = sum(sizes)
-    place, source, group, used = rows_in_tiles(jnp.array(sizes), count, 16)
-    assert used == sum(-(-s // 16) for s in sizes)
-    np.testing.assert_array_equal(source[place], np.arange(count))
-    owner = np.repeat(np.arange(3), sizes)
-    np.testing.assert_array_equal(np.asarray(group)[np.asarray(place) // 16], owner)
-    assert (np.asarray(source) == count).sum() == len(source) - count
+    lie = jax.tree.map(np.asarray, rows_in_tiles(jnp.array(sizes), count, 16, chunk))
+    assert lie.used == sum(-(-s // 16) for s in sizes) == (lie.chunks > 0).sum()
+    np.testing.assert_array_equal(lie.source[lie.place], np.arange(count))
+    assert (lie.source == count).sum() == len(lie.source) - count
+    owner = np.full(len(lie.source) // chunk, -1)
+    for group, first, chunks in zip(lie.group[: lie.used], lie.first, lie.chunks):
+        assert (owner[first : first + chunks] == -1).all()
+        owner[first : first + chunks] = group
+    np.testing.assert_array_equal(owner[lie.place // chunk], np.repeat(np.arange(3), sizes))
+    assert lie.chunks.sum() == sum(-(-s // chunk) for s in sizes)  # no chunk is without a row
 
 
 def test_tiles_of_rows_hold_most_groups_and_steps_divide_the_blocks():
-    assert [rows_of_tile(n, 64) for n in (1, 64, 512, 1024)] == [8, 8, 16, 24]
-    assert rows_of_tile(128 * 64, 64) == 192 and rows_of_tile(10**6, 8) == 256
+    assert [rows_of_tile(n, 64, lite=False) for n in (1, 64, 512, 1024)] == [8, 8, 16, 24]
+    assert [rows_of_tile(n, 64, lite=True) for n in (1, 64, 512, 1024, 20 * 64)] == [8, 8, 24, 32, 32]
+    for lite in (False, True):
+        assert rows_of_tile(128 * 64, 64, lite) == 192 and rows_of_tile(10**6, 8, lite) == 256
     assert [blocks_of_step(g, n, 64, 128) for g, n in ((16, 8), (16, 11), (23, 23), (100, 1))] == [4, 4, 4, 1]
     for rows, unit in ((16, 128), (64, 256)):
         found = [blocks_of_step(g, n, rows, unit) for g, n in ((16, 8), (16, 6), (16, 11), (32, 112), (23, 23))]
         assert found == [8, 6, 11, 4, 6]
-    assert matrix_unit() == 128  # here
+    assert core() == (128, True)  # here
 
 
 CONFIG = ModelConfig(
@@ -372,29 +388,38 @@ print(json.dumps([loop, loop.without_holders(), len(lines)], default=vars))
     assert loop["always"] == lines - 10 and without["always"] == lines - 14 and without["regions"] == [7]
 
 
+SHAPES = ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v2-lite", "gpt-oss-20b")
+CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
+EVERY_CASE = [
+    pytest.param(chip, tokens, SHAPES, marks=pytest.mark.slow, id=f"{chip}-{tokens}-every")
+    for chip, tokens in itertools.product(CHIPS, (8, 2048))
+]
+
+
 @needs_compiler
-@pytest.mark.parametrize("tokens", [8, pytest.param(2048, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("chip", ["tpu7x", *(pytest.param(c, marks=pytest.mark.slow) for c in ("v5e", "v5p", "v6e"))])
-def test_every_shape_compiles_for_every_chip(chip, tokens):
+@pytest.mark.parametrize(
+    ("chip", "tokens", "names"), [("tpu7x", 8, ("olmoe-1b-7b",)), ("v5e", 8, ("gpt-oss-20b",)), *EVERY_CASE]
+)
+def test_every_shape_compiles_for_every_chip(chip, tokens, names):
     """One block a step, so that it does not take minutes; memory that does not fit is an error of the compiler."""
     code = """
 import bundles, json, sys
 import tpu_schedule as t
 chip, tokens, out = sys.argv[1], int(sys.argv[2]), {}
-for name, layer in t.SHAPES.items():
+for name in sys.argv[3:]:
     run = lambda *a: t.quantized_experts_tpu(*a, 0, t.silu_gated, form=t.ROUNDED[chip], blocks=1)
     group = 128 if name == "gpt-oss-20b" else 256  # 23 tiles, and 16 or 32
-    loops = bundles.compiled(bundles.CHIPS[chip], run, *t.arguments(layer, tokens, (3, 4), group))[1]
+    loops = bundles.compiled(bundles.CHIPS[chip], run, *t.arguments(t.SHAPES[name], tokens, (3, 4), group))[1]
     out[name] = [loop.total for n, loop in loops.items() if n.startswith("experts_")]
 print(json.dumps(out))
 """
-    found = compiler(code, chip, str(tokens))
-    assert len(found) == 5 and all(len(each) == 1 and each[0] > 100 for each in found.values()), found
+    found = compiler(code, chip, str(tokens), *names)
+    assert set(found) == set(names) and all(len(each) == 1 and each[0] > 100 for each in found.values()), found
 
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
+@pytest.mark.parametrize("chip", CHIPS)
 def test_all_levels_and_both_kinds_of_pages_compile(chip):
     code = """
 import bundles, functools, jax, jax.numpy as jnp, json, sys
