@@ -2,7 +2,7 @@
 
     python benchmarks/tpu_schedule.py [--chip v6e] [--shape olmoe-1b-7b] [--json PATH]
     python benchmarks/tpu_schedule.py --rows PATH      # the table of docs/kernels.md from rows that were written before
-    python benchmarks/tpu_schedule.py --peers PATH ..  # the peers' rows from there, of the same jax and libtpu
+    python benchmarks/tpu_schedule.py --counted PATH ..  # cycles of the peers' kernels from there, and new ones into it
 
 Every kernel is compiled for the chip; cycles of a grid step are counted in its final schedule (``bundles.py``), bytes
 from what the step copies. Modelled time is the sum over steps of max(cycles / clock, bytes / bandwidth). Kernels:
@@ -17,11 +17,12 @@ from what the step copies. Modelled time is the sum over steps of max(cycles / c
                        tpu-inference==0.28.0``), of which one file is loaded; no rows where that is missing
 
 "bits" is with scales, one for each ``group`` of weights in ours, 0.0625 or 0.125 bits a weight, one for each channel in
-the peers'. Bytes are of weights, of scales, and of rows in and out as each kernel copies them.
-``form`` is what the matrix unit multiplies: bfloat16, or activations quantized a row at a time, int8 on v5e, v5p and
-v6e and fp8 on TPU7x. Tokens choose experts at random (seed 0); prefill is 2,048 of them. A step of a peer is what runs
-in each and its longest ``pl.when``, the product; of ours all that it runs. Pages lie as a baseline's do, one after the
-other. What XLA does around a kernel is not counted: sorting rows, and in ours the work list.
+the peers'. Bytes are of weights, of scales, and of rows in and out as each kernel copies them: where a peer's next tile
+of rows is the same expert's, it has its weights already, unless they are in parts along what is summed. ``form`` is
+what the matrix unit multiplies: bfloat16, or activations quantized a row at a time, int8 on v5e, v5p and v6e and fp8 on
+TPU7x. Tokens choose experts at random (seed 0); prefill is 2,048 of them. A step of a peer is what runs in each and its
+longest ``pl.when``, the product; of ours all that it runs. Pages lie as a baseline's do, one after the other. What XLA
+does around a kernel is not counted: sorting rows, and in ours the work list.
 ``over_bandwidth_bound``: time over that of the kernel's own weight bytes at full bandwidth. ``speedup_vs_bf16``: over
 megablox.
 """
@@ -48,11 +49,10 @@ from layers import PREFILL, SHAPES, TOKENS, Layer, sizes_of
 from dynamo_jax.kernels.layout import filled
 from dynamo_jax.kernels.quantized_tpu import quantized_experts_tpu
 from dynamo_jax.kernels.tiles import TILE, TiledBase, TiledResident, empty_pages
-from dynamo_jax.kernels.tpu_steps import blocks_of_step, chunk_of, rows_of_tile
+from dynamo_jax.kernels.tpu_steps import Shape, blocks_of_step, rows_of_tile
 from dynamo_jax.models.experts import silu_gated
 
 GROUPS = (256, 128)  # weights that share a scale: those of the demo, and one tile's
-SUBLANES = 16  # rows of bfloat16 that lie together
 LAYERS = 16  # in the arrays that the kernel reads: the compiler would keep those of one layer in fast memory
 ROUNDED = {"v5e": "int8", "v5p": "int8", "v6e": "int8", "tpu7x": "fp8"}
 
@@ -103,7 +103,8 @@ def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str, gr
     blocks, tiles_of_block = layer.channels // TILE, hidden // TILE
     rows = tile_of(chip, layer, tokens)
     per_step = blocks_of_step(tiles_of_block, blocks, rows, at.unit)
-    own_steps = -(-blocks // per_step)
+    shape = Shape(rows, tiles_of_block, 1, blocks, per_step, levels, 1, form)
+    own_steps = shape.steps
     # programs differ in M only, so one is compiled for all numbers of tokens that have it
     like = min(t for t in TOKENS if tile_of(chip, layer, t) == rows)
     # pages lie one after the other: what holds loops, over pages that lie alone, runs in the very first step if at all;
@@ -125,15 +126,13 @@ def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str, gr
         bits = (2 * inner + outer) / 3 + 16 / group
         own_bytes = 3 * layer.channels * hidden * bits / 8
         weights += own_bytes if size else 0
-        # blocks that the last of two steps copies once more, and pages of an odd number of tiles
-        again = (own_steps * per_step / blocks - 1) * bits if own_steps == 2 else 0
-        again += tiles_of_block % 2 / tiles_of_block * (bits - 2 - 16 / group)
-        own_bytes += 3 * layer.channels * hidden * again / 8
-        chunks = -(-size // chunk_of(rows))  # of rows that are copied, in and out, bfloat16
-        moved = 2 * chunks * chunk_of(rows) * hidden * 2 / max(tiles, 1)
+        odd = tiles_of_block % 2 / tiles_of_block * (bits - 2 - 16 / group)  # pages have half a tile to spare
+        of_block = (own_bytes + 3 * layer.channels * hidden * odd / 8) / blocks
+        chunks = -(-size // shape.chunk)  # of rows that are copied, in and out, bfloat16
+        moved = 2 * chunks * shape.chunk * hidden * 2 / max(tiles, 1)
         for step in range(own_steps):
             found = always + cycles[max(inner, outer)] + (step == 0) * ends[0] + (step == own_steps - 1) * ends[1]
-            own = own_bytes / own_steps + moved * (step == 0)
+            own = of_block * (per_step - shape.skipped * (step == own_steps - 1)) + moved * (step == 0)
             total += tiles * max(found / at.clock, own / at.bandwidth)
     return total, weights / at.bandwidth
 
@@ -152,35 +151,40 @@ def even(outer: int, most: int) -> int:
 def grouped(chip: str, layer: Layer, tokens: int, inner: int, outer: int, kernel: str) -> tuple[float, float]:
     """A grouped product of a peer at its best tiling: seconds, and the bytes of its weights."""
     at, best = bundles.CHIPS[chip], float("inf")
-    bits, make = PEERS[kernel]
-    rows, sizes, ours = tokens * layer.chosen, sizes_of(layer, tokens), tile_of(chip, layer, tokens)
-    newer, scale = kernel.startswith("gmm_v2"), 4 if bits < 16 else 0  # bytes of a channel's
-    if newer:
-        tile_rows = 16 * -(-(ours + SUBLANES - 1) // 16)
-        tiles = touched_from_group(sizes, tile_rows)
+    bits = PEERS[kernel][0]
+    rows, sizes = tokens * layer.chosen, sizes_of(layer, tokens)
+    used, scale = int((sizes > 0).sum()), 4 if bits < 16 else 0  # bytes of a channel's
+    if newer := kernel.startswith("gmm_v2"):
+        unit = 16 if chip == "tpu7x" else 8  # rows of bfloat16 that lie together, which it takes tiles of
+        mean = [rows_of_tile(rows, layer.experts, lite) for lite in (False, True)]
+        of_rows = {filled(own + unit - 1, unit) for own in mean}
         some = tilings(inner, outer, bits, tuple(even(outer, most) for most in (1024, 2048, 4096)))[-1:]
     else:
-        tile_rows = min(128, max(16, 16 * -(-rows // 16))) if rows < 1024 else 256
-        tiles, some = touched(sizes, tile_rows), tilings(inner, outer, bits, (512, 768, 1024))
-    for k, n in some:
+        of_rows = {filled(min(rows, 128), 16)} if rows < 1024 else {128, 256}
+        some = tilings(inner, outer, bits, (512, 768, 1024) if rows < 1024 else (512, 1024))
+    for tile_rows, (k, n) in itertools.product(sorted(of_rows), some):
         try:
-            loop = peer_loop(make, chip, layer.experts, inner, outer, (tile_rows, k, n))
+            cycles = peer_cycles(kernel, chip, layer.experts, inner, outer, (tile_rows, k, n))
         except Exception as error:
             if "memory" not in str(error).lower():
                 raise
             continue
         along, passes = inner // k, -(-outer // n)
-        steps = tiles * along * passes
         if newer:  # of rows those that its tiles hold, of outputs each once
-            moved_rows = passes * SUBLANES * touched_from_group(sizes, SUBLANES) * inner + rows * outer
-        else:  # whole tiles, where they change
-            of_rows = -(-rows // tile_rows)
-            moved_rows = tile_rows * (passes * (of_rows if along == 1 else tiles) * inner + of_rows * outer)
-        moved = k * n * bits / 8 + n * scale / along + 2 * moved_rows / steps
-        cycles = loop.always + max(loop.regions, default=0)  # the product is in one of them, or in none
-        best = min(best, steps * max(cycles / at.clock, moved / at.bandwidth))
+            tiles = touched_from_group(sizes, tile_rows, unit)
+            moved_rows = passes * unit * touched_from_group(sizes, unit, unit) * inner + rows * outer
+        else:  # whole tiles, where another is next
+            tiles, different = touched(sizes, tile_rows), -(-rows // tile_rows)
+            times = tiles * passes if along > 1 else different * passes if different > 1 else 1
+            moved_rows = tile_rows * (times * inner + different * outer)
+        steps = tiles * along * passes
+        copying = steps if along > 1 else used * passes  # an expert's next tile finds its weights there
+        each = 2 * moved_rows / steps
+        weights = (k * outer * bits / 8 + used * outer * scale * passes / copying) / passes
+        time = lambda moved: max(cycles / at.clock, moved / at.bandwidth)  # noqa: B023, E731
+        best = min(best, copying * time(weights + each) + (steps - copying) * time(each))
     assert best < float("inf"), (inner, outer)
-    return best, int((sizes > 0).sum()) * outer * (inner * bits / 8 + scale)
+    return best, used * outer * (inner * bits / 8 + scale)
 
 
 def touched(sizes: np.ndarray, tile: int) -> int:
@@ -189,20 +193,27 @@ def touched(sizes: np.ndarray, tile: int) -> int:
     return sum(-(-int(e) // tile) - int(e - s) // tile for s, e in zip(sizes, end) if s)
 
 
-def touched_from_group(sizes: np.ndarray, tile: int) -> int:
-    """Tiles of rows where those of each expert begin at its first row, or at most ``SUBLANES`` - 1 before."""
+def touched_from_group(sizes: np.ndarray, tile: int, unit: int) -> int:
+    """Tiles of rows where those of each expert begin at its first row, or at most ``unit`` - 1 before."""
     begin = np.cumsum(sizes) - sizes
-    return sum(-(-int(b % SUBLANES + s) // tile) for b, s in zip(begin, sizes) if s)
+    return sum(-(-int(b % unit + s) // tile) for b, s in zip(begin, sizes) if s)
 
 
-@functools.cache
-def peer_loop(make: Callable, chip: str, experts: int, inner: int, outer: int, tiling: tuple) -> Any:
-    function, weights = make(experts, inner, outer, tiling)
-    of = jax.ShapeDtypeStruct
-    rows = -(-128 // tiling[0]) * tiling[0]  # the loop is that of any number of rows; one peer wants 128
-    own = (of((rows, inner), jnp.bfloat16), weights, of((experts,), jnp.int32))
-    loops = bundles.compiled(bundles.CHIPS[chip], function, *own)[1]
-    return next(loop for name, loop in loops.items() if name.startswith("gmm"))
+def peer_cycles(kernel: str, chip: str, experts: int, inner: int, outer: int, tiling: tuple[int, int, int]) -> int:
+    """Cycles of a step, whose product is in one of its regions or in none."""
+    name = f"{kernel}, {chip}, {experts} x {inner} x {outer}, {' x '.join(map(str, tiling))}"
+    if name not in COUNTED:
+        function, weights = PEERS[kernel][1](experts, inner, outer, tiling)
+        of = jax.ShapeDtypeStruct
+        rows = -(-128 // tiling[0]) * tiling[0]  # the loop is that of any number of rows; one peer wants 128
+        own = (of((rows, inner), jnp.bfloat16), weights, of((experts,), jnp.int32))
+        loops = bundles.compiled(bundles.CHIPS[chip], function, *own)[1]
+        loop = next(loop for name, loop in loops.items() if name.startswith("gmm"))
+        COUNTED[name] = loop.always + max(loop.regions, default=0)
+    return COUNTED[name]
+
+
+COUNTED: dict[str, int] = {}  # cycles of the peers' kernels
 
 
 def megablox(experts: int, inner: int, outer: int, tiling: tuple[int, int, int]) -> tuple[Callable, Any]:
@@ -285,19 +296,9 @@ def form_of(chip: str, kernel: str) -> str:
     return ROUNDED[chip] if rounds else "bf16"
 
 
-def rows_for(
-    chip: str, name: str, tokens: int, groups: tuple[int, ...], before: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """before: rows of peers that were found before, which are taken as they are."""
+def rows_for(chip: str, name: str, tokens: int, groups: tuple[int, ...]) -> list[dict[str, Any]]:
     layer, out = SHAPES[name], []
     sizes = sizes_of(layer, tokens)
-
-    def print_row(row: dict[str, Any]) -> None:
-        print(
-            f"{chip:6s} {name:17s} {tokens:5d}  {row['kernel']:14s} {row['form']:5s} {row['bits']:6.3f} "
-            f"{row['modelled_us']:10.1f} {row['speedup_vs_bf16']:7.2f} {row['over_bandwidth_bound']:7.2f}",
-            flush=True,
-        )
 
     def add(kernel: str, bits: float, form: str, seconds: float, bound: float, **more: Any) -> None:
         row = {"chip": chip, "shape": name, "tokens": tokens, "kernel": kernel, "bits": bits, "form": form, **more}
@@ -305,15 +306,15 @@ def rows_for(
         row |= {"modelled_us": seconds * 1e6, "speedup_vs_bf16": reference / (seconds * 1e6)}
         row |= {"over_bandwidth_bound": seconds / bound}
         out.append(row)
-        print_row(row)
+        print(
+            f"{chip:6s} {name:17s} {tokens:5d}  {kernel:14s} {form:5s} {bits:6.3f} {row['modelled_us']:10.1f} "
+            f"{row['speedup_vs_bf16']:7.2f} {row['over_bandwidth_bound']:7.2f}",
+            flush=True,
+        )
 
     used = sizes > 0
     for kernel in PEERS:
         if tokens != 64 and out:
-            continue
-        if row := found(before, chip=chip, shape=name, tokens=tokens, kernel=kernel):
-            out.append(row)
-            print_row(row)
             continue
         both = ((layer.hidden, 2 * layer.channels), (layer.channels, layer.hidden))
         try:
@@ -392,7 +393,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rows", type=Path, help="print the table of these rows and compile nothing")
     parser.add_argument(
-        "--peers", type=Path, help="take the peers' rows from here; of the same compiler, sizes and chips"
+        "--counted", type=Path, help="cycles of the peers' kernels, kept here from one call to the next"
     )
     chosen = parser.parse_args()
     if chosen.rows:
@@ -404,18 +405,19 @@ def main() -> None:
         f"{'chip':6s} {'shape':17s} tokens  {'kernel':14s} form  {'bits':>6s} {'modelled us':>11s} "
         f"{'speedup':>7s} {'/ bound':>7s}"
     )
-    before: list[dict[str, Any]] = []
-    if chosen.peers:
-        of = json.loads(chosen.peers.read_text())
+    if chosen.counted and chosen.counted.exists():
+        of = json.loads(chosen.counted.read_text())
         if any(of[key] != value for key, value in bundles.versions().items()):
-            parser.error(f"{chosen.peers} was found with other versions than {bundles.versions()}")
-        before = [row for row in of["rows"] if row["kernel"] in PEERS]
+            parser.error(f"{chosen.counted} was counted with other versions than {bundles.versions()}")
+        COUNTED.update(of["cycles"])
     rows: list[dict[str, Any]] = []
     for chip in chosen.chip or ("v5e", "v6e", "tpu7x"):
         for name in chosen.shape or SHAPES:
             for tokens in chosen.tokens or TOKENS:
-                rows += rows_for(chip, name, tokens, tuple(chosen.group or GROUPS), before)
+                rows += rows_for(chip, name, tokens, tuple(chosen.group or GROUPS))
                 bundles.write(chosen.json, rows)
+                if chosen.counted:
+                    chosen.counted.write_text(json.dumps({"cycles": COUNTED, **bundles.versions()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

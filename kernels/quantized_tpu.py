@@ -12,7 +12,8 @@ pages those that are read; those of all blocks of a step in one piece where they
 Forms: "bf16" activations; "int8" and "fp8" (e4m3) activations with one scale a row, where the chip multiplies those.
 
 Axes: R rows in order, V variants, E experts, N blocks, D hidden, K groups of hidden with scales of their own, M rows a
-tile, T tiles of rows, S steps of a tile, B blocks a step, U parts of a block with pages of their own.
+tile, T tiles of rows, C chunks of X rows, S steps of a tile, B blocks a step, U parts of a block with pages of their
+own.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from dynamo_jax.kernels.tiles import TILE, TiledResident
 from dynamo_jax.kernels.tpu_copies import StepAt, copies_of, copy, rows_of
 from dynamo_jax.kernels.tpu_planes import StepPlanes, no_pages
 from dynamo_jax.kernels.tpu_steps import (
+    CHUNK,
     MANY_ROWS,
     Shape,
     Steps,
@@ -74,6 +76,8 @@ def quantized_experts_tpu(
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
     count = rows.shape[0]
+    if tile_rows and tile_rows % CHUNK:
+        raise ValueError(f"tiles of {tile_rows} rows: they are multiples of {CHUNK}")
     if count == 0:
         return rows
     all_blocks, tiles = resident.base.codes.shape[2], resident.base.codes.shape[4]
@@ -225,7 +229,7 @@ def _body(
     last, next_tile = ends & last_tile, jnp.where(last_tile, tile, tile + 1)
     own, later = step_of(tile, step), step_of(jnp.where(ends, next_tile, tile), jnp.where(ends, 0, step + 1))
     in_pieces, alone = copies_of(shape, steps, inputs, scratch.planes, scratch.copied)
-    start, wait = (lambda copy: copy.start()), (lambda copy: copy.wait())
+    start, wait = (lambda each: each.start()), (lambda each: each.wait())
     scattered = bool(shape.levels) and shape.blocks > 1
 
     def rows_in(tile: Any, when: Any, run: Callable[[Any], None]) -> None:

@@ -64,7 +64,7 @@ def copies_of(
 def rows_of(steps: Steps, tile: Any, memory: Any, fast: Any) -> tuple[Any, Any]:
     """A tile's chunks of rows, as many as it has, in memory (C, X, D) and in fast memory (M / X, X, D)."""
     count = steps.chunks[tile]
-    return memory.at[pl.ds(steps.first[tile], count)], fast.at[pl.ds(0, count)]
+    return memory.at[pl.ds(steps.first_chunk[tile], count)], fast.at[pl.ds(0, count)]
 
 
 def copy(from_: Any, into: Any, copied: Any, when: Any, run: Callable[[Any], None]) -> None:

@@ -4,7 +4,8 @@ Rows are put in tiles of one expert each, and for each expert and variant it is 
 All of it is plain XLA; ``quantized_tpu.py`` has the kernel.
 
 Axes: R rows in order, V variants, E experts, N blocks, G tiles of 128 hidden, K groups of hidden with scales of their
-own, M rows a tile, T tiles of rows, S steps of a tile, B blocks a step, U parts of a block with pages of their own.
+own, M rows a tile, T tiles of rows, C chunks of X rows, S steps of a tile, B blocks a step, U parts of a block with
+pages of their own.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from dynamo_jax.kernels.tiles import TILE
 
 MOST_ROWS = 256  # of a tile
 MANY_ROWS = 64
+CHUNK = 8  # rows of bfloat16 that lie together in memory
 FEW_ROWS = 32  # the most of a tile that has not many
 STEP_WEIGHTS = 6 * 2**20  # of a grid step: what a step costs whatever it does is then a small share of it
 
 
 class Fetches(NamedTuple):
     """The pages of one level that each step of each group reads. run: (VE*S*U,) the first slot of each part whose pages
-    of all blocks lie in slots one after the other, as they are first put there, else -1; those of blocks that the step
-    before had too come along. Of the others: single (VE*S,)
+    of all blocks lie in slots one after the other, as they are first put there, else -1. Of the others: single (VE*S,)
     how many there are, and in the first places of a step's (VE*S*B*U,) page, the slot of each, and place, where in the
-    step it goes."""
+    step it goes; none of them is of a block that the step before had too."""
 
     run: Int[Array, " GSU"]
     single: Int[Array, " GS"]
@@ -41,14 +42,14 @@ class Fetches(NamedTuple):
 
 class Steps(NamedTuple):
     """What each grid step works on. layer (1,); tiles: how many tiles of rows there are (1,); of each (T,) its group, a
-    variant and an expert, its first chunk of rows and its number of chunks; and of the steps of each group path:
+    variant and an expert, first_chunk of its rows and how many chunks it has; and of the steps of each group path:
     (VE*S,) the widest plane that one reads; widths: (VE*S*B*2,) of each block, gate and up, then down; alone: (VE*S,)
     how many pages are in no run; fetches: by level."""
 
     layer: Int[Array, " 1"]
     tiles: Int[Array, " 1"]
     group: Int[Array, " T"]
-    first: Int[Array, " T"]
+    first_chunk: Int[Array, " T"]
     chunks: Int[Array, " T"]
     path: Int[Array, " GS"]
     widths: Int[Array, " GSB2"]
@@ -72,7 +73,7 @@ class Shape(NamedTuple):
     @property
     def chunk(self) -> int:
         """Rows that are copied or not: those of a tile that hold none stay where they are."""
-        return chunk_of(self.rows)
+        return MANY_ROWS if self.rows % MANY_ROWS == 0 else CHUNK
 
     @property
     def steps(self) -> int:
@@ -147,11 +148,6 @@ def rows_of_tile(count: int, num_experts: int, lite: bool) -> int:
     return max(8, 8 * math.ceil(wanted / 8))
 
 
-def chunk_of(tile_rows: int) -> int:
-    """Of so many rows a tile; bfloat16 lies in memory by eight rows."""
-    return MANY_ROWS if tile_rows % MANY_ROWS == 0 else 8
-
-
 def steps_of(
     shape: Shape,
     lie: TiledRows,
@@ -180,7 +176,7 @@ def steps_of(
         layer=jnp.full(1, layer, jnp.int32),
         tiles=lie.used.reshape(1).astype(jnp.int32),
         group=lie.group,
-        first=lie.first,
+        first_chunk=lie.first,
         chunks=lie.chunks,
         path=width.max(axis=(2, 3)).reshape(-1),
         widths=of_parts.reshape(-1),

@@ -116,16 +116,17 @@ def test_groups_longer_than_a_tile_have_one_scale(form, hidden, group_size, tile
 @hypothesis.settings(max_examples=20, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
 @hypothesis.given(
     sizes=st.lists(st.integers(0, 20), min_size=4, max_size=4).filter(any),
-    widths=st.lists(st.sampled_from([2, 3, 4, 8]), min_size=12, max_size=12),
+    all_blocks=st.sampled_from([3, 5, 7]),
+    widths=st.lists(st.sampled_from([2, 3, 4, 8]), min_size=28, max_size=28),
     form=st.sampled_from(["bf16", "int8"]),
-    blocks=st.sampled_from([None, 1, 2]),
+    blocks=st.sampled_from([None, 1, 2, 3]),
     tile_rows=st.sampled_from([None, 8, 16, 64]),
     shuffled=st.booleans(),
 )
-def test_any_widths_groups_and_tiling(sizes, widths, form, blocks, tile_rows, shuffled):
-    """Three blocks an expert, which two a step do not divide; pages in order and anywhere."""
-    each = np.broadcast_to(np.array(widths).reshape(1, 4, 3), (2, 4, 3))
-    case = Case.of("tiles", 3, 4, 384, 128, False, [each], shuffled=shuffled)
+def test_any_widths_groups_and_tiling(sizes, all_blocks, widths, form, blocks, tile_rows, shuffled):
+    """Numbers of blocks that two or three a step do not divide; pages in order and anywhere."""
+    each = np.broadcast_to(np.array(widths[: 4 * all_blocks]).reshape(1, 4, all_blocks), (2, 4, all_blocks))
+    case = Case.of("tiles", 3, 4, 128 * all_blocks, 128, False, [each], shuffled=shuffled)
     rows, sizes = rows_and_sizes(4, sizes, 128)
     compared(case, rows, sizes, layer=0, form=form, blocks=blocks, tile_rows=tile_rows, tolerance=TOLERANCE[form])
 
@@ -137,7 +138,7 @@ def test_any_widths_groups_and_tiling(sizes, widths, form, blocks, tile_rows, sh
         ("fp8", False, 640, 2, None, 1, False),
         ("bf16", True, 384, 2, None, 1, True),
         ("fp8", False, 384, 9, 8, 1, True),
-        ("bf16", True, 384, 2, 64, 2, True),
+        ("bf16", True, 640, 2, 64, 1, False),
     ],
 )
 def test_blocks_that_do_not_divide(form, apart, channels, blocks, tile_rows, variants, shuffled):
@@ -158,7 +159,7 @@ def test_each_step_reads_its_own_pages():
 
 
 def test_many_rows_need_no_more_scalars():
-    """The work list is of experts and steps; only the tiles' groups are as many as the rows."""
+    """The work list is of experts and steps; only what is of each tile is as much as the rows."""
     sizes = [4096 * 8, 0]
     lie = rows_in_tiles(jnp.array(sizes), sum(sizes), 256, 64)
     shape = Shape(256, 1, 1, 3, 2, (3,), 1, "bf16")
@@ -196,7 +197,15 @@ def test_rows_past_the_last_group_are_zeros_and_no_rows_are_none():
     more = run(jnp.pad(rows, ((0, 4), (0, 0)), constant_values=7), sizes, case.arranged, case.tables, 0, silu_gated)
     np.testing.assert_array_equal(more[:5], run(rows, sizes, case.arranged, case.tables, 0, silu_gated))
     assert (np.asarray(more[5:], np.float32) == 0).all()
+    assert (np.asarray(run(rows, sizes * 0, case.arranged, case.tables, 0, silu_gated)) == 0).all()
     assert run(rows[:0], sizes * 0, case.arranged, case.tables, 0, silu_gated).shape == (0, 128)
+
+
+def test_a_tile_of_several_chunks_of_many_rows():
+    """Of 64 rows: three a tile, of which a last tile has fewer."""
+    case = Case.of("tiles", 18, 2, 128, 128, False, [widths_of(0, 2, 128, False)])
+    rows, sizes = rows_and_sizes(19, [70, 330], 128)
+    compared(case, rows, sizes, tile_rows=192, interpret=CHECKED)
 
 
 def test_a_row_of_zeros_or_of_nan_stays_its_own():
@@ -226,6 +235,8 @@ def test_what_does_not_fit_tiles_is_an_error_that_says_so():
     with pytest.raises(ValueError, match=r"planes of \(4,\) bits"):
         tables = ({4: case.tables[0][4]},)
         quantized_experts_tpu(rows, sizes, case.arranged, tables, 0, silu_gated)
+    with pytest.raises(ValueError, match="tiles of 12 rows"):
+        quantized_experts_tpu(rows, sizes, case.arranged, case.tables, 0, silu_gated, tile_rows=12)
     with pytest.raises(ValueError, match="3 groups"):
         quantized_experts_tpu(rows, jnp.ones(3, jnp.int32), case.arranged, case.tables, 0, silu_gated)
 
