@@ -161,7 +161,7 @@ def grouped(chip: str, layer: Layer, tokens: int, inner: int, outer: int, kernel
         some = tilings(inner, outer, bits, tuple(even(outer, most) for most in (1024, 2048, 4096)))[-1:]
     else:
         of_rows = {filled(min(rows, 128), 16)} if rows < 1024 else {128, 256}
-        some = tilings(inner, outer, bits, (512, 768, 1024) if rows < 1024 else (512, 1024))
+        some = tilings(inner, outer, bits, (512, 768, 1024) if rows < 1024 else (1024,))
     for tile_rows, (k, n) in itertools.product(sorted(of_rows), some):
         try:
             cycles = peer_cycles(kernel, chip, layer.experts, inner, outer, (tile_rows, k, n))
@@ -330,7 +330,7 @@ def rows_for(chip: str, name: str, tokens: int, groups: tuple[int, ...]) -> list
     forms = (ROUNDED[chip], "bf16") if tokens == 64 else ("bf16",) if tokens == PREFILL else (ROUNDED[chip],)
     for group, form in itertools.product(groups, forms):
         for kernel, widths in plans.items():
-            if form == "bf16" and (kernel == "ours 2" or group != groups[0]):
+            if group != groups[0] and (form == "bf16" or tokens != 64) or (kernel == "ours 2" and form == "bf16"):
                 continue
             bits = float((2 * widths[used, 0] + widths[used, 1]).mean() / 3 + 16 / group)
             add(kernel, bits, form, *ours(chip, layer, tokens, widths, form, group), group=group)

@@ -112,6 +112,7 @@ def test_a_capacity_that_is_too_small_is_named(tiny):
     assert len(generate(tiny, [[5]], GenerateConfig(max_tokens=4), capacity=19)[0]) == 4
 
 
+@pytest.mark.slow
 def test_layers_in_loops_generate_the_same_tokens_and_are_watched_alike(quantized):
     model, _ = quantized_language_model(quantized, adaptive=True)
     loops = dataclasses.replace(model, parameters=stacked(model.config, model.parameters))
