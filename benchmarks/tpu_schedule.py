@@ -330,7 +330,7 @@ def rows_for(chip: str, name: str, tokens: int, groups: tuple[int, ...]) -> list
     forms = (ROUNDED[chip], "bf16") if tokens == 64 else ("bf16",) if tokens == PREFILL else (ROUNDED[chip],)
     for group, form in itertools.product(groups, forms):
         for kernel, widths in plans.items():
-            if group != groups[0] and (form == "bf16" or tokens != 64) or (kernel == "ours 2" and form == "bf16"):
+            if (group != groups[0] and (form == "bf16" or tokens != 64)) or (kernel == "ours 2" and form == "bf16"):
                 continue
             bits = float((2 * widths[used, 0] + widths[used, 1]).mean() / 3 + 16 / group)
             add(kernel, bits, form, *ours(chip, layer, tokens, widths, form, group), group=group)
