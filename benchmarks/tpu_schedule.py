@@ -52,7 +52,7 @@ from dynamo_jax.kernels.tiles import TILE, TiledBase, TiledResident, empty_pages
 from dynamo_jax.kernels.tpu_steps import Shape, blocks_of_step, rows_of_tile
 from dynamo_jax.models.experts import silu_gated
 
-GROUPS = (256, 128)  # weights that share a scale: those of the demo, and one tile's
+GROUP = 256  # weights that share a scale, as in the demo
 LAYERS = 16  # in the arrays that the kernel reads: the compiler would keep those of one layer in fast memory
 ROUNDED = {"v5e": "int8", "v5p": "int8", "v6e": "int8", "tpu7x": "fp8"}
 
@@ -330,7 +330,7 @@ def rows_for(chip: str, name: str, tokens: int, groups: tuple[int, ...]) -> list
     forms = (ROUNDED[chip], "bf16") if tokens == 64 else ("bf16",) if tokens == PREFILL else (ROUNDED[chip],)
     for group, form in itertools.product(groups, forms):
         for kernel, widths in plans.items():
-            if (group != groups[0] and (form == "bf16" or tokens != 64)) or (kernel == "ours 2" and form == "bf16"):
+            if kernel == "ours 2" and form == "bf16":
                 continue
             bits = float((2 * widths[used, 0] + widths[used, 1]).mean() / 3 + 16 / group)
             add(kernel, bits, form, *ours(chip, layer, tokens, widths, form, group), group=group)
@@ -364,24 +364,22 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for chip, name, tokens in dict.fromkeys((row["chip"], row["shape"], row["tokens"]) for row in rows):
         at = {"chip": chip, "shape": name, "tokens": tokens}
         own, plain = at | {"form": ROUNDED[chip]}, at | {"form": "bf16"}
-        long, short = GROUPS
         if tokens == PREFILL:
-            last = " / ".join(cell(plain, f"ours {plan}", long, bound=False) for plan in ("4", "3", "mixed"))
-            cells = [""] * 8 + [last]
+            last = " / ".join(cell(plain, f"ours {plan}", GROUP, bound=False) for plan in ("4", "3", "mixed"))
+            cells = [""] * 6 + [last]
         else:
-            each = [cell(own, f"ours {plan}", long) for plan in ("4", "3", "mixed", "2")]
-            each += [cell(own, f"ours {plan}", short) for plan in ("4", "mixed")]
+            each = [cell(own, f"ours {plan}", GROUP) for plan in ("4", "3", "mixed", "2")]
             peers = [cell(plain, "tokamax int4", None), cell(own, "gmm_v2 int4", None)]
-            cells = [*peers, *each, cell(plain, "ours mixed", long)]
+            cells = [*peers, *each, cell(plain, "ours mixed", GROUP)]
         print(f"| {chip} | {name} | {tokens:,} | {' | '.join(cells)} |")
     print("\nmixed over uniform plans of the same bytes, least and most")
-    for chip, group in itertools.product(dict.fromkeys(row["chip"] for row in rows), GROUPS):
+    for chip in dict.fromkeys(row["chip"] for row in rows):
         ratios = []
         for name, tokens in itertools.product(SHAPES, TOKENS):
-            ratio = over_uniform(rows, chip=chip, shape=name, tokens=tokens, form=ROUNDED[chip], group=group)
+            ratio = over_uniform(rows, chip=chip, shape=name, tokens=tokens, form=ROUNDED[chip], group=GROUP)
             ratios += [] if ratio is None else [(ratio, name, tokens)]
         for ratio, name, tokens in (min(ratios), max(ratios)) if ratios else ():
-            print(f"{chip:6s} groups of {group} {ratio - 1:+.1%} ({name}, {tokens} tokens)")
+            print(f"{chip:6s} {ratio - 1:+.1%} ({name}, {tokens} tokens)")
 
 
 def main() -> None:
@@ -389,7 +387,7 @@ def main() -> None:
     parser.add_argument("--chip", action="append", choices=list(bundles.CHIPS), help="v5e, v6e and tpu7x by default")
     parser.add_argument("--shape", action="append", choices=list(SHAPES), help="all by default")
     parser.add_argument("--tokens", action="append", type=int, choices=TOKENS, help="all by default")
-    parser.add_argument("--group", action="append", type=int, help=f"weights that share a scale, {GROUPS} by default")
+    parser.add_argument("--group", action="append", type=int, help=f"weights that share a scale, {GROUP} by default")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rows", type=Path, help="print the table of these rows and compile nothing")
     parser.add_argument(
@@ -414,7 +412,7 @@ def main() -> None:
     for chip in chosen.chip or ("v5e", "v6e", "tpu7x"):
         for name in chosen.shape or SHAPES:
             for tokens in chosen.tokens or TOKENS:
-                rows += rows_for(chip, name, tokens, tuple(chosen.group or GROUPS))
+                rows += rows_for(chip, name, tokens, tuple(chosen.group or (GROUP,)))
                 bundles.write(chosen.json, rows)
                 if chosen.counted:
                     chosen.counted.write_text(json.dumps({"cycles": COUNTED, **bundles.versions()}, indent=1) + "\n")
