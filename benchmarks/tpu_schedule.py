@@ -161,14 +161,18 @@ def grouped(chip: str, layer: Layer, tokens: int, inner: int, outer: int, kernel
         some = tilings(inner, outer, bits, tuple(even(outer, most) for most in (1024, 2048, 4096)))[-1:]
     else:
         of_rows = {filled(min(rows, 128), 16)} if rows < 1024 else {128, 256}
-        some = tilings(inner, outer, bits, (512, 768, 1024) if rows < 1024 else (1024,))
+        some = tilings(inner, outer, bits, (1024, 768, 512))
+    fit: set[int] = set()
     for tile_rows, (k, n) in itertools.product(sorted(of_rows), some):
+        if rows >= 1024 and tile_rows in fit:
+            continue  # of many rows the widest that fits
         try:
             cycles = peer_cycles(kernel, chip, layer.experts, inner, outer, (tile_rows, k, n))
         except Exception as error:
             if "memory" not in str(error).lower():
                 raise
             continue
+        fit.add(tile_rows)
         along, passes = inner // k, -(-outer // n)
         if newer:  # of rows those that its tiles hold, of outputs each once
             tiles = touched_from_group(sizes, tile_rows, unit)
