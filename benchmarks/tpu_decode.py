@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from layers import MODELS, Layer
-from tpu_schedule import GROUPS, tiled_shapes
+from tpu_schedule import GROUP, tiled_shapes
 
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, parameters
@@ -41,7 +41,7 @@ def state_of(config: ModelConfig) -> Any:
     of = jax.ShapeDtypeStruct
     layers, count = config.num_moe_layers, config.num_experts
     layer = Layer(count, config.hidden_size, config.intermediate_size, config.num_experts_per_tok)
-    resident, table = tiled_shapes(layers, layer, {3: 2 / 3 * (1 + SPARE), 4: 1 / 3 * (1 + SPARE)}, GROUPS[0])
+    resident, table = tiled_shapes(layers, layer, {3: 2 / 3 * (1 + SPARE), 4: 1 / 3 * (1 + SPARE)}, GROUP)
     square = (KNOWN, KNOWN, KNOWN)
     signatures = Signatures(*(of(s, jnp.float32) for s in ((KNOWN, layers, count), (KNOWN, KNOWN), square, (KNOWN,))))
     watch = jax.eval_shape(functools.partial(start, requests=REQUESTS), signatures)
