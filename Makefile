@@ -28,7 +28,7 @@ test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 slow: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
