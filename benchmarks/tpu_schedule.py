@@ -16,7 +16,7 @@ from what the step copies. Modelled time is the sum over steps of max(cycles / c
                        are quantized it quantizes rows as ours does. Released in tpu-inference (``pip install --no-deps
                        tpu-inference==0.28.0``), of which one file is loaded; no rows where that is missing
 
-"bits" is with scales, one for each ``group`` of weights in ours, 0.0625 or 0.125 bits a weight, one for each channel in
+"bits" is with scales, one for each ``group`` of weights in ours, 0.0625 bits a weight of 256, one for each channel in
 the peers'. Bytes are of weights, of scales, and of rows in and out as each kernel copies them: where a peer's next tile
 of rows is the same expert's, it has its weights already, unless they are in parts along what is summed. ``form`` is
 what the matrix unit multiplies: bfloat16, or activations quantized a row at a time, int8 on v5e, v5p and v6e and fp8 on
@@ -212,7 +212,7 @@ def peer_cycles(kernel: str, chip: str, experts: int, inner: int, outer: int, ti
         rows = -(-128 // tiling[0]) * tiling[0]  # the loop is that of any number of rows; one peer wants 128
         own = (of((rows, inner), jnp.bfloat16), weights, of((experts,), jnp.int32))
         loops = bundles.compiled(bundles.CHIPS[chip], function, *own)[1]
-        loop = next(loop for name, loop in loops.items() if name.startswith("gmm"))
+        loop = next(loop for own_name, loop in loops.items() if own_name.startswith("gmm"))
         COUNTED[name] = loop.always + max(loop.regions, default=0)
     return COUNTED[name]
 

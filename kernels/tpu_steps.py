@@ -111,7 +111,7 @@ class Shape(NamedTuple):
 
 class Core(NamedTuple):
     """What sizes follow from. unit: rows of weights that a matrix unit multiplies by at once; lite: whether the chip is
-    one (v5e, v6e) whose memory is so much slower than its core that copies bind, and a few more rows cost nothing."""
+    one (v5e, v6e) whose memory is so slow beside its core that mostly copies bind and a few more rows cost little."""
 
     unit: int
     lite: bool
@@ -138,7 +138,7 @@ def blocks_of_step(tiles: int, all_blocks: int, tile_rows: int, unit: int) -> in
 
 def rows_of_tile(count: int, num_experts: int, lite: bool) -> int:
     """M: enough for the rows of most experts at one variant, so that their planes are read and unpacked once; of still
-    more where rows that are not there cost nothing (``lite``, of a ``Core``)."""
+    more where rows that are not there cost little (``lite``, of a ``Core``)."""
     mean = count / num_experts
     wanted = mean + 2 * mean**0.5
     if wanted > FEW_ROWS:

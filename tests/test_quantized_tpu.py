@@ -138,6 +138,7 @@ def test_any_widths_groups_and_tiling(sizes, all_blocks, widths, form, blocks, t
         ("fp8", False, 640, 2, None, 1, False),
         ("bf16", True, 384, 2, None, 1, True),
         ("fp8", False, 384, 9, 8, 1, True),
+        ("bf16", True, 384, 2, 64, 2, True),
         ("bf16", True, 640, 2, 64, 1, False),
     ],
 )
@@ -399,10 +400,9 @@ print(json.dumps([loop, loop.without_holders(), len(lines)], default=vars))
     assert loop["always"] == lines - 10 and without["always"] == lines - 14 and without["regions"] == [7]
 
 
-SHAPES = ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v2-lite", "gpt-oss-20b")
 CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
 EVERY_CASE = [
-    pytest.param(chip, tokens, SHAPES, marks=pytest.mark.slow, id=f"{chip}-{tokens}-every")
+    pytest.param(chip, tokens, (), marks=pytest.mark.slow, id=f"{chip}-{tokens}-every")
     for chip, tokens in itertools.product(CHIPS, (8, 2048))
 ]
 
@@ -412,12 +412,13 @@ EVERY_CASE = [
     ("chip", "tokens", "names"), [("tpu7x", 8, ("olmoe-1b-7b",)), ("v5e", 8, ("gpt-oss-20b",)), *EVERY_CASE]
 )
 def test_every_shape_compiles_for_every_chip(chip, tokens, names):
-    """One block a step, so that it does not take minutes; memory that does not fit is an error of the compiler."""
+    """One block a step, so that it does not take minutes; memory that does not fit is an error of the compiler. No
+    names: all five."""
     code = """
 import bundles, json, sys
 import tpu_schedule as t
 chip, tokens, out = sys.argv[1], int(sys.argv[2]), {}
-for name in sys.argv[3:]:
+for name in sys.argv[3:] or t.SHAPES:
     run = lambda *a: t.quantized_experts_tpu(*a, 0, t.silu_gated, form=t.ROUNDED[chip], blocks=1)
     group = 128 if name == "gpt-oss-20b" else 256  # 23 tiles, and 16 or 32
     loops = bundles.compiled(bundles.CHIPS[chip], run, *t.arguments(t.SHAPES[name], tokens, (3, 4), group))[1]
@@ -425,7 +426,7 @@ for name in sys.argv[3:]:
 print(json.dumps(out))
 """
     found = compiler(code, chip, str(tokens), *names)
-    assert set(found) == set(names) and all(len(each) == 1 and each[0] > 100 for each in found.values()), found
+    assert len(found) == (len(names) or 5) and all(len(each) == 1 and each[0] > 100 for each in found.values()), found
 
 
 @needs_compiler
