@@ -69,12 +69,22 @@ def forgotten_programs():
     jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For tests of tiny models, which mostly compile: what XLA compiles then takes less time and runs slower."""
+def _quick():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For tests of tiny models, which mostly compile: what XLA compiles then takes less time and runs slower."""
+    yield from _quick()
+
+
+@pytest.fixture
+def quick_compilation_here():
+    """The same, for one test of a file."""
+    yield from _quick()
 
 
 class _Counter(logging.Handler):

@@ -53,8 +53,8 @@ def plain(model, channel_block, apart):
 @pytest.mark.parametrize(
     ("family", "apart"),
     [
-        ("deepseek_v3", False),
         ("gpt_oss", True),
+        pytest.param("deepseek_v3", False, marks=pytest.mark.slow),
         pytest.param("qwen2_moe", True, marks=pytest.mark.slow),
         pytest.param("gpt_oss", False, marks=pytest.mark.slow),
         pytest.param("granitemoe", False, marks=pytest.mark.slow),

@@ -197,6 +197,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(run, files, fo
 GREEDY = ("--max-tokens", "12", "--dtype", "float32")
 
 
+@pytest.mark.usefixtures("quick_compilation_here")
 def test_generate_prints_the_continuation_alone(run):
     code, one, err = run("generate", "--prompt", "def main(", *GREEDY)
     assert code == 0 and one.strip() and "def main(" not in one and not err
@@ -204,6 +205,7 @@ def test_generate_prints_the_continuation_alone(run):
     assert run("generate", "--prompt", "def main(", "--prompt", "King of", *GREEDY)[1] == one + other
 
 
+@pytest.mark.usefixtures("quick_compilation_here")
 def test_generate_that_adapts_serves_prompts_one_after_the_other_and_says_what_it_saw(run, folder, texts):
     """Two halves of a text of a known kind: the same continuations, and a word on the second at 256 tokens."""
     prompts = ("--prompt", texts["code"][:300], "--prompt", texts["code"][300:600])
@@ -220,6 +222,7 @@ def test_only_a_quantized_model_can_adapt_and_all_prompts_are_checked_first(run,
     assert code == 2 and not printed and "prompt 1 has" in err and "the model has 256 positions" in err
 
 
+@pytest.mark.usefixtures("quick_compilation_here")
 def test_an_exported_model_generates_what_the_quantized_one_does(run, folder, tmp_path):
     code, printed, _ = run("export", "--model", folder, "--out", tmp_path / "out")
     assert code == 0 and str(tmp_path / "out") in printed

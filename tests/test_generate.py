@@ -41,6 +41,8 @@ from dynamo_jax.runtime.monitor import start
 from dynamo_jax.runtime.standing import AGAIN, FIRST, MOST, RECENT, Standing
 from dynamo_jax.runtime.store import page_counts
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMPTS = [[5, 9, 33, 7, 50, 12, 8, 3, 21, 44, 17, 29], [40, 6], [11, 12, 13, 14, 15, 16, 17]]
 
 

@@ -31,6 +31,8 @@ from dynamo_jax.models.experts import silu_gated
 from dynamo_jax.pipeline import QuantizeConfig, quantize
 from dynamo_jax.runtime import serving, switch
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 INTERPRETED = functools.partial(quantized_experts_gpu, interpret=InterpretGPUParams(), blocks=2)
 TOLERANCE = 0.01  # of the largest output: operands have eight bits

@@ -100,7 +100,12 @@ def test_all_widths_variants_and_biases_at_once(form, apart):
 
 @pytest.mark.parametrize(
     ("form", "hidden", "group_size", "tile_rows"),
-    [("fp8", 512, 256, None), ("int8", 384, 384, 8), ("bf16", 512, 512, None), ("bf16", 768, 384, 64)],
+    [
+        ("fp8", 512, 256, None),
+        ("int8", 384, 384, 8),
+        pytest.param("bf16", 512, 512, None, marks=pytest.mark.slow),
+        pytest.param("bf16", 768, 384, 64, marks=pytest.mark.slow),
+    ],
 )
 def test_groups_longer_than_a_tile_have_one_scale(form, hidden, group_size, tile_rows):
     """Stored once, and multiplied in one product; the whole hidden size too."""

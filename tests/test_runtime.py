@@ -43,6 +43,8 @@ from dynamo_jax.runtime.adapt import (
 from dynamo_jax.runtime.quantized import Knowledge
 from dynamo_jax.runtime.store import page_counts
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SETTINGS = QuantizeConfig(
     bits=3.0,
     per_projection=False,

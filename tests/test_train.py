@@ -14,6 +14,8 @@ from dynamo_jax.models.decoder import Routing, parameters
 from dynamo_jax.models.huggingface import load_checkpoint
 from dynamo_jax.train import TrainConfig, router_losses, sample_batch, train
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = TrainConfig(
     model=ModelConfig(
         vocab_size=300,
