@@ -41,7 +41,6 @@ from dynamo_jax.kernels.gpu_unpack import (
 )
 from dynamo_jax.kernels.layout import RATIO_UNIT
 
-LEAST_BYTES = 128  # of a copy
 MANY_ROWS = 64
 
 
@@ -85,6 +84,7 @@ class Inputs(NamedTuple):
     group: Any
     page: dict[int, Any]
     x: Any
+    sums: Any
     codes: Any
     scales: Any
     pools: dict[int, Any]
@@ -94,11 +94,12 @@ class Inputs(NamedTuple):
 
 class Staged(NamedTuple):
     """Shared memory: a ring of steps, of each its rows and the planes of its tiles; few rows of the second kernel, by
-    groups of hidden times the scales of each; what is on its way out; and for each step of the ring a barrier that
-    waits for its copies."""
+    groups of hidden times the scales of each, and for them what is too much in a weight, by 2 z; what is on its way
+    out; and for each step of the ring a barrier that waits for its copies."""
 
     x: Any
     scaled: Any
+    less: Any
     codes: Any
     scales: Any
     pages: dict[int, Any]
@@ -112,6 +113,18 @@ def tiles_of_step(rows: int, hidden: int) -> int:
     return 2 if rows >= MANY_ROWS or hidden % (2 * INNER) else 4
 
 
+class Item(NamedTuple):
+    """Scalars that all steps of an item share: its tile of rows, and that tile's group; the (first) block; the half of
+    the block, or which tiles of hidden; and of each level the pages of each part of the block, where all steps read the
+    same."""
+
+    tile: Any
+    group: Any
+    block: Any
+    part: Any
+    slots: dict[int, list[Any]]
+
+
 class Job:
     """What both kernels do with planes. An item is a tile of rows and a part of its expert, ``per_tile`` of them, each
     of ``steps``."""
@@ -122,26 +135,26 @@ class Job:
 
     def __init__(self, shape: Shape, stages: int, inputs: Inputs, staged: Staged, out: Any) -> None:
         self.shape, self.stages, self.inputs, self.staged, self.out = shape, stages, inputs, staged, out
+        self.layer = inputs.work[1]
 
     def block(self, group: Any, block: Any) -> Any:
         """Which block of all layers."""
         expert = jax.lax.rem(group, self.shape.num_experts)
-        return (self.inputs.work[1] * self.shape.num_experts + expert) * self.shape.all_blocks + block
+        return (self.layer * self.shape.num_experts + expert) * self.shape.all_blocks + block
 
     def slot(self, level: int, group: Any, block: Any, part: int) -> Any:
         """Where the page of a part of a block is, -1 where its variant does not read it."""
         variant, expert = jax.lax.div(group, self.shape.num_experts), jax.lax.rem(group, self.shape.num_experts)
-        of_expert = (variant * self.shape.layers + self.inputs.work[1]) * self.shape.num_experts + expert
+        of_expert = (variant * self.shape.layers + self.layer) * self.shape.num_experts + expert
         unit = part if self.shape.units > 1 else 0
         return self.inputs.page[level][(of_expert * self.shape.units + unit) * self.shape.all_blocks + block]
 
     def copy(self, source: Any, target: Any, ring: Any) -> None:
         plgpu.copy_gmem_to_smem(source, target, self.staged.barrier.at[ring])
 
-    def copy_pages(self, group: Any, block: Any, ring: Any, part: int, cut: Any, into: Any) -> None:
-        """The pages of one part of a block: what ``cut`` takes of a page, to ``into`` of the ring's step."""
-        for level in self.shape.levels:
-            slot = self.slot(level, group, block, part)
+    def copy_pages(self, slots: dict[int, Any], ring: Any, cut: Any, into: Any) -> None:
+        """Of each level a page: what ``cut`` takes of it, to ``into`` of the ring's step."""
+        for level, slot in slots.items():
             pairs = [(self.inputs.pools[level], self.staged.pages[level], False)]
             if level == 8:
                 pairs.append((self.inputs.ratios, self.staged.ratios, True))
@@ -151,15 +164,13 @@ class Job:
                 def _there(slot: Any = slot, pool: Any = pool, here: Any = here, ratios: bool = ratios) -> None:
                     self.copy(cut(pool, slot, ratios), into(here), ring)
 
-                @pl.when(slot < 0)  # something has to arrive
-                def _nothing(pool: Any = pool, here: Any = here) -> None:
-                    target, least = into(here), pl.ds(0, LEAST_BYTES // jnp.dtype(here.dtype).itemsize)
-                    first, place = ((0,) * (len(ref.shape) - 1) for ref in (pool, target))
-                    self.copy(pool.at[(*first, least)], target.at[(*place, least)], ring)
+                @pl.when(slot < 0)
+                def _nothing() -> None:
+                    plgpu.barrier_arrive(self.staged.barrier.at[ring])
 
-    def reading(self, group: Any, block: Any, part: int) -> tuple[Reading, Any]:
-        """How tiles of a part of a block are read, and whether the last plane is."""
-        present = {level: self.slot(level, group, block, part) >= 0 for level in self.shape.levels}
+    def reading(self, slots: dict[int, Any]) -> tuple[Reading, Any]:
+        """How tiles are read whose pages are in ``slots``, and whether the last plane is."""
+        present = {level: slot >= 0 for level, slot in slots.items()}
         return reading(present), present.get(8)
 
     def planes(self, last: Any) -> list[bool]:
@@ -185,33 +196,38 @@ class Job:
             if last_plane:
                 return last_weights(words[8], scales, self.rows_scaled)
             return weights(words, how, scales, self.rows_scaled)
-        twice = jnp.int32(LAST_TWICE) if last_plane else how.twice
+        twice = self.twice(how, last_plane)
         scaling = () if scales is None else (offset_word(twice), scales)
         if last_plane:
             return last_weights_in_registers(rows)(words[8], *scaling)
         planes = (words[level] for level in levels)
         return weights_in_registers(levels, rows)(words[2], *planes, *how.masks.values(), *scaling)
 
-    def less(self, how: Reading, last_plane: bool) -> Array:
-        """What has to be added to each weight of a tile that has no scales, as a tile."""
-        twice = jnp.int32(LAST_TWICE) if last_plane else how.twice
-        value = (-too_much(twice)).astype(jnp.float32).astype(jnp.bfloat16)
-        return self.laid(jnp.broadcast_to(value, (ROWS, INNER)))
+    def start(self) -> None:
+        """What is done before all items."""
+
+    def twice(self, how: Reading, last_plane: bool) -> Any:
+        """2 z."""
+        return jnp.int32(LAST_TWICE) if last_plane else how.twice
+
+    def less(self, twice: Any) -> Any:
+        """What has to be added to each weight of a tile that has no scales."""
+        return -too_much(twice).astype(jnp.float32)
 
     def laid(self, value: Array) -> Array:
         """As the tensor cores' results lie."""
         return value if self.shape.interpret else plgpu.layout_cast(value, plgpu.Layout.WGMMA)
 
     def sums(self, count: int, run: Callable[..., Any]) -> Any:
-        """What ``run`` returns, a function of accumulators (64, M), and what they hold then."""
+        """What ``run`` returns, a function of accumulators (64, M), and a tuple of what they hold then."""
         size = (ROWS, self.shape.rows)
 
         def scoped(*totals: Any) -> Any:
             if self.shape.interpret:
                 for total in totals:
                     total[...] = jnp.zeros(size, jnp.float32)
-            run(*totals)
-            return tuple(total[...] for total in totals)
+            returned = run(*totals)
+            return returned, tuple(total[...] for total in totals)
 
         one = plgpu.SMEM(size, jnp.float32) if self.shape.interpret else plgpu.ACC(size, jnp.float32)
         return pl.run_scoped(scoped, *[one] * count)
@@ -225,7 +241,11 @@ class Job:
         """shared: whether it is in shared memory, from which reads without conflicts are insisted on."""
         return here[at] if self.shape.interpret else plgpu.load(here, at, layout=layout, optimized=shared)
 
-    def product(self, total: Any, tile: Array, x: Any) -> None:
+    def operand(self, here: Any, *at: Any) -> Any:
+        """What lies in shared memory, of a product."""
+        return here[at] if self.shape.interpret else here.at[at]
+
+    def product(self, total: Any, tile: Any, x: Any) -> None:
         if self.shape.interpret:
             total[...] = total[...] + jnp.dot(tile, x, preferred_element_type=jnp.float32)
         else:
@@ -251,49 +271,49 @@ class Inner(Job):
     def steps(self) -> int:
         return self.shape.hidden // (INNER * self.shape.step_tiles)
 
-    def where(self, item: Any) -> tuple:
-        tile, rest = jax.lax.div(item, self.per_tile), jax.lax.rem(item, self.per_tile)
-        return tile, self.inputs.group[tile], jax.lax.div(rest, 2), jax.lax.rem(rest, 2)
+    def item(self, number: Any) -> Item:
+        tile, rest = jax.lax.div(number, self.per_tile), jax.lax.rem(number, self.per_tile)
+        group, block = self.inputs.group[tile], jax.lax.div(rest, 2)
+        parts = range(1 if self.shape.units == 1 else 2)
+        slots = {level: [self.slot(level, group, block, part) for part in parts] for level in self.shape.levels}
+        return Item(tile, group, block, jax.lax.rem(rest, 2), slots)
 
-    def issue(self, item: Any, step: Any, ring: Any) -> None:
-        tile, group, block, half = self.where(item)
+    def issue(self, item: Item, step: Any, ring: Any) -> None:
         shape, count = self.shape, self.shape.step_tiles
-        row = self.block(group, block)
-        tiles = pl.ds(half * (shape.hidden // INNER) + step * count, count)
+        row = self.block(item.group, item.block)
+        tiles = pl.ds(item.part * (shape.hidden // INNER) + step * count, count)
         hidden = pl.ds(step * count * INNER, count * INNER)
         both = pl.ds(0, 2)
-        self.copy(self.inputs.x.at[tile, :, hidden], self.staged.x.at[ring], ring)
+        self.copy(self.inputs.x.at[item.tile, :, hidden], self.staged.x.at[ring], ring)
         self.copy(self.inputs.codes.at[row, both, tiles], self.staged.codes.at[ring], ring)
         self.copy(self.inputs.scales.at[row, both, tiles], self.staged.scales.at[ring], ring)
         if shape.units == 1:
-            self.copy_pages(
-                group, block, ring, 0, lambda pool, slot, _: pool.at[slot, both, tiles], lambda here: here.at[ring]
-            )
+            slots = {level: own[0] for level, own in item.slots.items()}
+            self.copy_pages(slots, ring, lambda pool, slot, _: pool.at[slot, both, tiles], lambda here: here.at[ring])
             return
         for part in (0, 1):
             self.copy_pages(
-                group,
-                block,
+                {level: own[part] for level, own in item.slots.items()},
                 ring,
-                part,
                 lambda pool, slot, _: pool.at[slot, 0, tiles],
                 lambda here, part=part: here.at[ring, part],
             )
 
-    def begin(self, item: Any) -> tuple[Reading, Any]:
-        _, group, block, _ = self.where(item)
-        return self.reading(group, block, 0)  # gate and up share a width
-
-    def run(self, item: Any, over_steps: Callable[..., Any], activation: Callable[[Array, Array], Array]) -> None:
-        how = self.begin(item)
+    def run(self, item: Item, over_steps: Callable[..., Any], activation: Callable[..., Any], ahead: Item) -> Item:
+        how = self.reading({level: own[0] for level, own in item.slots.items()})  # gate and up share a width
         if self.shape.many:
-            found = self.sums(
-                2, lambda *totals: over_steps(lambda _, ring, carry: self.many_rows(ring, carry, how, totals), ())
-            )
+
+            def all_steps(*totals: Any) -> Any:
+                return over_steps(lambda _, ring, carry: self.many_rows(ring, carry, how, totals), (), ahead)[1]
+
+            ahead, found = self.sums(2, all_steps)
         else:
             zeros = self.laid(jnp.zeros((ROWS, self.shape.rows), jnp.float32))
-            found = over_steps(lambda _, ring, totals: self.few_rows(ring, totals, how), (zeros, zeros))
+            found, ahead = over_steps(
+                lambda k, ring, totals: self.few_rows(item, k, ring, totals, how), (zeros, zeros), ahead
+            )
         self.end(item, found, activation)
+        return ahead
 
     def rows_of(self, ring: Any, j: int) -> Any:
         """Some hidden of the rows, (128, M)."""
@@ -313,33 +333,36 @@ class Inner(Job):
         self.wait()
         return carry
 
-    def few_rows(self, ring: Any, totals: tuple, how: tuple) -> tuple:
+    def few_rows(self, item: Item, step: Any, ring: Any, totals: tuple, how: tuple) -> tuple:
         reading, last = how
         for j in range(self.shape.step_tiles):
+            at = (item.tile, step * self.shape.step_tiles + j)
+            of_rows = self.read(self.inputs.sums, at, scale_layout(False), shared=False)
             for plane in self.planes(last):
 
                 def products(*sums: Any, j: int = j, plane: bool = plane) -> None:
                     x = self.rows_of(ring, j)
                     tiles = [self.tile((ring, part, j), reading, plane, None) for part in (0, 1)]
-                    for own, tile in zip(sums, (*tiles, self.less(reading, plane))):
+                    for own, tile in zip(sums, tiles):
                         self.product(own, tile, x)
 
-                *found, less = self.sums(3, products)
+                _, found = self.sums(2, products)
+                less = self.less(self.twice(reading, plane))
+                less = jax.lax.broadcast_in_dim(of_rows * less, found[0].shape, (1,))
                 scales = [self.scales((ring, part, j), scale_layout(True), last, plane) for part in (0, 1)]
                 wide = [jax.lax.broadcast_in_dim(s.astype(jnp.float32), less.shape, (0,)) for s in scales]
                 totals = tuple(total + (own + less) * s for total, own, s in zip(totals, found, wide))
         return totals
 
-    def end(self, item: Any, totals: tuple, activation: Callable[[Array, Array], Array]) -> None:
-        tile, group, block, half = self.where(item)
+    def end(self, item: Item, totals: tuple, activation: Callable[[Array, Array], Array]) -> None:
         found = list(totals)
         if self.inputs.biases is not None:
-            row = jax.lax.rem(group, self.shape.num_experts) * self.shape.all_blocks + block
+            row = jax.lax.rem(item.group, self.shape.num_experts) * self.shape.all_blocks + item.block
             for part in (0, 1):
-                bias = self.read(self.inputs.biases, (row, part, half), scale_layout(True), shared=False)
+                bias = self.read(self.inputs.biases, (row, part, item.part), scale_layout(True), shared=False)
                 found[part] = found[part] + jax.lax.broadcast_in_dim(bias, found[part].shape, (0,))
-        channels = pl.ds(block * BLOCK + half * ROWS, ROWS)
-        self.store(activation(*found), self.out.at[tile, channels])
+        channels = pl.ds(item.block * BLOCK + item.part * ROWS, ROWS)
+        self.store(activation(*found), self.out.at[item.tile, channels])
 
 
 class Down(Job):
@@ -355,50 +378,56 @@ class Down(Job):
     def steps(self) -> int:
         return self.shape.all_blocks // self.shape.split
 
-    def where(self, item: Any) -> tuple:
-        tile, rest = jax.lax.div(item, self.per_tile), jax.lax.rem(item, self.per_tile)
-        return tile, self.inputs.group[tile], jax.lax.div(rest, self.shape.split), jax.lax.rem(rest, self.shape.split)
+    def item(self, number: Any) -> Item:
+        tile, rest = jax.lax.div(number, self.per_tile), jax.lax.rem(number, self.per_tile)
+        block = jax.lax.rem(rest, self.shape.split) * self.steps
+        return Item(tile, self.inputs.group[tile], block, jax.lax.div(rest, self.shape.split), {})
 
-    def issue(self, item: Any, step: Any, ring: Any) -> None:
-        tile, group, chunk, split = self.where(item)
-        block = split * self.steps + step
-        row = self.block(group, block)
-        tiles = pl.ds(chunk * self.shape.down_tiles, self.shape.down_tiles)
-        groups = pl.ds(chunk * (self.shape.down_tiles // 2), self.shape.down_tiles // 2)
-        self.copy(self.inputs.x.at[tile, pl.ds(block * BLOCK, BLOCK)], self.staged.x.at[ring], ring)
+    def slots(self, item: Item, step: Any) -> dict[int, Any]:
+        return {level: self.slot(level, item.group, item.block + step, DOWN) for level in self.shape.levels}
+
+    def issue(self, item: Item, step: Any, ring: Any) -> None:
+        block, count = item.block + step, self.shape.down_tiles
+        row = self.block(item.group, block)
+        tiles = pl.ds(item.part * count, count)
+        groups = pl.ds(item.part * (count // 2), count // 2)
+        channels = pl.ds(block * BLOCK, BLOCK)
+        self.copy(self.inputs.x.at[item.tile, channels], self.staged.x.at[ring], ring)
         self.copy(self.inputs.codes.at[row, DOWN, tiles], self.staged.codes.at[ring], ring)
         self.copy(self.inputs.scales.at[row, DOWN, groups], self.staged.scales.at[ring], ring)
         part = DOWN if self.shape.units == 1 else 0
         self.copy_pages(
-            group,
-            block,
+            self.slots(item, step),
             ring,
-            DOWN,
             lambda pool, slot, ratios: pool.at[slot, part, groups if ratios else tiles],
             lambda here: here.at[ring],
         )
 
-    def run(self, item: Any, over_steps: Callable[..., Any], activation: Callable[[Array, Array], Array]) -> None:
-        tile, _, chunk, split = self.where(item)
+    def start(self) -> None:
+        if self.shape.many:
+            return
+        for twice in (1, 2, 4):
+            value = jnp.broadcast_to(self.less(jnp.int32(twice)), (ROWS, self.shape.rows))
+            self.staged.less[twice >> 1] = self.laid(value).astype(jnp.bfloat16)
+
+    def run(self, item: Item, over_steps: Callable[..., Any], activation: Callable[..., Any], ahead: Item) -> Item:
         count = self.shape.down_tiles
         step = self.many_rows if self.shape.many else self.few_rows
 
-        def all_steps(*totals: Any) -> None:
-            over_steps(lambda k, ring, carry: step(item, k, ring, carry, totals), ())
+        def all_steps(*totals: Any) -> Any:
+            return over_steps(lambda k, ring, carry: step(item, k, ring, carry, totals), (), ahead)[1]
 
-        found = self.sums(count if self.shape.many else count + count // 2, all_steps)
+        ahead, found = self.sums(count if self.shape.many else count + count // 2, all_steps)
         for index in range(count):
             own = found[index] if self.shape.many else found[index] + found[count + index // 2]
-            hidden = pl.ds((chunk * count + index) * ROWS, ROWS)
-            self.store(own, self.out.at[tile, split, hidden])
+            hidden = pl.ds((item.part * count + index) * ROWS, ROWS)
+            split = jax.lax.div(item.block, self.steps)
+            self.store(own, self.out.at[item.tile, split, hidden])
+        return ahead
 
-    def begin(self, item: Any, step: Any) -> tuple[Reading, Any]:
-        _, group, _, split = self.where(item)
-        return self.reading(group, split * self.steps + step, DOWN)
-
-    def many_rows(self, item: Any, step: Any, ring: Any, carry: tuple, totals: tuple) -> tuple:
-        reading, last = self.begin(item, step)
-        x = self.staged.x[ring] if self.shape.interpret else self.staged.x.at[ring]
+    def many_rows(self, item: Item, step: Any, ring: Any, carry: tuple, totals: tuple) -> tuple:
+        reading, last = self.reading(self.slots(item, step))
+        x = self.operand(self.staged.x, ring)
         for plane in self.planes(last):
             for index, total in enumerate(totals):
                 scales = self.scales((ring, index // 2), scale_layout(False), last, plane)
@@ -406,8 +435,8 @@ class Down(Job):
         self.wait()
         return carry
 
-    def few_rows(self, item: Any, step: Any, ring: Any, carry: tuple, totals: tuple) -> tuple:
-        reading, last = self.begin(item, step)
+    def few_rows(self, item: Item, step: Any, ring: Any, carry: tuple, totals: tuple) -> tuple:
+        reading, last = self.reading(self.slots(item, step))
         count = self.shape.down_tiles
         rows = self.read(self.staged.x, (ring,), plgpu.Layout.WGMMA)
         planes = self.planes(last)
@@ -419,47 +448,15 @@ class Down(Job):
         if not self.shape.interpret:
             plgpu.commit_smem()
         for plane in planes:
-            less = self.less(reading, plane)
+            less = self.operand(self.staged.less, self.twice(reading, plane) >> 1)
             for group in range(count // 2):
                 where = plane * (count // 2) + group
-                x = self.staged.scaled[where] if self.shape.interpret else self.staged.scaled.at[where]
                 for index in (2 * group, 2 * group + 1):
+                    x = self.operand(self.staged.scaled, where)
                     self.product(totals[index], self.tile((ring, index), reading, plane, None), x)
                     self.wait(1)  # the registers of more tiles than two are not there
-                self.product(totals[count + group], less, x)
+                for start in range(0, INNER, self.shape.rows):
+                    x = self.operand(self.staged.scaled, where, pl.ds(start, self.shape.rows))
+                    self.product(totals[count + group], less, x)
         self.wait()
         return carry
-
-
-def run_items(job: Any, activation: Callable[[Array, Array], Array]) -> None:
-    """All items of one block of threads, with the copies of later steps under way."""
-    blocks, steps, stages = job.shape.blocks, job.steps, job.stages
-    own = jax.lax.axis_index("block")
-    items = jax.lax.div(jnp.maximum(job.inputs.work[0] * job.per_tile - own + blocks - 1, 0), blocks)
-    all_steps = items * steps
-
-    def issue(number: Any) -> None:
-        @pl.when(number < all_steps)
-        def _issue() -> None:
-            item = own + jax.lax.div(number, steps) * blocks
-            job.issue(item, jax.lax.rem(number, steps), jax.lax.rem(number, stages))
-
-    for number in range(stages - 1):
-        issue(jnp.int32(number))
-
-    def one_item(index: Any, _: Any) -> int:
-        def over_steps(run: Callable[..., Any], init: tuple) -> tuple:
-            def step(k: Any, carry: tuple) -> tuple:
-                number = index * steps + k
-                ring = jax.lax.rem(number, stages)
-                plgpu.barrier_wait(job.staged.barrier.at[ring])
-                issue(number + stages - 1)  # over the step before, which all threads are done with
-                return run(k, ring, carry)
-
-            return jax.lax.fori_loop(0, steps, step, init)
-
-        job.run(own + index * blocks, over_steps, activation)
-        return 0
-
-    jax.lax.fori_loop(0, items, one_item, 0)
-    plgpu.wait_smem_to_gmem(0)

@@ -21,7 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int
 
 from dynamo_jax.kernels.fragments import BLOCK, INNER, ROWS, THREADS, WORDS, FragmentResident
-from dynamo_jax.kernels.gpu_jobs import Down, Inner, Inputs, Shape, Staged, run_items
+from dynamo_jax.kernels.gpu_jobs import Down, Inner, Inputs, Shape, Staged
+from dynamo_jax.kernels.gpu_ring import run_items
 from dynamo_jax.kernels.gpu_unpack import words_shape
 from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, PageTable
 from dynamo_jax.kernels.rows import rows_in_tiles
@@ -93,7 +94,8 @@ def _experts(
 
     def inputs(inner: bool, x: Array, own_biases: Any) -> Inputs:
         codes, scales, pools, ratios = _planes(shape, resident, inner)
-        return Inputs(work, group, page, x, codes, scales, pools, ratios, own_biases)
+        sums = _sums(x) if inner and not shape.many else None
+        return Inputs(work, group, page, x, sums, codes, scales, pools, ratios, own_biases)
 
     own = None if biases is None else _biases(biases[:2], all_blocks)
     h = _run(shape, True, inputs(True, x, own), activation, interpret)
@@ -154,6 +156,12 @@ def _planes(
     return codes, scales.reshape(-1, *of_scales), pools, ratios
 
 
+def _sums(x: BFloat16[Array, "T M D"]) -> Float[Array, "T G M"]:
+    """Of each row over 128 hidden."""
+    each = x.astype(jnp.float32).reshape(*x.shape[:2], -1, INNER)
+    return each.sum(axis=-1).swapaxes(1, 2)
+
+
 def _biases(biases: Any, all_blocks: int) -> Float[Array, "EN 2 2 64"]:
     gate, up = (b.astype(jnp.float32).reshape(-1, all_blocks, 2, ROWS) for b in biases)
     return jnp.stack([gate, up], axis=2).reshape(-1, 2, 2, ROWS)
@@ -193,7 +201,8 @@ def _staged(shape: Shape, inner: bool, out_dtype: Any) -> tuple[int, Staged]:
     words = sum(WORDS[level] for level in (2, *shape.levels)) * THREADS * 4
     step = math.prod(tiles) * words + 2 * math.prod(x_shape) + 2 * math.prod(scales) * (2 if last else 1)
     groups = 0 if inner or shape.many else shape.down_tiles // 2 * (2 if last else 1)
-    other = shape.rows * (ROWS * jnp.dtype(out_dtype).itemsize + groups * INNER * 2)
+    few = groups * INNER + 3 * ROWS if groups else 0
+    other = shape.rows * (ROWS * jnp.dtype(out_dtype).itemsize + 2 * few)
     stages = max(2, min(MOST_STAGES, (SHARED_BYTES - other) // step))
 
     def planes(level: int) -> Any:
@@ -203,6 +212,9 @@ def _staged(shape: Shape, inner: bool, out_dtype: Any) -> tuple[int, Staged]:
     return stages, Staged(
         x=plgpu.SMEM((stages, *x_shape), jnp.bfloat16, transforms=_swizzled(x_shape[1], jnp.bfloat16)),
         scaled=plgpu.SMEM((groups, INNER, shape.rows), jnp.bfloat16, transforms=_swizzled(shape.rows, jnp.bfloat16))
+        if groups
+        else None,
+        less=plgpu.SMEM((3, ROWS, shape.rows), jnp.bfloat16, transforms=_swizzled(shape.rows, jnp.bfloat16))
         if groups
         else None,
         codes=planes(2),
