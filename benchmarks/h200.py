@@ -5,13 +5,15 @@
 
 compiles both kernels for the shapes of ``gpu.py`` and prints, for each, registers, bytes spilled, and instructions a
 weight: those of the innermost loop that holds the tensor cores' over the weights that one thread unpacks in it. That
-count repeats exactly; a processor starts at most four instructions a cycle, each for 32 threads.
+count repeats exactly; a processor starts at most four instructions a cycle, each for 32 threads. ``--model`` compiles a
+decode step and a prefill of the whole synthetic OLMoE-1B-7B of ``gpu.py``, mixed widths, switched and watched.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import json
 import os
 import re
@@ -92,6 +94,35 @@ def compile_cases() -> None:
         print(case, flush=True)
 
 
+def compile_model(requests: int = 8) -> None:
+    """What ``gpu.py`` runs of a model with two variants and a monitor; prints the GiB that each program needs."""
+    import gpu
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from dynamo_jax.models.decoder import Decoder, new_cache, parameters
+
+    def inputs(length: int) -> Any:
+        whole = parameters(Decoder(config, with_experts=False, rngs=nnx.Rngs(0)))
+        arrays = {name: array.astype(jnp.bfloat16) for name, array in whole.items()}
+        planes = gpu.planes(config.num_hidden_layers, layer, jax.random.key(0))
+        state = gpu.state_of(layer, config.num_hidden_layers, requests, gpu.PLANS["mixed"], planes)
+        cache = new_cache(config, requests, 2 * gpu.PREFILL, jnp.bfloat16)
+        return arrays, state, np.zeros((requests, length), int), np.ones((requests, length), bool), cache
+
+    config, layer = gpu.MODELS["olmoe-1b-7b"], gpu.SHAPES["olmoe-1b-7b"]
+    for name, length in (("decode", 1), ("prefill", gpu.PREFILL // requests)):
+        shapes = jax.eval_shape(functools.partial(inputs, length))
+        program = compiled(functools.partial(gpu.step, config, True), *shapes)
+        memory = program.memory_analysis()
+        given, more = (size / 2**30 for size in (memory.argument_size_in_bytes, memory.temp_size_in_bytes))
+        print(
+            f"{name}, {requests} requests of {length} tokens: {given:.2f} GiB given, {more:.2f} temporary", flush=True
+        )
+
+
 def counts_of(folder: Path, kernel: int) -> dict[str, Any]:
     """Of a kernel's dump: registers, bytes spilled, instructions of its loop, and by name."""
     said = (folder / f"body_{kernel}.ptxas").read_text()
@@ -153,10 +184,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs=2, help="compile one shape and print its tiles a step; used from within")
     parser.add_argument("--cases", action="store_true", help="compile all cases that gpu.py checks, and nothing else")
+    parser.add_argument("--model", action="store_true", help="compile the whole model that gpu.py runs, nothing else")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.cases:
         return compile_cases()
+    if arguments.model:
+        return compile_model()
     if arguments.only:
         layer, tokens = arguments.only
         import gpu

@@ -219,9 +219,10 @@ needs_plugin = pytest.mark.skipif(
 
 @pytest.mark.cuda
 @needs_plugin
-def test_all_that_the_benchmark_checks_compiles_for_an_h200():
-    """The 8-bit plane, both kinds of pages, biases and variants."""
-    command = [sys.executable, "h200.py", "--cases"]
+@pytest.mark.parametrize("what", ["--cases", "--model"])
+def test_all_that_the_benchmark_runs_compiles_for_an_h200(what):
+    """The 8-bit plane, both kinds of pages, biases and variants; whole steps of a model."""
+    command = [sys.executable, "h200.py", what]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=BENCHMARKS, env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=900
     )
