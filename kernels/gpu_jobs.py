@@ -4,9 +4,10 @@ Weights are the left operand of the tensor cores: a warpgroup copies a tile's wo
 unpacks them into its registers as bfloat16 and multiplies them by the rows, which are columns there and may be as few
 as 16. A page that a variant does not read is not copied. While an item is multiplied, the copies of the next start.
 
-Of few rows no weight is scaled: gate and up multiply 128 + 2 n, whose sums over 128 hidden are scaled, and what is too
-much in them is a product of its own that all rows of a tile share; for down the rows are multiplied by the scales
-instead, once for each group of hidden. Of many rows weights are scaled in registers.
+Of few rows no weight is scaled: gate and up multiply 128 + 2 n, whose sums over 128 hidden are scaled after what is too
+much in them is taken off, by sums of the rows from outside; for down the rows are multiplied by the scales instead, for
+each group of hidden, and what is too much is a product of its own that the tiles of a group share. Of many rows weights
+are scaled in registers.
 
 Axes: M rows a tile, T tiles of rows, V variants, L layers, E experts, D hidden, F channels, N blocks of 128, S parts of
 the channels, U parts of a block with pages of their own.
@@ -77,8 +78,9 @@ class Shape(NamedTuple):
 
 class Inputs(NamedTuple):
     """References of a kernel to the GPU's memory. work: how many tiles hold rows, and the layer; group: of each tile, a
-    variant and an expert; page: of each level, (V * L * E * U * N,) the slot of each part of each block, or -1; biases:
-    of gate and up, None in the second kernel."""
+    variant and an expert; page: of each level, (V * L * E * U * N,) the slot of each part of each block, or -1; sums:
+    (T, D / 128, M) of rows over each 128 hidden, None in the second kernel and of many rows; biases: of gate and up,
+    None in the second kernel."""
 
     work: Any
     group: Any

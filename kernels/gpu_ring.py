@@ -2,7 +2,8 @@
 
 A ring of steps lies in shared memory. Before a step is multiplied, the copies begin of the step that takes the place of
 the one before it; they may be the next item's. What the copies of an item need to know from the GPU's memory, its group
-and, where all steps have the same, its pages, is read with its first step, so that other steps do not wait for it.
+and, where all steps have the same, its pages, is read with its first step, so that other steps do not wait for it; the
+item's products read it once more.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
 
 from dynamo_jax.kernels.gpu_jobs import Down, Inner, Item
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int
 
-from dynamo_jax.kernels.fragments import BLOCK, INNER, ROWS, THREADS, WORDS, FragmentResident
+from dynamo_jax.kernels.fragments import BLOCK, INNER, ROWS, FragmentResident
 from dynamo_jax.kernels.gpu_jobs import Down, Inner, Inputs, Shape, Staged
 from dynamo_jax.kernels.gpu_ring import run_items
 from dynamo_jax.kernels.gpu_unpack import words_shape
@@ -29,7 +29,8 @@ from dynamo_jax.kernels.rows import rows_in_tiles
 
 PROCESSORS = 132  # of an H100 or H200; each runs TOGETHER blocks of threads at once
 TOGETHER = 2
-SHARED_BYTES = 110 * 1024  # of one block of threads
+SHARED_BYTES = 112 * 1024  # of one block of threads, barriers and what the GPU keeps not counted
+ALIGNED = 1024  # bytes, of what lies in shared memory
 MOST_STAGES = 4
 
 
@@ -157,7 +158,7 @@ def _planes(
 
 
 def _sums(x: BFloat16[Array, "T M D"]) -> Float[Array, "T G M"]:
-    """Of each row over 128 hidden."""
+    """Of each row over G = D / 128 groups of hidden."""
     each = x.astype(jnp.float32).reshape(*x.shape[:2], -1, INNER)
     return each.sum(axis=-1).swapaxes(1, 2)
 
@@ -174,8 +175,8 @@ def _run(shape: Shape, inner: bool, inputs: Inputs, activation: Any, interpret: 
     else:
         out_shape = (shape.tiles, shape.split, shape.hidden, shape.rows)
     flat, tree = jax.tree.flatten(inputs)
-    stages, staged = _staged(shape, inner, dtype)
-    scratch: Any = {"staged": staged}
+    stages = _stages(shape, inner, dtype)
+    scratch: Any = {"staged": _staged(shape, inner, dtype, stages)}
 
     def body(*refs: Any, staged: Staged) -> None:
         job = (Inner if inner else Down)(shape, stages, jax.tree.unflatten(tree, refs[:-1]), staged, refs[-1])
@@ -192,36 +193,43 @@ def _run(shape: Shape, inner: bool, inputs: Inputs, activation: Any, interpret: 
     )(*flat)
 
 
-def _staged(shape: Shape, inner: bool, out_dtype: Any) -> tuple[int, Staged]:
-    """How many steps the ring has, and the shapes of all that is in shared memory."""
+def _stages(shape: Shape, inner: bool, out_dtype: Any) -> int:
+    """How many steps the ring has: as many as fit."""
+
+    def size(buffer: Any) -> int:
+        return -(-math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize // ALIGNED) * ALIGNED
+
+    for stages in range(MOST_STAGES, 2, -1):
+        staged = _staged(shape, inner, out_dtype, stages)._replace(barrier=None)
+        if sum(map(size, jax.tree.leaves(staged))) <= SHARED_BYTES:
+            return stages
+    return 2
+
+
+def _staged(shape: Shape, inner: bool, out_dtype: Any, stages: int) -> Staged:
+    """The shapes of all that is in shared memory."""
     tiles = (2, shape.step_tiles) if inner else (shape.down_tiles,)
     x_shape = (shape.rows, INNER * shape.step_tiles) if inner else (INNER, shape.rows)
     scales = (*tiles, ROWS) if inner else (shape.down_tiles // 2, INNER)
     last = 8 in shape.levels
-    words = sum(WORDS[level] for level in (2, *shape.levels)) * THREADS * 4
-    step = math.prod(tiles) * words + 2 * math.prod(x_shape) + 2 * math.prod(scales) * (2 if last else 1)
     groups = 0 if inner or shape.many else shape.down_tiles // 2 * (2 if last else 1)
-    few = groups * INNER + 3 * ROWS if groups else 0
-    other = shape.rows * (ROWS * jnp.dtype(out_dtype).itemsize + 2 * few)
-    stages = max(2, min(MOST_STAGES, (SHARED_BYTES - other) // step))
+
+    def swizzled(size: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Any:
+        return plgpu.SMEM(size, dtype, transforms=_swizzled(size[-1], dtype))
 
     def planes(level: int) -> Any:
         return plgpu.SMEM((stages, *tiles, *words_shape(level)), jnp.int32)
 
     parts = 2 if inner and shape.units > 1 else 1  # pages of one level that a step reads
-    return stages, Staged(
-        x=plgpu.SMEM((stages, *x_shape), jnp.bfloat16, transforms=_swizzled(x_shape[1], jnp.bfloat16)),
-        scaled=plgpu.SMEM((groups, INNER, shape.rows), jnp.bfloat16, transforms=_swizzled(shape.rows, jnp.bfloat16))
-        if groups
-        else None,
-        less=plgpu.SMEM((3, ROWS, shape.rows), jnp.bfloat16, transforms=_swizzled(shape.rows, jnp.bfloat16))
-        if groups
-        else None,
+    return Staged(
+        x=swizzled((stages, *x_shape)),
+        scaled=swizzled((groups, INNER, shape.rows)) if groups else None,
+        less=swizzled((3, ROWS, shape.rows)) if groups else None,
         codes=planes(2),
         scales=plgpu.SMEM((stages, *scales), jnp.bfloat16),
         pages={level: planes(level) for level in shape.levels},
         ratios=plgpu.SMEM((stages, *scales), jnp.bfloat16) if last else None,
-        out=plgpu.SMEM((ROWS, shape.rows), out_dtype, transforms=_swizzled(shape.rows, out_dtype)),
+        out=swizzled((ROWS, shape.rows), out_dtype),
         barrier=plgpu.Barrier(num_arrivals=3 + parts * (len(shape.levels) + last), num_barriers=stages),
     )
 

@@ -220,7 +220,7 @@ needs_plugin = pytest.mark.skipif(
 @pytest.mark.cuda
 @needs_plugin
 @pytest.mark.parametrize("what", ["--cases", "--model"])
-def test_all_that_the_benchmark_runs_compiles_for_an_h200(what):
+def test_the_benchmarks_cases_and_a_whole_model_compile_for_an_h200(what):
     """The 8-bit plane, both kinds of pages, biases and variants; whole steps of a model."""
     command = [sys.executable, "h200.py", what]
     done = subprocess.run(
