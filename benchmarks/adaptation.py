@@ -34,18 +34,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
-from divergence import changes, predictions
 from quality import UNIFORM_GRIDS, groups_of
 from texts import add_texts
 
-from dynamo_jax.checkpoint import stacked_planes
-from dynamo_jax.data import token_windows, write_json
-from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
+from dynamo_jax.calibration.pipeline import DecoderSource, QuantizeConfig, analyze, baseline_plan, knowledge_of
+from dynamo_jax.commands.demo import KNOWN, NOVEL, DemoConfig, collect
+from dynamo_jax.evaluation.divergence import changes, predictions
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
-from dynamo_jax.pipeline import DecoderSource, QuantizeConfig, analyze, baseline_plan, knowledge_of
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.runtime.adapt import (
@@ -58,7 +56,9 @@ from dynamo_jax.runtime.adapt import (
 )
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import default_spare
-from dynamo_jax.work import MemoryWork
+from dynamo_jax.storage.checkpoint import stacked_planes
+from dynamo_jax.storage.work import MemoryWork
+from dynamo_jax.texts.reading import token_windows, write_json
 
 TEXT_BYTES = 600_000  # of each kind
 SEEN = (1, 2, 4, 8, 32)  # windows of the novel text that adaptation may see

@@ -307,7 +307,7 @@ CASES: list[tuple[tuple[int, ...], list[int], bool, int]] = [  # widths, rows of
 
 def case_of(number: int, seed: int) -> tuple[Any, Any, Any, Any]:
     """Random planes, float32 rows, rows of each group, and biases in every second case."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests/kernels"))
     from kernel_cases import Case, biases_of, rows_and_sizes
     from kernel_cases import widths_of as random_widths
 

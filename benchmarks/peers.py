@@ -18,7 +18,7 @@ import numpy as np
 import scipy.optimize
 import scipy.stats
 
-from dynamo_jax.layer_experts import padded_rows
+from dynamo_jax.calibration.experts import padded_rows
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters, with_parameters
 from dynamo_jax.models.experts import activation_of, expert_outputs
 from dynamo_jax.quant.awq import awq

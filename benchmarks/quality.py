@@ -40,21 +40,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
-from divergence import changes, predictions
 from texts import add_texts
 
-from dynamo_jax.checkpoint import stacked_planes
-from dynamo_jax.data import token_windows, write_json
-from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
+from dynamo_jax.calibration.pipeline import Analysis, DecoderSource, QuantizeConfig, analyze, baseline_plan
+from dynamo_jax.commands.demo import KNOWN, NOVEL, DemoConfig, collect
+from dynamo_jax.evaluation.divergence import changes, predictions
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME
 from dynamo_jax.models.decoder import parameters
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
-from dynamo_jax.pipeline import Analysis, DecoderSource, QuantizeConfig, analyze, baseline_plan
 from dynamo_jax.precision.plan import APART, Plan, block_costs
 from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.planes import dequantize
-from dynamo_jax.work import MemoryWork
+from dynamo_jax.storage.checkpoint import stacked_planes
+from dynamo_jax.storage.work import MemoryWork
+from dynamo_jax.texts.reading import token_windows, write_json
 
 PART = 4  # of the windows of a known kind, one in so many helps to choose a grid
 NEAR = 0.25  # bits a weight, of a uniform grid's distance to the budget

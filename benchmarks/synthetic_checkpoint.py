@@ -19,8 +19,8 @@ import numpy as np
 
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.expert_files import expert_tensors
-from dynamo_jax.models.families import FAMILIES, config_from, tensor_names
+from dynamo_jax.models.families.table import FAMILIES, config_from, tensor_names
+from dynamo_jax.models.formats.expert_files import expert_tensors
 from dynamo_jax.models.huggingface import TOKENIZER, parameter_shapes, write_shards
 
 SHAPES = {

@@ -33,7 +33,8 @@ def test_importing_touches_no_device_and_exports_little():
 
 def test_help_names_every_command():
     out = run(
-        "import sys; sys.argv = ['dynamo-jax', '--help']; from dynamo_jax.cli import app; app(standalone_mode=False)"
+        "import sys; sys.argv = ['dynamo-jax', '--help']; "
+        "from dynamo_jax.commands.app import app; app(standalone_mode=False)"
     )
     assert all(
         name in out for name in ("demo", "train", "analyze", "quantize", "eval", "generate", "export", "inspect")

@@ -48,17 +48,17 @@ from dense_split import (
 )
 from flax import nnx
 
-from dynamo_jax.data import read_text, token_windows
-from dynamo_jax.demo import KNOWN, collect
+from dynamo_jax.commands.demo import KNOWN, collect
 from dynamo_jax.models.attention import GroupedAttention, Places
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import filled, positions_of
-from dynamo_jax.models.expert_files import expert_tensors
-from dynamo_jax.models.families import FAMILIES, config_from, tensor_names
+from dynamo_jax.models.families.table import FAMILIES, config_from, tensor_names
+from dynamo_jax.models.formats.expert_files import expert_tensors
+from dynamo_jax.models.formats.tensor_files import SINGLE, write_tensors
 from dynamo_jax.models.huggingface import TOKENIZER
 from dynamo_jax.models.norms import rms_norm
 from dynamo_jax.models.rotary import angles
-from dynamo_jax.models.tensor_files import SINGLE, write_tensors
+from dynamo_jax.texts.reading import read_text, token_windows
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHARED, EXPERTS, CHANNELS = 4 * 96, 12, 96

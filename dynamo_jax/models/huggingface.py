@@ -22,7 +22,8 @@ from flax import nnx
 
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, Layer, parameters, with_parameters
-from dynamo_jax.models.expert_files import (
+from dynamo_jax.models.families.table import FAMILIES, config_from, layer_tensor_names, tensor_names
+from dynamo_jax.models.formats.expert_files import (
     Shapes,
     Triple,
     expert_shapes,
@@ -31,8 +32,7 @@ from dynamo_jax.models.expert_files import (
     read_biases,
     read_expert,
 )
-from dynamo_jax.models.families import FAMILIES, config_from, layer_tensor_names, tensor_names
-from dynamo_jax.models.tensor_files import FLOATS, INDEX, SINGLE, TensorFiles, read_json, write_tensors
+from dynamo_jax.models.formats.tensor_files import FLOATS, INDEX, SINGLE, TensorFiles, read_json, write_tensors
 
 TOKENIZER = "tokenizer.json"
 UNQUANTIZED = "embeddings, attention, norms, routers, shared experts, dense layers and biases keep their dtype"

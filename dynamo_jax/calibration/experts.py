@@ -1,0 +1,230 @@
+"""The routed experts of one layer, one by one: their rows, what they compute, their planes and errors.
+
+What ``calibrate.py`` does with each expert, as functions of arrays.
+
+Axes: N tokens, k experts a token, X experts at once, R rows of one expert, A datasets, D hidden, F channels,
+B channel blocks, P = 3 projections, U = 2 where gate with up and down are apart, else 0, M = B or U*B.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.experts import activation_of
+from dynamo_jax.models.layerwise import Outer
+from dynamo_jax.quant.nested_gptq import CHUNK_WEIGHTS, quantize_nested, shrunk
+from dynamo_jax.quant.planes import Planes, dequantize, filled_up, quantize
+from dynamo_jax.storage.work import Bundle
+
+Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
+PRIOR_ROWS = 256  # what the layer's own Hessian counts for in that of each expert
+MAX_INPUTS = 4096  # of one Hessian; more are cut into parts whose correlations with each other are left out
+
+
+class Rows(NamedTuple):
+    """One expert's rows, filled up with zeros to one of a few sizes, so that few programs serve all experts."""
+
+    x: Float[np.ndarray, "R D"]
+    gates: Float[np.ndarray, " R"]
+
+
+def rows_of(outer: Outer, expert: int) -> tuple[np.ndarray, np.ndarray, Rows]:
+    """Its tokens, their slots among k, and its rows."""
+    token, slot = np.nonzero(np.asarray(outer.experts) == expert)
+    size = padded_rows(len(token))
+    x = np.zeros((size, outer.normed.shape[1]), np.float32)
+    x[: len(token)] = outer.normed[token]
+    gates = np.zeros(size, np.float32)
+    gates[: len(token)] = outer.gates[token, slot]
+    return token, slot, Rows(x, gates)
+
+
+def padded_rows(rows: int) -> int:
+    """The next of 32, 48, 64, 96, 128, ..: at most half is padding."""
+    size = 32
+    while size < rows:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return size
+
+
+def expert_chunks(config: ModelConfig) -> list[list[int]]:
+    """Experts that are quantized together: small ones many at a time, large ones alone."""
+    count = config.num_experts
+    size = max(1, CHUNK_WEIGHTS // (3 * config.intermediate_size * config.hidden_size))
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+
+
+def biases_of(rest: Bundle, expert: int) -> Triple | None:
+    names = ("gate_bias", "up_bias", "down_bias")
+    return tuple(rest[name][expert] for name in names) if names[0] in rest else None  # type: ignore[return-value]
+
+
+def _expert(config: ModelConfig, x: Array, weights: Any, biases: Any) -> tuple[Array, Array]:
+    """Hidden channels (R, F) and output (R, D) of one expert."""
+    gate, up, down = (w.astype(x.dtype) for w in weights)
+    a, u = x @ gate.T, x @ up.T
+    if biases is not None:
+        a, u = a + biases[0].astype(x.dtype), u + biases[1].astype(x.dtype)
+    h = activation_of(config)(a, u)
+    y = h @ down
+    return h, y if biases is None else y + biases[2].astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def run_expert(config, x, gates, member, weights, biases):
+    """Hidden channels (R, F), output (R, D) and, by dataset, the sums that need no quantized weights."""
+    h, y = _expert(config, x, weights, biases)
+    squared = member * gates**2
+    return (
+        h,
+        y,
+        {
+            "counts": member.sum(axis=1),
+            "gate": member @ gates,
+            "gate_sq": squared.sum(axis=1),
+            "hidden_energy": squared @ h**2,
+            "output_energy": squared @ jnp.sum(y**2, axis=1),
+        },
+    )
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def expert_vjp(config, x, gates, weights, biases, d_out):
+    def weighted(x, gates):
+        return _expert(config, x, weights, biases)[1] * gates[:, None]
+
+    return jax.vjp(weighted, x, gates)[1](d_out)
+
+
+def errors_at(config, channel_block, apart, width, x, gates, member, h, y, weights, planes, biases):
+    """By dataset, the summed squared output error at ``width``: of the whole expert (A,), of gate with up and of down
+    one without the other (A, U), and of blocks (A, M); no blocks without a channel_block."""
+    own = _at_width(planes, width, weights.shape[1:])  # apart: one program for each number of rows serves all widths
+    return _errors(config, channel_block, apart, x, gates, member, h, y, weights, own, biases)
+
+
+@functools.partial(jax.jit, static_argnames=("width", "sizes"))
+def _at_width(planes, width, sizes):
+    channels, hidden = sizes
+    return dequantize(planes, width)[:, :channels, :hidden].astype(jnp.bfloat16).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "channel_block", "apart"))
+def _errors(config, channel_block, apart, x, gates, member, h, y, weights, rounded, biases):
+    squared = member * gates**2
+    h_at, y_at = _expert(config, x, rounded, biases)
+    whole = squared @ jnp.sum((y_at - y) ** 2, axis=1)
+    down = weights[2].astype(jnp.float32)
+    pairs = ((h_at - h, down), (h, rounded[2] - down)) if apart else ()
+    each = [squared @ jnp.sum((hidden @ w) ** 2, axis=1) for hidden, w in pairs]
+    each = jnp.stack(each, axis=1) if apart else jnp.zeros((len(squared), 0))
+    if channel_block is None:
+        return whole, each, None
+    more = -len(down) % channel_block  # the last block may have fewer channels
+
+    def blocks_of(hidden, w):
+        return jnp.pad(hidden, ((0, 0), (0, more))), jnp.pad(w, ((0, more), (0, 0)))
+
+    if apart:
+        pairs = tuple(blocks_of(*pair) for pair in pairs)
+    else:
+        pairs = blocks_of(h_at, rounded[2]), blocks_of(h, down)
+
+    def block(start):
+        def product(hidden, w):
+            cut = jax.lax.dynamic_slice_in_dim
+            return cut(hidden, start, channel_block, 1) @ cut(w, start, channel_block, 0)
+
+        parts = [product(*pair) for pair in pairs]
+        found = jnp.stack(parts) if apart else (parts[0] - parts[1])[None]
+        return squared @ jnp.sum(found**2, axis=2).T
+
+    blocks = jax.lax.map(block, jnp.arange(0, down.shape[0], channel_block))  # (B, A, U or 1)
+    return whole, each, jnp.moveaxis(blocks, 2, 0).reshape(-1, len(squared)).T
+
+
+def planes_of(
+    config: ModelConfig,
+    quantizer: str,
+    channel_block: int,
+    group_size: int,
+    weights: Float[np.ndarray, "X P F D"],
+    rows: list[Rows],
+    biases: list[Triple | None],
+    outer: Outer,
+    emphasis: Float[np.ndarray, "X U 3"],
+) -> Planes:
+    """Planes (X, P, F, ..) of some experts, whole blocks and groups (``filled_up``); emphasis: what errors at 2, 3 and
+    4 bits count for gptq, U = 1 for all projections or U = 2 for gate with up and for down."""
+    whole = filled_up(weights, channel_block, group_size)
+    if quantizer == "rtn":
+        return quantize(whole, group_size)
+    count, _, channels, hidden_size = whole.shape
+    squared = [r.gates**2 for r in rows]
+    shares = (np.asarray(outer.gates) ** 2).sum(axis=1)
+    typical = float(shares.sum()) / max(1, outer.experts.size)  # of one row
+    inputs = [_wider(r.x, hidden_size) for r in rows]
+
+    def layer_hessian(part: slice) -> np.ndarray:
+        x = np.asarray(outer.normed)[:, part]  # without what fills up
+        own = (x * (shares / max(float(shares.sum()), 1e-30))[:, None]).T @ x
+        return np.pad(own, (0, part.stop - part.start - len(own)))
+
+    gate_up = whole[:, :2].reshape(count, 2 * channels, hidden_size)
+    first = _feedback_planes(group_size, gate_up, inputs, squared, typical, 2, layer_hessian, emphasis[:, 0])
+    own = [np.asarray(_hidden_channels(config, r.x, w, b)) for r, w, b in zip(rows, weights, biases)]
+    energy = sum(float(s @ np.square(h).mean(axis=1)) for s, h in zip(squared, own))
+    hidden = [_wider(h, channels) for h in own]
+    spread = energy / max(sum(float(s.sum()) for s in squared), 1e-30)
+
+    def own_scale(part: slice) -> np.ndarray:  # hidden channels of different experts have nothing in common
+        return np.eye(part.stop - part.start, dtype=np.float32) * np.float32(spread)
+
+    down = _feedback_planes(group_size, whole[:, 2], hidden, squared, typical, 1, own_scale, emphasis[:, -1])
+    return jax.tree.map(
+        lambda a, b: np.concatenate([a.reshape(count, 2, channels, -1), b[:, None]], axis=1), first, down
+    )
+
+
+def _wider(x: Float[np.ndarray, "R D"], size: int) -> Float[np.ndarray, "R D1"]:
+    """With zeros where planes are filled up."""
+    return x if x.shape[1] == size else np.pad(x, ((0, 0), (0, size - x.shape[1])))
+
+
+def _feedback_planes(
+    group_size: int,
+    w: np.ndarray,
+    inputs: list[np.ndarray],
+    squared: list[np.ndarray],
+    typical: float,
+    input_axis: int,
+    prior: Callable[[slice], np.ndarray],
+    emphasis: np.ndarray,
+) -> Planes:
+    """GPTQ planes of one projection. inputs: rows (R, C) of each expert; squared: their squared gates."""
+    size = w.shape[input_axis]
+    step = size if size <= MAX_INPUTS else MAX_INPUTS // group_size * group_size
+    parts = []
+    for start in range(0, size, step):
+        part = slice(start, min(start + step, size))
+        common = prior(part)
+        hessians = [
+            shrunk((x[:, part] * s[:, None]).T @ x[:, part], float(s.sum()), common, PRIOR_ROWS * typical)
+            for x, s in zip(inputs, squared)
+        ]
+        own = w[:, part] if input_axis == 1 else w[:, :, part]
+        parts.append(quantize_nested(own, np.stack(hessians), group_size, input_axis, emphasis))
+    return jax.tree.map(lambda *a: np.concatenate(a, axis=input_axis), *parts)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _hidden_channels(config, x, weights, biases):
+    return _expert(config, x, weights, biases)[0]

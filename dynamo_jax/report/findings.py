@@ -1,0 +1,306 @@
+"""What a result says, computed from its rows and arrays: words and numbers, no markup.
+
+Good and bad news alike: a difference counts only past ``SIGNIFICANT`` standard errors of the paired
+per-window differences, else it is called noise.
+
+Axes: L layers, E experts, N channel blocks an expert.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dynamo_jax.analysis.dynamics import Dynamics, rank_correlation
+from dynamo_jax.kernels.layout import LEVELS
+from dynamo_jax.report.charts import PLUS_MINUS, SPACE, number
+
+SIGNIFICANT = 2.0  # standard errors
+
+Row = dict[str, Any]
+
+
+class Line(NamedTuple):
+    """A text's stretches: where each ends, the monitor's score, what the text is taken for, nll of auto minus that of
+    the baseline, and whether auto ran at an adapted plan."""
+
+    tokens: Sequence[float]
+    score: Sequence[float]
+    nearest: Sequence[str]
+    gained: Sequence[float]
+    adapted: Sequence[bool]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportContent:
+    """What a report shows.
+
+    facts: of the model and the plan, in order. rows: the fields of ``evaluate.Row``. significance:
+    nats a token predicted when that expert alone is at 2 bits. channel_significance: output energy
+    through each channel block. baseline_bits: of each page, in {2, 3, 4, 8}; apart: whether each
+    projection of a block has a page of its own, those of gate first. adapted_bits: of the datasets
+    that were adapted to. verdicts: nearest known dataset, divergence in bits, novel or not. dynamics:
+    of the known datasets. timelines: of the evaluated ones.
+    """
+
+    model: str
+    facts: dict[str, str]
+    rows: list[Row]
+    significance: dict[str, Float[np.ndarray, "L E"]]
+    channel_significance: dict[str, Float[np.ndarray, "L E N"]]
+    baseline_bits: Int[np.ndarray, "L E M"]
+    adapted_bits: dict[str, Int[np.ndarray, "L E M"]]
+    verdicts: dict[str, tuple[str, float, bool]]
+    threshold: float
+    dynamics: Dynamics | None
+    command: str
+    apart: bool = False
+    timelines: dict[str, Line] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = np.shape(self.baseline_bits)
+        if len(shape) != 3:
+            raise ValueError(f"baseline_bits has shape {shape}, expected (layers, experts, pages)")
+        shape = shape[:2]
+        maps = {"significance": 2, "channel_significance": 3, "adapted_bits": 3}
+        for field, rank in maps.items():
+            for name, array in getattr(self, field).items():
+                if np.ndim(array) != rank or np.shape(array)[:2] != shape:
+                    raise ValueError(
+                        f"{field}[{name!r}] has shape {np.shape(array)}, expected {rank} axes that begin with the "
+                        f"{shape} of baseline_bits"
+                    )
+
+
+class Finding(NamedTuple):
+    """A sentence of the headline. mark: better | worse | noise | plain."""
+
+    mark: str
+    words: str
+
+
+# What the rows say
+
+
+def reading(row: Row) -> str:
+    """A key of ``READINGS``: what the paired difference to the reference row shows."""
+    difference, error = row.get("difference"), row.get("standard_error")
+    if difference is None:
+        return "none"
+    if error is None or not (math.isfinite(difference) and math.isfinite(error)):
+        return "unknown"
+    if difference == 0 and error == 0:
+        return "same"
+    if abs(difference) <= SIGNIFICANT * error:
+        return "noise"
+    return "better" if difference < 0 else "worse"
+
+
+def by_dataset(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """dataset -> variant -> row."""
+    groups: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault(row["dataset"], {})[row["variant"]] = row
+    return groups
+
+
+def paired_auto(group: dict[str, Row]) -> Row | None:
+    """The auto row, if its difference is to the baseline."""
+    row = group.get("auto")
+    return row if row and row.get("reference") == "baseline" and row.get("difference") is not None else None
+
+
+def kinds(content: ReportContent) -> dict[str, str]:
+    return {row["dataset"]: row["kind"] for row in content.rows}
+
+
+def relative_cost(group: dict[str, Row], variant: str) -> float | None:
+    """Share by which the perplexity is above that of bf16; None where a row is missing or not finite."""
+    if variant not in group or "bf16" not in group:
+        return None
+    above = group[variant]["nll"] - group["bf16"]["nll"]
+    return math.expm1(min(above, 700.0)) if math.isfinite(above) else None
+
+
+def span(values: Sequence[float], form: str) -> str:
+    """ "1.0% to 3.0%", or one number where both ends read the same."""
+    low, high = number(min(values), form), number(max(values), form)
+    return low if low == high else f"{low} to {high}"
+
+
+def plus_minus(row: Row, form: str = "+.4f") -> str:
+    """The paired difference with its standard error."""
+    if row.get("difference") is None:
+        return ""
+    error = row.get("standard_error")
+    return number(row["difference"], form) + ("" if error is None else f" {PLUS_MINUS} {number(error, form[1:])}")
+
+
+def perplexity(row: Row) -> str:
+    return number(row["perplexity"], ".3f" if row["perplexity"] < 1000 else ".4g")
+
+
+def byte_text(value: float) -> str:
+    if not math.isfinite(value):
+        return number(value)
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size * 0.9995:
+            return f"{number(value / size, '.3g')}{SPACE}{unit}"
+    return f"{number(value, '.0f')}{SPACE}B"
+
+
+def listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1]
+
+
+def headline(content: ReportContent) -> list[Finding]:
+    """What happened, from the rows alone: the bytes, their price, and what adaptation did for each dataset."""
+    groups = by_dataset(content.rows)
+    found = [*_byte_findings(groups), *_cost_findings(groups, kinds(content)), *_adaptation_findings(content, groups)]
+    return found or [Finding("plain", "No rows were evaluated, so there is nothing to compare.")]
+
+
+def _byte_findings(groups: dict[str, dict[str, Row]]) -> list[Finding]:
+    pairs = [(g["baseline"], g["bf16"]) for g in groups.values() if "baseline" in g and "bf16" in g]
+    pairs = [(a, b) for a, b in pairs if math.isfinite(a["bytes_per_token"]) and b["bytes_per_token"] > 0]
+    if not pairs:
+        return []
+    shares = [a["bytes_per_token"] / b["bytes_per_token"] for a, b in pairs]
+    read = max(a["bytes_per_token"] for a, _ in pairs)
+    words = (
+        f"Bytes: for each token the baseline reads {span(shares, '.1%')} of the expert bytes that bf16 reads, at most "
+        f"{byte_text(read)} instead of {byte_text(pairs[0][1]['bytes_per_token'])}."
+    )
+    return [Finding("plain", words)]
+
+
+def _cost_findings(groups: dict[str, dict[str, Row]], kind: dict[str, str]) -> list[Finding]:
+    costs = {name: relative_cost(group, "baseline") for name, group in groups.items()}
+    known = [c for n, c in costs.items() if c is not None and kind[n] == "known"]
+    novel = [c for n, c in costs.items() if c is not None and kind[n] != "known"]
+    if not known and not novel:
+        return [Finding("plain", "Price: unknown, for no dataset has both a bf16 and a baseline row.")]
+    parts = [f"{span(c, '+.1%')} on {k} data" for k, c in (("known", known), ("novel", novel)) if c]
+    words = f"Price: against bf16 the baseline changes perplexity by {' and '.join(parts)}."
+    noisy = [n for n, g in groups.items() if "baseline" in g and _is_noise(g["baseline"], "bf16")]
+    if noisy:
+        words += f" On {listed(noisy)} that is within {SIGNIFICANT:g} standard errors, noise."
+    return [Finding("plain", words), *_rounding_finding(groups)]
+
+
+def _is_noise(row: Row, reference: str) -> bool:
+    return row.get("reference") == reference and reading(row) == "noise"
+
+
+def _rounding_finding(groups: dict[str, dict[str, Row]]) -> list[Finding]:
+    """The baseline against the uniform rounding that is nearest to it in bits."""
+    both = [g for g in groups.values() if "baseline" in g and any(v.startswith("rtn") for v in g)]
+    if not both:
+        return []
+    near = min(
+        (r for v, r in both[0].items() if v.startswith("rtn")),
+        key=lambda r: abs(r["bits_per_weight"] - both[0]["baseline"]["bits_per_weight"]),
+    )
+    name = near["variant"]
+    costs = [c for c in (relative_cost(g, name) for g in both) if c is not None]
+    pairs = [(d, g["baseline"]["nll"], g[name]["nll"]) for d, g in groups.items() if "baseline" in g and name in g]
+    beaten = [d for d, ours, theirs in pairs if not ours < theirs]
+    words = (
+        f"Compared with plain rounding: {name} stores {near['bits_per_weight']:.2f} bits a weight, the baseline "
+        f"{both[0]['baseline']['bits_per_weight']:.2f}."
+    )
+    if costs:
+        words += f" Against bf16 {name} changes perplexity by {span(costs, '+.1%')}."
+    words += f" By nll the baseline is better than {name} on {len(pairs) - len(beaten)} of {len(pairs)} datasets"
+    words += f", but not on {listed(beaten)}." if beaten else "."
+    return [Finding("worse" if beaten else "plain", words)]
+
+
+def _adaptation_findings(content: ReportContent, groups: dict[str, dict[str, Row]]) -> list[Finding]:
+    kind, steps = kinds(content), {name: paired_auto(group) for name, group in groups.items()}
+    changed = dict.fromkeys([*content.adapted_bits, *(n for n, row in steps.items() if row and row["difference"] != 0)])
+    found = [_adapted_finding(name, kind.get(name, ""), groups.get(name, {})) for name in changed]
+    missed = [n for n in groups if kind[n] != "known" and n not in changed]
+    kept = [n for n in groups if kind[n] == "known" and n not in changed and "auto" in groups[n]]
+    if missed:
+        found.append(Finding("noise", f"No adaptation on {listed(missed)}, though novel: the baseline was kept."))
+    if kept:
+        found.append(Finding("plain", f"On known data ({listed(kept)}) the baseline was kept, so nothing changed."))
+    if content.rows and not any(k != "known" for k in kind.values()):
+        found.append(Finding("plain", "No novel dataset was evaluated, so this report says nothing of novel data."))
+    return found
+
+
+def _adapted_finding(name: str, kind: str, group: dict[str, Row]) -> Finding:
+    row = paired_auto(group)
+    alarm = " (a false alarm: the dataset is a known one)" if kind == "known" else ""
+    if row is None:
+        return Finding("noise", f"{name}{alarm}: adapted, but not compared with the baseline.")
+    step = f"{plus_minus(row)} nats a token"
+    if "baseline" in group:
+        step += f", perplexity {perplexity(group['baseline'])} to {perplexity(row)}"
+        read, before = row["bytes_per_token"], group["baseline"]["bytes_per_token"]
+        step += f", {number(read / before - 1, '+.1%')} bytes" if before else ""
+    mark = reading(row)
+    words = {
+        "better": f"Adaptation helped on {name}{alarm}: {step}.",
+        "worse": f"Adaptation made {name} worse{alarm}: {step}.",
+        "noise": f"Adaptation on {name}{alarm} is within {SIGNIFICANT:g} standard errors, noise: {step}.",
+        "same": f"Adaptation on {name}{alarm} changed nothing.",
+        "unknown": f"Adaptation on {name}{alarm}: {step}; without a finite standard error that shows nothing.",
+    }[mark]
+    return Finding(mark if mark in ("better", "worse") else "noise", words)
+
+
+def lead(content: ReportContent) -> str:
+    """One sentence."""
+    groups = by_dataset(content.rows)
+    marks = [reading(paired_auto(groups.get(name, {})) or {}) for name in content.adapted_bits]
+    bits = [g["baseline"]["bits_per_weight"] for g in groups.values() if "baseline" in g]
+    start = f"The baseline keeps the experts at {bits[0]:.2f} bits a weight." if bits else "There is no baseline row."
+    if not marks:
+        return f"{start} No dataset was adapted to."
+    tally = [f"better on {marks.count('better')}", f"worse on {marks.count('worse')}"]
+    rest = len(marks) - marks.count("better") - marks.count("worse")
+    one = "1 dataset" if len(marks) == 1 else f"{len(marks)} datasets"
+    return f"{start} Adapted to {one}, it got {', '.join(tally)}, and on {rest} there is no sure difference."
+
+
+# What the arrays say
+
+
+def rank_correlations(
+    maps: Sequence[Float[np.ndarray, "L E"]],
+) -> tuple[Float[np.ndarray, "K K"], Float[np.ndarray, "K K"]]:
+    """Between K maps: over all experts, and within a layer, mean over the layers where it exists."""
+    whole, within = np.full((2, len(maps), len(maps)), math.nan)
+    for i, a in enumerate(maps):
+        for j, b in enumerate(maps):
+            whole[i, j] = rank_correlation(np.ravel(a), np.ravel(b))
+            layers = [r for r in (rank_correlation(x, y) for x, y in zip(a, b)) if math.isfinite(r)]
+            within[i, j] = np.mean(layers) if layers else math.nan
+    return whole, within
+
+
+def moved_pages(baseline: Int[np.ndarray, "L E M"], adapted: Int[np.ndarray, "L E M"]) -> dict[int, tuple[int, int]]:
+    """For each level, the refinement pages that the adapted plan has and the baseline has not, and the other way."""
+    before, after = np.asarray(baseline), np.asarray(adapted)
+    return {
+        level: (int(((after >= level) & (before < level)).sum()), int(((after < level) & (before >= level)).sum()))
+        for level in LEVELS
+    }
+
+
+def block_concentration(significance: Float[np.ndarray, "L E N"]) -> list[float]:
+    """Largest channel block over the mean block, 1 to N: quantiles 5, 25, 50, 75, 95% over experts."""
+    values = np.asarray(significance, np.float64)
+    values = values.reshape(-1, values.shape[-1])
+    values = values[np.isfinite(values).all(axis=1) & (values.sum(axis=1) > 0)] if values.shape[-1] else values[:0]
+    if not len(values):
+        return [math.nan] * 5
+    return [float(q) for q in np.quantile(values.max(axis=1) / values.mean(axis=1), [0.05, 0.25, 0.5, 0.75, 0.95])]

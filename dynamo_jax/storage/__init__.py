@@ -1,0 +1,1 @@
+"""What lies on disk: unfinished work, quantized checkpoints, exported folders."""

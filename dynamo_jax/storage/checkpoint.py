@@ -1,0 +1,282 @@
+"""A quantized model on disk: a folder of safetensors files and JSON, a file a layer.
+
+    dynamo_jax.json          format version, configuration, names, sizes
+    plan.safetensors         plan, page tables, and what calibration knew
+    top.safetensors          embeddings, last norm, head
+    layer-000.safetensors    a layer's planes and its unquantized parameters
+    source/                  config.json, tokenizer and chat template of the model that was quantized
+
+A file a layer, so that a model larger than memory can be written and read in parts. The folder is
+written under a temporary name beside its place and renamed when whole: a killed process or a full
+disk leaves no half checkpoint. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from jaxtyping import Float
+
+from dynamo_jax.calibration.experts import PRIOR_ROWS
+from dynamo_jax.calibration.sweeps import layer_name, planes_bundle
+from dynamo_jax.kernels.layout import PLANE_BITS, PROJECTIONS, WIDTHS, filled
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.formats.tensor_files import read_json, write_tensors
+from dynamo_jax.models.huggingface import TOKENIZER, UNQUANTIZED
+from dynamo_jax.precision.plan import Plan
+from dynamo_jax.quant.planes import Planes
+from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
+from dynamo_jax.runtime.store import page_tables
+from dynamo_jax.settings import from_dict
+from dynamo_jax.storage.work import Bundle, read_bundle
+
+FORMAT = 5
+NAME = "dynamo_jax quantized model"
+META, PLAN, TOP, SOURCE = "dynamo_jax.json", "plan.safetensors", "top.safetensors", "source"
+KNOWLEDGE = ("counts", "centre", "inverse", "limit", "loss_per_error", "block_errors", "correction")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return (folder / META).is_file()
+
+
+def check_free(folder: Path) -> None:
+    """An output folder may be missing, empty, or an earlier result of ours."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: exists and is not a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not is_checkpoint(folder):
+        raise ValueError(f"{folder}: exists and holds something else; choose another --out")
+
+
+def save(folder: Path, model: QuantizedModel) -> None:
+    """Write the checkpoint; an earlier checkpoint of that name is replaced when the new one is whole."""
+    folder = folder.absolute()
+    check_free(folder)
+    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        arrays = {name: np.asarray(a) for name, a in model.parameters.items()}
+        write_tensors(partial / TOP, {name: a for name, a in arrays.items() if not name.startswith("layers.")})
+        for layer in range(model.config.num_hidden_layers):
+            write_tensors(partial / f"{layer_name(layer)}.safetensors", _layer_bundle(model, arrays, layer))
+        describe_to(partial, model.config, model.plan, model.window, model.knowledge, model.files)
+        put_in_place(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _layer_bundle(model: QuantizedModel, arrays: Bundle, layer: int) -> Bundle:
+    prefix = f"layers.{layer}."
+    own = {f"parameters/{n.removeprefix(prefix)}": a for n, a in arrays.items() if n.startswith(prefix)}
+    if layer in model.config.dense_layers:
+        return own
+    index = model.config.moe_layers.index(layer)
+    return own | planes_bundle(jax.tree.map(lambda a: a[index], model.store))
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Give the whole folder ``partial`` its name; an earlier result of that name goes."""
+    old = folder.parent / f".{folder.name}.old-{os.getpid()}"
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def describe_to(
+    folder: Path, config: ModelConfig, plan: Plan, window: int, knowledge: Knowledge, files: dict[str, bytes]
+) -> None:
+    """Write all but the layers and the top; the JSON comes last, and makes the folder a checkpoint."""
+    known = knowledge
+    arrays = {name: np.asarray(getattr(known, name)) for name in KNOWLEDGE}
+    tables = {f"page_table{level}": table for level, table in page_tables(plan).items()}
+    write_tensors(folder / PLAN, arrays | tables | {"widths": plan.widths})
+    (folder / SOURCE).mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / SOURCE / name).write_bytes(content)
+    meta = {
+        "name": NAME,
+        "format": FORMAT,
+        "config": config.to_dict(),
+        "unquantized": UNQUANTIZED,
+        "window": window,
+        "channel_block": plan.channel_block,
+        "group_size": plan.group_size,
+        "per_projection": plan.apart,
+        "names": list(known.names),
+        "threshold": known.threshold,
+        "tokens": known.tokens,
+        "calibrated": {name: list(v) for name, v in known.calibrated.items()},
+    }
+    partial = folder / f"{META}.partial"
+    partial.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / META)
+
+
+def load(folder: Path) -> QuantizedModel:
+    """The model in ``folder``; anything missing or damaged is a ValueError that names the file."""
+    folder = folder.absolute()
+    meta, config, plan, arrays = read_description(folder)
+    try:
+        for level, table in page_tables(plan).items():
+            if not np.array_equal(table, arrays[f"page_table{level}"]):
+                raise ValueError(f"the page table of level {level} does not fit the plan")
+        knowledge = Knowledge(
+            names=tuple(meta["names"]),
+            threshold=meta["threshold"],
+            calibrated={name: (v[0], v[1]) for name, v in meta["calibrated"].items()},
+            tokens=meta["tokens"],
+            **{name: arrays[name] for name in KNOWLEDGE},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / PLAN}: does not fit {META}: {error}") from error
+    files = {p.name: p.read_bytes() for p in sorted((folder / SOURCE).glob("*"))}
+    if TOKENIZER not in files:
+        raise ValueError(f"{folder / SOURCE / TOKENIZER}: no such file")
+    kept: Bundle = dict(read_bundle(folder / TOP))
+
+    def layer_bundle(name: str) -> Bundle:
+        bundle = read_bundle(folder / f"{name}.safetensors")
+        check_planes(folder / f"{name}.safetensors", bundle, config, plan)
+        prefix = f"layers.{int(name.removeprefix('layer-'))}."
+        for key in [k for k in bundle if k.startswith("parameters/")]:
+            kept[prefix + key.removeprefix("parameters/")] = bundle.pop(key)
+        return bundle
+
+    for layer in config.dense_layers:
+        layer_bundle(layer_name(layer))
+    store = stacked_planes(layer_bundle, config)
+    return QuantizedModel(
+        config=config,
+        parameters={name: jnp.asarray(a) for name, a in kept.items()},
+        tokenizer=tokenizers.Tokenizer.from_str(files[TOKENIZER].decode()),
+        store=store,
+        plan=plan,
+        window=meta["window"],
+        knowledge=knowledge,
+        files=files,
+    )
+
+
+class Description(NamedTuple):
+    """All of a checkpoint but its layers."""
+
+    meta: dict[str, Any]
+    config: ModelConfig
+    plan: Plan
+    arrays: Bundle
+
+
+def read_description(folder: Path) -> Description:
+    """The checkpoint's JSON and plan; ValueError where they are missing, damaged or of another format."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if not is_checkpoint(folder):
+        raise ValueError(f"{folder}: not a {NAME} (no {META})")
+    meta = read_json(folder / META)
+    if meta.get("name") != NAME or meta.get("format") != FORMAT:
+        found = f"format {meta.get('format')!r} of {meta.get('name')!r}"
+        raise ValueError(f"{folder / META}: {found}; this version reads format {FORMAT} of {NAME!r}")
+    arrays = read_bundle(folder / PLAN)
+    try:
+        config = from_dict(ModelConfig, meta["config"], "config")
+        plan = Plan(
+            widths=arrays["widths"],
+            channel_block=meta["channel_block"],
+            group_size=meta["group_size"],
+            hidden_size=config.hidden_size,
+            apart=meta["per_projection"],
+            channels=config.intermediate_size,
+        )
+        units = plan.blocks * (2 if plan.apart else 1)
+        if plan.widths.shape != (config.num_moe_layers, config.num_experts, units):
+            raise ValueError(f"the plan has the shape {plan.widths.shape}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / META}: damaged: {error}") from error
+    return Description(meta, config, plan, arrays)
+
+
+def plane_shapes(config: ModelConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Shapes of one layer's planes."""
+    shape = (config.num_experts, PROJECTIONS, plan.blocks * plan.channel_block)
+    hidden = filled(config.hidden_size, plan.group_size)
+    codes: dict[str, tuple[int, ...]] = {f"planes/codes{b}": (*shape, hidden * PLANE_BITS[b] // 8) for b in WIDTHS}
+    return codes | {f"planes/{name}": (*shape, hidden // plan.group_size) for name in ("scales", "ratios")}
+
+
+def check_planes(path: Path, bundle: Bundle, config: ModelConfig, plan: Plan) -> None:
+    found = {name: a.shape for name, a in bundle.items() if name.startswith("planes/")}
+    dense = int(path.stem.removeprefix("layer-")) in config.dense_layers
+    expected = {} if dense else plane_shapes(config, plan)
+    if wrong := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
+        name = wrong[0]
+        raise ValueError(f"{path}: {name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}")
+
+
+def layer_planes(bundle: Bundle) -> Planes:
+    """One layer's planes (E, P, F, ..) from its bundle."""
+    return Planes({b: bundle[f"planes/codes{b}"] for b in WIDTHS}, bundle["planes/scales"], bundle["planes/ratios"])
+
+
+def stacked_planes(get: Callable[[str], Bundle], config: ModelConfig) -> Planes:
+    """The planes of all layers (L, E, P, F, ..), a layer's bundle in memory at a time beside them."""
+    out: Any = None
+    for index, layer in enumerate(config.moe_layers):
+        planes = layer_planes(get(layer_name(layer)))
+        if out is None:
+            out = jax.tree.map(lambda a: np.empty((config.num_moe_layers, *a.shape), a.dtype), planes)
+        for whole, part in zip(jax.tree.leaves(out), jax.tree.leaves(planes)):
+            whole[index] = part
+    return out
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What ``dynamo-jax inspect`` shows of a quantized model, without reading its layers."""
+    meta, config, plan, arrays = read_description(folder)
+    names = ("gate and up blocks by width", "down blocks by width") if plan.apart else ("blocks by width",)
+    blocks = {}
+    for name, part in zip(names, np.split(plan.widths, len(names), axis=2)):
+        widths, counts = np.unique(part, return_counts=True)
+        blocks[name] = ", ".join(f"{w} bits: {c:,}" for w, c in zip(widths, counts))
+    return {
+        "family": config.family,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "positions": config.max_position_embeddings,
+        "experts": f"{config.num_moe_layers} layers x {config.num_experts}, top {config.num_experts_per_tok}",
+        "bits_per_weight": plan.bits_per_weight(),
+        "stored_bytes": plan.stored_bytes(),
+        "channel_block": plan.channel_block,
+        "group_size": plan.group_size,
+        **blocks,
+        "known": {name: v[1] for name, v in meta["calibrated"].items()},
+        f"fewer than {PRIOR_ROWS} calibration tokens": hardly_reached(config, arrays["counts"]),
+        "novelty_threshold_bits": meta["threshold"],
+        "stream monitor": monitor_words(arrays["limit"]),
+        "not quantized": meta["unquantized"],
+    }
+
+
+def monitor_words(limit: Float[np.ndarray, " S"]) -> str:
+    """Whether streams can be found novel."""
+    if np.isfinite(limit).all():
+        return f"squared distances up to {', '.join(f'{v:.3g}' for v in limit)} are known"
+    return "calls nothing novel: calibration had too few windows to set a limit, or windows that are too long"
+
+
+def hardly_reached(config: ModelConfig, counts: Float[np.ndarray, "S L E"]) -> str:
+    """The experts that were quantized by their layer's inputs more than by their own, named layer by layer."""
+    few = counts.sum(axis=0) < PRIOR_ROWS
+    layers = [f"layer {n}: {', '.join(map(str, np.flatnonzero(row)))}" for n, row in zip(config.moe_layers, few)]
+    named = [words for words, row in zip(layers, few) if row.any()]
+    return f"{int(few.sum())} of {few.size} experts" + (f" ({'; '.join(named)})" if named else "")

@@ -1,0 +1,1 @@
+"""Text in: files, documents, windows of tokens."""

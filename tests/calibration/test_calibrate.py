@@ -1,0 +1,215 @@
+"""The layer-by-layer calibration: the sums of the plain definitions, and the same bits after any kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynamo_jax.analysis.statistics import observe, token_importance
+from dynamo_jax.calibration.experts import padded_rows
+from dynamo_jax.calibration.pipeline import (
+    QuantizeConfig,
+    analyze,
+    dynamics_of,
+    favoured,
+    layer_weights,
+    quantize,
+    quantize_folder,
+)
+from dynamo_jax.calibration.sweeps import Draft
+from dynamo_jax.kernels.layout import WIDTHS
+from dynamo_jax.models.experts import ExpertWeights
+from dynamo_jax.models.huggingface import Source, load_checkpoint, load_tokenizer
+from dynamo_jax.quant.planes import dequantize
+from dynamo_jax.quant.planes import quantize as quantize_planes
+from dynamo_jax.storage.work import FolderWork, MemoryWork
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SMALL = QuantizeConfig(quantizer="rtn", bits=3.5, group_size=8, channel_block=8, window=12, batch_size=2)
+
+
+def plain(model, channel_block, apart):
+    """A function of windows: statistics, sensitivity and routing by their definitions, on the whole model at once."""
+    weights = [layer_weights(model, i) for i in range(model.config.num_moe_layers)]
+    stored = [quantize_planes(np.stack(w, axis=1), SMALL.group_size) for w in weights]
+    rounded = [[dequantize(s, w).astype(jnp.bfloat16).astype(jnp.float32) for w in WIDTHS] for s in stored]
+    candidates = [[ExpertWeights(*w.swapaxes(0, 1)) for w in layer] for layer in rounded]
+
+    @jax.jit
+    def measured(tokens):
+        mask = jnp.ones((len(tokens), tokens.shape[1] - 1))
+        importance = token_importance(model, tokens, mask)
+        options = (weights, candidates, channel_block, apart, importance)
+        stats, counts = observe(model, tokens[:, :-1], mask, *options)
+        return stats, importance.sum(axis=(1, 2)), counts
+
+    return measured
+
+
+@pytest.mark.parametrize(
+    ("family", "apart"),
+    [
+        ("gpt_oss", True),
+        pytest.param("deepseek_v3", False, marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", True, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", False, marks=pytest.mark.slow),
+        pytest.param("granitemoe", False, marks=pytest.mark.slow),
+    ],
+)
+def test_the_sweeps_give_the_sums_of_the_plain_definitions(family_model, family, apart, tmp_path):
+    """With dense and shared parts, biases, windows and scaled residuals; two datasets at once, a part batch."""
+    family_model(family).save_pretrained(tmp_path, max_shard_size="60KB")
+    rng = np.random.default_rng(0)
+    windows = {name: rng.integers(3, 61, (count, 13)).astype(np.int32) for name, count in (("a", 3), ("b", 2))}
+    block = 10 if family == "gpt_oss" else SMALL.channel_block  # of 24 channels: the last block has four
+    settings = dataclasses.replace(SMALL, per_projection=apart, channel_block=block)
+    got = analyze(Source(tmp_path), windows, settings, MemoryWork())
+    model = load_checkpoint(tmp_path)
+    samples = [(got[name], part) for name, part in windows.items()]
+    samples.append((got["a"].halves[0], windows["a"][:2]))
+    definition = plain(model, block, apart)
+    for found, part in samples:
+        stats, sensitivity, counts = definition(part)
+        for field, want in stats._asdict().items():
+            want, own = np.asarray(want), getattr(found.stats, field)
+            np.testing.assert_allclose(own, want, rtol=2e-3, atol=1e-5 * np.abs(want).max(initial=0), err_msg=field)
+        np.testing.assert_allclose(found.sensitivity, sensitivity, rtol=1e-3)
+        np.testing.assert_array_equal(found.windows, counts)
+
+
+def test_a_drafted_plan_is_that_of_whole_datasets(small_folder):
+    """However the sums of a dataset are spread over its halves."""
+    config = Source(small_folder).config
+    rng = np.random.default_rng(0)
+    widths = np.array([1.0, 0.25, 0.06, 0.001])
+    errors = rng.lognormal(0, 2, (2, config.num_moe_layers, config.num_experts, 2, 1)) * widths
+    sensitivity, tokens = rng.lognormal(0, 1, (2, config.num_moe_layers)), np.array([100.0, 300.0])
+
+    def emphasis(share):
+        parts = (np.stack([share * a, (1 - share) * a], axis=1) for a in (errors, sensitivity, tokens))
+        draft = Draft(*(p.reshape(4, *p.shape[2:]) for p in parts))
+        return favoured(draft, ["a", "b"], QuantizeConfig(bits=3.5, weights={"b": 7.0}), config)
+
+    whole = emphasis(1.0)
+    assert len(np.unique(whole)) > 3
+    np.testing.assert_array_equal(emphasis(0.3), whole)
+
+
+def test_one_window_has_no_second_half(small_folder):
+    windows = {"one": np.arange(3, 36, dtype=np.int32)[None]}
+    found = analyze(Source(small_folder), windows, QuantizeConfig(quantizer="rtn", bits=3.5), MemoryWork())
+    first, second = found["one"].halves
+    assert len(first.windows) == 1 and len(second.windows) == 0
+    np.testing.assert_array_equal(found["one"].expert_significance(), first.expert_significance())
+    assert np.isnan(second.expert_significance()).all()
+    assert np.isnan(dynamics_of(found).halves.within["one"].experts.correlation).all()
+
+
+def test_a_folder_and_memory_give_the_same_model(small_folder, words, tmp_path):
+    """The planes bit for bit; and quantize leaves nothing but its result."""
+    from dynamo_jax.storage import checkpoint
+
+    settings = QuantizeConfig(calibration_windows=2, window=32, bits=3.5)
+    known = {"some": words(0), "other": words(1)}
+    here, _ = quantize(load_checkpoint(small_folder), load_tokenizer(small_folder), known, settings)
+    quantize_folder(small_folder, tmp_path / "out", known, settings)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    loaded = checkpoint.load(tmp_path / "out")
+    np.testing.assert_array_equal(here.plan.widths, loaded.plan.widths)
+    for width in WIDTHS:
+        np.testing.assert_array_equal(here.store.codes[width], loaded.store.codes[width])
+    np.testing.assert_array_equal(here.knowledge.block_errors, loaded.knowledge.block_errors)
+    assert sorted(here.parameters) == sorted(loaded.parameters)
+
+
+def digests(folder):
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.mark.slow
+def test_a_quantization_killed_three_times_ends_with_the_same_bits(small_folder, words, tmp_path):
+    """SIGKILL at random layers of any sweep; the last run is left alone."""
+    (tmp_path / "words.txt").write_text(words(0))
+    command = [sys.executable, "-m", "dynamo_jax", "quantize", "--model", str(small_folder)]
+    command += ["--known", f"words={tmp_path / 'words.txt'}", "--windows", "2", "--window", "32", "--bits", "3.5"]
+    command += ["--out"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
+    seed = random.SystemRandom().randrange(10**6)
+    rng = random.Random(seed)
+    work = tmp_path / ".killed.partial"
+    up, down = [f"hidden-{i:03d}" for i in range(1, 6)], [f"sensitivity-{i:03d}" for i in range(4, 0, -1)]
+    steps = [*up, *down, "emphasis", *(f"stats-{i:03d}" for i in range(5))]
+    chosen = rng.sample(steps, 3)
+    marks = [name for name in steps if name in chosen]  # in the order in which they appear
+    for mark in marks:
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while not (work / f"{mark}.safetensors").exists() and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "killed").exists(), f"seed {seed}"
+    subprocess.run([*command, str(tmp_path / "killed")], env=environment, check=True, capture_output=True)
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole"), f"seed {seed}"
+    assert not work.exists()
+
+
+def test_a_full_disk_is_one_line_and_the_run_resumes_after_it(small_folder, words, tmp_path):
+    """Files may hold 5 kB at most, less than the embeddings; then they may hold anything."""
+    (tmp_path / "words.txt").write_text(words(0))
+    arguments = ["quantize", "--model", str(small_folder), "--known", f"words={tmp_path / 'words.txt'}"]
+    arguments += ["--windows", "1", "--window", "32", "--bits", "3.5", "--out", str(tmp_path / "out")]
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))"
+    program = f"import resource, sys; {limit}; sys.argv = ['dynamo-jax', *{arguments!r}]; import dynamo_jax.__main__"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    failed = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    errors = [line for line in failed.stderr.splitlines() if "error" in line]
+    assert failed.returncode == 2 and len(errors) == 1 and "top.safetensors: cannot be written" in errors[0]
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / ".out.partial").glob("*.partial"))
+    subprocess.run([sys.executable, "-m", "dynamo_jax", *arguments], env=environment, check=True, capture_output=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "words.txt"]
+
+
+def test_an_unfinished_run_of_another_job_is_named_and_left(tmp_path):
+    job = {"settings": {"bits": 3.0}, "texts": {}}
+    with FolderWork(tmp_path / "w", job):
+        with pytest.raises(ValueError, match="another run is working here"):
+            FolderWork(tmp_path / "w", job)
+    with pytest.raises(ValueError, match="another settings lies here"):
+        FolderWork(tmp_path / "w", job | {"settings": {"bits": 4.0}})
+    with FolderWork(tmp_path / "w", job) as work:
+        work.finish()
+    assert not list((tmp_path / "w").iterdir())
+
+
+@pytest.mark.parametrize("rows", [0, 1, 32, 33, 48, 49, 1000, 12345])
+def test_rows_are_padded_by_half_at_most(rows):
+    size = padded_rows(rows)
+    assert size >= rows and (size == 32 or size <= 1.5 * rows)
+
+
+def test_weights_that_are_not_numbers_are_named(bundled, texts):
+    from dynamo_jax.models.decoder import parameters, with_parameters
+
+    model, tokenizer = bundled
+    arrays = parameters(model)
+    arrays["layers.2.up"] = arrays["layers.2.up"].at[7, 3, 0].set(jnp.nan)
+    broken = with_parameters(model.config, arrays)
+    with pytest.raises(ValueError, match="layer 2, expert 7: weights to quantize hold NaN"):
+        quantize(broken, tokenizer, {"code": texts["code"]}, QuantizeConfig(calibration_windows=1, window=64))

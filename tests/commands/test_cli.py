@@ -1,0 +1,239 @@
+"""The command line as a user meets it: the acceptance path, and one-line errors with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import scipy.spatial.distance
+import scipy.stats
+
+from dynamo_jax.commands import app as cli
+from dynamo_jax.models.bundled import BUNDLED
+
+
+@pytest.fixture(scope="module")
+def files(texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    lines = [json.dumps({"text": part}) for part in texts["verse"].split("\n\n")]
+    (folder / "verse.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dynamo-jax", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+FAST = ("--windows", "4", "--window", "64")
+
+
+@pytest.fixture(scope="module")
+def folder(files, tmp_path_factory):
+    """A model that the quantize command wrote."""
+    out = tmp_path_factory.mktemp("models") / "quantized"
+    known = ("--known", f"code={files / 'code.txt'}", "--known", f"sums={files / 'sums.txt'}")
+    arguments = ["quantize", "--model", "tiny-moe", *known, "--bits", "3.0", "--out", str(out), *FAST]
+    cli.app([*arguments, "--quantizer", "rtn"], standalone_mode=False)
+    return out
+
+
+def test_eval_writes_the_rows_that_the_readme_promises(run, folder, files, tmp_path):
+    out = tmp_path / "out.json"
+    code, printed, _ = run(
+        *("eval", "--model", folder, "--novel", f"verse={files / 'verse.jsonl'}", "--window", "64", "--limit", "4"),
+        *("--variant", "baseline", "--variant", "auto", "--json", out),
+    )
+    assert code == 0 and "verse" in printed
+    rows = json.loads(out.read_text())["results"]
+    assert [(r["dataset"], r["kind"], r["variant"]) for r in rows] == [
+        ("verse", "novel", "baseline"),
+        ("verse", "novel", "auto"),
+    ]
+    for row in rows:
+        assert row["bits_per_weight"] <= 3.0 and row["tokens"] == 256 and row["bytes_per_token"] > 0
+        assert row["perplexity"] == pytest.approx(math.exp(row["nll"]))
+
+
+def test_eval_of_the_bundled_model_is_the_bf16_row(run, files, tmp_path):
+    out = tmp_path / "out.json"
+    arguments = ("--known", f"sums={files / 'sums.txt'}", "--window", "64", "--limit", "2", "--json", out)
+    assert run("eval", "--model", "tiny-moe", *arguments)[0] == 0
+    (row,) = json.loads(out.read_text())["results"]
+    assert (row["variant"], row["kind"], row["bits_per_weight"]) == ("bf16", "known", 16.0)
+
+
+def test_analyze_reports_each_dataset_and_their_divergence(run, files, tmp_path):
+    out = tmp_path / "out.json"
+    known = ("--known", f"code={files / 'code.txt'}", "--known", f"verse={files / 'verse.txt'}")
+    code, printed, _ = run("analyze", *known, *FAST, "--json", out)
+    assert code == 0 and "code | verse" in printed
+    result = json.loads(out.read_text())
+    assert set(result["datasets"]) == {"code", "verse"}
+    layers, experts, blocks = np.shape(result["datasets"]["code"]["block_significance"])
+    counts = {n: np.array(d["counts"]) for n, d in result["datasets"].items()}
+    significance = {n: np.array(d["expert_significance"])[:, :, 0] for n, d in result["datasets"].items()}
+    moved = result["dynamics"]
+    pair = moved["between"]["code | verse"]
+    want = [scipy.spatial.distance.jensenshannon(p, q, base=2) ** 2 for p, q in zip(counts["code"], counts["verse"])]
+    np.testing.assert_allclose(pair["divergence"], want, rtol=1e-6)
+    for values, found in ((counts, pair["use"]), (significance, pair["experts"])):
+        ranks = [scipy.stats.spearmanr(x, y).statistic for x, y in zip(values["code"], values["verse"])]
+        np.testing.assert_allclose(found["correlation"], ranks, rtol=1e-6)
+    assert len(pair["blocks"]["correlation_within_experts"]) == layers
+    halves = moved["halves"]["within"]
+    assert set(halves) == {"code", "verse"} and np.mean(halves["code"]["experts"]["correlation"]) > 0.5
+    assert set(moved["spans"]["within"]) == {"code", "verse"} and moved["spans"]["tokens"] % 64 == 0
+    assert moved["by_chance"]["experts"] == -(-experts // 10) / experts
+    assert "NaN" not in out.read_text() and "blocks of one expert" in printed and blocks > 1
+
+
+@pytest.mark.parametrize("model", ["tiny-moe", "quantized"])
+def test_inspect_names_the_sizes(run, folder, model):
+    code, printed, _ = run("inspect", "--model", folder if model == "quantized" else model)
+    assert code == 0 and "48" in printed
+
+
+def bad_inputs(files, folder, tmp_path):
+    empty, latin, short = tmp_path / "empty.txt", tmp_path / "latin.txt", tmp_path / "short.txt"
+    empty.write_text("")
+    latin.write_bytes(b"caf\xe9 " * 1000)
+    short.write_text("too short")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.txt").write_text("mine")
+    truncated = tmp_path / "truncated"
+    shutil.copytree(BUNDLED, truncated)
+    weights = truncated / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    code = files / "code.txt"
+    out = ("--out", tmp_path / "result")
+    return {
+        "no such file": (("quantize", "--known", f"a={tmp_path / 'none.txt'}", *out), "none.txt: no such file"),
+        "empty": (("quantize", "--known", f"a={empty}", *out), "empty.txt: the file is empty"),
+        "not UTF-8": (("quantize", "--known", f"a={latin}", *out), "latin.txt: not UTF-8"),
+        "short": (("quantize", "--known", f"a={short}", *out), "a: 3 tokens, fewer than one window"),
+        "short novel": (("eval", "--model", folder, "--novel", f"n={short}"), "n: 3 tokens, fewer than one window"),
+        "budget": (
+            ("quantize", "--known", f"a={code}", "--bits", "1.5", *FAST, *out),
+            "bits 1.5, is too small: the least is",
+        ),
+        "two budgets": (
+            ("quantize", "--known", f"a={code}", "--bits", "3", "--bytes", "9000", *out),
+            "bits and budget_bytes: a budget is given one way only",
+        ),
+        "weight": (("quantize", "--known", f"a={code}", "--weight", "a", *out), "--weight a: expected NAME=NUMBER"),
+        "truncated": (("quantize", "--model", truncated, "--known", f"a={code}", *out), "model.safetensors: damaged"),
+        "taken": (("quantize", "--known", f"a={code}", "--out", taken), "taken: exists and holds something else"),
+        "no name": (("quantize", "--known", str(code), *out), "expected NAME=FILE"),
+        "name twice": (("quantize", "--known", f"a={code}", "--known", f"a={code}", *out), "given twice"),
+        "no model": (("eval", "--model", tmp_path / "nothing", "--known", f"a={code}"), "no such model folder"),
+        "nothing to do": (("eval", "--model", "tiny-moe"), "nothing to evaluate"),
+        "variant": (("eval", "--model", "tiny-moe", "--known", f"a={code}", "--variant", "auto"), "--variant auto"),
+        "json": (("eval", "--model", folder, "--known", f"a={code}", "--json", tmp_path / "x" / "y"), "no such folder"),
+        "window": (("eval", "--model", folder, "--known", f"a={code}", "--window", "9999"), "past the model's"),
+        "empty prompt": (("generate", "--prompt", ""), "--prompt is empty"),
+        "dtype": (("generate", "--prompt", "a", "--dtype", "int8"), "--dtype int8: known are bfloat16, float32"),
+        "top p": (("generate", "--prompt", "a", "--top-p", "1.5"), "top_p 1.5 cannot be"),
+        "prompt too long": (("generate", "--prompt", "a b " * 300), "the model has 256 positions"),
+        "export of a float": (("export", "--model", truncated, *out), "not a dynamo_jax quantized model"),
+        "export to a full folder": (("export", "--model", folder, "--out", taken), "is not an empty folder"),
+        "inspect of a truncated": (("inspect", "--model", truncated), "model.safetensors: damaged"),
+        "quantized twice": (("quantize", "--model", folder, "--known", f"a={code}", *out), "is quantized already"),
+    }
+
+
+CASES = [
+    *(
+        "no such file",
+        "empty",
+        "not UTF-8",
+        "short",
+        "short novel",
+        "budget",
+        "two budgets",
+        "weight",
+        "truncated",
+        "taken",
+        "no name",
+    ),
+    *("name twice", "no model", "nothing to do", "variant", "json", "window", "quantized twice"),
+    *("empty prompt", "dtype", "top p", "prompt too long", "export of a float", "export to a full folder"),
+    "inspect of a truncated",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(run, files, folder, tmp_path, case):
+    arguments, message = bad_inputs(files, folder, tmp_path)[case]
+    code, _, err = run(*arguments)
+    lines = [line for line in err.splitlines() if "error" in line]
+    assert code == 2 and len(lines) == 1
+    assert lines[0].startswith("dynamo-jax: error:") and message in lines[0]
+    assert "Traceback" not in err
+    assert not (tmp_path / "result").exists()
+    assert [p.name for p in (tmp_path / "taken").iterdir()] == ["thesis.txt"]
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+GREEDY = ("--max-tokens", "12", "--dtype", "float32")
+
+
+@pytest.mark.usefixtures("quick_compilation_here")
+def test_generate_prints_the_continuation_alone(run):
+    code, one, err = run("generate", "--prompt", "def main(", *GREEDY)
+    assert code == 0 and one.strip() and "def main(" not in one and not err
+    code, other, _ = run("generate", "--prompt", "King of", *GREEDY)
+    assert run("generate", "--prompt", "def main(", "--prompt", "King of", *GREEDY)[1] == one + other
+
+
+@pytest.mark.usefixtures("quick_compilation_here")
+def test_generate_that_adapts_serves_prompts_one_after_the_other_and_says_what_it_saw(run, folder, texts):
+    """Two halves of a text of a known kind: the same continuations, and a word on the second at 256 tokens."""
+    prompts = ("--prompt", texts["code"][:300], "--prompt", texts["code"][300:600])
+    plain = run("generate", "--model", folder, *prompts, *GREEDY)
+    code, printed, err = run("generate", "--model", folder, "--adapt", *prompts, *GREEDY)
+    assert (code, printed) == (0, plain[1])
+    assert all(line.startswith("text 2, token ") for line in err.splitlines())
+
+
+def test_only_a_quantized_model_can_adapt_and_all_prompts_are_checked_first(run, folder):
+    code, printed, err = run("generate", "--adapt", "--prompt", "x")
+    assert code == 2 and not printed and "is not quantized; --adapt switches the precision" in err
+    code, printed, err = run("generate", "--model", folder, "--adapt", "--prompt", "x", "--prompt", "1 2 " * 200)
+    assert code == 2 and not printed and "prompt 1 has" in err and "the model has 256 positions" in err
+
+
+@pytest.mark.usefixtures("quick_compilation_here")
+def test_an_exported_model_generates_what_the_quantized_one_does(run, folder, tmp_path):
+    code, printed, _ = run("export", "--model", folder, "--out", tmp_path / "out")
+    assert code == 0 and str(tmp_path / "out") in printed
+    texts = [run("generate", "--model", f, "--prompt", "import os", *GREEDY)[1] for f in (folder, tmp_path / "out")]
+    assert texts[0] == texts[1] and texts[0].strip()
+
+
+def test_inspect_says_what_would_be_quantized(run):
+    code, printed, _ = run("inspect", "--model", "tiny-moe")
+    assert code == 0 and "14,155,776 weights of 864 expert tensors" in printed and "BF16=" in printed
+
+
+def test_an_unknown_option_is_exit_code_2(run):
+    assert run("eval", "--modle", "x")[0] == 2

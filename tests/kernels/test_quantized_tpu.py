@@ -1,0 +1,463 @@
+"""The TPU kernel in the interpreter, against the XLA path and floats; its compiler's schedules, where libtpu is."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import kernel_cases
+import numpy as np
+import pytest
+from flax import nnx
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+from kernel_cases import Case, biases_of, rows_and_sizes, widths_of
+
+from dynamo_jax.calibration.pipeline import QuantizeConfig, quantize
+from dynamo_jax.generation import quantized_language_model
+from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, BasePlanes, Pages, unpack
+from dynamo_jax.kernels.quantized_tpu import FORMS, quantized_experts_tpu
+from dynamo_jax.kernels.rows import rows_in_tiles
+from dynamo_jax.kernels.tiles import TILE, empty_pages, tiled_base, tiled_pages
+from dynamo_jax.kernels.tpu_steps import Shape, blocks_of_step, core, rows_of_tile, steps_of
+from dynamo_jax.models.bundled import BUNDLED
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.decoder import Decoder, with_parameters
+from dynamo_jax.models.experts import silu_gated
+from dynamo_jax.models.huggingface import load_tokenizer
+from dynamo_jax.models.stacked import is_stacked
+from dynamo_jax.runtime import serving
+from dynamo_jax.runtime.generate import GenerateConfig, generate
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
+TOLERANCE = {"bf16": 0.01, "int8": 0.04, "fp8": 0.08}  # of the largest output: operands have 8, about 6 and 4 bits
+CHECKED = pltpu.InterpretParams(detect_races=True)
+
+
+def compared(case, rows, sizes, biases=None, layer=1, tolerance=0.01, **how):
+    kernel = functools.partial(quantized_experts_tpu, **({"interpret": pltpu.InterpretParams()} | how))
+    found = kernel_cases.compared(case, kernel, rows, sizes, tolerance, biases, layer)
+    assert how.get("interpret") is not CHECKED or not interpret_pallas_call.races.races_found
+    return found
+
+
+def test_tiles_hold_the_planes_bits_where_the_page_says():
+    """Each plane of one expert, word by word, against the table in the module's own words."""
+    rng = np.random.default_rng(0)
+    hidden, groups = 3 * TILE, 3
+    codes = rng.integers(0, 256, (1, 1, 3, TILE, hidden // 4)).astype(np.uint8)
+    scales = rng.random((1, 1, 3, TILE, groups)).astype(jnp.bfloat16)
+    base = tiled_base(BasePlanes(codes, scales))
+    q2 = np.asarray(unpack(jnp.asarray(codes), 2))[0, 0]
+    np.testing.assert_array_equal(
+        base.scales[0, 0, 0].astype(np.float32) * 4, scales[0, 0].astype(np.float32).swapaxes(1, 2)
+    )
+    pages = {
+        level: rng.integers(0, 256, (1, 3, TILE, hidden * PLANE_BITS[level] // 8)).astype(np.uint8) for level in LEVELS
+    }
+    ratios = rng.integers(0, 256, (1, 3, TILE, groups)).astype(np.uint8)
+    tiles = {
+        level: tiled_pages(Pages(a, ratios if level == 8 else None), level, np.arange(3)[None])
+        for level, a in pages.items()
+    }
+    np.testing.assert_array_equal(tiles[8].ratios[0], ratios[0].swapaxes(1, 2))
+    q = {level: np.asarray(unpack(jnp.asarray(a[0]), PLANE_BITS[level])) for level, a in pages.items()}
+    for projection, group, row, lane in rng.integers(0, (3, groups, TILE, TILE), (500, 4)):
+        at = (lane, group * TILE + row) if projection < 2 else (row, group * TILE + lane)
+
+        def bits(words, index, shift, count=1, lane=lane):
+            return int(words.view(np.uint32)[index, lane]) >> shift & (2**count - 1)
+
+        part, word, i = row // 64, row % 64 // 8, row % 8
+        found = bits(base.codes[0, 0, 0, projection, group], word, 4 * i + 2 * part, 2)
+        assert found ^ 2 == q2[projection][at]
+        for level in (3, 4):
+            words = tiles[level].codes[0, projection, group // 2]
+            assert bits(words, word, 4 * i + 2 * part + group % 2) == q[level][projection][at]
+        assert bits(tiles[8].codes[0, projection, group], row // 8, 4 * i, 4) ^ 8 == q[8][projection][at]
+
+
+@pytest.mark.parametrize(("form", "apart"), [("bf16", True), ("int8", False), ("fp8", True)])
+def test_all_widths_variants_and_biases_at_once(form, apart):
+    """With the interpreter's look for races between copies and their readers."""
+    case = Case.of("tiles", 0, 3, 256, 384, apart, [widths_of(v, 3, 256, apart) for v in range(2)])
+    rows, sizes = rows_and_sizes(1, [5, 0, 9, 1, 20, 0], 384)
+    biases = biases_of(2, 3, 256, 384)
+    compared(case, rows, sizes, biases, form=form, tolerance=TOLERANCE[form], interpret=CHECKED)
+
+
+@pytest.mark.parametrize(
+    ("form", "hidden", "group_size", "tile_rows"),
+    [
+        ("fp8", 512, 256, None),
+        ("bf16", 768, 384, 64),
+        pytest.param("int8", 384, 384, 8, marks=pytest.mark.slow),
+        pytest.param("bf16", 512, 512, None, marks=pytest.mark.slow),
+    ],
+)
+def test_groups_longer_than_a_tile_have_one_scale(form, hidden, group_size, tile_rows):
+    """Stored once, and multiplied in one product; the whole hidden size too."""
+    widths = [widths_of(v, 2, 256, True) for v in range(2)]
+    case = Case.of("tiles", 16, 2, 256, hidden, True, widths, group_size=group_size)
+    assert case.arranged.base.scales.shape[-2:] == (hidden // group_size, TILE)
+    assert case.arranged.pages[8].ratios.size == case.resident.pages[8].ratios.size
+    rows, sizes = rows_and_sizes(17, [5, 0, 9, 1], hidden)
+    compared(case, rows, sizes, form=form, tile_rows=tile_rows, tolerance=TOLERANCE[form], interpret=CHECKED)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
+@hypothesis.given(
+    sizes=st.lists(st.integers(0, 20), min_size=4, max_size=4).filter(any),
+    all_blocks=st.sampled_from([3, 5, 7]),
+    widths=st.lists(st.sampled_from([2, 3, 4, 8]), min_size=28, max_size=28),
+    form=st.sampled_from(["bf16", "int8"]),
+    blocks=st.sampled_from([None, 1, 2, 3]),
+    tile_rows=st.sampled_from([None, 8, 16, 64]),
+    shuffled=st.booleans(),
+)
+def test_any_widths_groups_and_tiling(sizes, all_blocks, widths, form, blocks, tile_rows, shuffled):
+    """Numbers of blocks that two or three a step do not divide; pages in order and anywhere."""
+    each = np.broadcast_to(np.array(widths[: 4 * all_blocks]).reshape(1, 4, all_blocks), (2, 4, all_blocks))
+    case = Case.of("tiles", 3, 4, 128 * all_blocks, 128, False, [each], shuffled=shuffled)
+    rows, sizes = rows_and_sizes(4, sizes, 128)
+    compared(case, rows, sizes, layer=0, form=form, blocks=blocks, tile_rows=tile_rows, tolerance=TOLERANCE[form])
+
+
+@pytest.mark.parametrize(
+    ("form", "apart", "channels", "blocks", "tile_rows", "variants", "shuffled"),
+    [
+        ("int8", False, 640, 2, None, 2, True),
+        ("fp8", False, 640, 2, None, 1, False),
+        ("bf16", True, 384, 2, None, 1, True),
+        ("fp8", False, 384, 9, 8, 1, True),
+        ("bf16", True, 384, 2, 64, 2, True),
+        ("bf16", True, 640, 2, 64, 1, False),
+    ],
+)
+def test_blocks_that_do_not_divide(form, apart, channels, blocks, tile_rows, variants, shuffled):
+    """Three blocks an expert: two a step, or three (no step has more), of which down has a part of one block; or five,
+    two a step, so that what the step before had is not copied again. Pages in any order, and in runs."""
+    widths = [widths_of(v, 2, channels, apart, (2, 3, 4, 8) if shuffled else (8,)) for v in range(variants)]
+    case = Case.of("tiles", 11, 2, channels, 128, apart, widths, shuffled=shuffled)
+    rows, sizes = rows_and_sizes(12, [3, 9, 4, 1][: 2 * variants], 128)
+    how = {"form": form, "blocks": blocks, "tile_rows": tile_rows, "tolerance": TOLERANCE[form], "interpret": CHECKED}
+    compared(case, rows, sizes, biases_of(13, 2, channels, 128), **how)
+
+
+def test_each_step_reads_its_own_pages():
+    """All pages of all levels, in every step of several tiles: those of the next step come while this one runs."""
+    case = Case.of("tiles", 14, 2, 256, 256, True, [np.full((2, 2, 4), 8)])
+    rows, sizes = rows_and_sizes(15, [17, 9], 256)
+    compared(case, rows, sizes, blocks=1, tile_rows=8, interpret=CHECKED)
+
+
+def test_many_rows_need_no_more_scalars():
+    """The work list is of experts and steps; only what is of each tile is as much as the rows."""
+    sizes = [4096 * 8, 0]
+    lie = rows_in_tiles(jnp.array(sizes), sum(sizes), 256, 64)
+    shape = Shape(256, 1, 1, 3, 2, (3,), 1, "bf16")
+    case = Case.of("tiles", 0, 2, 384, 128, False, [widths_of(0, 2, 384, False)])
+    steps = steps_of(shape, lie, 2, case.tables, 0)
+    assert sum(a.size for a in jax.tree.leaves(steps)) < 3 * lie.group.size + 100
+
+
+def test_pages_in_order_come_in_runs_in_a_last_step_too():
+    """Three blocks an expert, two a step: the last step begins at the second block, whose pages come with the run."""
+    shape = Shape(8, 1, 1, 3, 2, (3,), 3, "bf16")
+    slots = {3: jnp.arange(9).reshape(1, 1, 9)}
+    lie = rows_in_tiles(jnp.array([3]), 3, 8, 8)
+    steps = steps_of(shape, lie, 1, (slots,), 0)
+    assert steps.fetches[3].run.tolist() == [0, 3, 6, 1, 4, 7] and steps.alone.tolist() == [0, 0]
+    assert steps.widths.reshape(2, 2, 2).tolist() == [[[3, 3], [3, 3]], [[2, 2], [3, 3]]]
+    shuffled = {3: jnp.array([[[8, 7, 6, 5, 4, 3, 2, -1, 0]]])}
+    steps = steps_of(shape, lie, 1, (shuffled,), 0)
+    assert (steps.fetches[3].run == -1).all() and steps.alone.tolist() == [5, 3]
+    assert sorted(steps.fetches[3].page.reshape(2, 6)[1, :3].tolist()) == [0, 3, 6]
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    case = Case.of("tiles", 5, 2, 128, 128, True, [widths_of(v, 2, 128, True) for v in range(2)])
+    rows, sizes = rows_and_sizes(6, [3, 4, 2, 5], 128)
+    together = compared(case, rows, sizes, tile_rows=8)
+    alone = compared(case, rows[9:10], jnp.array([0, 0, 0, 1]), tile_rows=8)
+    np.testing.assert_array_equal(together[9:10], alone)
+
+
+def test_rows_past_the_last_group_are_zeros_and_no_rows_are_none():
+    case = Case.of("tiles", 7, 2, 128, 128, False, [widths_of(0, 2, 128, False)])
+    rows, sizes = rows_and_sizes(8, [3, 2], 128, jnp.bfloat16)
+    run = functools.partial(quantized_experts_tpu, interpret=pltpu.InterpretParams())
+    more = run(jnp.pad(rows, ((0, 4), (0, 0)), constant_values=7), sizes, case.arranged, case.tables, 0, silu_gated)
+    np.testing.assert_array_equal(more[:5], run(rows, sizes, case.arranged, case.tables, 0, silu_gated))
+    assert (np.asarray(more[5:], np.float32) == 0).all()
+    assert (np.asarray(run(rows, sizes * 0, case.arranged, case.tables, 0, silu_gated)) == 0).all()
+    assert run(rows[:0], sizes * 0, case.arranged, case.tables, 0, silu_gated).shape == (0, 128)
+
+
+def test_a_tile_of_several_chunks_of_many_rows():
+    """Of 64 rows: three a tile, of which a last tile has fewer."""
+    case = Case.of("tiles", 18, 2, 128, 128, False, [widths_of(0, 2, 128, False)])
+    rows, sizes = rows_and_sizes(19, [70, 330], 128)
+    compared(case, rows, sizes, tile_rows=192, interpret=CHECKED)
+
+
+def test_a_row_of_zeros_or_of_nan_stays_its_own():
+    case = Case.of("tiles", 9, 1, 128, 128, False, [widths_of(0, 1, 128, False)])
+    rows, sizes = rows_and_sizes(10, [4], 128)
+    rows = rows.at[1].set(0).at[2].set(jnp.nan)
+    for form in FORMS:
+        run = functools.partial(quantized_experts_tpu, form=form, interpret=pltpu.InterpretParams())
+        found = np.asarray(run(rows, sizes, case.arranged, case.tables, 0, silu_gated))
+        assert (found[1] == 0).all() and np.isfinite(found[[0, 3]]).all() and np.isnan(found[2]).all()
+
+
+def test_what_does_not_fit_tiles_is_an_error_that_says_so():
+    with pytest.raises(ValueError, match="192 hidden"):
+        Case.of("tiles", 0, 1, 128, 192, False, [], group_size=192)
+    with pytest.raises(ValueError, match="groups of 64"):
+        Case.of("tiles", 0, 1, 128, 128, False, [], group_size=64)
+    zeros = functools.partial(np.zeros, dtype=np.uint8)
+    with pytest.raises(ValueError, match="96 channels"):
+        tiled_base(BasePlanes(zeros((1, 1, 3, 96, 32)), np.zeros((1, 1, 3, 96, 1), jnp.bfloat16)))
+    with pytest.raises(ValueError, match="3 bits are of 64 channels"):
+        tiled_pages(Pages(zeros((1, 3, 64, 16)), None), 3, np.arange(3)[None])
+    case = Case.of("tiles", 0, 2, 128, 128, False, [widths_of(0, 2, 128, False)])
+    rows, sizes = rows_and_sizes(0, [1, 1], 128)
+    with pytest.raises(ValueError, match="unknown form 'int4'"):
+        quantized_experts_tpu(rows, sizes, case.arranged, case.tables, 0, silu_gated, form="int4")
+    with pytest.raises(ValueError, match=r"planes of \(4,\) bits"):
+        tables = ({4: case.tables[0][4]},)
+        quantized_experts_tpu(rows, sizes, case.arranged, tables, 0, silu_gated)
+    with pytest.raises(ValueError, match="tiles of 12 rows"):
+        quantized_experts_tpu(rows, sizes, case.arranged, case.tables, 0, silu_gated, tile_rows=12)
+    with pytest.raises(ValueError, match="3 groups"):
+        quantized_experts_tpu(rows, jnp.ones(3, jnp.int32), case.arranged, case.tables, 0, silu_gated)
+
+
+def test_empty_pages_have_the_shape_of_pages():
+    for level in LEVELS:
+        made = Case.of("tiles", 0, 1, 128, 384, True, []).arranged.pages[level]  # two layers of three pages
+        assert jax.tree.map(jnp.shape, empty_pages(6, 1, level, 384, 3)) == jax.tree.map(jnp.shape, made)
+
+
+@pytest.mark.parametrize("chunk", [8, 16])
+@pytest.mark.parametrize("sizes", [[0, 0, 5], [16, 1, 0], [33, 0, 0], [1, 1, 1]])
+def test_every_row_has_one_place_in_a_tile_of_its_group(sizes, chunk):
+    count = sum(sizes)
+    lie = jax.tree.map(np.asarray, rows_in_tiles(jnp.array(sizes), count, 16, chunk))
+    assert lie.used == sum(-(-s // 16) for s in sizes) == (lie.chunks > 0).sum()
+    np.testing.assert_array_equal(lie.source[lie.place], np.arange(count))
+    assert (lie.source == count).sum() == len(lie.source) - count
+    owner = np.full(len(lie.source) // chunk, -1)
+    for group, first, chunks in zip(lie.group[: lie.used], lie.first, lie.chunks):
+        assert (owner[first : first + chunks] == -1).all()
+        owner[first : first + chunks] = group
+    np.testing.assert_array_equal(owner[lie.place // chunk], np.repeat(np.arange(3), sizes))
+    assert lie.chunks.sum() == sum(-(-s // chunk) for s in sizes)  # no chunk is without a row
+
+
+def test_tiles_of_rows_hold_most_groups_and_steps_divide_the_blocks():
+    assert [rows_of_tile(n, 64, lite=False) for n in (1, 64, 512, 1024)] == [8, 8, 16, 24]
+    assert [rows_of_tile(n, 64, lite=True) for n in (1, 64, 512, 1024, 20 * 64)] == [8, 8, 24, 32, 32]
+    for lite in (False, True):
+        assert rows_of_tile(128 * 64, 64, lite) == 192 and rows_of_tile(10**6, 8, lite) == 256
+    assert [blocks_of_step(g, n, 64, 128) for g, n in ((16, 8), (16, 11), (23, 23), (100, 1))] == [4, 4, 4, 1]
+    for rows, unit in ((16, 128), (64, 256)):
+        found = [blocks_of_step(g, n, rows, unit) for g, n in ((16, 8), (16, 6), (16, 11), (32, 112), (23, 23))]
+        assert found == [8, 6, 11, 4, 6]
+    assert core() == (128, True)  # here
+
+
+CONFIG = ModelConfig(
+    vocab_size=61,
+    hidden_size=320,  # filled up to two groups
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_experts=4,
+    num_experts_per_tok=2,
+    max_position_embeddings=512,
+    norm_topk_prob=True,
+    initializer_range=0.1,
+)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "form"))
+def step(config, params, state, tokens, form="bf16"):
+    return with_parameters(config, params)(tokens, experts=serving.experts(state, form))[0]
+
+
+def test_the_run_time_adapts_and_switches_with_planes_in_tiles(tokenizer_file, compilations):
+    import tokenizers
+
+    rng = np.random.default_rng(0)
+    known = {n: " ".join(f"w{i}" for i in rng.integers(a, a + 20, 2000)) for n, a in (("low", 3), ("high", 35))}
+    settings = QuantizeConfig(
+        bits=4.0, channel_block=128, group_size=256, window=64, calibration_windows=16, quantizer="rtn"
+    )
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    model = quantize(Decoder(CONFIG, rngs=nnx.Rngs(0)), tokenizer, known, settings)[0]
+    tokens, windows = jnp.asarray(rng.integers(3, 61, (2, 12))), rng.integers(20, 30, (4, 65))
+    found = {}
+    for tiled in (False, True):
+        host, state = serving.init(model, requests=2, arrangement="tiles" if tiled else "planes")
+        host, state = serving.adapt(model, host, state, windows)
+        with pltpu.force_tpu_interpret_mode():
+            first = [step(CONFIG, model.parameters, serving.switch(state, number), tokens) for number in (0, 1)]
+            with compilations() as count:
+                mixed = step(CONFIG, model.parameters, serving.switch(state, [0, 1]), tokens)
+            assert count.compiled == 0
+        if tiled:
+            np.testing.assert_array_equal(mixed[0], first[0][0])
+            np.testing.assert_array_equal(mixed[1], first[1][1])
+        found[tiled] = [*first, mixed], host.plans
+    np.testing.assert_array_equal(found[False][1][1].widths, found[True][1][1].widths)
+    for a, b in zip(found[False][0], found[True][0]):
+        np.testing.assert_allclose(a, b, atol=0.02 * float(jnp.abs(a).max()))
+    planes = jax.tree.map(np.array, host.pages.planes)
+    planes.codes[3][0, 1] ^= 1
+    with pytest.raises(ValueError, match="3-bit page of layer 0, expert 1"):
+        dataclasses.replace(host.pages, planes=planes).arrays(3, np.array([[0, 0, 0], [0, 1, 0]]))
+
+
+@pytest.mark.slow
+def test_generation_runs_the_kernel_in_a_loop_over_the_layers(monkeypatch):
+    """As on a TPU, where planes lie in tiles and layers are stacked: the tokens of the XLA path."""
+    rng = np.random.default_rng(0)
+    known = {n: " ".join(f"word{i}" for i in rng.integers(a, a + 20, 3000)) for n, a in (("low", 3), ("high", 35))}
+    settings = QuantizeConfig(
+        bits=4.0, channel_block=128, group_size=256, window=64, calibration_windows=16, quantizer="rtn"
+    )
+    tokenizer = load_tokenizer(BUNDLED)
+    decoder = Decoder(dataclasses.replace(CONFIG, vocab_size=tokenizer.get_vocab_size()), rngs=nnx.Rngs(0))
+    model = quantize(decoder, tokenizer, known, settings)[0]
+    found = {}
+    for arrangement in ("planes", "tiles"):
+        monkeypatch.setattr(serving, "arrangement_for", lambda *_, own=arrangement: own)
+        language, _ = quantized_language_model(model, adaptive=True)
+        assert is_stacked(language.parameters) == (arrangement == "tiles")
+        with pltpu.force_tpu_interpret_mode():
+            prompts, config = [[5, 9, 33, 7, 50], [40, 6]], GenerateConfig(max_tokens=4)
+            found[arrangement] = generate(language, prompts, config, capacity=64)
+    assert found["planes"] == found["tiles"]
+
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed (the test extra)"
+)
+
+
+def compiler(code, *arguments):
+    """Run in a process of its own, since libtpu reads its environment once; what the code prints, as JSON."""
+    found = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=BENCHMARKS, timeout=900
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+@needs_compiler
+def test_bundles_are_counted_where_they_run():
+    """Kernels whose cost is known: a product more in every step, and one more in a ``pl.when``."""
+    code = """
+import bundles, json
+out = []
+for dots, conditional in ((2, 1), (3, 1), (4, 1), (2, 2), (2, 3)):
+    function, arguments = bundles.known(dots, conditional)
+    loop = bundles.compiled(bundles.CHIPS["v5e"], function, *arguments)[1]["known.1"]
+    out.append([loop.always, loop.regions])
+print(json.dumps(out))
+"""
+    (a, r), (b, _), (c, _), (d, s), (e, t) = compiler(code)
+    assert len(r) == 1 and 100 < b - a == pytest.approx(c - b, rel=0.1)
+    assert a == d == e and 100 < s[0] - r[0] == pytest.approx(t[0] - s[0], rel=0.15)
+
+
+def test_what_holds_other_regions_is_counted_apart():
+    """A schedule by hand: the pipeline's guard, in it a ``pl.when`` with a loop, and one of its own."""
+    code = """
+import bundles, json
+branch, end = "{ %1 = sbr.rel (%p1_0) target = $region@ }", "{ nop /* Start/End empty region @ */ }"
+lines = ["LB: > {}", branch.replace("@", "9"), *[": > {}"] * 5]
+lines += [branch.replace("@", "1"), ": > {}", branch.replace("@", "2"), *[": > {}"] * 3, end.replace("@", "2")]
+lines += [": > {}", end.replace("@", "1"), branch.replace("@", "3"), *[": > {}"] * 7]
+lines += [end.replace("@", "3"), end.replace("@", "9")]
+text = [f"{hex(i)} {line if line[0] in 'L:' else ': > ' + line}" for i, line in enumerate(lines)]
+loop = bundles.loop_of(chr(10).join(text))
+print(json.dumps([loop, loop.without_holders(), len(lines)], default=vars))
+"""
+    loop, without, lines = compiler(code)
+    assert loop["regions"] == [3, 7] and loop["holders"] == [[4, [0]]]
+    assert loop["always"] == lines - 10 and without["always"] == lines - 14 and without["regions"] == [7]
+
+
+CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
+EVERY_CASE = [
+    pytest.param(chip, tokens, (), marks=pytest.mark.slow, id=f"{chip}-{tokens}-every")
+    for chip, tokens in itertools.product(CHIPS, (8, 2048))
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("chip", "tokens", "names"), [("tpu7x", 8, ("olmoe-1b-7b",)), ("v5e", 8, ("gpt-oss-20b",)), *EVERY_CASE]
+)
+def test_every_shape_compiles_for_every_chip(chip, tokens, names):
+    """One block a step, so that it does not take minutes; memory that does not fit is an error of the compiler. No
+    names: all five."""
+    code = """
+import bundles, json, sys
+import tpu_schedule as t
+chip, tokens, out = sys.argv[1], int(sys.argv[2]), {}
+for name in sys.argv[3:] or t.SHAPES:
+    run = lambda *a: t.quantized_experts_tpu(*a, 0, t.silu_gated, form=t.ROUNDED[chip], blocks=1)
+    group = 128 if name == "gpt-oss-20b" else 256  # 23 tiles, and 16 or 32
+    loops = bundles.compiled(bundles.CHIPS[chip], run, *t.arguments(t.SHAPES[name], tokens, (3, 4), group))[1]
+    out[name] = [loop.total for n, loop in loops.items() if n.startswith("experts_")]
+print(json.dumps(out))
+"""
+    found = compiler(code, chip, str(tokens), *names)
+    assert len(found) == (len(names) or 5) and all(len(each) == 1 and each[0] > 100 for each in found.values()), found
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_all_levels_and_both_kinds_of_pages_compile(chip):
+    code = """
+import bundles, functools, jax, jax.numpy as jnp, json, sys
+import tpu_schedule as t
+from dynamo_jax.kernels.tiles import TiledResident, empty_pages
+chip, layer, of = sys.argv[1], t.SHAPES["olmoe-1b-7b"], jax.ShapeDtypeStruct
+blocks, found = layer.channels // t.TILE, []
+every, whole = (3, 4, 8), layer.hidden
+cases = (1, every, 128, 8), (3, every, 128, 8), (3, (3,), whole, 8), (1, every, whole, 64)
+for together, levels, group, rows in cases:
+    base, pages = t.tiled_shapes(2, layer, {}, group)[0].base, {}
+    for level in levels:
+        slots = layer.experts * blocks * 3 // together
+        sizes = slots, together, level, layer.hidden, layer.hidden // group
+        pages[level] = jax.eval_shape(functools.partial(empty_pages, *sizes))
+    table = {level: of((2, layer.experts, 3 // together * blocks), jnp.int32) for level in levels}
+    x, sizes = of((64, layer.hidden), jnp.bfloat16), of((layer.experts,), jnp.int32)
+    run = lambda *a: t.quantized_experts_tpu(*a, 0, t.silu_gated, form=t.ROUNDED[chip], blocks=2, tile_rows=rows)
+    loops = bundles.compiled(bundles.CHIPS[chip], run, x, sizes, TiledResident(base, pages), (table,))[1]
+    found += [loop.total for name, loop in loops.items() if name.startswith("experts_")]
+print(json.dumps(found))
+"""
+    found = compiler(code, chip)
+    assert len(found) == 4 and min(found) > 100, found

@@ -1,0 +1,232 @@
+"""Every known family against transformers: the same logits and the same experts from the same files."""
+
+from __future__ import annotations
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+
+from dynamo_jax.models.families.table import FAMILIES, config_from
+from dynamo_jax.models.huggingface import load_checkpoint, load_config, parameter_shapes
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TOKENS = np.random.default_rng(0).integers(3, 61, (3, 20))
+MASK = np.ones((3, 20), bool)
+MASK[1, :6] = False  # padding before
+MASK[2, 15:] = False  # and after
+
+
+def run_theirs(model):
+    """Logits and chosen experts, layer by layer."""
+    chosen = []
+    routers = [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
+    hooks = [m.register_forward_hook(lambda m, i, out: chosen.append(out[2].numpy())) for m in routers]
+    positions = torch.tensor(np.maximum(MASK.cumsum(axis=1) - 1, 0))
+    with torch.no_grad():
+        out = model(torch.tensor(TOKENS), attention_mask=torch.tensor(MASK).long(), position_ids=positions)
+    for hook in hooks:
+        hook.remove()
+    return out.logits.numpy(), chosen
+
+
+def assert_same(model, folder):
+    logits, routings = load_checkpoint(folder)(jnp.asarray(TOKENS), jnp.asarray(MASK))
+    want, chosen = run_theirs(model)
+    np.testing.assert_allclose(np.asarray(logits)[MASK], want[MASK], atol=1e-4 * np.abs(want).max(), rtol=0)
+    assert len(routings) == len(chosen) > 0
+    for ours, theirs in zip(routings, chosen):
+        seen = MASK.reshape(-1)
+        np.testing.assert_array_equal(np.sort(ours.experts)[seen], np.sort(theirs.reshape(len(seen), -1))[seen])
+
+
+def yarn(**more):
+    return {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+                                "original_max_position_embeddings": 16, **more}}  # fmt: skip
+
+
+LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}}
+LLAMA3 = {
+    "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+}  # fmt: skip
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.3, 2.0],
+        "long_factor": [1.0, 2.0, 4.0, 8.0], "short_mscale": 1.2, "long_mscale": 1.3,
+        "original_max_position_embeddings": 32,
+    }
+}  # fmt: skip
+VARIETIES = [
+    *((family, {}) for family in FAMILIES),
+    *((family, {"tie_word_embeddings": True}) for family in FAMILIES),
+    ("mixtral", {"sliding_window": None, **LLAMA3}),
+    ("mixtral", LINEAR),
+    ("qwen2_moe", {"use_sliding_window": False, "decoder_sparse_step": 2, "mlp_only_layers": [], **yarn()}),
+    ("qwen3_moe", {"attention_bias": True, "norm_topk_prob": False, **yarn(attention_factor=1.1)}),
+    ("deepseek_v2", yarn(mscale=0.707, mscale_all_dim=0.707)),
+    ("deepseek_v2", {"q_lora_rank": None, "topk_method": "greedy", "attention_bias": True}),
+    ("deepseek_v3", yarn(mscale=0.7, mscale_all_dim=1.0)),
+    ("deepseek_v3", {"rope_interleave": False, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}),
+    ("deepseek_v3", {"q_lora_rank": None, "first_k_dense_replace": 0}),
+    ("gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}, "attention_bias": False}),
+    ("granitemoe", LINEAR | {"attention_bias": True}),
+    ("granitemoe", LLAMA3),
+    ("olmoe", LLAMA3 | {"attention_bias": True}),
+    ("phimoe", LONGROPE | {"attention_bias": False, "lm_head_bias": False}),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), VARIETIES, ids=lambda v: v if isinstance(v, str) else ",".join(v) or "-"
+)
+def test_a_checkpoint_of_transformers_has_its_logits_and_experts_here(family_model, family, changes, tmp_path):
+    model = family_model(family, **changes)
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 and (tmp_path / "model.safetensors.index.json").exists()
+    assert_same(model, tmp_path)
+
+
+def test_the_smallest_models_still_have_every_part(families):
+    """The parity above would say nothing about a window that no sequence outgrows or a family left out."""
+    assert set(families) == set(FAMILIES)
+
+
+def to_mxfp4(weight):
+    """(rows, columns) floats to blocks and scales, as published gpt-oss files have them; some values of each code."""
+    table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    groups = weight.reshape(*weight.shape[:-1], -1, 32)
+    exponent = np.floor(np.log2(np.abs(groups).max(axis=-1))).astype(int) - 2
+    scaled = groups / np.exp2(exponent)[..., None]
+    codes = np.abs(scaled[..., None] - table).argmin(axis=-1).astype(np.uint8)
+    blocks = codes[..., ::2] | (codes[..., 1::2] << 4)
+    value = table[codes] * np.exp2(exponent)[..., None]
+    return blocks, (exponent + 127).astype(np.uint8), value.reshape(weight.shape).astype(np.float32)
+
+
+def test_gpt_oss_in_mxfp4_has_the_logits_of_its_dequantized_weights(family_model, tmp_path):
+    model = family_model("gpt_oss", hidden_size=32, intermediate_size=64)
+    model.save_pretrained(tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    state = model.state_dict()
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        blocks, scales, value = to_mxfp4(np.ascontiguousarray(tensors.pop(name).swapaxes(1, 2)))
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        state[name].copy_(torch.tensor(value.swapaxes(1, 2)))
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same(model, tmp_path)
+    read = transformers.GptOssForCausalLM.from_pretrained(
+        tmp_path, quantization_config=transformers.Mxfp4Config(dequantize=True), dtype=torch.float32
+    )
+    np.testing.assert_allclose(run_theirs(read)[0], run_theirs(model)[0], atol=1e-5)
+
+
+def test_the_older_keys_of_rotary_scaling_mean_the_same(family_model, tmp_path):
+    family_model("qwen3_moe", **yarn()).save_pretrained(tmp_path)
+    new = load_config(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    rope = raw.pop("rope_parameters")
+    old = raw | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope}}
+    assert config_from(old) == new
+
+
+REFUSED = {
+    "unknown model_type 'gpt2'; known: mixtral, olmoe, qwen2_moe": {"model_type": "gpt2"},
+    "hidden_act 'gelu' is not supported": {"model_type": "mixtral", "hidden_act": "gelu"},
+    "missing key vocab_size": {"model_type": "mixtral"},
+    "rope_type 'dynamic' is not supported": {"model_type": "mixtral", "rope_scaling": {"type": "dynamic"}},
+    "partial_rotary_factor is not supported": {"model_type": "mixtral", "partial_rotary_factor": 0.5},
+    "topk_method 'noaux' is not supported": {"model_type": "deepseek_v2", "topk_method": "noaux"},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_the_decoder_cannot_compute_is_refused(message):
+    with pytest.raises(ValueError, match=message):
+        config_from(REFUSED[message])
+
+
+def published(family, billions, experts, **raw):
+    return pytest.param({"model_type": family, **raw}, billions, experts, id=f"{family}, {billions} billion")
+
+
+PUBLISHED = [
+    published(
+        "mixtral", 46.7, (32, 8), vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2,
+        max_position_embeddings=32768, rope_theta=1e6, sliding_window=None,
+    ),
+    published(
+        "olmoe", 6.92, (16, 64), vocab_size=50304, hidden_size=2048, intermediate_size=1024, num_hidden_layers=16,
+        num_attention_heads=16, num_key_value_heads=16, num_experts=64, num_experts_per_tok=8,
+        max_position_embeddings=4096, rope_scaling=None, clip_qkv=None,
+    ),
+    published(
+        "qwen2_moe", 14.3, (24, 60), vocab_size=151936, hidden_size=2048, intermediate_size=5632,
+        moe_intermediate_size=1408, shared_expert_intermediate_size=5632, num_hidden_layers=24,
+        num_attention_heads=16, num_key_value_heads=16, num_experts=60, num_experts_per_tok=4,
+        max_position_embeddings=8192, use_sliding_window=False, sliding_window=32768, max_window_layers=21,
+    ),
+    published(
+        "qwen3_moe", 30.5, (48, 128), vocab_size=151936, hidden_size=2048, intermediate_size=6144,
+        moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+        num_experts=128, num_experts_per_tok=8, max_position_embeddings=40960, norm_topk_prob=True,
+    ),
+    published(
+        "deepseek_v2", 15.7, (26, 64), vocab_size=102400, hidden_size=2048, intermediate_size=10944,
+        moe_intermediate_size=1408, num_hidden_layers=27, num_attention_heads=16, n_routed_experts=64,
+        n_shared_experts=2, num_experts_per_tok=6, first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=512,
+        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, topk_method="greedy", n_group=1, topk_group=1,
+        max_position_embeddings=163840, rope_theta=10000,
+        rope_scaling={
+            "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
+    published(
+        "deepseek_v3", 671, (58, 256), vocab_size=129280, hidden_size=7168, intermediate_size=18432,
+        moe_intermediate_size=2048, num_hidden_layers=61, num_attention_heads=128, n_routed_experts=256,
+        n_shared_experts=1, num_experts_per_tok=8, first_k_dense_replace=3, q_lora_rank=1536, kv_lora_rank=512,
+        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_group=8, topk_group=4,
+        routed_scaling_factor=2.5, max_position_embeddings=163840,
+    ),
+    published(
+        "gpt_oss", 20.9, (24, 32), vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=24,
+        num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_local_experts=32, num_experts_per_tok=4,
+        max_position_embeddings=131072, rope_theta=150000,
+        rope_scaling={"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096},
+    ),
+    published(
+        "granitemoe", 1.33, (24, 32), vocab_size=49155, hidden_size=1024, intermediate_size=512, num_hidden_layers=24,
+        num_attention_heads=16, num_key_value_heads=8, num_local_experts=32, num_experts_per_tok=8,
+        max_position_embeddings=4096, tie_word_embeddings=True, attention_multiplier=0.015625,
+    ),
+    published(
+        "phimoe", 41.9, (32, 16), vocab_size=32064, hidden_size=4096, intermediate_size=6400, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, num_local_experts=16, num_experts_per_tok=2,
+        max_position_embeddings=131072, attention_bias=True, lm_head_bias=True,
+        rope_scaling={
+            "type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "short_mscale": 1.243,
+            "long_mscale": 1.243, "original_max_position_embeddings": 4096,
+        },
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "billions", "experts"), PUBLISHED)
+def test_published_models_have_their_published_sizes(raw, billions, experts):
+    """From the sizes in their config.json, without a weight."""
+    config = config_from(raw)
+    total = sum(int(np.prod(shape)) for shape in parameter_shapes(config).values()) + config.num_expert_weights
+    assert total / 1e9 == pytest.approx(billions, rel=4e-3)
+    assert (config.num_moe_layers, config.num_experts) == experts

@@ -1,0 +1,105 @@
+"""Out again: transformers computes with an exported folder what the quantized model computes here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from dynamo_jax.calibration.pipeline import QuantizeConfig, no_progress, quantize_folder
+from dynamo_jax.generation import load_language_model, quantized_language_model
+from dynamo_jax.models.bundled import BUNDLED
+from dynamo_jax.models.decoder import with_parameters
+from dynamo_jax.models.families.table import FAMILIES
+from dynamo_jax.models.huggingface import load_checkpoint
+from dynamo_jax.runtime.generate import GenerateConfig, generate
+from dynamo_jax.runtime.serving import experts
+from dynamo_jax.storage import checkpoint
+from dynamo_jax.storage.export import export
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SMALL = QuantizeConfig(bits=5.5, group_size=8, channel_block=8, window=24, calibration_windows=2, batch_size=2)
+
+
+FILLED = {"gpt_oss": {"bits": 8.0, "group_size": 24, "channel_block": 10}}  # of its 32 hidden and 24 channels
+
+
+def family_case(family):
+    """The experts of gpt_oss lie in files in their own way, those of the others much as olmoe's."""
+    return pytest.param(family, False, marks=[] if family == "gpt_oss" else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("family", "apart"), [*map(family_case, FAMILIES), ("olmoe", True)])
+def test_transformers_loads_an_export_and_has_our_logits(family_model, family, apart, tokenizer_file, tmp_path):
+    """A bfloat16 checkpoint in several shards, quantized with several widths, exported, loaded in float32."""
+    model = family_model(family).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hub", max_shard_size="60KB")
+    (tmp_path / "hub" / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    rng = np.random.default_rng(0)
+    text = " ".join(f"w{i}" for i in rng.integers(3, 61, 200))
+    settings = dataclasses.replace(SMALL, per_projection=apart, **FILLED.get(family, {}))
+    plan = quantize_folder(tmp_path / "hub", tmp_path / "quantized", {"words": text}, settings)
+    assert len(np.unique(plan.widths)) > 1
+    export(tmp_path / "quantized", tmp_path / "out", no_progress)
+
+    quantized = checkpoint.load(tmp_path / "quantized")
+    ours, _ = quantized_language_model(quantized)
+    tokens = rng.integers(3, 61, (2, 20))
+    logits, _ = with_parameters(ours.config, ours.parameters)(jnp.asarray(tokens), experts=experts(ours.state))
+    read, info = type(model).from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] - {"lm_head.weight"} and not info["unexpected_keys"]
+    with torch.no_grad():
+        theirs = read.eval()(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(logits, theirs, atol=1e-4 * np.abs(theirs).max(), rtol=0)
+    again, _ = load_checkpoint(tmp_path / "out")(jnp.asarray(tokens))
+    np.testing.assert_allclose(again, theirs, atol=1e-4 * np.abs(theirs).max(), rtol=0)
+    if family in ("gpt_oss", "deepseek_v3"):  # with biases, and with shared experts: decoding picks single experts
+        written = load_language_model(tmp_path / "out", jnp.float32)[0]
+        settings = GenerateConfig(max_tokens=8)
+        assert generate(ours, [[5, 9, 33]], settings) == generate(written, [[5, 9, 33]], settings)
+
+
+@pytest.fixture(scope="module")
+def exported(small_folder, words, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    settings = QuantizeConfig(calibration_windows=1, window=32, bits=3.5)
+    quantize_folder(small_folder, folder / "quantized", {"words": words(0)}, settings)
+    export(folder / "quantized", folder / "out", no_progress)
+    return folder
+
+
+def test_an_export_is_a_whole_folder_with_a_tokenizer(exported, small_folder):
+    config = json.loads((exported / "out" / "config.json").read_text())
+    assert config["model_type"] == "olmoe" and config["dtype"] == "bfloat16"
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported / "out")
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert (exported / "out" / "tokenizer.json").read_bytes() == (small_folder / "tokenizer.json").read_bytes()
+    assert sorted(p.name for p in exported.iterdir()) == ["out", "quantized"]
+
+
+def test_an_export_goes_to_an_empty_place_only(exported, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not an empty folder"):
+        export(exported / "quantized", tmp_path, no_progress)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dynamo_jax.export.expert_tensors", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        export(exported / "quantized", tmp_path / "out", no_progress)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unquantized_folder_cannot_be_exported(tmp_path):
+    with pytest.raises(ValueError, match="not a dynamo_jax quantized model"):
+        export(BUNDLED, tmp_path / "out", no_progress)
