@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from texts import add_texts
 
-from dynamo_jax.commands.demo import KNOWN, NOVEL, collect
+from dynamo_jax.demo import KNOWN, NOVEL, collect
 from dynamo_jax.kernels.grouped_matmul import grouped_matmul
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.kernels.quantized_tpu import FORMS

@@ -38,7 +38,7 @@ from quality import UNIFORM_GRIDS, groups_of
 from texts import add_texts
 
 from dynamo_jax.calibration.pipeline import DecoderSource, QuantizeConfig, analyze, baseline_plan, knowledge_of
-from dynamo_jax.commands.demo import KNOWN, NOVEL, DemoConfig, collect
+from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
 from dynamo_jax.evaluation.divergence import changes, predictions
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED

@@ -30,7 +30,7 @@ import numpy as np
 from adaptation import TEXT_BYTES, part_of, quantized_on
 from texts import add_texts
 
-from dynamo_jax.commands.demo import KNOWN, NOVEL, DemoConfig, collect
+from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
 from dynamo_jax.precision.plan import Plan

@@ -22,7 +22,7 @@ import numpy as np
 from texts import add_texts
 
 from dynamo_jax.calibration.pipeline import QuantizeConfig, quantize
-from dynamo_jax.commands.demo import KNOWN, NOVEL, collect
+from dynamo_jax.demo import KNOWN, NOVEL, collect
 from dynamo_jax.evaluation.divergence import changes, predictions
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED

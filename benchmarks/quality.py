@@ -43,7 +43,7 @@ import peers
 from texts import add_texts
 
 from dynamo_jax.calibration.pipeline import Analysis, DecoderSource, QuantizeConfig, analyze, baseline_plan
-from dynamo_jax.commands.demo import KNOWN, NOVEL, DemoConfig, collect
+from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
 from dynamo_jax.evaluation.divergence import changes, predictions
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from texts import add_texts
 
-from dynamo_jax.commands.demo import KNOWN, NOVEL, collect
+from dynamo_jax.demo import KNOWN, NOVEL, collect
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import parameters, with_parameters
 from dynamo_jax.models.experts import routing_counts

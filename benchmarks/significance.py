@@ -42,7 +42,7 @@ from quality import dynamo, sample
 from scipy.stats import spearmanr
 from texts import add_texts
 
-from dynamo_jax.commands.demo import KNOWN, NOVEL, DemoConfig, collect
+from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
 from dynamo_jax.evaluation.divergence import log_probabilities
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import expert_parameter_names, parameters, with_parameters

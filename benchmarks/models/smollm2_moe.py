@@ -48,7 +48,7 @@ from dense_split import (
 )
 from flax import nnx
 
-from dynamo_jax.commands.demo import KNOWN, collect
+from dynamo_jax.demo import KNOWN, collect
 from dynamo_jax.models.attention import GroupedAttention, Places
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import filled, positions_of

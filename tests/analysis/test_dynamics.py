@@ -31,7 +31,7 @@ from dynamo_jax.analysis.dynamics import (
     routing_shift,
     span_shifts,
 )
-from dynamo_jax.commands.analyze import dynamics_json, plain
+from dynamo_jax.calibration.summary import dynamics_json, plain
 
 LAYERS, EXPERTS, BLOCKS, WINDOWS = 3, 12, 4, 8
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dynamo_jax.calibration.pipeline import QuantizeConfig
-from dynamo_jax.commands.demo import DemoConfig
+from dynamo_jax.demo import DemoConfig
 from dynamo_jax.evaluation.perplexity import EvalConfig
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.settings import load_toml

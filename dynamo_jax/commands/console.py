@@ -1,0 +1,90 @@
+"""What commands show: results on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import rich.console
+import rich.progress
+import rich.table
+
+if TYPE_CHECKING:
+    from dynamo_jax.calibration.sweeps import Progress
+    from dynamo_jax.evaluation.perplexity import Row
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """One bar a stage on standard error."""
+    console = rich.console.Console(stderr=True)
+    columns = (
+        rich.progress.TextColumn("{task.description:28}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with rich.progress.Progress(*columns, console=console) as bars:
+        stages: dict[str, rich.progress.TaskID] = {}
+
+        def progress(stage: str, done: float, of: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=of)
+            bars.update(stages[stage], completed=done)
+
+        yield progress
+
+
+def print_rows(rows: list[Row]) -> None:
+    table = rich.table.Table(caption="difference: nats a token, +- its standard error paired by window")
+    for name in (
+        "dataset",
+        "kind",
+        "variant",
+        "bits/weight",
+        "bytes/token",
+        "tokens",
+        "nll",
+        "perplexity",
+        "difference",
+    ):
+        table.add_column(name, justify="left" if name in ("dataset", "kind", "variant") else "right", no_wrap=True)
+    for index, row in enumerate(rows):
+        table.add_row(
+            row.dataset,
+            row.kind,
+            row.variant,
+            f"{row.bits_per_weight:.3f}",
+            f"{row.bytes_per_token:,.0f}",
+            f"{row.tokens:,}",
+            f"{row.nll:.4f}",
+            f"{row.perplexity:.3f}",
+            describe_difference(row),
+            end_section=index + 1 == len(rows) or rows[index + 1].dataset != row.dataset,
+        )
+    rich.console.Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def describe_difference(row: Row) -> str:
+    if row.difference is None:
+        return ""
+    error = f" +- {row.standard_error:.4f}" if row.standard_error is not None else ""
+    return f"{row.difference:+.4f}{error} to {row.reference}"
+
+
+def describe_verdict(found: Any) -> str:
+    where = f"nearest {found.verdict.nearest}, divergence {found.verdict.divergence:.4f} bits"
+    if found.gain is None:
+        return f"known, baseline kept ({where})"
+    what = "adapted" if found.gain > 0 else "baseline kept"
+    return f"novel, {what} ({where}; adapted, the first windows are {found.gain:+.4f} nats a token nearer to 8 bits)"
+
+
+def print_facts(facts: dict[str, Any]) -> None:
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k}={v}" for k, v in value.items())
+        print(f"{name:23} {value}")

@@ -1,0 +1,22 @@
+"""``dynamo-jax export``: a quantized model as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynamo_jax.commands.console import progress_bar
+
+
+def export(
+    model: Annotated[Path, typer.Option(help="A folder that quantize wrote.")],
+    out: Annotated[Path, typer.Option(help="The Hugging Face folder to write; missing or empty.")],
+) -> None:
+    """Write a quantized model as a Hugging Face folder with dequantized bfloat16 experts."""
+    from dynamo_jax.storage.export import export as run
+
+    with progress_bar() as progress:
+        run(model, out, progress)
+    print(f"checkpoint  {out}")

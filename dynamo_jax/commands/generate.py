@@ -1,0 +1,64 @@
+"""``dynamo-jax generate``: continue texts, with switching where it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from dynamo_jax.commands.options import ModelOption, model_folder
+
+
+def generate(
+    prompt: Annotated[list[str], typer.Option(help="A text to continue, or a question to a chat model. Repeatable.")],
+    model: ModelOption = "tiny-moe",
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token at each step.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among this many likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    raw: Annotated[bool, typer.Option("--raw", help="Leave the model's chat template out.")] = False,
+    adapt: Annotated[
+        bool,
+        typer.Option("--adapt", help="Watch the text, prompt after prompt, and switch precision where it is novel."),
+    ] = False,
+) -> None:
+    """Continue a text; standard output gets the continuation alone, as it is made.
+
+    Of several prompts, which run as one batch, the continuations come one after the other, a line between.
+
+    With --adapt prompts run one after the other, as one client's; at the end standard error says what the monitor saw
+    and what was switched. It takes 256 tokens, of prompts and continuations together, before it says anything.
+    """
+    from dynamo_jax import generation as job
+    from dynamo_jax.runtime.generate import check_prompts
+
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"--dtype {dtype}: known are bfloat16, float32")
+    if any(not p for p in prompt):
+        raise ValueError("--prompt is empty")
+    import jax.numpy as jnp
+
+    loaded, tokenizer, files, follower = job.load_language_model(model_folder(model), jnp.dtype(dtype), adapt)
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    settings = job.settings(files, max_tokens=max_tokens, **sampling)
+    tokens = [job.prompt_tokens(tokenizer, files, p, chat=not raw) for p in prompt]
+    if follower:  # one client's texts, one after the other
+        check_prompts(loaded.config, tokens)
+        for index, one in enumerate(tokens):
+            print("\n" if index else "", end="")
+            for pieces in job.continuations(loaded, tokenizer, [one], settings, follower):
+                print(pieces[0], end="", flush=True)
+            loaded = job.continued(loaded, follower)
+        print()
+        for event in follower.events:
+            print(job.describe(event), file=sys.stderr)
+        return
+    texts = [""] * len(prompt)
+    for pieces in job.continuations(loaded, tokenizer, tokens, settings):
+        texts = [text + piece for text, piece in zip(texts, pieces)]
+        if len(prompt) == 1:
+            print(pieces[0], end="", flush=True)
+    print("" if len(prompt) == 1 else "\n".join(texts))

@@ -1,0 +1,99 @@
+"""Options that several commands take, and what their values mean: model folders, NAME=FILE, NAME=NUMBER.
+
+A mistake is a ``ValueError`` that names the option. Heavy imports happen inside the functions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="tiny-moe (bundled), a Hugging Face folder, or a folder that quantize wrote.")
+]
+KnownOption = Annotated[
+    list[str],
+    typer.Option(
+        "--known", metavar="NAME=FILE", help="A dataset to calibrate on: UTF-8 .txt or .jsonl (field text). Repeatable."
+    ),
+]
+NovelOption = Annotated[
+    list[str], typer.Option("--novel", metavar="NAME=FILE", help="A dataset that calibration has not seen. Repeatable.")
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
+WindowOption = Annotated[int, typer.Option(min=8, help="Tokens a window.")]
+
+
+def model_folder(model: str) -> Path:
+    from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME
+
+    folder = BUNDLED if model == BUNDLED_NAME else Path(model)
+    if not folder.is_dir():
+        raise ValueError(f"{model}: no such model folder; the bundled model is called {BUNDLED_NAME}")
+    return folder
+
+
+def float_folder(model: str) -> Path:
+    """The folder of a model that is not quantized."""
+    from dynamo_jax.storage import checkpoint
+
+    if checkpoint.is_checkpoint(Path(model)):
+        raise ValueError(f"{model}: is quantized already; this command takes a Hugging Face folder or tiny-moe")
+    return model_folder(model)
+
+
+def load_float(model: str) -> Any:
+    from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
+
+    folder = float_folder(model)
+    decoder = load_checkpoint(folder)
+    return decoder, load_tokenizer(folder, decoder.config.vocab_size)
+
+
+def read_datasets(known: list[str], novel: list[str]) -> dict[str, dict[str, str]]:
+    """The texts of all NAME=FILE arguments, read before any long work."""
+    from dynamo_jax.texts.reading import read_text
+
+    texts: dict[str, dict[str, str]] = {"known": {}, "novel": {}}
+    seen = set()
+    for kind, items in (("known", known), ("novel", novel)):
+        for item in items:
+            name, separator, path = item.partition("=")
+            if not separator or not name or not path:
+                raise ValueError(f"--{kind} {item}: expected NAME=FILE")
+            if name in seen:
+                raise ValueError(f"--{kind} {item}: the name {name} is given twice")
+            seen.add(name)
+            texts[kind][name] = read_text(path)
+    return texts
+
+
+def read_weights(items: list[str]) -> dict[str, float]:
+    """The numbers of all NAME=NUMBER arguments."""
+    weights = {}
+    for item in items:
+        name, _, number = item.partition("=")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            raise ValueError(f"--weight {item}: expected NAME=NUMBER") from None
+    return weights
+
+
+def check_json(path: Path | None) -> None:
+    if path and not path.absolute().parent.is_dir():
+        raise ValueError(f"--json {path}: no such folder {path.absolute().parent}")
+
+
+def check_variants(names: list[str], known: list[str], what: str) -> tuple[str, ...]:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--variant {name}: {what} has {', '.join(known)}")
+    return tuple(dict.fromkeys(names))
+
+
+def check_window(window: int, positions: int) -> None:
+    if window > positions:
+        raise ValueError(f"--window {window} is past the model's {positions} positions")

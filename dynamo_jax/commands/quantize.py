@@ -1,0 +1,86 @@
+"""``dynamo-jax quantize``: calibrate, allocate under a budget, write the quantized model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynamo_jax.commands.console import print_facts, progress_bar
+from dynamo_jax.commands.options import (
+    KnownOption,
+    ModelOption,
+    WindowOption,
+    float_folder,
+    read_datasets,
+    read_weights,
+)
+
+
+def quantize(
+    known: KnownOption,
+    out: Annotated[Path, typer.Option(help="Folder to write the quantized model to.")],
+    model: ModelOption = "tiny-moe",
+    bits: Annotated[
+        float | None, typer.Option(help="Budget: bits a weight over all experts, scales included; 3.0 by default.")
+    ] = None,
+    budget_bytes: Annotated[int | None, typer.Option("--bytes", help="Budget: bytes of all experts together.")] = None,
+    fits_gib: Annotated[
+        float | None, typer.Option(help="Budget: GiB for all weights, experts and what is not quantized.")
+    ] = None,
+    weight: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=NUMBER", help="What a known dataset counts for in the sum; 1 if not given."),
+    ] = [],  # noqa: B006
+    objective: Annotated[
+        str, typer.Option(help="sum: the loss over all known datasets; worst: that of the one which loses most.")
+    ] = "sum",
+    per_projection: Annotated[
+        bool,
+        typer.Option(
+            "--per-projection/--per-expert", help="Two widths for each expert, of gate and up and of down; or one."
+        ),
+    ] = True,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale; by default the largest of 128, 64, .. that fits.")
+    ] = None,
+    channel_block: Annotated[
+        int,
+        typer.Option(
+            help="Channels that share a width. The kernels of TPUs and Hopper GPUs need 128, and a group size of "
+            "128 or a multiple; where either does not divide the model's sizes, experts are filled up."
+        ),
+    ] = 16,
+    quantizer: Annotated[
+        str, typer.Option(help="gptq: error feedback from calibration inputs; rtn: rounding, ten times faster.")
+    ] = "gptq",
+    windows: Annotated[int, typer.Option(min=1, help="Calibration windows a dataset.")] = 32,
+    window: WindowOption = 256,
+) -> None:
+    """Calibrate on the known datasets, choose the experts' widths under the budget, and write the model.
+
+    One layer's weights are in memory at a time. A run that was stopped resumes when it is called again.
+    """
+    from dynamo_jax.calibration.pipeline import QuantizeConfig, quantize_folder
+    from dynamo_jax.storage import checkpoint
+
+    texts = read_datasets(known, [])
+    folder = float_folder(model)
+    settings = QuantizeConfig(
+        bits=bits,
+        budget_bytes=budget_bytes,
+        fits_gib=fits_gib,
+        objective=objective,
+        weights=read_weights(weight) or None,
+        per_projection=per_projection,
+        group_size=group_size,
+        channel_block=channel_block,
+        quantizer=quantizer,
+        window=window,
+        calibration_windows=windows,
+    )
+    with progress_bar() as progress:
+        quantize_folder(folder, out, texts["known"], settings, progress)
+    print_facts(checkpoint.describe(out))
+    print(f"checkpoint  {out}")
