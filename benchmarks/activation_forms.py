@@ -23,6 +23,7 @@ import numpy as np
 from texts import add_texts
 
 from dynamo_jax.demo import KNOWN, NOVEL, collect
+from dynamo_jax.files import write_json
 from dynamo_jax.kernels.grouped_matmul import grouped_matmul
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.kernels.quantized_tpu import FORMS
@@ -31,7 +32,7 @@ from dynamo_jax.models.experts import row_experts
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.runtime.switch import window_losses
 from dynamo_jax.storage import checkpoint
-from dynamo_jax.texts.reading import token_windows, write_json
+from dynamo_jax.texts.windows import token_windows
 
 TEXT_BYTES = 300_000  # of each kind
 OFFSETS = {2: 2.0, 3: 1.0, 4: 0.5}  # z of kernels/tiles.py

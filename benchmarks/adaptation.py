@@ -37,9 +37,14 @@ import peers
 from quality import UNIFORM_GRIDS, groups_of
 from texts import add_texts
 
-from dynamo_jax.calibration.pipeline import DecoderSource, QuantizeConfig, analyze, baseline_plan, knowledge_of
+from dynamo_jax.calibration import plans
+from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.knowledge import knowledge_of
+from dynamo_jax.calibration.pipeline import analyze_layers
+from dynamo_jax.calibration.sources import DecoderSource
 from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
 from dynamo_jax.evaluation.divergence import changes, predictions
+from dynamo_jax.files import write_json
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
@@ -56,9 +61,9 @@ from dynamo_jax.runtime.adapt import (
 )
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import default_spare
-from dynamo_jax.storage.checkpoint import stacked_planes
+from dynamo_jax.storage.bundles import stacked_planes
 from dynamo_jax.storage.work import MemoryWork
-from dynamo_jax.texts.reading import token_windows, write_json
+from dynamo_jax.texts.windows import token_windows
 
 TEXT_BYTES = 600_000  # of each kind
 SEEN = (1, 2, 4, 8, 32)  # windows of the novel text that adaptation may see
@@ -109,7 +114,7 @@ class Case:
 def quantized_on(model: Any, tokenizer: Any, known: dict[str, np.ndarray], settings: QuantizeConfig) -> QuantizedModel:
     """A model quantized on windows of some kinds, with planes on the device."""
     work = MemoryWork()
-    analyses = analyze(DecoderSource(model), known, settings, work)
+    analyses = analyze_layers(DecoderSource(model), known, settings, work)
     store = stacked_planes(work.get, model.config)
     arrays = parameters(model)
     experts = set(expert_parameter_names(model.config))
@@ -118,7 +123,7 @@ def quantized_on(model: Any, tokenizer: Any, known: dict[str, np.ndarray], setti
         parameters={name: a for name, a in arrays.items() if name not in experts},
         tokenizer=tokenizer,
         store=store,
-        plan=baseline_plan(analyses, settings, model.config),
+        plan=plans.plan(analyses, settings, model.config),
         window=settings.window,
         knowledge=knowledge_of(analyses, settings, {}),
         files={},

@@ -18,10 +18,10 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse
 
+from dynamo_jax.files import write_json
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.precision import allocate as module
 from dynamo_jax.precision.plan import block_costs
-from dynamo_jax.texts.reading import write_json
 
 
 def drawn_errors(datasets: int, experts: int, seed: int) -> np.ndarray:

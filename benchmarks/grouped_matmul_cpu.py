@@ -21,8 +21,8 @@ import numpy as np
 import rich.console
 import rich.table
 
+from dynamo_jax.files import write_json
 from dynamo_jax.kernels.grouped_matmul import grouped_matmul
-from dynamo_jax.texts.reading import write_json
 
 # name -> experts, rows, K, N, skew (0: equal chances; 1: chances fall as 1/rank, like a real router's)
 SHAPES = {

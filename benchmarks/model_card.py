@@ -21,10 +21,13 @@ import numpy as np
 import tokenizers
 
 from dynamo_jax.analysis.dynamics import busiest_share, routing_divergence
-from dynamo_jax.evaluation.perplexity import Dataset, EvalConfig, Reference, Row, evaluate_uniform
+from dynamo_jax.evaluation.perplexity import Dataset, EvalConfig, Reference, Row
+from dynamo_jax.evaluation.uniform import evaluate_uniform
+from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
-from dynamo_jax.texts.reading import read_text, token_windows, write_json
+from dynamo_jax.texts.reading import read_text
+from dynamo_jax.texts.windows import token_windows
 
 BATCH = 16
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from dynamo_jax.analysis.dynamics import Shift, busiest_share, by_pair, chance_overlap, routing_shift
 from dynamo_jax.calibration.summary import joined, plain, shift_json
-from dynamo_jax.texts.reading import write_json
+from dynamo_jax.files import write_json
 
 NAME = re.compile(r"(.+)__expert_counts__(.+)")
 

@@ -42,9 +42,14 @@ import numpy as np
 import peers
 from texts import add_texts
 
-from dynamo_jax.calibration.pipeline import Analysis, DecoderSource, QuantizeConfig, analyze, baseline_plan
+from dynamo_jax.calibration import plans
+from dynamo_jax.calibration.analyses import Analysis
+from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.pipeline import analyze_layers
+from dynamo_jax.calibration.sources import DecoderSource
 from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
 from dynamo_jax.evaluation.divergence import changes, predictions
+from dynamo_jax.files import write_json
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME
 from dynamo_jax.models.decoder import parameters
@@ -52,9 +57,9 @@ from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
 from dynamo_jax.precision.plan import APART, Plan, block_costs
 from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.planes import dequantize
-from dynamo_jax.storage.checkpoint import stacked_planes
+from dynamo_jax.storage.bundles import stacked_planes
 from dynamo_jax.storage.work import MemoryWork
-from dynamo_jax.texts.reading import token_windows, write_json
+from dynamo_jax.texts.windows import token_windows
 
 PART = 4  # of the windows of a known kind, one in so many helps to choose a grid
 NEAR = 0.25  # bits a weight, of a uniform grid's distance to the budget
@@ -164,7 +169,7 @@ def groups_of(config: Any) -> list[int]:
 
 def dynamo(model: Any, calibration: dict[str, np.ndarray], config: QuantizeConfig) -> tuple[dict[str, Analysis], Any]:
     work = MemoryWork()
-    analyses = analyze(DecoderSource(model), calibration, config, work)
+    analyses = analyze_layers(DecoderSource(model), calibration, config, work)
     return analyses, stacked_planes(work.get, model.config)
 
 
@@ -186,7 +191,7 @@ def run_dynamo(bench: Bench, calibration: dict[str, np.ndarray], budgets: list[f
             own = dataclasses.replace(bench.settings, bits=budget, **changes)
             analyses, store = dynamo(bench.model, calibration, own)
             if method:
-                plan = baseline_plan(analyses, own, bench.config)
+                plan = plans.plan(analyses, own, bench.config)
                 bench.add(method, budget, plan.bits_per_weight(), seed, bench.measure(planned(store, plan)))
             return analyses, store
 

@@ -44,13 +44,14 @@ from texts import add_texts
 
 from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
 from dynamo_jax.evaluation.divergence import log_probabilities
+from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import expert_parameter_names, parameters, with_parameters
 from dynamo_jax.models.experts import activation_of, expert_outputs
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
 from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.quant.planes import dequantize
-from dynamo_jax.texts.reading import token_windows, write_json
+from dynamo_jax.texts.windows import token_windows
 
 WIDTH = 2
 BATCH = 8  # windows at once, in estimates

@@ -27,7 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynamo_jax.calibration.pipeline import QuantizeConfig, quantize
+from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.pipeline import quantize
+from dynamo_jax.files import write_json
 from dynamo_jax.generation import quantized_language_model
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import new_cache
@@ -37,7 +39,6 @@ from dynamo_jax.runtime.adapt import adapted_plan, observe_windows
 from dynamo_jax.runtime.generate import Sampling, decode
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.store import page_counts
-from dynamo_jax.texts.reading import write_json
 
 CAPACITY = 1024  # slots of the cache
 SETTINGS = QuantizeConfig(quantizer="rtn", window=128, calibration_windows=16)

@@ -18,26 +18,22 @@ from typing import Any
 
 import numpy as np
 
-from dynamo_jax.calibration.pipeline import Analysis, QuantizeConfig, dynamics_of, layer_weights, no_progress, quantize
-from dynamo_jax.calibration.sweeps import Progress
-from dynamo_jax.evaluation.perplexity import (
-    Adaptation,
-    EvalConfig,
-    Row,
-    Timeline,
-    calibrated_windows,
-    evaluate_quantized,
-    evaluate_uniform,
-    make_dataset,
-)
+from dynamo_jax.calibration.analyses import Analysis, dynamics_of
+from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.pipeline import quantize
+from dynamo_jax.calibration.sources import layer_weights
+from dynamo_jax.evaluation.perplexity import EvalConfig, Row, make_dataset
+from dynamo_jax.evaluation.switched import Adaptation, Timeline, calibrated_windows, evaluate_quantized
+from dynamo_jax.evaluation.uniform import evaluate_uniform
+from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import Decoder
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
-from dynamo_jax.report.findings import Line, ReportContent
-from dynamo_jax.report.sections import write_report
+from dynamo_jax.progress import Progress, no_progress
+from dynamo_jax.report.content import Line, ReportContent
+from dynamo_jax.report.page import write_report
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.storage import checkpoint
-from dynamo_jax.texts.reading import write_json
 
 TEXT_BYTES = 200_000
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import tokenizers
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -28,7 +29,6 @@ from dynamo_jax.models.experts import float_experts
 from dynamo_jax.models.huggingface import load_tokenizer, save_checkpoint
 from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.models.routing import Routing
-from dynamo_jax.texts.reading import tokenizer_from_texts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,3 +167,22 @@ def train(config: TrainConfig, corpus: Path, run: Path, log: Callable[[str], Non
                 manager.wait_until_finished()
     save_checkpoint(run / "model", with_parameters(config.model, params), run / "tokenizer.json")
     return run / "model"
+
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def tokenizer_from_texts(paths: list[Path], vocab_size: int) -> tokenizers.Tokenizer:
+    """A byte-level BPE trained on the files: digits one by one, so that arithmetic has regular tokens."""
+    pre, models, trainers = tokenizers.pre_tokenizers, tokenizers.models, tokenizers.trainers
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(p) for p in paths], trainer)
+    return tokenizer

@@ -87,6 +87,11 @@ def filled(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def num_blocks(channels: int, channel_block: int) -> int:
+    """Channel blocks of a projection, the last one filled up."""
+    return filled(channels, channel_block) // channel_block
+
+
 def block_bytes(width: int, channel_block: int, hidden_size: int, group_size: int) -> int:
     """Bytes stored and read for one channel block at ``width``: codes, base scales and, at 8 bits, ratios."""
     weights = PROJECTIONS * channel_block * filled(hidden_size, group_size)

@@ -58,7 +58,8 @@ from dynamo_jax.models.formats.tensor_files import SINGLE, write_tensors
 from dynamo_jax.models.huggingface import TOKENIZER
 from dynamo_jax.models.norms import rms_norm
 from dynamo_jax.models.rotary import angles
-from dynamo_jax.texts.reading import read_text, token_windows
+from dynamo_jax.texts.reading import read_text
+from dynamo_jax.texts.windows import token_windows
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHARED, EXPERTS, CHANNELS = 4 * 96, 12, 96

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dynamo_jax.kernels.grouped_matmul import grouped_matmul
+from dynamo_jax.kernels.layout import num_blocks
 from dynamo_jax.kernels.rows import combine_rows, gather_rows, sort_by_expert
 from dynamo_jax.models.decoder import Decoder
 from dynamo_jax.models.experts import (
@@ -79,7 +80,7 @@ def observe_experts(
         return h, row_outputs(h, order, w, form)
 
     h, y = run(weights)
-    blocks = -(-h.shape[1] // channel_block)
+    blocks = num_blocks(h.shape[1], channel_block)
     more = blocks * channel_block - h.shape[1]  # the last block may have fewer
 
     def by_block(hidden: Float[Array, "R F"]) -> Float[Array, "B R C"]:

@@ -7,35 +7,23 @@ import math
 from typing import Any
 
 import numpy as np
-import tokenizers
 
 from dynamo_jax.analysis.dynamics import Agreement, Dynamics, Orders, Pair, Shift
-from dynamo_jax.calibration.pipeline import QuantizeConfig, analyze, check_shapes, dynamics_of, known_windows
-from dynamo_jax.calibration.sweeps import LayerSource, Progress
+from dynamo_jax.calibration.analyses import Analysis, dynamics_of
 from dynamo_jax.kernels.layout import WIDTHS
-from dynamo_jax.storage.work import MemoryWork
 
 MOST_BLOCKS = 100_000  # of a model whose blocks are written one by one
 
 
-def analyze_texts(
-    source: LayerSource,
-    tokenizer: tokenizers.Tokenizer,
-    texts: dict[str, str],
-    config: QuantizeConfig,
-    progress: Progress,
-) -> dict[str, Any]:
-    """JSON-ready; None is what cannot be said.
+def analyses_json(analyses: dict[str, Analysis], window: int) -> dict[str, Any]:
+    """What ``analyze`` found, JSON-ready; None is what cannot be said. window: tokens of one.
 
     For each dataset routing counts (L, E) and predicted loss, nats a token, of an expert at each width (L, E, W) and
     of a channel block at the least width (L, E, N; left out of a model of more than ``MOST_BLOCKS``). dynamics: what
     moves between and within datasets, see ``dynamics_json``.
     """
-    check_shapes(source.config, config)
-    windows = known_windows(texts, tokenizer, config)
-    runs = analyze(source, windows, config, MemoryWork(unwanted=("layer-", "top")), progress)
     datasets = {}
-    for name, run in runs.items():
+    for name, run in analyses.items():
         datasets[name] = {
             "tokens": int(run.stats.tokens[0]),
             "counts": plain(run.stats.counts),
@@ -47,7 +35,7 @@ def analyze_texts(
     return {
         "widths": list(WIDTHS),
         "datasets": datasets,
-        "dynamics": dynamics_json(dynamics_of(runs), config.window),
+        "dynamics": dynamics_json(dynamics_of(analyses), window),
     }
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,7 +26,6 @@ from jaxtyping import Float, Int
 
 from dynamo_jax.analysis.statistics import Statistics
 from dynamo_jax.calibration.experts import (
-    Triple,
     biases_of,
     errors_at,
     expert_chunks,
@@ -35,22 +34,15 @@ from dynamo_jax.calibration.experts import (
     rows_of,
     run_expert,
 )
+from dynamo_jax.calibration.sources import LayerSource
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.layerwise import (
-    Outer,
-    dense,
-    dense_vjp,
-    first_alike,
-    loss_gradient_of,
-    outer_of,
-    outer_vjp,
-)
+from dynamo_jax.models.layerwise import Outer, dense, dense_vjp, first_alike, loss_gradient_of, outer_of, outer_vjp
+from dynamo_jax.progress import Progress
 from dynamo_jax.quant.planes import Planes, filled_up, quantize
-from dynamo_jax.storage.work import Bundle, Work
+from dynamo_jax.storage.bundles import Bundle, layer_name, planes_bundle
+from dynamo_jax.storage.work import Work
 
-Progress = Callable[[str, float, int], None]  # (stage, done, of)
-QUANTIZERS = ("gptq", "rtn")
 FORWARD, BACKWARD, QUANTIZE = "calibrate layers", "sensitivity of layers", "quantize layers"
 EMPHASIS_NAME = "emphasis"
 ERRORS = ("errors", "apart_errors", "block_errors")  # of a layer's statistics, what ``errors_at`` measures
@@ -63,20 +55,6 @@ class Draft(NamedTuple):
     errors: Float[np.ndarray, "A L E U W"]
     sensitivity: Float[np.ndarray, "A L"]
     tokens: Float[np.ndarray, " A"]
-
-
-class LayerSource(Protocol):
-    """A model whose layers and experts can be had one by one, as ``models.huggingface.Source`` gives them."""
-
-    config: ModelConfig
-
-    def top(self) -> Bundle: ...
-
-    def layer(self, layer: int) -> Bundle: ...
-
-    def expert(self, layer: int, expert: int) -> Triple: ...
-
-    def release(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,10 +124,6 @@ def _emphasis(job: Calibration) -> Float[np.ndarray, "L E U 3"]:
     return job.work.get(EMPHASIS_NAME)["emphasis"]
 
 
-def layer_name(layer: int) -> str:
-    return f"layer-{layer:03d}"
-
-
 def stats_name(layer: int) -> str:
     return f"stats-{layer:03d}"
 
@@ -179,9 +153,6 @@ def statistics_of(work: Work, config: ModelConfig, fields: tuple[str, ...] = Sta
         wanted = {name: bundle[name] for name in (*fields, "windows")}
         out.append(wanted | {"sensitivity": work.get(_sensitivity(layer))["sensitivity"]})
     return out
-
-
-# Upwards
 
 
 def _sweep_up(job: Calibration) -> None:
@@ -217,11 +188,6 @@ def _layer_up(job: Calibration, layer: int) -> None:
 
 def _parameters(rest: Bundle) -> Bundle:
     return {f"parameters/{name}": a for name, a in rest.items()}
-
-
-def planes_bundle(planes: Planes) -> Bundle:
-    codes = {f"planes/codes{b}": a for b, a in planes.codes.items()}
-    return codes | {"planes/scales": planes.scales, "planes/ratios": planes.ratios}
 
 
 def _outer_of(job: Calibration, layer: int, rest: Bundle, x: Float[np.ndarray, "S T D"]) -> Outer:
@@ -280,9 +246,6 @@ def _finite_expert(job: Calibration, layer: int, expert: int) -> Float[np.ndarra
     if not np.isfinite(np.asarray(weights, np.float32)).all():
         raise ValueError(f"layer {layer}, expert {expert}: weights to quantize hold NaN or infinity")
     return weights
-
-
-# Downwards
 
 
 def _sweep_down(job: Calibration) -> None:
@@ -345,9 +308,6 @@ def _layer_down(job: Calibration, layer: int, d_out: Float[np.ndarray, "S T D"])
     return _batched(job, lambda *part: outer_vjp(config, like, rest, *part), x, d_out, *parts)
 
 
-# Each layer, once it is known what its planes shall favour
-
-
 def _quantize_layer(job: Calibration, layer: int, emphasis: Float[np.ndarray, "E U 3"]) -> None:
     config = job.source.config
     rest = job.source.layer(layer)
@@ -380,9 +340,6 @@ def _quantize_layer(job: Calibration, layer: int, emphasis: Float[np.ndarray, "E
     planes = jax.tree.map(lambda *a: np.concatenate(a), *quantized)
     job.work.put(layer_name(layer), _parameters(rest) | planes_bundle(planes))
     job.work.put(stats_name(layer), stats)
-
-
-# Windows in batches
 
 
 def _batched(job: Calibration, function: Callable[..., Any], *arrays: np.ndarray) -> Any:

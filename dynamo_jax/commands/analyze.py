@@ -26,19 +26,18 @@ def analyze(
     window: WindowOption = 256,
 ) -> None:
     """Show which experts matter on which dataset: routing, divergence, predicted loss at each width."""
-    from dynamo_jax.calibration import summary as job
-    from dynamo_jax.calibration.pipeline import QuantizeConfig
-    from dynamo_jax.models.huggingface import Source, load_tokenizer
-    from dynamo_jax.texts.reading import write_json
+    from dynamo_jax.calibration.config import QuantizeConfig
+    from dynamo_jax.calibration.pipeline import analyze_folder
+    from dynamo_jax.calibration.summary import analyses_json, summary
+    from dynamo_jax.files import write_json
 
     texts = read_datasets(known, [])
     check_json(json)
-    source = Source(float_folder(model))
-    tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
+    folder = float_folder(model)
     settings = QuantizeConfig(window=window, calibration_windows=windows, favour=1.0)  # no plan is made
     with progress_bar() as progress:
-        result = job.analyze_texts(source, tokenizer, texts["known"], settings, progress)
-    for line in job.summary(result):
+        result = analyses_json(analyze_folder(folder, texts["known"], settings, progress), window)
+    for line in summary(result):
         print(line)
     if json:
         write_json(json, result)

@@ -12,8 +12,8 @@ import rich.progress
 import rich.table
 
 if TYPE_CHECKING:
-    from dynamo_jax.calibration.sweeps import Progress
     from dynamo_jax.evaluation.perplexity import Row
+    from dynamo_jax.progress import Progress
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,34 +37,30 @@ def evaluate(
 
     The first windows of a dataset are what the monitor and adaptation see; rows count the rest.
     """
-    from dynamo_jax.evaluation import perplexity as job
+    from dynamo_jax.evaluation.evaluate import evaluate as run
+    from dynamo_jax.evaluation.perplexity import EvalConfig
+    from dynamo_jax.evaluation.switched import VARIANTS
+    from dynamo_jax.evaluation.uniform import UNIFORM
+    from dynamo_jax.files import write_json
     from dynamo_jax.storage import checkpoint
-    from dynamo_jax.texts.reading import write_json
 
     texts = read_datasets(known, novel)
     check_json(json)
     if not (known or novel):
         raise ValueError("nothing to evaluate: give --known NAME=FILE or --novel NAME=FILE")
-    settings = job.EvalConfig(window=window, limit=limit)
-    kinds = [(name, kind, text) for kind, named in texts.items() for name, text in named.items()]
+    loaded: Any
     if checkpoint.is_checkpoint(Path(model)):
-        quantized = checkpoint.load(Path(model))
-        names = check_variants(variant or ["baseline", "auto"], ["baseline", "auto"], "a quantized model")
-        check_window(window, quantized.config.max_position_embeddings)
-        data = [
-            job.make_dataset(n, k, t, quantized.tokenizer, settings, job.calibrated_windows(quantized, n, t, settings))
-            for n, k, t in kinds
-        ]
-        with progress_bar() as progress:
-            rows, adaptations = job.evaluate_quantized(quantized, data, settings, names, progress=progress)
+        loaded, tokenizer = checkpoint.load(Path(model)), None
+        names = check_variants(variant, VARIANTS, "a quantized model")
     else:
-        decoder, tokenizer = load_float(model)
-        names = check_variants(variant or ["bf16"], list(job.UNIFORM), "an unquantized model")
-        check_window(window, decoder.config.max_position_embeddings)
-        data = [job.make_dataset(n, k, t, tokenizer, settings) for n, k, t in kinds]
-        with progress_bar() as progress:
-            rows, _ = job.evaluate_uniform(decoder, data, settings, names=names, progress=progress)
-        adaptations = {}
+        loaded, tokenizer = load_float(model)
+        names = check_variants(variant, UNIFORM, "an unquantized model")
+    check_window(window, loaded.config.max_position_embeddings)
+    settings = EvalConfig(window=window, limit=limit)
+    with progress_bar() as progress:
+        rows, adaptations = run(
+            loaded, **texts, config=settings, variants=names, tokenizer=tokenizer, progress=progress
+        )
     print_rows(rows)
     for name, found in adaptations.items():
         print(f"{name}: {describe_verdict(found)}")

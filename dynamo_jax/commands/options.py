@@ -5,6 +5,7 @@ A mistake is a ``ValueError`` that names the option. Heavy imports happen inside
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,7 +88,7 @@ def check_json(path: Path | None) -> None:
         raise ValueError(f"--json {path}: no such folder {path.absolute().parent}")
 
 
-def check_variants(names: list[str], known: list[str], what: str) -> tuple[str, ...]:
+def check_variants(names: list[str], known: Iterable[str], what: str) -> tuple[str, ...]:
     for name in names:
         if name not in known:
             raise ValueError(f"--variant {name}: {what} has {', '.join(known)}")

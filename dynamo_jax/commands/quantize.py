@@ -62,7 +62,8 @@ def quantize(
 
     One layer's weights are in memory at a time. A run that was stopped resumes when it is called again.
     """
-    from dynamo_jax.calibration.pipeline import QuantizeConfig, quantize_folder
+    from dynamo_jax.calibration.config import QuantizeConfig
+    from dynamo_jax.calibration.pipeline import quantize_folder
     from dynamo_jax.storage import checkpoint
 
     texts = read_datasets(known, [])

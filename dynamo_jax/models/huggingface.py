@@ -20,6 +20,7 @@ import numpy as np
 import tokenizers
 from flax import nnx
 
+from dynamo_jax.files import read_json
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, Layer, parameters, with_parameters
 from dynamo_jax.models.families.table import FAMILIES, config_from, layer_tensor_names, tensor_names
@@ -32,7 +33,7 @@ from dynamo_jax.models.formats.expert_files import (
     read_biases,
     read_expert,
 )
-from dynamo_jax.models.formats.tensor_files import FLOATS, INDEX, SINGLE, TensorFiles, read_json, write_tensors
+from dynamo_jax.models.formats.tensor_files import FLOATS, INDEX, SINGLE, TensorFiles, write_tensors
 
 TOKENIZER = "tokenizer.json"
 UNQUANTIZED = "embeddings, attention, norms, routers, shared experts, dense layers and biases keep their dtype"

@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int, Int8
 
-from dynamo_jax.kernels.layout import PROJECTIONS, WIDTHS, block_bytes, filled
+from dynamo_jax.kernels.layout import PROJECTIONS, WIDTHS, block_bytes, filled, num_blocks
 
 APART = (2, 1)  # projections that share a width where they do not all: gate and up, then down
 
@@ -113,7 +113,7 @@ def expert_plan(
     widths: Int8[np.ndarray, "L E *U"], channels: int, channel_block: int, group_size: int, hidden_size: int
 ) -> Plan:
     """The plan in which all blocks of an expert share its width, or its two: of gate and up, and of down."""
-    blocks = filled(channels, channel_block) // channel_block
+    blocks = num_blocks(channels, channel_block)
     each = np.asarray(widths, np.int8)
     full = np.repeat(each, blocks, axis=2) if each.ndim == 3 else np.repeat(each[:, :, None], blocks, axis=2)
     return Plan(

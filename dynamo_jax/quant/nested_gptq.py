@@ -232,3 +232,6 @@ def shrunk(own: Float[np.ndarray, "C C"], weight: float, prior: Float[np.ndarray
     ``worth``: the weight that the prior counts for. An expert that calibration never reached gets the prior.
     """
     return (own + worth * prior) / max(weight + worth, 1e-30)
+
+
+PRIOR_ROWS = 256  # what the layer's own Hessian counts for in that of each expert

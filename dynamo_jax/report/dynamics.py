@@ -15,7 +15,8 @@ import numpy as np
 from dynamo_jax.analysis.dynamics import Agreement, Dynamics, Pair
 from dynamo_jax.report import charts
 from dynamo_jax.report.charts import Mark, element, number, text
-from dynamo_jax.report.findings import ReportContent, listed, span
+from dynamo_jax.report.content import ReportContent
+from dynamo_jax.report.findings import listed, span
 from dynamo_jax.report.pieces import figure, nothing, table
 
 WITHIN, BETWEEN = "rtn", "auto"  # looks of marks: a grey square, a green diamond

@@ -10,9 +10,7 @@ Axes: L layers, E experts, N channel blocks an expert.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -20,17 +18,13 @@ from jaxtyping import Float, Int
 from dynamo_jax.kernels.layout import LEVELS, WIDTHS
 from dynamo_jax.report import charts
 from dynamo_jax.report.charts import MINUS, PLUS_MINUS, TIMES, Mark, Paint, element, number, text
-from dynamo_jax.report.dynamics import dynamics_section
+from dynamo_jax.report.content import ReportContent, Row
 from dynamo_jax.report.findings import (
     SIGNIFICANT,
-    ReportContent,
-    Row,
     block_concentration,
     by_dataset,
     byte_text,
-    headline,
     kinds,
-    lead,
     moved_pages,
     paired_auto,
     perplexity,
@@ -39,7 +33,6 @@ from dynamo_jax.report.findings import (
     reading,
 )
 from dynamo_jax.report.pieces import cells, figure, nothing, table
-from dynamo_jax.report.timeline import timeline_section
 
 VARIANTS = {
     "bf16": "not quantized",
@@ -64,9 +57,6 @@ BITS = {
     4: Paint("#4ac16d", 1.0, "4"),
     8: Paint("#fde725", 1.0, "8"),
 }
-
-# The sections
-
 WORD_COLUMNS = (0, 8, 9)  # of the table of results
 
 
@@ -345,46 +335,3 @@ def facts_section(content: ReportContent) -> str:
     facts = [[name, str(value)] for name, value in content.facts.items()]
     command = element("pre", element("code", text(content.command)))
     return (table(["fact", "value"], facts, 2, "facts") if facts else "") + element("p", "Made by:") + command
-
-
-SECTIONS = (
-    ("results", "Results", results_section),
-    ("adaptation", "Before and after adaptation", adaptation_section),
-    ("significance", "Which experts matter", significance_section),
-    ("dynamics", "How significance moves between datasets", dynamics_section),
-    ("bits", "Bits chosen for the baseline", bits_section),
-    ("adapted", "Bits moved by adaptation", adapted_section),
-    ("monitor", "What the monitor saw", monitor_section),
-    ("timeline", "Over the text", timeline_section),
-    ("facts", "Facts", facts_section),
-)
-
-
-def render(content: ReportContent) -> str:
-    """The whole page."""
-    title = f"{content.model}: dynamic mixed precision"
-    findings = [element("li", text(f.words), class_=f.mark) for f in headline(content)]
-    links = [element("a", text(name), href=f"#{key}") for key, name, _ in SECTIONS]
-    body = [
-        element("h1", text(title)),
-        element("p", text(lead(content)), class_="lead"),
-        element("ul", *findings, class_="findings"),
-        element("nav", *links),
-        *(element("section", element("h2", text(name)), make(content), id=key) for key, name, make in SECTIONS),
-    ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{charts.STYLE}</style>"
-    )
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{element("main", *body)}</body></html>\n'
-
-
-def write_report(path: Path, content: ReportContent) -> None:
-    """Write the page; an interrupted write leaves neither a part of it nor the old page changed."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(render(content), encoding="utf-8", errors="replace")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

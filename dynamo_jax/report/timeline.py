@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dynamo_jax.report import charts
 from dynamo_jax.report.charts import MINUS, Stretch, element, number, text
-from dynamo_jax.report.findings import Line, ReportContent
+from dynamo_jax.report.content import Line, ReportContent
 from dynamo_jax.report.pieces import figure, nothing
 
 MOST_SCORE = 2.0  # above, a score is drawn at the edge

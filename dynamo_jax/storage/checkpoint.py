@@ -14,9 +14,6 @@ disk leaves no half checkpoint. Nothing is pickled.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,18 +23,16 @@ import numpy as np
 import tokenizers
 from jaxtyping import Float
 
-from dynamo_jax.calibration.experts import PRIOR_ROWS
-from dynamo_jax.calibration.sweeps import layer_name, planes_bundle
-from dynamo_jax.kernels.layout import PLANE_BITS, PROJECTIONS, WIDTHS, filled
+from dynamo_jax.files import read_json, whole_folder, write_text
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.formats.tensor_files import read_json, write_tensors
+from dynamo_jax.models.formats.tensor_files import write_tensors
 from dynamo_jax.models.huggingface import TOKENIZER, UNQUANTIZED
 from dynamo_jax.precision.plan import Plan
-from dynamo_jax.quant.planes import Planes
+from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.store import page_tables
 from dynamo_jax.settings import from_dict
-from dynamo_jax.storage.work import Bundle, read_bundle
+from dynamo_jax.storage.bundles import Bundle, check_planes, layer_name, planes_bundle, read_bundle, stacked_planes
 
 FORMAT = 5
 NAME = "dynamo_jax quantized model"
@@ -61,17 +56,12 @@ def save(folder: Path, model: QuantizedModel) -> None:
     """Write the checkpoint; an earlier checkpoint of that name is replaced when the new one is whole."""
     folder = folder.absolute()
     check_free(folder)
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    partial.mkdir(parents=True, exist_ok=True)
-    try:
+    with whole_folder(folder) as partial:
         arrays = {name: np.asarray(a) for name, a in model.parameters.items()}
         write_tensors(partial / TOP, {name: a for name, a in arrays.items() if not name.startswith("layers.")})
         for layer in range(model.config.num_hidden_layers):
             write_tensors(partial / f"{layer_name(layer)}.safetensors", _layer_bundle(model, arrays, layer))
         describe_to(partial, model.config, model.plan, model.window, model.knowledge, model.files)
-        put_in_place(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _layer_bundle(model: QuantizedModel, arrays: Bundle, layer: int) -> Bundle:
@@ -81,15 +71,6 @@ def _layer_bundle(model: QuantizedModel, arrays: Bundle, layer: int) -> Bundle:
         return own
     index = model.config.moe_layers.index(layer)
     return own | planes_bundle(jax.tree.map(lambda a: a[index], model.store))
-
-
-def put_in_place(partial: Path, folder: Path) -> None:
-    """Give the whole folder ``partial`` its name; an earlier result of that name goes."""
-    old = folder.parent / f".{folder.name}.old-{os.getpid()}"
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def describe_to(
@@ -117,9 +98,7 @@ def describe_to(
         "tokens": known.tokens,
         "calibrated": {name: list(v) for name, v in known.calibrated.items()},
     }
-    partial = folder / f"{META}.partial"
-    partial.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / META)
+    write_text(folder / META, json.dumps(meta, indent=2) + "\n")
 
 
 def load(folder: Path) -> QuantizedModel:
@@ -203,40 +182,6 @@ def read_description(folder: Path) -> Description:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / META}: damaged: {error}") from error
     return Description(meta, config, plan, arrays)
-
-
-def plane_shapes(config: ModelConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Shapes of one layer's planes."""
-    shape = (config.num_experts, PROJECTIONS, plan.blocks * plan.channel_block)
-    hidden = filled(config.hidden_size, plan.group_size)
-    codes: dict[str, tuple[int, ...]] = {f"planes/codes{b}": (*shape, hidden * PLANE_BITS[b] // 8) for b in WIDTHS}
-    return codes | {f"planes/{name}": (*shape, hidden // plan.group_size) for name in ("scales", "ratios")}
-
-
-def check_planes(path: Path, bundle: Bundle, config: ModelConfig, plan: Plan) -> None:
-    found = {name: a.shape for name, a in bundle.items() if name.startswith("planes/")}
-    dense = int(path.stem.removeprefix("layer-")) in config.dense_layers
-    expected = {} if dense else plane_shapes(config, plan)
-    if wrong := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
-        name = wrong[0]
-        raise ValueError(f"{path}: {name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}")
-
-
-def layer_planes(bundle: Bundle) -> Planes:
-    """One layer's planes (E, P, F, ..) from its bundle."""
-    return Planes({b: bundle[f"planes/codes{b}"] for b in WIDTHS}, bundle["planes/scales"], bundle["planes/ratios"])
-
-
-def stacked_planes(get: Callable[[str], Bundle], config: ModelConfig) -> Planes:
-    """The planes of all layers (L, E, P, F, ..), a layer's bundle in memory at a time beside them."""
-    out: Any = None
-    for index, layer in enumerate(config.moe_layers):
-        planes = layer_planes(get(layer_name(layer)))
-        if out is None:
-            out = jax.tree.map(lambda a: np.empty((config.num_moe_layers, *a.shape), a.dtype), planes)
-        for whole, part in zip(jax.tree.leaves(out), jax.tree.leaves(planes)):
-            whole[index] = part
-    return out
 
 
 def describe(folder: Path) -> dict[str, Any]:

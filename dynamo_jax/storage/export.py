@@ -7,7 +7,6 @@ weights are the planes' sum rounded to bfloat16. A layer is in memory at a time.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,16 +16,17 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int
 
-from dynamo_jax.calibration.sweeps import Progress, layer_name
+from dynamo_jax.files import whole_folder, write_text
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.families.table import layer_tensor_names, tensor_names
 from dynamo_jax.models.formats.expert_files import Triple, expert_tensors
 from dynamo_jax.models.huggingface import write_shards
 from dynamo_jax.precision.plan import Plan
+from dynamo_jax.progress import Progress
 from dynamo_jax.quant.planes import Planes, dequantize
 from dynamo_jax.storage import checkpoint
-from dynamo_jax.storage.work import Bundle, read_bundle
+from dynamo_jax.storage.bundles import Bundle, check_planes, layer_name, layer_planes, read_bundle
 
 
 def export(folder: Path, out: Path, progress: Progress) -> None:
@@ -37,20 +37,14 @@ def export(folder: Path, out: Path, progress: Progress) -> None:
     source = folder / checkpoint.SOURCE
     if not (source / "config.json").is_file():
         raise ValueError(f"{source / 'config.json'}: no such file; this model did not come from a checkpoint folder")
-    out = out.absolute()
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(out) as partial:
         config = description.config
         write_shards(partial, _shards(folder, config, description.plan, progress), config.num_hidden_layers + 1)
         for path in source.iterdir():
             shutil.copyfile(path, partial / path.name)
         raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
         raw.pop("quantization_config", None)  # MXFP4 experts are bfloat16 now
-        (partial / "config.json").write_text(json.dumps(raw | {"dtype": "bfloat16"}, indent=2) + "\n", encoding="utf-8")
-        checkpoint.put_in_place(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_text(partial / "config.json", json.dumps(raw | {"dtype": "bfloat16"}, indent=2) + "\n")
 
 
 def _shards(folder: Path, config: ModelConfig, plan: Plan, progress: Progress) -> Iterator[Bundle]:
@@ -64,7 +58,7 @@ def _shards(folder: Path, config: ModelConfig, plan: Plan, progress: Progress) -
 def _layer_tensors(folder: Path, config: ModelConfig, plan: Plan, layer: int) -> Bundle:
     path = folder / f"{layer_name(layer)}.safetensors"
     bundle = read_bundle(path)
-    checkpoint.check_planes(path, bundle, config, plan)
+    check_planes(path, bundle, config, plan)
     own = {k.removeprefix("parameters/"): a for k, a in bundle.items() if k.startswith("parameters/")}
     tensors = {}
     for ours, theirs, turned in layer_tensor_names(config, layer):
@@ -72,7 +66,7 @@ def _layer_tensors(folder: Path, config: ModelConfig, plan: Plan, layer: int) ->
     if layer in config.dense_layers:
         return tensors
     widths = plan.page_widths()[config.moe_layers.index(layer)].reshape(config.num_experts, -1, plan.blocks)
-    planes = checkpoint.layer_planes(bundle)
+    planes = layer_planes(bundle)
     experts = [dequantized_expert(_expert(planes, e), widths[e], plan) for e in range(config.num_experts)]
     return tensors | expert_tensors(config, layer, experts, own)
 

@@ -12,12 +12,9 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import safetensors
-
+from dynamo_jax.files import write_text
 from dynamo_jax.models.formats.tensor_files import write_tensors
-
-Bundle = dict[str, np.ndarray]
+from dynamo_jax.storage.bundles import Bundle, read_bundle
 
 
 class Work(Protocol):
@@ -84,9 +81,7 @@ class FolderWork:
             return
         for leftover in self.folder.glob("*.safetensors"):  # of a job that had ended but for its last rename
             leftover.unlink()
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, json.dumps(job, indent=2) + "\n")
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -105,7 +100,7 @@ class FolderWork:
 
     def finish(self) -> None:
         """Remove what only the job needed: what is left is its result."""
-        for path in (self.folder / "job.json", self.folder / "lock", *self.folder.glob("*.partial")):
+        for path in (self.folder / "job.json", self.folder / "lock", *self.folder.glob("*.partial*")):
             path.unlink(missing_ok=True)
 
     def __enter__(self) -> FolderWork:
@@ -113,13 +108,3 @@ class FolderWork:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._lock)
-
-
-def read_bundle(path: Path) -> Bundle:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: damaged or truncated: {error}") from error

@@ -17,16 +17,12 @@ import numpy as np
 import pytest
 
 from dynamo_jax.analysis.statistics import observe, token_importance
+from dynamo_jax.calibration.analyses import dynamics_of
+from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.experts import padded_rows
-from dynamo_jax.calibration.pipeline import (
-    QuantizeConfig,
-    analyze,
-    dynamics_of,
-    favoured,
-    layer_weights,
-    quantize,
-    quantize_folder,
-)
+from dynamo_jax.calibration.pipeline import analyze_layers, quantize, quantize_folder
+from dynamo_jax.calibration.plans import favoured
+from dynamo_jax.calibration.sources import layer_weights
 from dynamo_jax.calibration.sweeps import Draft
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.experts import ExpertWeights
@@ -75,7 +71,7 @@ def test_the_sweeps_give_the_sums_of_the_plain_definitions(family_model, family,
     windows = {name: rng.integers(3, 61, (count, 13)).astype(np.int32) for name, count in (("a", 3), ("b", 2))}
     block = 10 if family == "gpt_oss" else SMALL.channel_block  # of 24 channels: the last block has four
     settings = dataclasses.replace(SMALL, per_projection=apart, channel_block=block)
-    got = analyze(Source(tmp_path), windows, settings, MemoryWork())
+    got = analyze_layers(Source(tmp_path), windows, settings, MemoryWork())
     model = load_checkpoint(tmp_path)
     samples = [(got[name], part) for name, part in windows.items()]
     samples.append((got["a"].halves[0], windows["a"][:2]))
@@ -109,7 +105,7 @@ def test_a_drafted_plan_is_that_of_whole_datasets(small_folder):
 
 def test_one_window_has_no_second_half(small_folder):
     windows = {"one": np.arange(3, 36, dtype=np.int32)[None]}
-    found = analyze(Source(small_folder), windows, QuantizeConfig(quantizer="rtn", bits=3.5), MemoryWork())
+    found = analyze_layers(Source(small_folder), windows, QuantizeConfig(quantizer="rtn", bits=3.5), MemoryWork())
     first, second = found["one"].halves
     assert len(first.windows) == 1 and len(second.windows) == 0
     np.testing.assert_array_equal(found["one"].expert_significance(), first.expert_significance())

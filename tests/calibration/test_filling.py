@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from dynamo_jax import quantize_model, switch_model, uniform_plan
-from dynamo_jax.calibration.pipeline import QuantizeConfig, quantize
+from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.kernels.layout import WIDTHS, block_bytes, filled
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, with_parameters

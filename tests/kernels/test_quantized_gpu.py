@@ -20,7 +20,8 @@ from flax import nnx
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from kernel_cases import Case, biases_of, compared, rows_and_sizes, widths_of
 
-from dynamo_jax.calibration.pipeline import QuantizeConfig, quantize
+from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.kernels import arrangements, gpu_registers
 from dynamo_jax.kernels.fragments import THREADS, WORDS, empty_pages, fragment_base, fragment_pages
 from dynamo_jax.kernels.gpu_unpack import LAST_TWICE, Reading, last_weights, offset_word, reading, weights

@@ -23,7 +23,8 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from kernel_cases import Case, biases_of, rows_and_sizes, widths_of
 
-from dynamo_jax.calibration.pipeline import QuantizeConfig, quantize
+from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.generation import quantized_language_model
 from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, BasePlanes, Pages, unpack
 from dynamo_jax.kernels.quantized_tpu import FORMS, quantized_experts_tpu

@@ -15,18 +15,9 @@ from hypothesis import strategies as st
 
 from dynamo_jax.analysis.dynamics import Dynamics, Significance, dynamics
 from dynamo_jax.report import charts
-from dynamo_jax.report.findings import (
-    Line,
-    ReportContent,
-    block_concentration,
-    byte_text,
-    headline,
-    lead,
-    moved_pages,
-    reading,
-    span,
-)
-from dynamo_jax.report.sections import render, write_report
+from dynamo_jax.report.content import Line, ReportContent
+from dynamo_jax.report.findings import block_concentration, byte_text, headline, lead, moved_pages, reading, span
+from dynamo_jax.report.page import render, write_report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 

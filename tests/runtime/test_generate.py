@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from dynamo_jax.calibration.pipeline import QuantizeConfig, quantize
+from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.generation import (
     continuations,
     continued,

@@ -14,21 +14,18 @@ import numpy as np
 import pytest
 
 from dynamo_jax.analysis.statistics import observe
-from dynamo_jax.calibration.experts import PRIOR_ROWS
-from dynamo_jax.calibration.pipeline import DecoderSource, QuantizeConfig, baseline_plan, quantize
-from dynamo_jax.evaluation.perplexity import (
-    Device,
-    EvalConfig,
-    calibrated_windows,
-    choose_plan,
-    evaluate_quantized,
-    evaluate_uniform,
-    make_dataset,
-)
+from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.pipeline import quantize
+from dynamo_jax.calibration.plans import plan
+from dynamo_jax.calibration.sources import DecoderSource
+from dynamo_jax.evaluation.perplexity import EvalConfig, make_dataset
+from dynamo_jax.evaluation.switched import Device, calibrated_windows, choose_plan, evaluate_quantized
+from dynamo_jax.evaluation.uniform import evaluate_uniform
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.experts import ExpertWeights, expert_outputs
 from dynamo_jax.precision.plan import Plan
+from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.runtime.adapt import (
     PRIOR_COST_ROWS,
@@ -438,7 +435,7 @@ def test_the_objective_decides_which_datasets_a_plan_serves(bundled):
 
     def losses(objective, known, weights=None):
         settings = dataclasses.replace(SETTINGS, objective=objective, weights=weights)
-        widths = baseline_plan(known, settings, config).widths[:, :, 0]
+        widths = plan(known, settings, config).widths[:, :, 0]
         chosen = np.searchsorted(WIDTHS, widths)[..., None]
         return np.array([np.take_along_axis(a.values, chosen, axis=-1).sum() for a in analyses.values()])
 

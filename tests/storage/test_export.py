@@ -11,12 +11,14 @@ import pytest
 import torch
 import transformers
 
-from dynamo_jax.calibration.pipeline import QuantizeConfig, no_progress, quantize_folder
+from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.pipeline import quantize_folder
 from dynamo_jax.generation import load_language_model, quantized_language_model
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.families.table import FAMILIES
 from dynamo_jax.models.huggingface import load_checkpoint
+from dynamo_jax.progress import no_progress
 from dynamo_jax.runtime.generate import GenerateConfig, generate
 from dynamo_jax.runtime.serving import experts
 from dynamo_jax.storage import checkpoint

@@ -11,12 +11,14 @@ import re
 import numpy as np
 import pytest
 
-from dynamo_jax.calibration.pipeline import QuantizeConfig
+from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.demo import DemoConfig
 from dynamo_jax.evaluation.perplexity import EvalConfig
+from dynamo_jax.files import write_json
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.settings import load_toml
-from dynamo_jax.texts.reading import read_text, token_windows, write_json
+from dynamo_jax.texts.reading import read_text
+from dynamo_jax.texts.windows import token_windows
 from dynamo_jax.training import TrainConfig
 
 ROOT = pathlib.Path(__file__).parent.parent.parent

@@ -6,15 +6,14 @@ Only safetensors and JSON are read; a pickle is refused.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401 (numpy then knows bfloat16)
 import numpy as np
-import safetensors
 import safetensors.numpy
+
+from dynamo_jax.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
@@ -104,18 +103,6 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
         raise OSError(f"{path}: cannot be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return value
 
 
 def _files(folder: Path) -> dict[Path, list[str] | None]:

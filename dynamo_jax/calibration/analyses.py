@@ -1,0 +1,74 @@
+"""What calibration found of each dataset: its sums, those of its halves, and what moves between datasets."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int
+
+from dynamo_jax.analysis.dynamics import Dynamics, Significance, dynamics
+from dynamo_jax.analysis.significance import (
+    apart_significance,
+    block_significance,
+    channel_significance,
+    expert_significance,
+)
+from dynamo_jax.analysis.statistics import Statistics, merge
+from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.texts.windows import token_windows
+
+
+class Analysis(NamedTuple):
+    """One dataset's sums. sensitivity: of its tokens' importance; windows: routing counts of each window (S, L, E);
+    halves: the sums of the first half of its windows and of the rest (no tokens if there is one window)."""
+
+    stats: Statistics
+    sensitivity: Float[np.ndarray, " L"]
+    windows: Float[np.ndarray, "S L E"]
+    halves: tuple[Analysis, ...] = ()
+
+    def expert_significance(self) -> Float[np.ndarray, "L E W"]:
+        return expert_significance(self.stats)
+
+    def apart_significance(self) -> Float[np.ndarray, "L E U W"]:
+        return apart_significance(self.stats)
+
+    def block_significance(self) -> Float[np.ndarray, "L E N W"]:
+        return block_significance(self.stats)
+
+    def channel_significance(self, down: Float[ArrayLike, "L E F D"]) -> Float[np.ndarray, "L E F"]:
+        return channel_significance(self.stats, down)
+
+
+def known_windows(
+    known: dict[str, str], tokenizer: tokenizers.Tokenizer, config: QuantizeConfig
+) -> dict[str, Int[np.ndarray, "S T1"]]:
+    if not known:
+        raise ValueError("no known dataset: calibration needs at least one")
+    return {
+        name: token_windows(text, tokenizer, config.window, name, config.calibration_windows)
+        for name, text in known.items()
+    }
+
+
+def whole(first: Analysis, second: Analysis) -> Analysis:
+    """A dataset from its halves."""
+    windows = np.concatenate([first.windows, second.windows])
+    sensitivity = first.sensitivity + second.sensitivity
+    return Analysis(merge(first.stats, second.stats), sensitivity, windows, (first, second))
+
+
+def dynamics_of(analyses: dict[str, Analysis]) -> Dynamics:
+    """How far routing and the significance at the least width move between the datasets and within them."""
+
+    def at_least_width(a: Analysis) -> Significance:
+        return Significance(a.expert_significance()[..., 0], a.block_significance()[..., 0])
+
+    return dynamics(
+        {n: a.windows for n, a in analyses.items()},
+        {n: at_least_width(a) for n, a in analyses.items()},
+        {n: (at_least_width(a.halves[0]), at_least_width(a.halves[1])) for n, a in analyses.items()},
+    )

@@ -1,0 +1,132 @@
+"""What a quantization is asked for, checked against the model that it is for: budget, objective, blocks, windows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from dynamo_jax.kernels.layout import num_blocks
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.precision.allocate import OBJECTIVES
+from dynamo_jax.precision.plan import block_costs
+from dynamo_jax.quant.nested_gptq import EMPHASIS
+
+BITS = 3.0  # a weight, where no budget is given
+BUDGETS = ("bits", "budget_bytes", "fits_gib")  # fields of which one is given
+GIB = 2**30
+QUANTIZERS = ("gptq", "rtn")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """What ``dynamo-jax quantize`` decides by. Windows are of ``window`` tokens.
+
+    The budget is one of bits, a weight of the experts, scales included (3 by default); budget_bytes, of all experts;
+    fits_gib, memory in GiB for the weights of the whole model: the experts' planes and what is not quantized (not
+    the key/value cache, not activations).
+    objective: the loss of a plan over the known datasets, their sum or the worst (``precision.allocate``). weights:
+    what datasets count for in the sum, by name; 1 for those that are not named.
+    per_projection: whether an expert's gate and up have one width and its down another.
+    group_size: weights that share a scale, by default the largest of 128, 64, 32, 16 that divides the hidden size, or
+    8. Neither it nor channel_block need divide the model's sizes: planes are filled up (``kernels.layout``), in bytes
+    that the budget counts. The kernels of TPUs and Hopper GPUs take blocks of 128 and groups of multiples of 128.
+    quantizer: gptq or rtn (``sweeps.Calibration``). emphasis: what squared errors at 2, 3 and 4 bits count for
+    each other when gptq chooses the codes that these widths share; favour: how many times more they count at the
+    width that a first plan gives the expert (1: no first plan is made).
+    """
+
+    bits: float | None = None
+    budget_bytes: int | None = None
+    fits_gib: float | None = None
+    objective: str = "sum"
+    weights: dict[str, float] | None = None
+    per_projection: bool = True
+    group_size: int | None = None
+    channel_block: int = 16
+    quantizer: str = "gptq"
+    emphasis: tuple[float, float, float] = EMPHASIS
+    favour: float = 4.0
+    window: int = 256
+    calibration_windows: int = 32
+    adaptation_windows: int = 8
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        given = [n for n in BUDGETS if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)}: a budget is given one way only")
+        if not given:
+            object.__setattr__(self, "bits", BITS)
+        elif not (math.isfinite(value := getattr(self, given[0])) and value > 0):
+            raise ValueError(f"{given[0]} {value}: expected a positive number")
+
+    def bytes_for(self, model: ModelConfig, others: int | None = None) -> float:
+        """The budget of all experts in bytes; ``others``: bytes of what is not quantized, which fits_gib needs."""
+        if self.bits is not None:
+            return self.bits * model.num_expert_weights / 8
+        if self.budget_bytes is not None:
+            return self.budget_bytes
+        assert self.fits_gib is not None
+        if others is None:
+            raise ValueError(f"fits_gib {self.fits_gib:g}: the bytes of what is not quantized are not known here")
+        return self.fits_gib * GIB - others
+
+    def group(self, hidden_size: int) -> int:
+        """The group size for a model."""
+        if self.group_size is not None:
+            return self.group_size
+        return next((g for g in (128, 64, 32, 16) if hidden_size % g == 0), 8)
+
+
+def check_shapes(model: ModelConfig, config: QuantizeConfig) -> None:
+    if config.quantizer not in QUANTIZERS:
+        raise ValueError(f"quantizer {config.quantizer!r}: known are {', '.join(QUANTIZERS)}")
+    if config.objective not in OBJECTIVES:
+        raise ValueError(f"objective {config.objective!r}: known are {', '.join(OBJECTIVES)}")
+    if len(config.emphasis) != 3 or not all(math.isfinite(e) and e > 0 for e in config.emphasis):
+        raise ValueError(f"emphasis {config.emphasis}: expected three positive numbers, for 2, 3 and 4 bits")
+    if not (math.isfinite(config.favour) and config.favour > 0):
+        raise ValueError(f"favour {config.favour}: expected a positive number, 1 for none")
+    if not 1 <= config.channel_block <= model.intermediate_size:
+        raise ValueError(f"channel_block {config.channel_block} is not in 1..{model.intermediate_size}, the channels")
+    group_size = config.group(model.hidden_size)
+    if group_size % 8 or not 8 <= group_size <= model.hidden_size:
+        raise ValueError(f"group_size {group_size} is no multiple of 8 up to the hidden size {model.hidden_size}")
+    if config.window > model.max_position_embeddings:
+        raise ValueError(f"window {config.window} is past the model's {model.max_position_embeddings} positions")
+
+
+def settled(config: QuantizeConfig, model: ModelConfig, others: int, names: list[str]) -> QuantizeConfig:
+    """The settings, checked against a model and the known datasets' names, with a budget that needs no more facts.
+
+    others: bytes of what is not quantized.
+    """
+    check_shapes(model, config)
+    _check_weights(config, names)
+    group_size = config.group(model.hidden_size)
+    costs = block_costs(config.channel_block, model.hidden_size, group_size)
+    blocks = num_blocks(model.intermediate_size, config.channel_block)
+    least = int(costs[0]) * blocks * model.num_experts * model.num_moe_layers
+    budget = config.bytes_for(model, others)
+    if budget < least:
+        asked = next(f"{n} {v:g}" for n in BUDGETS if (v := getattr(config, n)) is not None)
+        raise ValueError(
+            f"the budget, {asked}, is too small: the least is {8 * least / model.num_expert_weights:g} bits a weight "
+            f"(2 bits, a scale for each group of {group_size}, whole groups and blocks), {least:,} bytes, "
+            f"or {(least + others) / GIB:.4g} GiB with the {others:,} bytes that are not quantized"
+        )
+    if config.fits_gib is None:
+        return config
+    return dataclasses.replace(config, fits_gib=None, budget_bytes=int(budget))
+
+
+def _check_weights(config: QuantizeConfig, names: list[str]) -> None:
+    for name, value in (config.weights or {}).items():
+        if name not in names:
+            raise ValueError(f"weights: {name} is none of the known datasets, {', '.join(names)}")
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"weights: {name} = {value}, expected a number of 0 or more")
+    if config.weights and not any(config.weights.get(name, 1.0) for name in names):
+        raise ValueError("weights: no known dataset counts for anything")
+    if config.objective == "worst" and any(v != 1 for v in (config.weights or {}).values()):
+        raise ValueError("weights: the objective worst takes none; each dataset is measured by its own best plan")

@@ -1,0 +1,61 @@
+"""From significance to a plan: the least loss over the known datasets under the byte budget."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+from dynamo_jax.calibration.analyses import Analysis
+from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.sweeps import Draft
+from dynamo_jax.kernels.layout import WIDTHS, num_blocks
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.precision.allocate import allocate_known
+from dynamo_jax.precision.plan import Plan, expert_plan, item_costs
+
+
+def favoured(
+    draft: Draft, names: list[str], config: QuantizeConfig, model: ModelConfig
+) -> Float[np.ndarray, "L E U 3"]:
+    """The emphasis of each expert: ``config.emphasis``, with ``config.favour`` at its width in a drafted plan.
+
+    The draft holds the halves of each dataset, as ``analyze`` names them to the calibration.
+    """
+    whole = Draft(*(a[0::2] + a[1::2] for a in draft))
+    losses = [errors * (sensitivity / tokens**2)[:, None, None, None] for errors, sensitivity, tokens in zip(*whole)]
+    drafted = _allocated(dict(zip(names, losses)), config, model)
+    widths = drafted.widths[:, :, :: drafted.blocks, None]
+    return np.where(widths == np.array(WIDTHS[:3]), config.favour, 1.0) * np.array(config.emphasis)
+
+
+def plan(analyses: dict[str, Analysis], config: QuantizeConfig, model: ModelConfig) -> Plan:
+    """The baseline: of all plans under the byte budget the one of least loss over the analysed datasets.
+
+    ``config`` says what the budget is and what counts (``objective``, ``weights``, ``per_projection``); its group size
+    and channel block are those of the analyses. model: the configuration of the model that they are of. ValueError: a
+    budget below that of 2 bits everywhere. Source: docs/design.md, "Baseline".
+    """
+    losses = {
+        name: a.apart_significance() if config.per_projection else a.expert_significance()[:, :, None]
+        for name, a in analyses.items()
+    }
+    return _allocated(losses, config, model)
+
+
+def _allocated(losses: dict[str, Float[np.ndarray, "L E U W"]], config: QuantizeConfig, model: ModelConfig) -> Plan:
+    group_size = config.group(model.hidden_size)
+    blocks = num_blocks(model.intermediate_size, config.channel_block)
+    costs = item_costs(blocks, config.channel_block, model.hidden_size, group_size, config.per_projection)
+    items = np.stack(list(losses.values())).reshape(len(losses), -1, len(WIDTHS))
+    experts = model.num_moe_layers * model.num_experts
+    weights = np.array([(config.weights or {}).get(name, 1.0) for name in losses])
+    widths = allocate_known(
+        items,
+        np.tile(costs[::blocks] * blocks, (experts, 1)),
+        config.bytes_for(model),
+        config.objective,
+        weights,
+    )
+    shape = (model.num_moe_layers, model.num_experts, -1)
+    channels = model.intermediate_size
+    return expert_plan(widths.reshape(shape), channels, config.channel_block, group_size, model.hidden_size)

@@ -1,0 +1,61 @@
+"""A model in memory as a source of layers, for sweeps that take one at a time."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from dynamo_jax.calibration.experts import Triple
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.decoder import Decoder, parameters
+from dynamo_jax.models.experts import ExpertWeights
+from dynamo_jax.storage.bundles import Bundle
+
+
+class DecoderSource:
+    """A decoder in memory, layer by layer: see ``sources.LayerSource``."""
+
+    def __init__(self, model: Decoder):
+        self.config = model.config
+        self._arrays = {name: np.asarray(a) for name, a in parameters(model).items()}
+
+    def top(self) -> Bundle:
+        return {name: a for name, a in self._arrays.items() if not name.startswith("layers.")}
+
+    def layer(self, layer: int) -> Bundle:
+        prefix = f"layers.{layer}."
+        own = {name.removeprefix(prefix): a for name, a in self._arrays.items() if name.startswith(prefix)}
+        return {name: a for name, a in own.items() if name not in ExpertWeights._fields}
+
+    def expert(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        gate, up, down = (self._arrays[f"layers.{layer}.{part}"][expert] for part in ExpertWeights._fields)
+        return gate, up, down
+
+    def other_bytes(self) -> int:
+        """Of all but the routed experts' weights."""
+        return sum(a.nbytes for n, a in self._arrays.items() if n.rpartition(".")[2] not in ExpertWeights._fields)
+
+    def release(self) -> None:
+        pass
+
+
+def layer_weights(model: Decoder, layer: int) -> ExpertWeights:
+    """Weights of the experts of the ``layer``-th layer that has some."""
+    weights = model.moe_layers()[layer].expert_weights()
+    assert weights is not None
+    return weights
+
+
+class LayerSource(Protocol):
+    """A model whose layers and experts can be had one by one, as ``models.huggingface.Source`` gives them."""
+
+    config: ModelConfig
+
+    def top(self) -> Bundle: ...
+
+    def layer(self, layer: int) -> Bundle: ...
+
+    def expert(self, layer: int, expert: int) -> Triple: ...
+
+    def release(self) -> None: ...

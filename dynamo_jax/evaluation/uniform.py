@@ -1,0 +1,62 @@
+"""Rows of an unquantized model, and of all its experts rounded to nearest."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from dynamo_jax.evaluation.perplexity import Dataset, EvalConfig, Losses, Reference, Row, make_row, run_windows
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
+from dynamo_jax.progress import Progress, no_progress
+from dynamo_jax.quant.grids import GridSpec
+from dynamo_jax.quant.rtn import round_to_nearest
+from dynamo_jax.runtime.switch import float_step
+
+
+def float_parameters(model: Decoder, rounding: GridSpec | None = None) -> dict[str, Array]:
+    """Float32 parameters, the experts rounded to nearest if ``rounding`` says how."""
+    params = {name: a.astype(jnp.float32) for name, a in parameters(model).items()}
+    if rounding is not None:
+        for name in expert_parameter_names(model.config):
+            params[name] = round_to_nearest(params[name], rounding)
+    return params
+
+
+def evaluate_float(config: ModelConfig, params: dict[str, Array], data: Dataset, batch_size: int) -> Losses:
+    return run_windows(lambda tokens: float_step(config, params, tokens), data.rest, batch_size)
+
+
+def float_row(
+    config: ModelConfig, data: Dataset, variant: str, losses: Losses, bits: float, reference: Reference | None
+) -> Row:
+    """A row of a model whose experts all have ``bits`` bits a weight: a token reads its top-k experts."""
+    active = config.num_expert_weights * config.num_experts_per_tok / config.num_experts
+    return make_row(data, variant, losses, bits, active * bits / 8, reference)
+
+
+UNIFORM = {"bf16": None, "rtn4": 4, "rtn3": 3, "rtn2": 2}
+
+
+def evaluate_uniform(
+    model: Decoder,
+    data: list[Dataset],
+    config: EvalConfig,
+    group_size: int = 64,
+    names: tuple[str, ...] = tuple(UNIFORM),
+    progress: Progress = no_progress,
+) -> tuple[list[Row], dict[str, Reference]]:
+    """Rows of the unquantized model and of all experts rounded to nearest, and each dataset's first losses."""
+    rows: list[Row] = []
+    first: dict[str, Reference] = {}
+    for index, name in enumerate(names):
+        rtn_bits = UNIFORM[name]
+        rounding = None if rtn_bits is None else GridSpec(rtn_bits, group_size)
+        params = float_parameters(model, rounding)
+        bits = 16.0 if rounding is None else rounding.bits_per_weight(model.config.hidden_size)
+        for dataset in data:
+            losses = evaluate_float(model.config, params, dataset, config.batch_size)
+            rows.append(float_row(model.config, dataset, name, losses, bits, first.get(dataset.name)))
+            first.setdefault(dataset.name, (name, losses))
+        progress("evaluate uniform", index + 1, len(names))
+    return rows, first
