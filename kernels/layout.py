@@ -87,6 +87,15 @@ def filled(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def widened(x: Float[Array | np.ndarray, "*S D"], size: int) -> Any:
+    """Rows (.., D) with zeros up to (.., size), for planes that are filled up."""
+    more = size - x.shape[-1]
+    if more <= 0:
+        return x
+    pad = jnp.pad if isinstance(x, jax.Array) else np.pad
+    return pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)])
+
+
 def num_blocks(channels: int, channel_block: int) -> int:
     """Channel blocks of a projection, the last one filled up."""
     return filled(channels, channel_block) // channel_block

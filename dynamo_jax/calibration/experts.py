@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dynamo_jax.kernels.layout import widened
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.experts import activation_of
 from dynamo_jax.models.layerwise import Outer
@@ -170,7 +171,7 @@ def planes_of(
     squared = [r.gates**2 for r in rows]
     shares = (np.asarray(outer.gates) ** 2).sum(axis=1)
     typical = float(shares.sum()) / max(1, outer.experts.size)  # of one row
-    inputs = [_wider(r.x, hidden_size) for r in rows]
+    inputs = [widened(r.x, hidden_size) for r in rows]
 
     def layer_hessian(part: slice) -> np.ndarray:
         x = np.asarray(outer.normed)[:, part]  # without what fills up
@@ -181,7 +182,7 @@ def planes_of(
     first = _feedback_planes(group_size, gate_up, inputs, squared, typical, 2, layer_hessian, emphasis[:, 0])
     own = [np.asarray(_hidden_channels(config, r.x, w, b)) for r, w, b in zip(rows, weights, biases)]
     energy = sum(float(s @ np.square(h).mean(axis=1)) for s, h in zip(squared, own))
-    hidden = [_wider(h, channels) for h in own]
+    hidden = [widened(h, channels) for h in own]
     spread = energy / max(sum(float(s.sum()) for s in squared), 1e-30)
 
     def own_scale(part: slice) -> np.ndarray:  # hidden channels of different experts have nothing in common
@@ -191,11 +192,6 @@ def planes_of(
     return jax.tree.map(
         lambda a, b: np.concatenate([a.reshape(count, 2, channels, -1), b[:, None]], axis=1), first, down
     )
-
-
-def _wider(x: Float[np.ndarray, "R D"], size: int) -> Float[np.ndarray, "R D1"]:
-    """With zeros where planes are filled up."""
-    return x if x.shape[1] == size else np.pad(x, ((0, 0), (0, size - x.shape[1])))
 
 
 def _feedback_planes(

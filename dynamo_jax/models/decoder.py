@@ -9,6 +9,7 @@ F channels of an expert, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -137,7 +138,32 @@ class Layer(nnx.Module):
         return ExpertForm(activation_of(self.config), biases)
 
 
-class Decoder(nnx.Module):
+class CachedPass:
+    """The forward pass behind a key/value cache, of a decoder that has ``embedded`` and ``run``."""
+
+    config: ModelConfig
+    embedded: Callable[..., Float[Array, "B T D"]]
+    run: Callable[..., tuple[Float[Array, "B T D"], list[Any], tuple[LayerCache, ...]]]
+
+    def cached_states(
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        cache: Cache,
+        *,
+        experts: ExpertsFn = float_experts,
+        dtype: Any = jnp.float32,
+    ) -> tuple[Float[Array, "B T D"], list[Any], Cache]:
+        """``hidden_states`` of tokens that follow those in the cache, and the cache with them in it.
+
+        The caller sees to it that the cache has room: slots past its capacity would overwrite its last ones.
+        """
+        places, keys = next_places(self.config, mask, cache)
+        x, extras, layers = self.run(self.embedded(tokens, dtype), experts, places, cache.layers)
+        return x, extras, Cache(layers, keys, cache.used + tokens.shape[1])
+
+
+class Decoder(nnx.Module, CachedPass):
     """Token ids to next-token logits. Parameters are float32 or bfloat16; ``with_experts=False`` leaves
     the expert weights out, for a model whose experts are quantized."""
 
@@ -177,29 +203,13 @@ class Decoder(nnx.Module):
         """What ``next_token_nll`` and ``logits`` take; for losses that need not hold all logits."""
         positions, keys = positions_of(tokens.shape, mask)
         places = Places(positions, keys, angles(self.config, positions))
-        x, extras, _ = self._run(self.embedded(tokens, dtype), experts, places, None)
+        x, extras, _ = self.run(self.embedded(tokens, dtype), experts, places, None)
         return x, extras
 
-    def cached_states(
-        self,
-        tokens: Int[Array, "B T"],
-        mask: Bool[Array, "B T"],
-        cache: Cache,
-        *,
-        experts: ExpertsFn = float_experts,
-        dtype: Any = jnp.float32,
-    ) -> tuple[Float[Array, "B T D"], list[Any], Cache]:
-        """``hidden_states`` of tokens that follow those in the cache, and the cache with them in it.
-
-        The caller sees to it that the cache has room: slots past its capacity would overwrite its last ones.
-        """
-        places, keys = next_places(self.config, mask, cache)
-        x, extras, layers = self._run(self.embedded(tokens, dtype), experts, places, cache.layers)
-        return x, extras, Cache(layers, keys, cache.used + tokens.shape[1])
-
-    def _run(
-        self, x: Array, experts: ExpertsFn, places: Places, caches: tuple[LayerCache, ...] | None
-    ) -> tuple[Array, list[Any], tuple[LayerCache, ...]]:
+    def run(
+        self, x: Float[Array, "B T D"], experts: ExpertsFn, places: Places, caches: tuple[LayerCache, ...] | None
+    ) -> tuple[Float[Array, "B T D"], list[Any], tuple[LayerCache, ...]]:
+        """All layers and the last norm; what ``experts`` returned in each layer that has some, and the caches."""
         extras: list[Any] = []
         after: list[Any] = []
         for index, layer in enumerate(self.layers):

@@ -18,21 +18,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dynamo_jax.models.attention import LayerCache
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import (
     Cache,
+    CachedPass,
     Decoder,
     Layer,
     filled,
     layer_with_parameters,
     new_cache,
-    next_places,
     with_parameters,
 )
-from dynamo_jax.models.experts import ExpertsFn, float_experts
+from dynamo_jax.models.experts import ExpertsFn
 from dynamo_jax.models.layerwise import first_alike
 
 PERIODS = (1, 2)  # layers of one turn: sparse and dense ones, or long and short windows, alternate
@@ -106,31 +106,26 @@ def stacked_cache(config: ModelConfig, cache: Cache) -> Cache:
 
 
 @dataclasses.dataclass(frozen=True)
-class StackedDecoder:
+class StackedDecoder(CachedPass):
     """``Decoder`` with its layers in loops. around: all but the layers; arrays: theirs, by dotted name."""
 
     config: ModelConfig
     around: Decoder
     arrays: dict[str, Array]
 
-    def cached_states(
-        self,
-        tokens: Int[Array, "B T"],
-        mask: Bool[Array, "B T"],
-        cache: Cache,
-        *,
-        experts: ExpertsFn = float_experts,
-        dtype: Any = jnp.float32,
-    ) -> tuple[Float[Array, "B T D"], list[Any], Cache]:
-        """As that of ``Decoder``, with a stacked cache."""
-        places, keys = next_places(self.config, mask, cache)
-        x = self.around.embedded(tokens, dtype)
+    def embedded(self, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+        return self.around.embedded(tokens, dtype)
+
+    def run(
+        self, x: Float[Array, "B T D"], experts: ExpertsFn, places: Places, caches: tuple[LayerCache, ...]
+    ) -> tuple[Float[Array, "B T D"], list[Any], tuple[LayerCache, ...]]:
+        """As that of ``Decoder``, with stacked caches."""
         extras: dict[int, Any] = {}
         after: list[LayerCache] = []
         begin = 0
         for number, loop in enumerate(loops(self.config)):
             own = [self._parameters(number, place) for place in range(loop.period)]
-            caches = cache.layers[begin : begin + loop.period]
+            of_loop = caches[begin : begin + loop.period]
             begin += loop.period
 
             def turn(x: Array, of: Any, loop: Loop = loop) -> tuple[Array, Any]:
@@ -143,13 +138,13 @@ class StackedDecoder:
                     left.append(after)
                 return x, (seen, left)
 
-            x, (seen, left) = jax.lax.scan(turn, x, (jnp.arange(loop.turns), own, caches))
+            x, (seen, left) = jax.lax.scan(turn, x, (jnp.arange(loop.turns), own, of_loop))
             after += left
             for place in range(loop.period):
                 for index, layer in enumerate(loop.layers(place)):
                     extras[layer] = jax.tree.map(lambda a, index=index: a[index], seen[place])
         found = [extras[layer] for layer in self.config.moe_layers]
-        return self.around.finish(x), found, Cache(tuple(after), keys, cache.used + tokens.shape[1])
+        return self.around.finish(x), found, tuple(after)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return self.around.logits(x)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from dynamo_jax.kernels.arrangements import AnyResident
 from dynamo_jax.kernels.fragments import FragmentResident
-from dynamo_jax.kernels.layout import BasePlanes, PageTable, Resident, dequantize_experts, dequantize_layer
+from dynamo_jax.kernels.layout import BasePlanes, PageTable, Resident, dequantize_experts, dequantize_layer, widened
 from dynamo_jax.kernels.quantized_gpu import quantized_experts_gpu
 from dynamo_jax.kernels.quantized_tpu import quantized_experts_tpu
 from dynamo_jax.kernels.quantized_xla import quantized_experts_xla
@@ -60,8 +60,8 @@ def switched_experts(
     def experts(
         layer: int, x: Array, routing: Routing, _: ExpertWeights | None, own: ExpertForm
     ) -> tuple[Array, Routing]:
-        biases = own.biases and ExpertBiases(*map(_wider, own.biases, (channels, channels, hidden)))
-        given = jnp.asarray(index), layer, _wider(x, hidden), routing, own._replace(biases=biases)
+        biases = own.biases and ExpertBiases(*map(widened, own.biases, (channels, channels, hidden)))
+        given = jnp.asarray(index), layer, widened(x, hidden), routing, own._replace(biases=biases)
         if not isinstance(resident, Resident):
             out = _by_kernel(resident, tables, *given, form)
         else:
@@ -70,11 +70,6 @@ def switched_experts(
         return out[:, : x.shape[1]], routing
 
     return experts
-
-
-def _wider(x: Float[Array, "N D"], size: int) -> Float[Array, "N D1"]:
-    """With zeros where planes are filled up."""
-    return jnp.pad(x, ((0, 0), (0, size - x.shape[1]))) if size > x.shape[1] else x
 
 
 def _by_kernel(
