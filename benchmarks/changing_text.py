@@ -30,7 +30,7 @@ import numpy as np
 from adaptation import TEXT_BYTES, part_of, quantized_on
 from texts import add_texts
 
-from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
+from dynamo_jax.demo import DemoConfig
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
@@ -39,6 +39,7 @@ from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows,
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import default_spare
 from dynamo_jax.runtime.standing import MOST, RECENT, Standing
+from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
 from dynamo_jax.texts.windows import token_windows
 
 TURNS = (1, 2, 4, 8)  # windows of one kind before the other comes

@@ -23,7 +23,6 @@ from texts import add_texts
 
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
-from dynamo_jax.demo import KNOWN, NOVEL, collect
 from dynamo_jax.evaluation.divergence import changes, predictions
 from dynamo_jax.files import write_json
 from dynamo_jax.kernels.layout import WIDTHS
@@ -31,6 +30,7 @@ from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import expert_parameter_names, parameters
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
 from dynamo_jax.quant.planes import dequantize
+from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
 from dynamo_jax.texts.windows import token_windows
 
 FAR = 1000.0  # emphasis of the width that counts over one that does not

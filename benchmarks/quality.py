@@ -47,7 +47,7 @@ from dynamo_jax.calibration.analyses import Analysis
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import analyze_layers
 from dynamo_jax.calibration.sources import DecoderSource
-from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
+from dynamo_jax.demo import DemoConfig
 from dynamo_jax.evaluation.divergence import changes, predictions
 from dynamo_jax.files import write_json
 from dynamo_jax.kernels.layout import WIDTHS
@@ -59,6 +59,7 @@ from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.storage.bundles import stacked_planes
 from dynamo_jax.storage.work import MemoryWork
+from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
 from dynamo_jax.texts.windows import token_windows
 
 PART = 4  # of the windows of a known kind, one in so many helps to choose a grid

@@ -28,13 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 from texts import add_texts
 
-from dynamo_jax.demo import KNOWN, NOVEL, collect
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import parameters, with_parameters
 from dynamo_jax.models.experts import routing_counts
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
 from dynamo_jax.runtime.monitor import HOP, Signatures, learn, start, watch
+from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
 
 TEXT_BYTES = 1_500_000  # of each kind
 WINDOW, BATCH, PIECE = 256, 8, 32

@@ -42,7 +42,7 @@ from quality import dynamo, sample
 from scipy.stats import spearmanr
 from texts import add_texts
 
-from dynamo_jax.demo import KNOWN, NOVEL, DemoConfig, collect
+from dynamo_jax.demo import DemoConfig
 from dynamo_jax.evaluation.divergence import log_probabilities
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
@@ -51,6 +51,7 @@ from dynamo_jax.models.experts import activation_of, expert_outputs
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
 from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.quant.planes import dequantize
+from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
 from dynamo_jax.texts.windows import token_windows
 
 WIDTH = 2

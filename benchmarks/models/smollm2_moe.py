@@ -48,16 +48,17 @@ from dense_split import (
 )
 from flax import nnx
 
-from dynamo_jax.demo import KNOWN, collect
 from dynamo_jax.models.attention import GroupedAttention, Places
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import filled, positions_of
-from dynamo_jax.models.families.table import FAMILIES, config_from, tensor_names
+from dynamo_jax.models.families.names import expert_names, tensor_names
+from dynamo_jax.models.families.table import FAMILIES, config_from
 from dynamo_jax.models.formats.expert_files import expert_tensors
 from dynamo_jax.models.formats.tensor_files import SINGLE, write_tensors
 from dynamo_jax.models.huggingface import TOKENIZER
 from dynamo_jax.models.norms import rms_norm
 from dynamo_jax.models.rotary import angles
+from dynamo_jax.texts.demo import KNOWN, collect
 from dynamo_jax.texts.reading import read_text
 from dynamo_jax.texts.windows import token_windows
 
@@ -147,7 +148,7 @@ def mixture_tensors(
     arrays = {"embed": dense.embed, "norm.scale": dense.norm, "head": dense.head}
     for index, (own, experts) in enumerate(mixture_layers(dense, config, tokens, seed)):
         arrays |= {f"layers.{index}.{name}": a for name, a in own.items()}
-        for name, a in expert_tensors(config, index, experts, {}).items():
+        for name, a in expert_tensors(expert_names(config, index), experts, {}).items():
             yield name, a.astype(dtype)
         print(f"\rlayer {index + 1} of {config.num_hidden_layers}", end="", flush=True)
     print()

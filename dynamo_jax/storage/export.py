@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from dynamo_jax.files import whole_folder, write_text
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.families.table import layer_tensor_names, tensor_names
+from dynamo_jax.models.families.names import expert_names, layer_tensor_names, tensor_names
 from dynamo_jax.models.formats.expert_files import Triple, expert_tensors
 from dynamo_jax.models.huggingface import write_shards
 from dynamo_jax.precision.plan import Plan
@@ -68,7 +68,7 @@ def _layer_tensors(folder: Path, config: ModelConfig, plan: Plan, layer: int) ->
     widths = plan.page_widths()[config.moe_layers.index(layer)].reshape(config.num_experts, -1, plan.blocks)
     planes = layer_planes(bundle)
     experts = [dequantized_expert(_expert(planes, e), widths[e], plan) for e in range(config.num_experts)]
-    return tensors | expert_tensors(config, layer, experts, own)
+    return tensors | expert_tensors(expert_names(config, layer), experts, own)
 
 
 def _expert(planes: Planes, expert: int) -> Planes:

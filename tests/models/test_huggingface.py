@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder
-from dynamo_jax.models.families.table import config_from, tensor_names
+from dynamo_jax.models.families.names import expert_names, tensor_names
+from dynamo_jax.models.families.table import config_from
 from dynamo_jax.models.formats.expert_files import expert_shapes
 from dynamo_jax.models.huggingface import (
     load_checkpoint,
@@ -220,7 +221,7 @@ def test_a_hundred_gigabytes_are_described_from_headers_alone(tmp_path):
     shapes = parameter_shapes(config)
     named = {theirs: shapes[ours][::-1] if turned else shapes[ours] for ours, theirs, turned in tensor_names(config)}
     for layer in config.moe_layers:
-        named |= expert_shapes(config, layer, False)
+        named |= expert_shapes(config, expert_names(config, layer), False)
     places = {}
     for number in range(60):
         header, offset = {}, 0

@@ -96,7 +96,7 @@ def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dynamo_jax.export.expert_tensors", full_disk)
+    monkeypatch.setattr("dynamo_jax.storage.export.expert_tensors", full_disk)
     with pytest.raises(OSError, match="No space"):
         export(exported / "quantized", tmp_path / "out", no_progress)
     assert not list(tmp_path.iterdir())

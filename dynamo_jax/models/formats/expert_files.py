@@ -1,40 +1,52 @@
-"""How families lay out expert weights in files: one tensor an expert, gate and up in one, or MXFP4.
+"""How expert weights lie in files: one tensor an expert, gate and up in one, or MXFP4.
 
 Here they are channel-major, (F, D) for gate, up and down of one expert. Reading takes one expert at a
-time, so that one expert is all that has to be in memory.
+time, so that one expert is all that has to be in memory. Which tensors a family has is ``families/names.py``'s.
 
 Axes: E experts, F channels, D hidden.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
-import ml_dtypes
 import numpy as np
-from jaxtyping import Float, UInt8
 
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.families.table import FAMILIES
+from dynamo_jax.models.formats.mxfp4 import FP4_GROUP, from_mxfp4
 from dynamo_jax.models.formats.tensor_files import TensorFiles
 
 Shapes = dict[str, tuple[int, ...]]
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
-FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)  # E2M1, by code
-FP4_GROUP = 32
 
 
-def expert_shapes(config: ModelConfig, layer: int, mxfp4: bool) -> Shapes:
-    """The file's tensors that hold the experts of one layer, with their shapes."""
+@dataclasses.dataclass(frozen=True)
+class ExpertTensors:
+    """The tensors that hold the experts of one layer.
+
+    kind: ``split``, a tensor an expert and projection, three names with ``{e}`` for the expert's number;
+    ``concatenated``, gate before up in one tensor of all experts, and down in another; ``interleaved``, the same with
+    gate and up channel by channel, and biases, in bfloat16 or MXFP4.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+
+    def each(self, expert: int) -> list[str]:
+        """Of one expert where they are split: gate, up, down."""
+        return [name.format(e=expert) for name in self.names]
+
+
+def expert_shapes(config: ModelConfig, of: ExpertTensors, mxfp4: bool) -> Shapes:
+    """The tensors of one layer's experts, with their shapes."""
     experts, channels, hidden = config.num_experts, config.intermediate_size, config.hidden_size
-    gate_up, down = _names(config, layer)
-    kind = FAMILIES[config.family].experts
-    if kind == "concatenated":
-        return {gate_up: (experts, 2 * channels, hidden), down: (experts, hidden, channels)}
-    if kind != "interleaved":
-        names = _split_names(config, layer)
+    if of.kind == "split":
         each = [(channels, hidden), (channels, hidden), (hidden, channels)]
-        return {name.format(e=e): shape for e in range(experts) for name, shape in zip(names, each)}
+        return {name: shape for e in range(experts) for name, shape in zip(of.each(e), each)}
+    gate_up, down = of.names
+    if of.kind == "concatenated":
+        return {gate_up: (experts, 2 * channels, hidden), down: (experts, hidden, channels)}
     shapes: Shapes = {f"{gate_up}_bias": (experts, 2 * channels), f"{down}_bias": (experts, hidden)}
     if not mxfp4:
         return shapes | {gate_up: (experts, hidden, 2 * channels), down: (experts, channels, hidden)}
@@ -44,22 +56,21 @@ def expert_shapes(config: ModelConfig, layer: int, mxfp4: bool) -> Shapes:
     return shapes
 
 
-def is_mxfp4(config: ModelConfig, tensors: TensorFiles) -> bool:
-    return f"{_names(config, config.moe_layers[0])[0]}_blocks" in tensors
+def is_mxfp4(tensors: TensorFiles, of: ExpertTensors) -> bool:
+    return of.kind == "interleaved" and f"{of.names[0]}_blocks" in tensors
 
 
-def read_expert(tensors: TensorFiles, config: ModelConfig, layer: int, expert: int) -> Triple:
+def read_expert(tensors: TensorFiles, of: ExpertTensors, expert: int) -> Triple:
     """Gate, up and down of one expert, each (F, D), in the file's dtype (bfloat16 from MXFP4)."""
-    kind = FAMILIES[config.family].experts
-    if kind not in ("concatenated", "interleaved"):
-        gate, up, down = (tensors.read(name.format(e=expert)) for name in _split_names(config, layer))
+    if of.kind == "split":
+        gate, up, down = (tensors.read(name) for name in of.each(expert))
         return gate, up, down.T
-    fused, last = _names(config, layer)
+    fused, last = of.names
     at = slice(expert, expert + 1)
-    if kind == "concatenated":
+    if of.kind == "concatenated":
         both, out = tensors.read(fused, at)[0], tensors.read(last, at)[0]
         return both[: len(both) // 2], both[len(both) // 2 :], out.T
-    if f"{fused}_blocks" in tensors:  # rows are outputs here
+    if is_mxfp4(tensors, of):  # rows are outputs here
         both, out = (
             from_mxfp4(tensors.read(f"{name}_blocks", at)[0], tensors.read(f"{name}_scales", at)[0])
             for name in (fused, last)
@@ -69,27 +80,22 @@ def read_expert(tensors: TensorFiles, config: ModelConfig, layer: int, expert: i
     return both[::2], both[1::2], out
 
 
-def read_biases(tensors: TensorFiles, config: ModelConfig, layer: int) -> dict[str, np.ndarray]:
-    """gate_bias, up_bias (E, F) and down_bias (E, D), where the family has them."""
-    if not config.expert_bias:
+def read_biases(tensors: TensorFiles, of: ExpertTensors) -> dict[str, np.ndarray]:
+    """gate_bias, up_bias (E, F) and down_bias (E, D), where there are some."""
+    if of.kind != "interleaved":
         return {}
-    gate_up, down = (tensors.read(f"{name}_bias") for name in _names(config, layer))
+    gate_up, down = (tensors.read(f"{name}_bias") for name in of.names)
     return {"gate_bias": gate_up[:, ::2], "up_bias": gate_up[:, 1::2], "down_bias": down}
 
 
-def expert_tensors(
-    config: ModelConfig, layer: int, experts: list[Triple], biases: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def expert_tensors(of: ExpertTensors, experts: list[Triple], biases: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The file's tensors from one layer's experts: what ``read_expert`` and ``read_biases`` undo."""
-    kind = FAMILIES[config.family].experts
-    if kind not in ("concatenated", "interleaved"):
-        names = _split_names(config, layer)
-        parts = {n.format(e=e): w for e, triple in enumerate(experts) for n, w in zip(names, triple)}
-        down = names[2].split(".")[-2]
-        return {n: np.ascontiguousarray(w.T if n.split(".")[-2] == down else w) for n, w in parts.items()}
-    gate_up, down = _names(config, layer)
+    if of.kind == "split":
+        parts = [part for e, triple in enumerate(experts) for part in zip(of.each(e), _rows_are_outputs(triple))]
+        return {name: np.ascontiguousarray(w) for name, w in parts}
+    gate_up, down = of.names
     gate, up, out = (np.stack([triple[i] for triple in experts]) for i in range(3))
-    if kind == "concatenated":
+    if of.kind == "concatenated":
         return {gate_up: np.concatenate([gate, up], axis=1), down: np.ascontiguousarray(out.swapaxes(1, 2))}
     both = _interleave(gate, up)
     return {
@@ -100,30 +106,11 @@ def expert_tensors(
     }
 
 
-def from_mxfp4(blocks: UInt8[np.ndarray, "*S G 16"], scales: UInt8[np.ndarray, "*S G"]) -> Float[np.ndarray, "*S D"]:
-    """bfloat16 weights from 32 four-bit floats a group, low nibble first, and a power of two (OCP MX v1.0)."""
-    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*scales.shape, FP4_GROUP)
-    values = np.ldexp(FP4[codes], scales[..., None].astype(np.int32) - 127)
-    return values.reshape(*scales.shape[:-1], -1).astype(ml_dtypes.bfloat16)
+def _rows_are_outputs(triple: Triple) -> Triple:
+    gate, up, down = triple
+    return gate, up, down.T
 
 
 def _interleave(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     """Along axis 1: gate, up, gate, up, .."""
     return np.stack([gate, up], axis=2).reshape(gate.shape[0], -1, *gate.shape[2:])
-
-
-def _prefix(config: ModelConfig, layer: int) -> str:
-    return f"model.layers.{layer}.{FAMILIES[config.family].moe}"
-
-
-def _names(config: ModelConfig, layer: int) -> tuple[str, str]:
-    """The two fused tensors: gate with up, and down."""
-    prefix = _prefix(config, layer)
-    if FAMILIES[config.family].experts == "concatenated":
-        return f"{prefix}.input_linear.weight", f"{prefix}.output_linear.weight"
-    return f"{prefix}.experts.gate_up_proj", f"{prefix}.experts.down_proj"
-
-
-def _split_names(config: ModelConfig, layer: int) -> list[str]:
-    parts = FAMILIES[config.family].experts.split()
-    return [f"{_prefix(config, layer)}.experts.{{e}}.{part}.weight" for part in parts]
