@@ -1,15 +1,132 @@
-"""Dynamic expert-level mixed precision for mixture-of-experts language models in JAX."""
+"""Dynamic expert-level mixed precision for mixture-of-experts language models in JAX.
 
-from typing import Any
+All names that a user needs are here, and stay here; modules below may move. A name's module is imported when the
+name is first asked for, so that ``import dynamo_jax`` is quick and touches no device.
+
+    analyze, analyze_folder, Analysis           which experts and channels matter, on several datasets
+    plan, Plan                                  their widths under a byte budget
+    quantize, quantize_folder, QuantizeConfig   both, and the quantized model
+    load, save, export, QuantizedModel          quantized models in files
+    load_checkpoint, load_tokenizer, BUNDLED    unquantized models from files
+    load_text_model, text_model, TextModel      a model that continues text ..
+    generate, stream, GenerateConfig            .. and its continuations
+    evaluate, divergence, EvalConfig            what quantization and switching change on texts
+    init, experts, observe, switch, follow, is_novel, adapt, begin, finish, State, Host, Follower
+                                                the run time, for a jitted step of your own (docs/serving.md)
+    quantize_model, switch_model, uniform_plan  quantized experts in a Flax NNX model of your own (docs/transform.md)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-_FROM_TRANSFORM = ("quantize_model", "switch_model", "uniform_plan")
+
+if TYPE_CHECKING:
+    from dynamo_jax.calibration.analyses import Analysis
+    from dynamo_jax.calibration.config import QuantizeConfig
+    from dynamo_jax.calibration.pipeline import analyze, analyze_folder, quantize, quantize_folder
+    from dynamo_jax.calibration.plans import plan
+    from dynamo_jax.evaluation.divergence import divergence
+    from dynamo_jax.evaluation.evaluate import evaluate
+    from dynamo_jax.evaluation.perplexity import EvalConfig
+    from dynamo_jax.generation import TextModel, generate, load_text_model, stream, text_model
+    from dynamo_jax.models.bundled import BUNDLED
+    from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
+    from dynamo_jax.precision.plan import Plan
+    from dynamo_jax.runtime.generate import GenerateConfig
+    from dynamo_jax.runtime.online import Follower
+    from dynamo_jax.runtime.quantized import QuantizedModel
+    from dynamo_jax.runtime.serving import (
+        Host,
+        State,
+        adapt,
+        begin,
+        experts,
+        finish,
+        follow,
+        init,
+        is_novel,
+        observe,
+        switch,
+    )
+    from dynamo_jax.storage.checkpoint import load, save
+    from dynamo_jax.storage.export import export
+    from dynamo_jax.transform import quantize_model, switch_model, uniform_plan
+
+__all__ = [
+    "BUNDLED",
+    "Analysis",
+    "EvalConfig",
+    "Follower",
+    "GenerateConfig",
+    "Host",
+    "Plan",
+    "QuantizeConfig",
+    "QuantizedModel",
+    "State",
+    "TextModel",
+    "adapt",
+    "analyze",
+    "analyze_folder",
+    "begin",
+    "divergence",
+    "evaluate",
+    "experts",
+    "export",
+    "finish",
+    "follow",
+    "generate",
+    "init",
+    "is_novel",
+    "load",
+    "load_checkpoint",
+    "load_text_model",
+    "load_tokenizer",
+    "observe",
+    "plan",
+    "quantize",
+    "quantize_folder",
+    "quantize_model",
+    "save",
+    "stream",
+    "switch",
+    "switch_model",
+    "text_model",
+    "uniform_plan",
+]
+
+_MODULES = {
+    "calibration.analyses": ("Analysis",),
+    "calibration.config": ("QuantizeConfig",),
+    "calibration.pipeline": ("analyze", "analyze_folder", "quantize", "quantize_folder"),
+    "calibration.plans": ("plan",),
+    "evaluation.divergence": ("divergence",),
+    "evaluation.evaluate": ("evaluate",),
+    "evaluation.perplexity": ("EvalConfig",),
+    "generation": ("TextModel", "generate", "load_text_model", "stream", "text_model"),
+    "models.bundled": ("BUNDLED",),
+    "models.huggingface": ("load_checkpoint", "load_tokenizer"),
+    "precision.plan": ("Plan",),
+    "runtime.generate": ("GenerateConfig",),
+    "runtime.online": ("Follower",),
+    "runtime.quantized": ("QuantizedModel",),
+    "runtime.serving": (
+        *("Host", "State", "adapt", "begin", "experts", "finish", "follow", "init", "is_novel", "observe", "switch"),
+    ),
+    "storage.checkpoint": ("load", "save"),
+    "storage.export": ("export",),
+    "transform": ("quantize_model", "switch_model", "uniform_plan"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """The transform of NNX models, imported when it is first asked for: the command line starts without it."""
-    if name in _FROM_TRANSFORM:
-        from dynamo_jax import transform
+    if name not in _HOME:
+        raise AttributeError(f"module 'dynamo_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"dynamo_jax.{_HOME[name]}"), name)
+    globals()[name] = value  # asked for once
+    return value
 
-        return getattr(transform, name)
-    raise AttributeError(f"module 'dynamo_jax' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

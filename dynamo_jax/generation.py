@@ -1,9 +1,12 @@
-"""What ``dynamo-jax generate`` does: a model folder and prompts to text, as it comes."""
+"""Text from prompts: a model folder or a quantized model, prompts as text, and continuations as they come.
+
+Tokens, caches and sampling are ``runtime/generate.py``'s; here is what a tokenizer and a chat template add.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +18,9 @@ from dynamo_jax.models.chat import Files, chat_prompt, stop_tokens
 from dynamo_jax.models.decoder import parameters
 from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer, side_files
 from dynamo_jax.models.stacked import stacked
-from dynamo_jax.runtime.generate import Between, GenerateConfig, LanguageModel, stream
-from dynamo_jax.runtime.online import Event, Follower
+from dynamo_jax.runtime.generate import Between, GenerateConfig, LanguageModel, check_prompts
+from dynamo_jax.runtime.generate import stream as token_stream
+from dynamo_jax.runtime.online import Follower
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import init
 from dynamo_jax.runtime.store import page_counts
@@ -42,8 +46,8 @@ def quantized_language_model(
     return LanguageModel(config=model.config, parameters=parameters, state=state, dtype=dtype), follower
 
 
-class Loaded(NamedTuple):
-    """A model with its tokenizer and small files, and what follows its requests, if anything does."""
+class TextModel(NamedTuple):
+    """A model ready to generate: tokenizer and small files with it, and what follows its requests, if anything does."""
 
     model: LanguageModel
     tokenizer: tokenizers.Tokenizer
@@ -51,18 +55,65 @@ class Loaded(NamedTuple):
     follower: Follower | None = None
 
 
-def load_language_model(folder: Path, dtype: Any, adaptive: bool = False) -> Loaded:
-    """A folder that ``quantize`` wrote, or a Hugging Face folder; only the first can be adaptive."""
+def text_model(model: QuantizedModel, dtype: Any = jnp.bfloat16, adapt: bool = False) -> TextModel:
+    """A quantized model in memory, ready for ``stream`` and ``generate``.
+
+    dtype: of all but the experts. adapt: watch the text, and switch precision where it is novel; without it the
+    baseline runs.
+    """
+    language_model, follower = quantized_language_model(model, dtype, adapt)
+    return TextModel(language_model, model.tokenizer, model.files, follower)
+
+
+def load_text_model(folder: Path, dtype: Any = jnp.bfloat16, adapt: bool = False) -> TextModel:
+    """A folder that ``quantize`` wrote, or a Hugging Face folder, ready for ``stream`` and ``generate``.
+
+    dtype, adapt: as ``text_model`` takes them. ValueError: a folder that is not whole, or adapt for a model that is not
+    quantized.
+    """
+    folder = Path(folder)
     if checkpoint.is_checkpoint(folder):
-        quantized = checkpoint.load(folder)
-        model, follower = quantized_language_model(quantized, dtype, adaptive)
-        return Loaded(model, quantized.tokenizer, quantized.files, follower)
-    if adaptive:
+        return text_model(checkpoint.load(folder), dtype, adapt)
+    if adapt:
         raise ValueError(f"{folder}: is not quantized; --adapt switches the precision of a folder that quantize wrote")
     decoder = load_checkpoint(folder)
     arrays = {name: a.astype(dtype) for name, a in parameters(decoder).items()}
     model = LanguageModel(config=decoder.config, parameters=arrays, dtype=dtype)
-    return Loaded(model, load_tokenizer(folder, decoder.config.vocab_size), side_files(folder))
+    return TextModel(model, load_tokenizer(folder, decoder.config.vocab_size), side_files(folder))
+
+
+def stream(
+    model: TextModel, prompts: Sequence[str], config: GenerateConfig | None = None, chat: bool = True
+) -> Iterator[list[str]]:
+    """At each step the text that each prompt's continuation has grown by; whole characters only.
+
+    The prompts run as one batch. chat: in the model's chat template, where it has one. The model's stop tokens are
+    added to those of ``config``. A model that adapts goes on from call to call: its monitors and its variant are of one
+    client's texts (of as many clients as there are prompts). ValueError, at the first step: a prompt without tokens, or
+    with too many.
+    """
+    config = config or GenerateConfig()
+    config = dataclasses.replace(config, stop=(*config.stop, *stop_tokens(model.files)))
+    tokens = prompts_tokens(model, prompts, chat)
+    language_model = continued(model.model, model.follower) if model.follower else model.model
+    yield from continuations(language_model, model.tokenizer, tokens, config, model.follower)
+
+
+def generate(
+    model: TextModel, prompts: Sequence[str], config: GenerateConfig | None = None, chat: bool = True
+) -> list[str]:
+    """``stream``, collected: the continuation of each prompt."""
+    out = [""] * len(prompts)
+    for pieces in stream(model, prompts, config, chat):
+        out = [text + piece for text, piece in zip(out, pieces)]
+    return out
+
+
+def prompts_tokens(model: TextModel, prompts: Sequence[str], chat: bool) -> list[list[int]]:
+    """The ids of all prompts, which are checked; ValueError that names the first that the model cannot take."""
+    tokens = [prompt_tokens(model.tokenizer, model.files, prompt, chat) for prompt in prompts]
+    check_prompts(model.model.config, tokens)
+    return tokens
 
 
 def prompt_tokens(tokenizer: tokenizers.Tokenizer, files: Files, text: str, chat: bool) -> list[int]:
@@ -83,7 +134,7 @@ def continuations(
     """At each step the text that each prompt's continuation has grown by; whole characters only."""
     tokens = [list(p) for p in prompts]
     shown = [tokenizer.decode(p) for p in prompts]
-    for step in stream(model, prompts, config, between=between):
+    for step in token_stream(model, prompts, config, between=between):
         pieces = []
         for row, token in enumerate(step):
             tokens[row] += [] if token is None else [token]
@@ -95,25 +146,6 @@ def continuations(
     yield [tokenizer.decode(t)[len(s) :] for t, s in zip(tokens, shown)]
 
 
-def settings(files: Files, **given: Any) -> GenerateConfig:
-    """The user's settings with the model's stop tokens."""
-    return GenerateConfig(stop=stop_tokens(files), **given)
-
-
 def continued(model: LanguageModel, follower: Follower) -> LanguageModel:
     """The model with the monitors and the variant that the last call of ``stream`` left."""
     return dataclasses.replace(model, state=follower.state)
-
-
-def describe(event: Event) -> str:
-    """One line of what the follower did."""
-    text = {
-        "known": f"the text is like {event.name}: baseline",
-        "novel": "the text is novel",
-        "adapted": f"switched to a variant adapted to it, {event.moved} pages moved",
-        "not better": f"adapted, but no better on what was seen, {event.moved} pages moved: baseline",
-        "left": "the variant no longer suits the text: baseline",
-        "failed": f"adapting failed, no switch: {event.name}",
-    }[event.what]
-    more = "" if event.gain is None else f", {event.gain:+.4f} nats a token nearer to 8 bits on what was seen"
-    return f"text {event.text}, token {event.token}: {text} (score {event.score:.2f}{more})"

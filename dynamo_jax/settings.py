@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+PRESETS = Path(__file__).parent / "configs"
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
@@ -55,6 +56,21 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):  # a bool is an int in Python, not in TOML
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
+
+
+def find_preset(name: str, kind: str = "") -> Path:
+    """The file that ``name`` means: a path, or the short name of a preset that comes with the package.
+
+    kind: the folder of the presets, "" or "train". ValueError names those that there are.
+    """
+    folder = PRESETS / kind
+    short = folder / f"{name}.toml"
+    if short.is_file() and "/" not in name:
+        return short
+    if not Path(name).is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
+        raise ValueError(f"{name}: no such file, and no preset of that name; presets are {known}")
+    return Path(name)
 
 
 def load_toml(cls: type[T], path: str | Path) -> T:

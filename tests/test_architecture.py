@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "dynamo_jax"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py")])
-SOURCES = [p for p in SOURCES if "dynamo_jax/kernels" not in p.as_posix()]
+SOURCES = [p for p in SOURCES if not re.search("dynamo_jax/(kernels|configs)/", p.as_posix())]
 
 LOW = {"files", "progress", "settings"}  # import nothing of ours
 RUN_TIME = {"kernels", "quant", "models", "analysis", "precision", "runtime"}
@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": {"storage", "runtime", "models", "precision", "quant", "kernels.layout", *LOW},
     "calibration": {"calibration", "storage", "texts", *RUN_TIME, *LOW},
     "evaluation": {"evaluation", "texts", *RUN_TIME, *LOW},
-    "report": {"report", "evaluation", "calibration", "analysis", "kernels.layout", "files"},
+    "report": {"report", "evaluation", "calibration", "analysis", "runtime", "models", "kernels.layout", "files"},
     "transform": {"models", "precision", "runtime", "kernels.layout"},
     "generation": {"storage", "runtime", "models", "kernels.layout"},
     "training": {"models", "files"},
@@ -108,7 +108,7 @@ def test_no_module_imports_itself_by_way_of_others():
 def test_the_table_in_the_docs_is_the_one_that_holds():
     text = (ROOT / "docs/design.md").read_text()
     table = text.split("## Who may import whom")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `([a-z_.]+)` \| (.*) \|$", table, re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z_.]+)` \|(.*)\|$", table, re.MULTILINE)
     found = {name: set(re.findall(r"`([a-z_.]+)`", words)) for name, words in rows}
     assert found == {name: may - {name} for name, may in MAY_IMPORT.items()}
 

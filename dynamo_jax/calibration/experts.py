@@ -1,6 +1,6 @@
 """The routed experts of one layer, one by one: their rows, what they compute, their planes and errors.
 
-What ``calibrate.py`` does with each expert, as functions of arrays.
+What ``sweeps.py`` does with each expert, as functions of arrays.
 
 Axes: N tokens, k experts a token, X experts at once, R rows of one expert, A datasets, D hidden, F channels,
 B channel blocks, P = 3 projections, U = 2 where gate with up and down are apart, else 0, M = B or U*B.

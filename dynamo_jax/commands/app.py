@@ -8,10 +8,19 @@ is quick.
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+from dynamo_jax import __version__
 from dynamo_jax.commands import analyze, demo, evaluate, export, generate, inspect, quantize, train
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        print(f"dynamo-jax {__version__}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +28,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Dynamic mixed precision for mixture-of-experts language models. Start with: dynamo-jax demo",
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=show_version)
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
 app.command()(demo.demo)
 app.command()(train.train)
 app.command()(analyze.analyze)

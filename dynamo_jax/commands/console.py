@@ -14,6 +14,7 @@ import rich.table
 if TYPE_CHECKING:
     from dynamo_jax.evaluation.perplexity import Row
     from dynamo_jax.progress import Progress
+    from dynamo_jax.runtime.online import Event
 
 
 @contextlib.contextmanager
@@ -88,3 +89,17 @@ def print_facts(facts: dict[str, Any]) -> None:
         if isinstance(value, dict):
             value = ", ".join(f"{k}={v}" for k, v in value.items())
         print(f"{name:23} {value}")
+
+
+def describe_event(event: Event) -> str:
+    """One line of what the follower did."""
+    text = {
+        "known": f"the text is like {event.name}: baseline",
+        "novel": "the text is novel",
+        "adapted": f"switched to a variant adapted to it, {event.moved} pages moved",
+        "not better": f"adapted, but no better on what was seen, {event.moved} pages moved: baseline",
+        "left": "the variant no longer suits the text: baseline",
+        "failed": f"adapting failed, no switch: {event.name}",
+    }[event.what]
+    more = "" if event.gain is None else f", {event.gain:+.4f} nats a token nearer to 8 bits on what was seen"
+    return f"text {event.text}, token {event.token}: {text} (score {event.score:.2f}{more})"

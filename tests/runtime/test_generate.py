@@ -13,11 +13,11 @@ import torch
 
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
+from dynamo_jax.commands.console import describe_event
 from dynamo_jax.generation import (
     continuations,
     continued,
-    describe,
-    load_language_model,
+    load_text_model,
     prompt_tokens,
     quantized_language_model,
 )
@@ -177,7 +177,7 @@ def test_a_text_that_turns_novel_is_adapted_to_between_two_steps(quantized, text
         0,
     )  # in the second prompt, at 256 tokens
     assert second.what in ("adapted", "not better") and (second.gain > 0) == (second.what == "adapted")
-    assert second.moved > 0 and "text 2, token 20" in describe(second) and "novel" in describe(first)
+    assert second.moved > 0 and "text 2, token 20" in describe_event(second) and "novel" in describe(first)
     assert follower.host.plans[1].stored_bytes() <= quantized.plan.stored_bytes()
     assert follower.state.number.tolist() == [int(second.what == "adapted")]
 
@@ -273,7 +273,7 @@ def test_a_variant_is_left_when_the_router_says_that_it_no_longer_pays(quantized
         assert state.number.tolist() == [1]
     state = hop(state, hops + hops // 2 - 1, 0.25)
     assert state.number.tolist() == [0] and [e.what for e in follower.events] == ["novel", "left", "failed"]
-    assert "no longer suits" in describe(follower.events[1])
+    assert "no longer suits" in describe_event(follower.events[1])
     assert seen[0].size // (online.WINDOW + 1) * online.WINDOW == RECENT  # the last ones, at once
     assert follower._standing.least == 2 * FIRST and follower._standing.wanted > RECENT
     state = hop(state, 2 * hops, 0.25)
@@ -321,7 +321,7 @@ def test_adapting_that_fails_leaves_the_baseline_running(quantized, texts, monke
 
     monkeypatch.setattr(online, "begin", damaged)
     follower, out = followed(quantized, texts)
-    assert follower.events[1].what == "failed" and "expert 1, block 2 is damaged" in describe(follower.events[1])
+    assert follower.events[1].what == "failed" and "expert 1, block 2 is damaged" in describe_event(follower.events[1])
     plain, _ = quantized_language_model(quantized)
     ids = quantized.tokenizer.encode(texts["verse"]).ids
     for index, steps in enumerate(out):
@@ -464,6 +464,6 @@ def test_stop_tokens_come_from_the_generation_settings_first():
 
 
 def test_a_model_in_bfloat16_generates(bundled):
-    model, tokenizer, files, _ = load_language_model(BUNDLED, jnp.bfloat16)
+    model, tokenizer, files, _ = load_text_model(BUNDLED)
     tokens = prompt_tokens(tokenizer, files, "def main():", chat=True)
     assert len(generate(model, [tokens], GenerateConfig(max_tokens=5))[0]) == 5

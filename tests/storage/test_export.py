@@ -13,7 +13,7 @@ import transformers
 
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize_folder
-from dynamo_jax.generation import load_language_model, quantized_language_model
+from dynamo_jax.generation import load_text_model, quantized_language_model
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.families.table import FAMILIES
@@ -62,7 +62,7 @@ def test_transformers_loads_an_export_and_has_our_logits(family_model, family, a
     again, _ = load_checkpoint(tmp_path / "out")(jnp.asarray(tokens))
     np.testing.assert_allclose(again, theirs, atol=1e-4 * np.abs(theirs).max(), rtol=0)
     if family in ("gpt_oss", "deepseek_v3"):  # with biases, and with shared experts: decoding picks single experts
-        written = load_language_model(tmp_path / "out", jnp.float32)[0]
+        written = load_text_model(tmp_path / "out", jnp.float32)[0]
         settings = GenerateConfig(max_tokens=8)
         assert generate(ours, [[5, 9, 33]], settings) == generate(written, [[5, 9, 33]], settings)
 
