@@ -20,12 +20,12 @@ from jaxtyping import Array, Float
 from dynamo_jax.kernels.layout import widened
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.experts import activation_of
+from dynamo_jax.models.formats.expert_files import Triple
 from dynamo_jax.models.layerwise import Outer
 from dynamo_jax.quant.nested_gptq import CHUNK_WEIGHTS, PRIOR_ROWS, quantize_nested, shrunk
 from dynamo_jax.quant.planes import Planes, dequantize, filled_up, quantize
 from dynamo_jax.storage.bundles import Bundle
 
-Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
 MAX_INPUTS = 4096  # of one Hessian; more are cut into parts whose correlations with each other are left out
 
 

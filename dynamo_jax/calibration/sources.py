@@ -1,4 +1,4 @@
-"""A model in memory as a source of layers, for sweeps that take one at a time."""
+"""Where sweeps get a model from, a layer and an expert at a time; a model in memory as such a source."""
 
 from __future__ import annotations
 
@@ -6,15 +6,29 @@ from typing import Protocol
 
 import numpy as np
 
-from dynamo_jax.calibration.experts import Triple
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, parameters
 from dynamo_jax.models.experts import ExpertWeights
+from dynamo_jax.models.formats.expert_files import Triple
 from dynamo_jax.storage.bundles import Bundle
 
 
+class LayerSource(Protocol):
+    """A model whose layers and experts can be had one by one, as ``models.huggingface.Source`` gives them."""
+
+    config: ModelConfig
+
+    def top(self) -> Bundle: ...
+
+    def layer(self, layer: int) -> Bundle: ...
+
+    def expert(self, layer: int, expert: int) -> Triple: ...
+
+    def release(self) -> None: ...
+
+
 class DecoderSource:
-    """A decoder in memory, layer by layer: see ``sources.LayerSource``."""
+    """A decoder in memory, layer by layer: see ``LayerSource``."""
 
     def __init__(self, model: Decoder):
         self.config = model.config
@@ -28,7 +42,7 @@ class DecoderSource:
         own = {name.removeprefix(prefix): a for name, a in self._arrays.items() if name.startswith(prefix)}
         return {name: a for name, a in own.items() if name not in ExpertWeights._fields}
 
-    def expert(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def expert(self, layer: int, expert: int) -> Triple:
         gate, up, down = (self._arrays[f"layers.{layer}.{part}"][expert] for part in ExpertWeights._fields)
         return gate, up, down
 
@@ -45,17 +59,3 @@ def layer_weights(model: Decoder, layer: int) -> ExpertWeights:
     weights = model.moe_layers()[layer].expert_weights()
     assert weights is not None
     return weights
-
-
-class LayerSource(Protocol):
-    """A model whose layers and experts can be had one by one, as ``models.huggingface.Source`` gives them."""
-
-    config: ModelConfig
-
-    def top(self) -> Bundle: ...
-
-    def layer(self, layer: int) -> Bundle: ...
-
-    def expert(self, layer: int, expert: int) -> Triple: ...
-
-    def release(self) -> None: ...

@@ -42,7 +42,7 @@ class Changed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """Of one text, means over its tokens. divergence: nats a token; standard_error: its own, by window (None of one)."""
+    """Of one text, means over its tokens. divergence: nats a token, and its standard error by window (None of one)."""
 
     dataset: str
     tokens: int

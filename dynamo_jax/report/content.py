@@ -32,7 +32,7 @@ class Line(NamedTuple):
 class ReportContent:
     """What a report shows.
 
-    facts: of the model and the plan, in order. rows: the fields of ``evaluate.Row``. significance:
+    facts: of the model and the plan, in order. rows: the fields of ``evaluation.perplexity.Row``. significance:
     nats a token predicted when that expert alone is at 2 bits. channel_significance: output energy
     through each channel block. baseline_bits: of each page, in {2, 3, 4, 8}; apart: whether each
     projection of a block has a page of its own, those of gate first. adapted_bits: of the datasets
