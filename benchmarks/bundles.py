@@ -163,10 +163,10 @@ def loop_of(schedule: str) -> Loop | None:
     return Loop(last + 1 - first - sum(sizes), sizes, tuple(own))
 
 
-def write(path: Path | None, rows: list[dict[str, Any]]) -> None:
-    """Rows of a benchmark, with what compiled them; nowhere without a path."""
+def write(path: Path | None, **found: Any) -> None:
+    """What a benchmark found, with what compiled it; nowhere without a path."""
     if path:
-        path.write_text(json.dumps({"rows": rows, **versions()}, indent=1) + "\n")
+        path.write_text(json.dumps({**found, **versions()}, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:

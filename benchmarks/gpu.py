@@ -48,6 +48,7 @@ from dynamo_jax.kernels.fragments import BLOCK, FragmentBase, FragmentPages, Fra
 from dynamo_jax.kernels.quantized_gpu import quantized_experts_gpu
 from dynamo_jax.kernels.quantized_xla import quantized_experts_xla
 from dynamo_jax.kernels.rows import combine_rows, gather_rows, sort_by_expert
+from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, new_cache, parameters, with_parameters
 from dynamo_jax.models.experts import silu_gated
 from dynamo_jax.runtime import serving
@@ -379,12 +380,23 @@ def step(config: Any, watched: bool, arrays: Any, experts: Any, tokens: Any, mas
     return token, cache, serving.observe(experts, routings).watch if watched else None
 
 
+def model_arrays(config: ModelConfig) -> dict[str, Any]:
+    """Random parameters of all but the experts."""
+    shapes = jax.eval_shape(lambda: parameters(Decoder(config, with_experts=False, rngs=nnx.Rngs(0))))
+    make = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16) * 0.02, static_argnums=1)
+    return {n: make(jax.random.key(i), s.shape) for i, (n, s) in enumerate(sorted(shapes.items()))}
+
+
+def batch_of(config: ModelConfig, requests: int, length: int) -> tuple[Any, Any, Any]:
+    """Tokens, mask and an empty cache of a step."""
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (requests, length))
+    return tokens, np.ones((requests, length), bool), new_cache(config, requests, 2 * PREFILL, jnp.bfloat16)
+
+
 def measure_model(add: Callable[..., None], late: Callable[[], bool]) -> None:
     config = MODELS["olmoe-1b-7b"]
     layer, layers = SHAPES["olmoe-1b-7b"], config.num_hidden_layers
-    shapes = jax.eval_shape(lambda: parameters(Decoder(config, with_experts=False, rngs=nnx.Rngs(0))))
-    make = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16) * 0.02, static_argnums=1)
-    arrays = {n: make(jax.random.key(i), s.shape) for i, (n, s) in enumerate(sorted(shapes.items()))}
+    arrays = model_arrays(config)
     resident = jax.jit(functools.partial(planes, layers, layer))(jax.random.key(0))
     weights = [bfloat16_weights(layer, number) for number in range(layers)]
 
@@ -408,10 +420,9 @@ def measure_model(add: Callable[..., None], late: Callable[[], bool]) -> None:
                 return
             experts, length = experts_of(requests), PREFILL // requests
             fixed = (config, "watched" in name, arrays, experts)
-            tokens = np.random.default_rng(0).integers(0, config.vocab_size, (requests, length))
-            mask, times = np.ones((requests, length), bool), []
+            times = []
             for _ in range(3):
-                cache = jax.block_until_ready(new_cache(config, requests, 2 * PREFILL, jnp.bfloat16))
+                tokens, mask, cache = jax.block_until_ready(batch_of(config, requests, length))
                 begin = time.perf_counter()
                 token, cache, _ = step(*fixed, tokens, mask, cache)
                 token.block_until_ready()

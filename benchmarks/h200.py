@@ -104,19 +104,11 @@ def compile_model(requests: int = 8) -> None:
     """What ``gpu.py`` runs of a model with two variants and a monitor; prints the GiB that each program needs."""
     import gpu
     import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from flax import nnx
-
-    from dynamo_jax.models.decoder import Decoder, new_cache, parameters
 
     def inputs(length: int) -> Any:
-        whole = parameters(Decoder(config, with_experts=False, rngs=nnx.Rngs(0)))
-        arrays = {name: array.astype(jnp.bfloat16) for name, array in whole.items()}
         planes = gpu.planes(config.num_hidden_layers, layer, jax.random.key(0))
         state = gpu.state_of(layer, config.num_hidden_layers, requests, gpu.PLANS["mixed"], planes)
-        cache = new_cache(config, requests, 2 * gpu.PREFILL, jnp.bfloat16)
-        return arrays, state, np.zeros((requests, length), int), np.ones((requests, length), bool), cache
+        return gpu.model_arrays(config), state, *gpu.batch_of(config, requests, length)
 
     config, layer = gpu.MODELS["olmoe-1b-7b"], gpu.SHAPES["olmoe-1b-7b"]
     for name, length in (("decode", 1), ("prefill", gpu.PREFILL // requests)):

@@ -93,7 +93,7 @@ def main() -> None:
                 f"{MEMORY[chip]:7d} {fits!s:>12s} {seconds:10.0f}",
                 flush=True,
             )
-            bundles.write(chosen.json, rows)
+            bundles.write(chosen.json, rows=rows)
 
 
 if __name__ == "__main__":

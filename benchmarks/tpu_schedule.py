@@ -417,9 +417,8 @@ def main() -> None:
         for name in chosen.shape or SHAPES:
             for tokens in chosen.tokens or TOKENS:
                 rows += rows_for(chip, name, tokens, tuple(chosen.group or (GROUP,)))
-                bundles.write(chosen.json, rows)
-                if chosen.counted:
-                    chosen.counted.write_text(json.dumps({"cycles": COUNTED, **bundles.versions()}, indent=1) + "\n")
+                bundles.write(chosen.json, rows=rows)
+                bundles.write(chosen.counted, cycles=COUNTED)
 
 
 if __name__ == "__main__":
