@@ -65,7 +65,7 @@ def text_model(model: QuantizedModel, dtype: Any = jnp.bfloat16, adapt: bool = F
     return TextModel(language_model, model.tokenizer, model.files, follower)
 
 
-def load_text_model(folder: Path, dtype: Any = jnp.bfloat16, adapt: bool = False) -> TextModel:
+def load_text_model(folder: str | Path, dtype: Any = jnp.bfloat16, adapt: bool = False) -> TextModel:
     """A folder that ``quantize`` wrote, or a Hugging Face folder, ready for ``stream`` and ``generate``.
 
     dtype, adapt: as ``text_model`` takes them. ValueError: a folder that is not whole, or adapt for a model that is not
@@ -102,7 +102,7 @@ def stream(
 def generate(
     model: TextModel, prompts: Sequence[str], config: GenerateConfig | None = None, chat: bool = True
 ) -> list[str]:
-    """``stream``, collected: the continuation of each prompt."""
+    """The continuation of each prompt: ``stream``, collected. ValueError: a prompt that the model cannot take."""
     out = [""] * len(prompts)
     for pieces in stream(model, prompts, config, chat):
         out = [text + piece for text, piece in zip(out, pieces)]

@@ -119,7 +119,11 @@ def _order(part: Any) -> tuple[int, int, str]:
 
 
 def uniform_plan(model: nnx.Module, width: int, channel_block: int = 16, group_size: int = 64) -> Plan:
-    """The plan that gives every expert of ``model`` the same ``width`` (2, 3, 4 or 8 bits)."""
+    """The plan that gives every expert of ``model`` the same ``width`` (2, 3, 4 or 8 bits).
+
+    channel_block: channels that share a width, at most an expert's; group_size: weights that share a scale. ValueError:
+    sizes that the model does not have, or no module that follows the protocol.
+    """
     modules = list(experts_modules(model).values())
     experts, hidden, channels = modules[0].gate.shape
     if not 1 <= channel_block <= channels:
@@ -133,7 +137,8 @@ def quantize_model(model: M, plan: Plan, *more: Plan) -> M:
 
     ``plan.widths`` is (L, E, B), L being the number of modules that follow the protocol. More plans are
     further variants, which ``switch_model`` chooses between. The result works under ``nnx.jit``, ``nnx.split``
-    and ``nnx.merge``, and its state is plain arrays for Orbax.
+    and ``nnx.merge``, and its state is plain arrays for Orbax. ValueError, which names the module: none follows the
+    protocol (this module's docstring), a plan of other sizes, weights that are not finite.
     """
     model = nnx.clone(model)
     modules = experts_modules(model)
@@ -163,7 +168,8 @@ def quantize_model(model: M, plan: Plan, *more: Plan) -> M:
 
 
 def switch_model(model: nnx.Module, number: int) -> None:
-    """Run all quantized experts of ``model`` at variant ``number`` from now on. Compiles nothing."""
+    """Run all quantized experts of ``model`` at variant ``number`` from now on. Compiles nothing. ValueError: there is
+    no such variant."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, SwitchedExperts):
             if not 0 <= number < module.variants:

@@ -54,7 +54,7 @@ def analyze(
 
 
 def analyze_folder(
-    folder: Path, known: dict[str, str], config: QuantizeConfig | None = None, progress: Progress = no_progress
+    folder: str | Path, known: dict[str, str], config: QuantizeConfig | None = None, progress: Progress = no_progress
 ) -> dict[str, Analysis]:
     """As ``analyze``, for a Hugging Face folder that memory need not hold."""
     source = Source(Path(folder))
@@ -167,8 +167,8 @@ def quantize(
 
 
 def quantize_folder(
-    folder: Path,
-    out: Path,
+    folder: str | Path,
+    out: str | Path,
     known: dict[str, str],
     config: QuantizeConfig | None = None,
     progress: Progress = no_progress,
@@ -178,7 +178,7 @@ def quantize_folder(
     Unfinished work lies in a hidden folder beside ``out``. The same call resumes it at its last finished layer,
     and the result is the same bits. ValueError: as ``quantize``, and a folder that is not whole, or is not free.
     """
-    config = config or QuantizeConfig()
+    folder, out, config = Path(folder), Path(out), config or QuantizeConfig()
     source = Source(folder)
     config = settled(config, source.config, source.other_bytes(), list(known))
     checkpoint.check_free(out)

@@ -24,7 +24,8 @@ StepFn = Callable[[Array], tuple[Array, Array]]  # tokens (B, T1) -> losses (B,)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """window and batch in tokens and windows; limit: windows of a dataset at most, None for all."""
+    """How texts are evaluated. window: tokens; batch_size, adaptation_windows: windows, the latter the first ones of
+    a text that monitor and adaptation see; limit: windows that count at most, None for all."""
 
     window: int = 256
     batch_size: int = 8

@@ -56,8 +56,12 @@ def load_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def load_tokenizer(folder: Path, vocab_size: int | None = None) -> tokenizers.Tokenizer:
-    """The tokenizer in ``folder``; it may know fewer tokens than ``vocab_size`` (padded embeddings), not more."""
+def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> tokenizers.Tokenizer:
+    """The tokenizer.json in ``folder``.
+
+    It may know fewer tokens than ``vocab_size`` (padded embeddings), not more. ValueError: that, or no such file, or
+    a damaged one.
+    """
     path = Path(folder) / TOKENIZER
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -194,9 +198,14 @@ def describe(folder: Path) -> dict[str, Any]:
     }
 
 
-def load_checkpoint(folder: Path) -> Decoder:
-    """The model in ``folder``, whole, parameters in the dtypes of the file."""
-    source = Source(folder)
+def load_checkpoint(folder: str | Path) -> Decoder:
+    """The model in a Hugging Face folder, whole, parameters in the dtypes of the file.
+
+    ``model(tokens)``, tokens (B, T) int32, gives logits (B, T, V) in float32 and the routing of each layer.
+    ValueError, which names the file: an unknown family, a key that the decoder cannot compute, a tensor that is missing
+    or of another shape, a damaged file, NaN or infinity.
+    """
+    source = Source(Path(folder))
     config = source.config
     arrays: dict[str, Any] = {name: jnp.asarray(a) for name, a in source.top().items()}
     for layer in range(config.num_hidden_layers):

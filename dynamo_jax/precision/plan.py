@@ -22,7 +22,8 @@ class Plan:
 
     apart: gate and up have one width, down another; ``widths[l, e]`` are then those of the N blocks in gate and up,
     and behind them those of the N blocks in down. channels: of an expert, N * channel_block where none are given; the
-    last block, and the last group along ``hidden_size``, may be filled up (``kernels.layout``).
+    last block, and the last group along ``hidden_size``, may be filled up (``kernels.layout``). ValueError: another
+    width, or sizes that do not fit each other.
     """
 
     widths: Int8[np.ndarray, "L E M"]

@@ -44,7 +44,10 @@ class LanguageModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """How to continue. temperature 0 takes the likeliest token; top_k 0 and top_p 1 leave all tokens in."""
+    """How to continue. temperature 0 takes the likeliest token; top_k 0 and top_p 1 leave all tokens in.
+
+    max_tokens: new ones at most; stop: ids that end a text; seed: of the samples. ValueError: a value out of range.
+    """
 
     max_tokens: int = 128
     temperature: float = 0.0

@@ -40,8 +40,12 @@ SPARE = 0.5  # of the baseline's pages: slots beside theirs, for those of other 
 
 
 class State(NamedTuple):
-    """All that a jitted step needs beside the model's own parameters. number: the variant of each request; watch: None
-    where nobody watches."""
+    """All that a jitted step needs beside the model's own parameters, a pytree of arrays.
+
+    resident: base planes and slots of pages; tables: the page table of each variant; number: the variant of each of B
+    requests; signatures: of the known datasets, which the monitors compare with; watch: the monitors, None where nobody
+    watches.
+    """
 
     resident: AnyResident
     tables: tuple[PageTable, ...]
@@ -91,7 +95,8 @@ def init(
 
     slots: the page budget of each refinement level, at least the baseline's pages; by default those and half as many.
     arrangement: of the planes on the device, "planes", "tiles" (of the TPU kernel) or "fragments" (of the GPU kernels);
-    by default that of the fastest kernel that takes them there.
+    by default that of the fastest kernel that takes them there. ValueError: no request or variant, or fewer slots than
+    the baseline has pages.
     """
     if requests < 1 or variants < 1:
         raise ValueError(f"{requests} requests, {variants} variants: expected one or more")
@@ -120,15 +125,22 @@ def for_requests(state: State, requests: int) -> State:
 
 
 def experts(state: State, form: str = "bf16") -> ExpertsFn:
-    """The experts of ``dynamo_jax.models.decoder`` at each request's variant; a single request runs ``lax.switch``.
-    ``form``: of activations in the TPU kernel, "bf16", "int8" or "fp8"; it says nothing elsewhere."""
+    """The experts of ``dynamo_jax.models.decoder`` at each request's variant, for use inside the caller's own jit.
+
+    What a layer calls with its inputs (N, D) and their routing, N = B * T, and gets outputs (N, D) and the routing
+    from. A single request runs ``lax.switch``. form: of activations in the TPU kernel, "bf16", "int8" or "fp8"; it says
+    nothing elsewhere.
+    """
     alone = state.number.shape[0] == 1 or len(state.tables) == 1
     return switched_experts(state.resident, state.tables, state.number[0] if alone else state.number, form)
 
 
 def observe(state: State, routings: list[Routing], mask: Bool[Array, "B T"] | None = None) -> State:
-    """The state after a step that routed T tokens of each request; ``mask`` is False where one is padding. A state that
-    nobody watches stays as it is."""
+    """The state after a step that routed T tokens of each request, its monitors having seen them; for use inside jit.
+
+    routings: of each layer with experts, as ``experts`` gave it back. mask: False where a token is padding. A state
+    that nobody watches stays as it is. ValueError: routings of another number of layers. Source: docs/method.md.
+    """
     if state.watch is None:
         return state
     requests, (num_layers, num_experts) = state.number.shape[0], state.signatures.shares.shape[1:]
@@ -152,19 +164,26 @@ def observe(state: State, routings: list[Routing], mask: Bool[Array, "B T"] | No
 
 
 def switch(state: State, number: Int[ArrayLike, "*B"]) -> State:
-    """All requests at one variant, or each at its own; for use inside jit and outside, where it compiles nothing."""
+    """All requests at one variant, or each at its own; for use inside jit and outside, where it compiles nothing.
+
+    A number out of range is clipped to the last variant.
+    """
     xp = jnp if isinstance(number, jax.Array) else np
     clipped = xp.clip(xp.broadcast_to(number, state.number.shape), 0, len(state.tables) - 1)
     return state._replace(number=jnp.asarray(clipped.astype(np.int32)))
 
 
 def follow(state: State, novel: int = 1) -> State:
-    """Each request at variant ``novel`` where its monitor says novel, else at the baseline."""
+    """Each request at variant ``novel`` where its monitor says novel, else at the baseline; for use inside jit, too.
+
+    ValueError: nobody watches this state.
+    """
     return switch(state, jnp.where(is_novel(state), novel, 0))
 
 
 def is_novel(state: State) -> Bool[Array, " B"]:
-    """Which requests' text the monitor calls novel."""
+    """Which requests' text the monitor calls novel: twice in a row unlike every known dataset. It says nothing before
+    256 tokens. ValueError: nobody watches this state."""
     if state.watch is None:
         raise ValueError("nobody watches this state: it has no monitor")
     return state.watch.label == len(state.signatures.limit)
@@ -215,7 +234,12 @@ def gain(
 def adapt(
     model: QuantizedModel, host: Host, state: State, windows: Int[np.ndarray, "S T1"], variant: int = 1
 ) -> tuple[Host, State]:
-    """``variant`` adapted to data like ``windows``, within the page budget; the numbers stay as they are."""
+    """``variant`` adapted to data like ``windows``, within the page budget; the numbers stay as they are.
+
+    windows: token ids, each predicting T of them; 512 tokens in all do, 2,048 do better. The given state's pages are
+    given up. ValueError: no tokens, no such variant, the baseline itself, a damaged page. Source: docs/design.md,
+    "Adaptation".
+    """
     free = spare(host, state, variant)
     plan = adapted_plan(model.plan, model.knowledge, observe_windows(model, windows), free)
     return finish(host, state, begin(host, state, plan, variant))

@@ -52,9 +52,13 @@ def check_free(folder: Path) -> None:
         raise ValueError(f"{folder}: exists and holds something else; choose another --out")
 
 
-def save(folder: Path, model: QuantizedModel) -> None:
-    """Write the checkpoint; an earlier checkpoint of that name is replaced when the new one is whole."""
-    folder = folder.absolute()
+def save(folder: str | Path, model: QuantizedModel) -> None:
+    """Write the checkpoint; an earlier checkpoint of that name is replaced when the new one is whole.
+
+    What the folder holds: docs/checkpoints.md. It is larger than the plan's bytes, since all planes up to 8 bits are
+    kept for switching. ValueError: ``folder`` exists and is something else. OSError: it cannot be written.
+    """
+    folder = Path(folder).absolute()
     check_free(folder)
     with whole_folder(folder) as partial:
         arrays = {name: np.asarray(a) for name, a in model.parameters.items()}
@@ -101,9 +105,12 @@ def describe_to(
     write_text(folder / META, json.dumps(meta, indent=2) + "\n")
 
 
-def load(folder: Path) -> QuantizedModel:
-    """The model in ``folder``; anything missing or damaged is a ValueError that names the file."""
-    folder = folder.absolute()
+def load(folder: str | Path) -> QuantizedModel:
+    """The quantized model in ``folder``, planes in host memory.
+
+    ValueError, which names the file: something is missing, damaged, or of another format.
+    """
+    folder = Path(folder).absolute()
     meta, config, plan, arrays = read_description(folder)
     try:
         for level, table in page_tables(plan).items():

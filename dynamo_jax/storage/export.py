@@ -23,14 +23,19 @@ from dynamo_jax.models.families.names import expert_names, layer_tensor_names, t
 from dynamo_jax.models.formats.expert_files import Triple, expert_tensors
 from dynamo_jax.models.huggingface import write_shards
 from dynamo_jax.precision.plan import Plan
-from dynamo_jax.progress import Progress
+from dynamo_jax.progress import Progress, no_progress
 from dynamo_jax.quant.planes import Planes, dequantize
 from dynamo_jax.storage import checkpoint
 from dynamo_jax.storage.bundles import Bundle, check_planes, layer_name, layer_planes, read_bundle
 
 
-def export(folder: Path, out: Path, progress: Progress) -> None:
-    """Write the quantized model in ``folder`` as the Hugging Face folder ``out``, which must be missing or empty."""
+def export(folder: str | Path, out: str | Path, progress: Progress = no_progress) -> None:
+    """Write the quantized model in ``folder`` as the Hugging Face folder ``out``, which must be missing or empty.
+
+    Experts are bfloat16 there, at the widths of the baseline: as many bytes as before quantization. A layer is in
+    memory at a time. ValueError: ``out`` is not free, or ``folder`` is not a whole quantized model.
+    """
+    folder, out = Path(folder), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists and is not an empty folder; choose another --out")
     description = checkpoint.read_description(folder)

@@ -16,7 +16,7 @@ from dynamo_jax.demo import DemoConfig
 from dynamo_jax.evaluation.perplexity import EvalConfig
 from dynamo_jax.files import write_json
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.settings import load_toml
+from dynamo_jax.settings import find_preset, load_toml
 from dynamo_jax.texts.reading import read_text
 from dynamo_jax.texts.windows import token_windows
 from dynamo_jax.training import TrainConfig
@@ -107,6 +107,15 @@ def test_the_demo_preset_is_the_demos_defaults():
 
 def test_the_training_preset_is_the_bundled_models(bundled):
     assert load_toml(TrainConfig, ROOT / "configs/train/tiny_moe.toml").model == bundled[0].config
+
+
+def test_a_preset_is_found_by_its_short_name_and_a_file_by_its_path(tmp_path):
+    assert load_toml(DemoConfig, find_preset("demo")) == DemoConfig()
+    assert load_toml(TrainConfig, find_preset("tiny_moe", "train")).steps > 0
+    (tmp_path / "own.toml").write_text("")
+    assert find_preset(str(tmp_path / "own.toml")) == tmp_path / "own.toml"
+    with pytest.raises(ValueError, match="dem: no such file, and no preset of that name; presets are demo"):
+        find_preset("dem")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda p: p.name)
