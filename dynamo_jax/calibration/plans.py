@@ -33,7 +33,8 @@ def plan(analyses: dict[str, Analysis], config: QuantizeConfig, model: ModelConf
 
     ``config`` says what the budget is and what counts (``objective``, ``weights``, ``per_projection``); its group size
     and channel block are those of the analyses. model: the configuration of the model that they are of. ValueError: a
-    budget below that of 2 bits everywhere. Source: docs/design.md, "Baseline".
+    budget below that of 2 bits everywhere, or by fits_gib, which needs to know more than these. Source: docs/design.md,
+    "Baseline".
     """
     losses = {
         name: a.apart_significance() if config.per_projection else a.expert_significance()[:, :, None]

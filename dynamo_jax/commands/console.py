@@ -12,6 +12,7 @@ import rich.progress
 import rich.table
 
 if TYPE_CHECKING:
+    from dynamo_jax.evaluation.divergence import Divergence
     from dynamo_jax.evaluation.perplexity import Row
     from dynamo_jax.progress import Progress
     from dynamo_jax.runtime.online import Event
@@ -65,6 +66,25 @@ def print_rows(rows: list[Row]) -> None:
             f"{row.perplexity:.3f}",
             describe_difference(row),
             end_section=index + 1 == len(rows) or rows[index + 1].dataset != row.dataset,
+        )
+    rich.console.Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def print_divergences(rows: list[Divergence]) -> None:
+    caption = "baseline beside the unquantized model, without calibration windows; divergence: nats a token"
+    table = rich.table.Table(caption=caption)
+    for name in ("dataset", "tokens", "nll", "unquantized", "accuracy", "unquantized", "divergence"):
+        table.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=True)
+    for row in rows:
+        error = f" +- {row.standard_error:.4f}" if row.standard_error is not None else ""
+        table.add_row(
+            row.dataset,
+            f"{row.tokens:,}",
+            f"{row.nll:.4f}",
+            f"{row.nll_unquantized:.4f}",
+            f"{row.accuracy:.2%}",
+            f"{row.accuracy_unquantized:.2%}",
+            f"{row.divergence:.4f}{error}",
         )
     rich.console.Console(width=None if sys.stdout.isatty() else 140).print(table)
 

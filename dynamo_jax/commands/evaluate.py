@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dynamo_jax.commands.console import describe_verdict, print_rows, progress_bar
+from dynamo_jax.commands.console import describe_verdict, print_divergences, print_rows, progress_bar
 from dynamo_jax.commands.options import (
     JsonOption,
     KnownOption,
@@ -29,6 +29,9 @@ def evaluate(
     variant: Annotated[
         list[str], typer.Option(help="baseline, auto; of an unquantized model bf16, rtn4, rtn3, rtn2. Repeatable.")
     ] = [],  # noqa: B006
+    against: Annotated[
+        str | None, typer.Option(help="The unquantized model: also show how far a quantized one is from it.")
+    ] = None,
     json: JsonOption = None,
     window: WindowOption = 256,
     limit: Annotated[int | None, typer.Option(min=1, help="Windows of each dataset at most.")] = None,
@@ -37,6 +40,7 @@ def evaluate(
 
     The first windows of a dataset are what the monitor and adaptation see; rows count the rest.
     """
+    from dynamo_jax.evaluation.divergence import divergence
     from dynamo_jax.evaluation.evaluate import evaluate as run
     from dynamo_jax.evaluation.perplexity import EvalConfig
     from dynamo_jax.evaluation.switched import VARIANTS
@@ -52,6 +56,9 @@ def evaluate(
     if checkpoint.is_checkpoint(Path(model)):
         loaded, tokenizer = checkpoint.load(Path(model)), None
         names = check_variants(variant, VARIANTS, "a quantized model")
+        original: Any = load_float(against)[0] if against else None
+    elif against:
+        raise ValueError(f"--against {against}: {model} is not quantized")
     else:
         loaded, tokenizer = load_float(model)
         names = check_variants(variant, UNIFORM, "an unquantized model")
@@ -61,8 +68,14 @@ def evaluate(
         rows, adaptations = run(
             loaded, **texts, config=settings, variants=names, tokenizer=tokenizer, progress=progress
         )
+        if against:
+            apart = divergence(original, loaded, texts["known"] | texts["novel"], settings, progress)
     print_rows(rows)
     for name, found in adaptations.items():
         print(f"{name}: {describe_verdict(found)}")
+    results = {"results": [row.to_dict() for row in rows]}
+    if against:
+        print_divergences(apart)
+        results["divergence"] = [row.to_dict() for row in apart]
     if json:
-        write_json(json, {"results": [row.to_dict() for row in rows]})
+        write_json(json, results)

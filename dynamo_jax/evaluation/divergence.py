@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dynamo_jax.evaluation.perplexity import EvalConfig
+from dynamo_jax.evaluation.switched import calibrated_windows
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, parameters, with_parameters
 from dynamo_jax.progress import Progress, no_progress
@@ -66,7 +67,8 @@ def divergence(
 ) -> list[Divergence]:
     """How far the baseline of ``quantized`` is from ``model``, which it was quantized from, on each text (by name).
 
-    All windows of a text count, ``config.limit`` at most. ValueError: a text of less than a window, another model.
+    All windows of a text count but those that calibration used, ``config.limit`` at most. ValueError: a text of less
+    than a window, another model.
     """
     config = config or EvalConfig()
     if model.config != quantized.config:
@@ -76,7 +78,10 @@ def divergence(
     own = quantized.device_parameters()
     rows = []
     for index, (name, text) in enumerate(texts.items()):
-        windows = token_windows(text, quantized.tokenizer, config.window, name, config.limit)
+        used = calibrated_windows(quantized, name, text, config)
+        windows = token_windows(text, quantized.tokenizer, config.window, name)[used:][: config.limit]
+        if not len(windows):
+            raise ValueError(f"{name}: no window of {config.window} tokens is left after {used} used in calibration")
         found = []
         for tokens, mask in batches(windows, config.batch_size):
             part = jnp.asarray(tokens)
