@@ -24,6 +24,7 @@ from dynamo_jax.runtime.monitor import judge, mean_divergence, novelty_threshold
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TOKENS, HIDDEN, EXPERTS, CHANNELS, TOP_K, BLOCK = 40, 32, 5, 16, 2, 4
+observed_experts = jax.jit(observe_experts, static_argnames=("channel_block", "form", "apart"))
 
 
 def layer(seed=0, scale=0.3, tokens=TOKENS):
@@ -73,14 +74,14 @@ def loop(x, routing, weights, candidate):
 def test_every_sum_equals_a_loop_over_tokens():
     x, routing, weights = layer()
     candidate = noisy(weights)
-    _, stats = observe_experts(x, routing, weights, [candidate], jnp.ones(TOKENS), BLOCK)
+    _, stats = observed_experts(x, routing, weights, [candidate], jnp.ones(TOKENS), BLOCK)
     for name, want in loop(x, routing, weights, candidate).items():
         np.testing.assert_allclose(getattr(stats, name), want, rtol=2e-4, atol=1e-6, err_msg=name)
     assert stats.tokens == TOKENS
 
 
 def test_an_expert_without_tokens_has_zeros_and_nothing_is_nan():
-    _, stats = observe_experts(*layer(), [], jnp.ones(TOKENS), BLOCK)
+    _, stats = observed_experts(*layer(), [], jnp.ones(TOKENS), BLOCK)
     assert all(np.isfinite(a).all() for a in stats)
     assert stats.counts[3] == 0 and (stats.hidden_energy[3] == 0).all()
 
@@ -105,34 +106,45 @@ def model():
     return Decoder(CONFIG, rngs=nnx.Rngs(1))
 
 
-def run(model, tokens, mask=None, importance=None):
+@pytest.fixture(scope="module")
+def run(model):
+    """Statistics and counts of tokens; programs stay, so tests share them where shapes are the same."""
     weights = [x.expert_weights() for x in model.layers]
     candidates = [[noisy(w)] for w in weights]
-    mask = jnp.ones(tokens.shape) if mask is None else mask
     observed = jax.jit(lambda t, m, i: observe(model, t, m, weights, candidates, BLOCK, importance=i))
-    return observed(tokens, mask, importance)
+
+    def run(tokens, mask=None, importance=None):
+        return observed(tokens, jnp.ones(tokens.shape) if mask is None else mask, importance)
+
+    return run
 
 
-def test_two_batches_merged_are_one_batch(model):
+@pytest.fixture(scope="module")
+def importance_of(model):
+    """The importance of tokens of which all count."""
+    return jax.jit(lambda t: token_importance(model, t, jnp.ones((t.shape[0], t.shape[1] - 1))))
+
+
+def test_two_batches_merged_are_one_batch(run):
     tokens = jax.random.randint(jax.random.key(0), (4, 10), 0, 40)
-    whole, counts = run(model, tokens)
-    parts = merge(run(model, tokens[:2])[0], run(model, tokens[2:])[0])
+    whole, counts = run(tokens)
+    parts = merge(run(tokens[:2])[0], run(tokens[2:])[0])
     for a, b in zip(whole, parts):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(counts.sum(axis=0), whole.counts)
 
 
-def test_a_masked_sequence_counts_for_nothing(model):
-    tokens = jax.random.randint(jax.random.key(0), (3, 10), 0, 40)
-    masked, _ = run(model, tokens, jnp.ones((3, 10)).at[2].set(0))
-    for a, b in zip(masked, run(model, tokens[:2])[0]):
+def test_a_masked_sequence_counts_for_nothing(run):
+    tokens = jax.random.randint(jax.random.key(0), (4, 10), 0, 40)
+    masked, _ = run(tokens, jnp.ones((4, 10)).at[2:].set(0))
+    for a, b in zip(masked, run(tokens[:2])[0]):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_importance_is_the_squared_gradient_by_the_experts_output(model):
+def test_importance_is_the_squared_gradient_by_the_experts_output(model, importance_of):
     """Against finite differences along each direction of each token."""
     tokens = jax.random.randint(jax.random.key(3), (1, 8), 0, 40)
-    got = token_importance(model, tokens, jnp.ones((1, 7)))
+    got = importance_of(tokens)
 
     def loss(shift):
         def experts(index, x, routing, weights, form):
@@ -151,38 +163,38 @@ def test_importance_is_the_squared_gradient_by_the_experts_output(model):
     np.testing.assert_allclose(got[1, 0], squared.sum(axis=1) / 2 / 32, rtol=1e-2, atol=1e-3 * squared.sum())
 
 
-def test_errors_count_by_the_importance_of_their_tokens(model):
+def test_errors_count_by_the_importance_of_their_tokens(run):
     """One token alone: its errors are those of a run in which the others are masked."""
-    tokens = jax.random.randint(jax.random.key(0), (1, 6), 0, 40)
-    one = jnp.zeros((2, 1, 6)).at[0, 0, 4].set(3.0).at[1, 0, 4].set(5.0)
-    found, masked = run(model, tokens, importance=one)[0], run(model, tokens, one[0] / 3)[0]
+    tokens = jax.random.randint(jax.random.key(0), (2, 10), 0, 40)
+    one = jnp.zeros((2, 2, 10)).at[0, 0, 4].set(3.0).at[1, 0, 4].set(5.0)
+    found, masked = run(tokens, importance=one)[0], run(tokens, one[0] / 3)[0]
     for name in ("errors", "apart_errors", "block_errors"):
         for layer, weight in enumerate((3.0, 5.0)):
             want = weight * getattr(masked, name)[layer]
             np.testing.assert_allclose(getattr(found, name)[layer], want, rtol=1e-4, atol=1e-6)
-    np.testing.assert_array_equal(found.counts, run(model, tokens)[0].counts)
+    np.testing.assert_array_equal(found.counts, run(tokens)[0].counts)
 
 
 def test_a_blocks_error_is_that_of_an_expert_whose_other_blocks_are_exact():
     x, routing, weights = layer()
     other = noisy(weights)
-    _, stats = observe_experts(x, routing, weights, [other], jnp.ones(TOKENS), BLOCK)
+    _, stats = observed_experts(x, routing, weights, [other], jnp.ones(TOKENS), BLOCK)
     assert stats.block_errors.shape == (EXPERTS, CHANNELS // BLOCK, 1)
     for block in range(CHANNELS // BLOCK):
         own = slice(block * BLOCK, (block + 1) * BLOCK)
         one = ExpertWeights(*(w.at[:, own].set(o[:, own]) for w, o in zip(weights, other)))
-        _, alone = observe_experts(x, routing, weights, [one], jnp.ones(TOKENS), BLOCK)
+        _, alone = observed_experts(x, routing, weights, [one], jnp.ones(TOKENS), BLOCK)
         np.testing.assert_allclose(stats.block_errors[:, block], alone.errors, rtol=1e-4, atol=1e-6)
 
 
 def test_the_error_of_gate_and_up_or_of_down_is_that_of_an_expert_whose_other_projections_are_exact():
     x, routing, weights = layer()
     other = noisy(weights)
-    _, stats = observe_experts(x, routing, weights, [other], jnp.ones(TOKENS), BLOCK, apart=True)
+    _, stats = observed_experts(x, routing, weights, [other], jnp.ones(TOKENS), BLOCK, apart=True)
     blocks = CHANNELS // BLOCK
     assert stats.apart_errors.shape == (EXPERTS, 2, 1) and stats.block_errors.shape == (EXPERTS, 2 * blocks, 1)
     for index, mixed in enumerate((other._replace(down=weights.down), weights._replace(down=other.down))):
-        _, alone = observe_experts(x, routing, weights, [mixed], jnp.ones(TOKENS), BLOCK)
+        _, alone = observed_experts(x, routing, weights, [mixed], jnp.ones(TOKENS), BLOCK)
         np.testing.assert_allclose(stats.apart_errors[:, index], alone.errors, rtol=1e-4, atol=1e-6)
         own = stats.block_errors[:, index * blocks : (index + 1) * blocks]
         np.testing.assert_allclose(own, alone.block_errors, rtol=1e-4, atol=1e-6)
@@ -190,10 +202,10 @@ def test_the_error_of_gate_and_up_or_of_down_is_that_of_an_expert_whose_other_pr
 
 def test_a_channels_significance_is_the_energy_that_it_adds_to_the_output():
     x, routing, weights = layer()
-    _, stats = observe_experts(x, routing, weights, [], jnp.ones(TOKENS), BLOCK)
+    _, stats = observed_experts(x, routing, weights, [], jnp.ones(TOKENS), BLOCK)
     found = channel_significance(jax.tree.map(lambda a: a[None], stats), weights.down[None])[0]
     only = weights._replace(down=jnp.zeros_like(weights.down).at[2, 7].set(weights.down[2, 7]))
-    _, alone = observe_experts(x, routing, only, [], jnp.ones(TOKENS), BLOCK)
+    _, alone = observed_experts(x, routing, only, [], jnp.ones(TOKENS), BLOCK)
     assert found[2, 7] == pytest.approx(float(alone.output_energy[2]) / TOKENS, rel=1e-4)
 
 
@@ -202,13 +214,12 @@ def test_an_expert_that_calibration_missed_needs_no_correction():
     assert (ratio == 1).all()
 
 
-def test_repeating_the_data_leaves_significance_unchanged(model):
+def test_repeating_the_data_leaves_significance_unchanged(run, importance_of):
     tokens = jax.random.randint(jax.random.key(0), (2, 11), 0, 40)
     twice = jnp.concatenate([tokens, tokens])
 
     def significance(t):
-        importance = jax.jit(lambda t: token_importance(model, t, jnp.ones((len(t), 10))))(t)
-        return expert_significance(run(model, t[:, :-1], importance=importance)[0])
+        return expert_significance(run(t[:, :-1], importance=importance_of(t))[0])
 
     np.testing.assert_allclose(significance(tokens), significance(twice), rtol=1e-3, atol=1e-9)
 
