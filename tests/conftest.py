@@ -17,6 +17,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one run's workers and the c
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dynamo_jax-programs-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# The fusion emitters take most of the time in which XLA compiles for a CPU. XLA stops at a flag that it no longer has
+# and names it; where XLA_FLAGS is set already, it stays as it is.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
 import jax
 import pytest
@@ -40,6 +43,17 @@ def shallow(bundled):
     config = dataclasses.replace(decoder.config, num_hidden_layers=2)
     kept = {n: a for n, a in parameters(decoder).items() if not n.startswith("layers.") or int(n.split(".")[1]) < 2}
     return with_parameters(config, kept), tokenizer
+
+
+@pytest.fixture(scope="session")
+def shallow_folder(shallow, tmp_path_factory):
+    """The shallow model's checkpoint folder, with its tokenizer."""
+    from dynamo_jax.models.bundled import BUNDLED
+    from dynamo_jax.models.huggingface import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("shallow") / "hub"
+    save_checkpoint(folder, shallow[0], BUNDLED / "tokenizer.json")
+    return folder
 
 
 @pytest.fixture(scope="session")
