@@ -86,8 +86,8 @@ def test_a_prompts_tokens_do_not_depend_on_its_neighbours(family_model, tmp_path
 
 
 @pytest.fixture(scope="module")
-def tiny(bundled):
-    decoder, _ = bundled
+def tiny(shallow):
+    decoder, _ = shallow
     return LanguageModel(config=decoder.config, parameters=parameters(decoder))
 
 
@@ -463,7 +463,7 @@ def test_stop_tokens_come_from_the_generation_settings_first():
     assert chat.stop_tokens(side_files(BUNDLED)) == (0,)
 
 
-def test_a_model_in_bfloat16_generates(bundled):
-    model, tokenizer, files, _ = load_text_model(BUNDLED)
+def test_a_model_in_bfloat16_generates(shallow_folder):
+    model, tokenizer, files, _ = load_text_model(shallow_folder)
     tokens = prompt_tokens(tokenizer, files, "def main():", chat=True)
     assert len(generate(model, [tokens], GenerateConfig(max_tokens=5))[0]) == 5
