@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -14,6 +15,10 @@ import scipy.stats
 
 from dynamo_jax.commands import app as cli
 from dynamo_jax.models.bundled import BUNDLED
+from dynamo_jax.models.decoder import parameters, with_parameters
+from dynamo_jax.models.huggingface import save_checkpoint
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +52,11 @@ FAST = ("--windows", "4", "--window", "64")
 
 
 @pytest.fixture(scope="module")
-def folder(files, tmp_path_factory):
+def folder(files, shallow_folder, tmp_path_factory):
     """A model that the quantize command wrote."""
     out = tmp_path_factory.mktemp("models") / "quantized"
     known = ("--known", f"code={files / 'code.txt'}", "--known", f"sums={files / 'sums.txt'}")
-    arguments = ["quantize", "--model", "tiny-moe", *known, "--bits", "3.0", "--out", str(out), *FAST]
+    arguments = ["quantize", "--model", str(shallow_folder), *known, "--bits", "3.0", "--out", str(out), *FAST]
     cli.app([*arguments, "--quantizer", "rtn"], standalone_mode=False)
     return out
 
@@ -81,10 +86,25 @@ def test_eval_of_the_bundled_model_is_the_bf16_row(run, files, tmp_path):
     assert (row["variant"], row["kind"], row["bits_per_weight"]) == ("bf16", "known", 16.0)
 
 
-def test_analyze_reports_each_dataset_and_their_divergence(run, files, tmp_path):
+@pytest.fixture(scope="module")
+def narrow_folder(shallow, tmp_path_factory):
+    """The shallow model with its first eight experts alone: analysis quantizes each."""
+    decoder, _ = shallow
+    arrays = parameters(decoder)
+    for layer in range(decoder.config.num_hidden_layers):
+        for part in ("gate", "up", "down"):
+            arrays[f"layers.{layer}.{part}"] = arrays[f"layers.{layer}.{part}"][:8]
+        arrays[f"layers.{layer}.router"] = arrays[f"layers.{layer}.router"][:, :8]
+    folder = tmp_path_factory.mktemp("narrow")
+    config = dataclasses.replace(decoder.config, num_experts=8)
+    save_checkpoint(folder, with_parameters(config, arrays), BUNDLED / "tokenizer.json")
+    return folder
+
+
+def test_analyze_reports_each_dataset_and_their_divergence(run, files, narrow_folder, tmp_path):
     out = tmp_path / "out.json"
     known = ("--known", f"code={files / 'code.txt'}", "--known", f"verse={files / 'verse.txt'}")
-    code, printed, _ = run("analyze", *known, *FAST, "--json", out)
+    code, printed, _ = run("analyze", "--model", narrow_folder, *known, *FAST, "--json", out)
     assert code == 0 and "code | verse" in printed
     result = json.loads(out.read_text())
     assert set(result["datasets"]) == {"code", "verse"}
@@ -197,15 +217,14 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(run, files, fo
 GREEDY = ("--max-tokens", "12", "--dtype", "float32")
 
 
-@pytest.mark.usefixtures("quick_compilation_here")
-def test_generate_prints_the_continuation_alone(run):
-    code, one, err = run("generate", "--prompt", "def main(", *GREEDY)
+def test_generate_prints_the_continuation_alone(run, shallow_folder):
+    generate = ("generate", "--model", shallow_folder)
+    code, one, err = run(*generate, "--prompt", "def main(", *GREEDY)
     assert code == 0 and one.strip() and "def main(" not in one and not err
-    code, other, _ = run("generate", "--prompt", "King of", *GREEDY)
-    assert run("generate", "--prompt", "def main(", "--prompt", "King of", *GREEDY)[1] == one + other
+    code, other, _ = run(*generate, "--prompt", "King of", *GREEDY)
+    assert run(*generate, "--prompt", "def main(", "--prompt", "King of", *GREEDY)[1] == one + other
 
 
-@pytest.mark.usefixtures("quick_compilation_here")
 def test_generate_that_adapts_serves_prompts_one_after_the_other_and_says_what_it_saw(run, folder, texts):
     """Two halves of a text of a known kind: the same continuations, and a word on the second at 256 tokens."""
     prompts = ("--prompt", texts["code"][:300], "--prompt", texts["code"][300:600])
@@ -222,7 +241,6 @@ def test_only_a_quantized_model_can_adapt_and_all_prompts_are_checked_first(run,
     assert code == 2 and not printed and "prompt 1 has" in err and "the model has 256 positions" in err
 
 
-@pytest.mark.usefixtures("quick_compilation_here")
 def test_an_exported_model_generates_what_the_quantized_one_does(run, folder, tmp_path):
     code, printed, _ = run("export", "--model", folder, "--out", tmp_path / "out")
     assert code == 0 and str(tmp_path / "out") in printed
