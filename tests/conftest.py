@@ -11,15 +11,17 @@ import random
 import shutil
 import tempfile
 import traceback
+from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one run's workers and the commands that they start share programs
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dynamo_jax-programs-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-# The fusion emitters take most of the time in which XLA compiles for a CPU. XLA stops at a flag that it no longer has
-# and names it; where XLA_FLAGS is set already, it stays as it is.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
+if metadata.version("jaxlib").startswith("0.10."):
+    # The fusion emitters take most of the time in which this XLA compiles for a CPU. Later ones have no such flag, and
+    # XLA stops at a flag that it does not know. Where XLA_FLAGS is set already, it stays as it is.
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
 import jax
 import pytest
