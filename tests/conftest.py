@@ -78,6 +78,44 @@ def texts():
     return {"code": code, "sums": sums, "verse": verse}
 
 
+@pytest.fixture(scope="session")
+def quantized(shallow, texts):
+    """The shallow model at 3 bits, rounded, one width an expert; code and sums are known."""
+    from quantized_runs import SETTINGS
+
+    from dynamo_jax.calibration.pipeline import quantize
+
+    return quantize(*shallow, {"code": texts["code"], "sums": texts["sums"]}, SETTINGS)[0]
+
+
+@pytest.fixture(scope="session")
+def novel(quantized, texts):
+    """Verse, as ``evaluate`` takes it apart."""
+    from quantized_runs import EVAL
+
+    from dynamo_jax.evaluation.perplexity import make_dataset
+
+    return make_dataset("verse", "novel", texts["verse"], quantized.tokenizer, EVAL)
+
+
+@pytest.fixture(scope="session")
+def apart(shallow, texts, tmp_path_factory):
+    """The same with two widths an expert, written and read back."""
+    from quantized_runs import SETTINGS
+
+    from dynamo_jax.calibration.pipeline import quantize
+    from dynamo_jax.storage import checkpoint
+
+    settings = dataclasses.replace(SETTINGS, per_projection=True)
+    here = quantize(*shallow, {"code": texts["code"], "sums": texts["sums"]}, settings)[0]
+    folder = tmp_path_factory.mktemp("apart") / "model"
+    checkpoint.save(folder, here)
+    assert "down blocks by width" in checkpoint.describe(folder)
+    loaded = checkpoint.load(folder)
+    assert (loaded.plan.widths == here.plan.widths).all()
+    return loaded
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forgotten_programs():
     """A process may hold some ten thousand programs, each in a few pieces of memory, before the kernel refuses more."""

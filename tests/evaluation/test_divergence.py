@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 import scipy.special
 
-from dynamo_jax.calibration.config import QuantizeConfig
-from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.evaluation.divergence import changed, divergence
 from dynamo_jax.evaluation.evaluate import evaluate
 from dynamo_jax.evaluation.perplexity import EvalConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-SETTINGS = QuantizeConfig(bits=2.5, quantizer="rtn", window=64, calibration_windows=2)
 SHORT = EvalConfig(window=64, limit=3, batch_size=2)
 
 
@@ -30,11 +27,6 @@ def test_loss_accuracy_and_divergence_are_those_of_sums_in_float64():
     np.testing.assert_allclose(found.nll, -at.mean(axis=1), rtol=1e-6)
     np.testing.assert_allclose(found.divergence, apart.mean(axis=1), rtol=1e-5)
     np.testing.assert_array_equal(found.accuracy, (own.argmax(axis=-1) == tokens[:, 1:]).mean(axis=1, dtype=np.float32))
-
-
-@pytest.fixture(scope="module")
-def quantized(shallow, texts):
-    return quantize(*shallow, {"code": texts["code"]}, SETTINGS)[0]
 
 
 def test_more_bits_are_nearer_and_the_loss_is_that_of_evaluate(shallow, quantized, texts):

@@ -1,0 +1,104 @@
+"""From texts to a plan: budgets that are met, objectives, settings that cannot work."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from quantized_runs import SETTINGS
+
+from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.pipeline import quantize
+from dynamo_jax.calibration.plans import plan
+from dynamo_jax.calibration.sources import DecoderSource
+from dynamo_jax.kernels.layout import WIDTHS
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_the_baseline_meets_its_budget_and_gives_each_expert_one_width(quantized):
+    assert quantized.plan.bits_per_weight() <= SETTINGS.bits
+    assert (quantized.plan.widths == quantized.plan.widths[:, :, :1]).all()
+
+
+def test_a_plan_by_projection_meets_its_budget_and_gives_down_widths_of_its_own(apart):
+    widths, blocks = apart.plan.widths, apart.plan.blocks
+    assert 0.995 * SETTINGS.bits < apart.plan.bits_per_weight() <= SETTINGS.bits
+    assert (widths[:, :, :blocks] == widths[:, :, :1]).all() and (widths[:, :, blocks:] == widths[:, :, -1:]).all()
+    assert (widths[:, :, 0] != widths[:, :, -1]).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 1.9}, "too small: the least is 2.125"),
+        ({"bits": 2.1}, "too small"),
+        ({"bits": None, "budget_bytes": 1000}, "3,760,128 bytes, or"),
+        ({"bits": None, "fits_gib": 0.001}, "GiB with the 6,712,320 bytes that are not quantized"),
+        ({"fits_gib": 1.0}, "bits and fits_gib: a budget is given one way only"),
+        ({"bits": math.nan}, "bits nan: expected a positive number"),
+        ({"weights": {"prose": 2.0}}, "prose is none of the known datasets, code"),
+        ({"weights": {"code": -1.0}}, "code = -1.0"),
+        ({"weights": {"code": 0.0}}, "no known dataset counts"),
+        ({"objective": "worst", "weights": {"code": 2.0}}, "the objective worst takes none"),
+        ({"objective": "best"}, "known are sum, worst"),
+        ({"channel_block": 100}, r"channel_block 100 is not in 1\.\.64"),
+        ({"group_size": 264}, "group_size 264 is no multiple of 8 up to the hidden size 256"),
+        ({"group_size": 100}, "group_size 100"),
+        ({"window": 100_000}, "positions"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(bundled, texts, change, message):
+    model, tokenizer = bundled
+    with pytest.raises(ValueError, match=message):
+        settings = QuantizeConfig(**{**SETTINGS.__dict__, **change})
+        quantize(model, tokenizer, {"code": texts["code"]}, settings)
+
+
+def test_a_budget_in_bytes_or_gib_is_met_and_used(bundled, texts):
+    model, tokenizer = bundled
+    source = DecoderSource(model)
+    for given in ({"budget_bytes": 5_000_000}, {"fits_gib": 0.01}):
+        settings = dataclasses.replace(SETTINGS, bits=None, quantizer="rtn", **given)
+        plan = quantize(model, tokenizer, {"code": texts["code"]}, settings)[0].plan
+        budget = given.get("budget_bytes") or int(given["fits_gib"] * 2**30) - source.other_bytes()
+        assert 0.995 * budget < plan.stored_bytes() <= budget
+
+
+class Losses(NamedTuple):
+    """One dataset's significance, where a plan needs nothing else of an analysis."""
+
+    values: np.ndarray
+
+    def expert_significance(self):
+        return self.values
+
+
+def test_the_objective_decides_which_datasets_a_plan_serves(bundled):
+    """Two datasets that need different experts, one of them with a hundredth of the other's loss."""
+    config = bundled[0].config
+    rng = np.random.default_rng(0)
+    own = rng.lognormal(0, 2, (2, config.num_moe_layers, config.num_experts, 1)) * np.array([1, 0.25, 0.06, 0.0003])
+    analyses = {"a": Losses(own[0]), "b": Losses(own[1] / 100)}
+
+    def losses(objective, known, weights=None):
+        settings = dataclasses.replace(SETTINGS, objective=objective, weights=weights)
+        widths = plan(known, settings, config).widths[:, :, 0]
+        chosen = np.searchsorted(WIDTHS, widths)[..., None]
+        return np.array([np.take_along_axis(a.values, chosen, axis=-1).sum() for a in analyses.values()])
+
+    alone = np.array([losses("sum", {name: a})[i] for i, (name, a) in enumerate(analyses.items())])
+    summed, worst = (losses(objective, analyses) for objective in ("sum", "worst"))
+    assert summed.sum() < worst.sum()
+    assert (worst / alone).max() < 0.7 * (summed / alone).max()
+    weighted = losses("sum", analyses, {"b": 100.0})
+    assert weighted[1] < summed[1] and weighted[0] > summed[0]
+    assert losses("sum", analyses, {"b": 0.0}).tolist() == losses("sum", {"a": analyses["a"]}).tolist()
+
+
+def test_no_known_dataset_is_an_error(bundled):
+    with pytest.raises(ValueError, match="no known dataset"):
+        quantize(*bundled, {}, SETTINGS)
