@@ -272,6 +272,14 @@ def test_the_baseline_stays_where_the_errors_ask_for_it(items, seed):
     np.testing.assert_array_equal(reallocate(errors, pages, read, spent), CHOICES[baseline])
 
 
+def test_without_a_reason_to_move_the_read_bytes_stay():
+    """All blocks alike: any placement is as good, and none may read more than the baseline."""
+    errors = np.tile([4.0, 3, 2, 1], (6, 1))
+    read = np.tile([2.25, 3.25, 4.25, 8.375], (6, 1))
+    widths = reallocate(errors, {3: 3, 4: 2, 8: 1}, read, 2.25 * 3 + 3.25 + 4.25 + 8.375)
+    assert sorted(widths) == [2, 2, 2, 3, 4, 8]
+
+
 def test_pages_that_only_one_item_needs_move_to_it():
     errors = np.array([[0.0] * 4, [0.0] * 4, [8.0, 4.0, 2.0, 1.0], [0.0] * 4])
     read = np.tile([2.0, 3.0, 4.0, 8.0], (4, 1))

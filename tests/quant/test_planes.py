@@ -154,6 +154,12 @@ def test_every_plane_brings_the_weights_closer(seed, family):
     assert all(b < a for a, b in itertools.pairwise(errors))
 
 
+def test_a_plane_takes_off_more_than_half_a_gaussians_error():
+    """Ideally a bit quarters the error; tails and shared base scales cost, but never half of that."""
+    two, three, four, eight = (relative_error(GAUSS, dequantize(PLANES, width)) for width in WIDTHS)
+    assert three < two / 2 and four < three / 2 and eight < four / 2**4
+
+
 def test_at_two_bits_the_search_is_far_below_round_to_nearest():
     """Min-max of 64 Gaussians spans 4.8 deviations: three steps of 1.6, an error near 1.6^2 / 12 = 0.21. The best
     four-level uniform quantizer (Max 1960) has 0.1188; a quarter more pays for serving 3 and 4 bits as well."""
