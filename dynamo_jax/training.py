@@ -4,6 +4,7 @@ Next-token cross-entropy, plus a load-balancing loss over the whole mixed batch 
 may specialise by kind of text, arXiv 2501.11873) and the router z-loss (arXiv 2202.08906).
 Matrices are updated by Muon, the rest by Adam; warm-up, then cosine decay. A run is a folder:
 tokenizer.json, token files, checkpoints/; a run that was killed continues at its newest checkpoint.
+A run begins at random weights, or at those of a checkpoint folder, whose tokenizer it then keeps.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, parameters, with_parameters
 from dynamo_jax.models.experts import float_experts
-from dynamo_jax.models.huggingface import load_tokenizer, save_checkpoint
+from dynamo_jax.models.huggingface import TOKENIZER, load_checkpoint, load_config, load_tokenizer, save_checkpoint
 from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.models.routing import Routing
 
@@ -126,11 +127,37 @@ def make_optimizer(config: TrainConfig, params: dict[str, Array]) -> optax.Gradi
     return optax.chain(optax.clip_by_global_norm(1.0), muon)
 
 
-def train(config: TrainConfig, corpus: Path, run: Path, log: Callable[[str], None] = print) -> Path:
-    """Train, or continue, the run in folder ``run``; returns the folder of the finished checkpoint."""
+def first_parameters(config: TrainConfig, start: Path | None) -> dict[str, Array]:
+    """Random parameters, or those of the checkpoint folder ``start`` in the float32 that training works in."""
+    if start is None:
+        return parameters(Decoder(config.model, rngs=nnx.Rngs(config.seed)))
+    if (found := load_config(start)) != config.model:
+        wrong = {f.name for f in dataclasses.fields(found) if getattr(found, f.name) != getattr(config.model, f.name)}
+        raise ValueError(f"{start}: the model differs from the preset's [model] in {', '.join(sorted(wrong))}")
+    return {name: a.astype(jnp.float32) for name, a in parameters(load_checkpoint(start)).items()}
+
+
+def keep_tokenizer(start: Path, run: Path) -> None:
+    """Weights mean something only with the tokenizer that they were trained with: the run gets a copy of it."""
+    theirs, ours = (start / TOKENIZER).read_bytes(), run / TOKENIZER
+    if ours.exists() and ours.read_bytes() != theirs:
+        raise ValueError(f"{ours}: not the tokenizer of {start}; choose another --out")
+    ours.write_bytes(theirs)
+
+
+def train(
+    config: TrainConfig, corpus: Path, run: Path, log: Callable[[str], None] = print, start: Path | None = None
+) -> Path:
+    """Train, or continue, the run in folder ``run``; returns the folder of the finished checkpoint.
+
+    ``start`` is a checkpoint folder whose weights and tokenizer a new run begins with; the optimizer's state
+    begins anew. A run that has a checkpoint of its own continues at that one, with or without ``start``.
+    """
     run.mkdir(parents=True, exist_ok=True)
+    params = first_parameters(config, start)
+    if start is not None:
+        keep_tokenizer(start, run)
     tokens = token_files(config, corpus, run)
-    params = parameters(Decoder(config.model, rngs=nnx.Rngs(config.seed)))
     optimizer = make_optimizer(config, params)
 
     @jax.jit

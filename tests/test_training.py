@@ -96,3 +96,34 @@ def test_balance_is_1_at_uniform_use_and_the_number_of_experts_at_collapse():
 def test_a_missing_text_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no such file: .*code.train.txt, .*sums.train.txt"):
         train(CONFIG, tmp_path, tmp_path / "run")
+
+
+def test_a_run_that_starts_at_a_folder_begins_with_its_weights_and_keeps_its_tokenizer(corpus, tmp_path):
+    """At a learning rate of 0 a step changes nothing, so the finished model is the one that the run began with."""
+    first = train(dataclasses.replace(CONFIG, steps=4), corpus, tmp_path / "first", log=lambda _: None)
+    other = dataclasses.replace(
+        CONFIG,
+        seed=1,
+        steps=4,
+        warmup_steps=1,
+        corpus={"sums": 1.0},
+        learning_rate=1e-30,
+        adam_learning_rate=1e-30,
+        final_learning_rate=1e-30,
+    )
+    second = train(other, corpus, tmp_path / "second", log=lambda _: None, start=first)
+    a, b = (parameters(load_checkpoint(folder)) for folder in (first, second))
+    assert all((a[name] == b[name]).all() for name in a)
+    assert (second / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+    assert (second / "model.safetensors").stat().st_size == (first / "model.safetensors").stat().st_size
+
+
+def test_a_start_of_another_size_or_tokenizer_is_named(corpus, tmp_path):
+    first = train(dataclasses.replace(CONFIG, steps=4), corpus, tmp_path / "first", log=lambda _: None)
+    wide = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_experts=8))
+    with pytest.raises(ValueError, match=r"differs from the preset's \[model\] in num_experts"):
+        train(wide, corpus, tmp_path / "wide", start=first)
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second/tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="not the tokenizer of"):
+        train(CONFIG, corpus, tmp_path / "second", start=first)
