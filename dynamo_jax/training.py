@@ -182,13 +182,9 @@ def train(
         for step in range(first, config.steps):
             params, opt_state, metrics = step_fn(params, opt_state, sample_batch(config, tokens, step))
             if (step + 1) % config.log_every == 0:
+                values = {k: round(float(v), 4) for k, v in metrics.items()}  # waits for the step: then the clock
                 rate = (step + 1 - first) * config.batch_size * config.window / (time.perf_counter() - begin)
-                log(
-                    json.dumps(
-                        {"step": step + 1, "tokens_per_s": round(rate)}
-                        | {k: round(float(v), 4) for k, v in metrics.items()}
-                    )
-                )
+                log(json.dumps({"step": step + 1, "tokens_per_s": round(rate)} | values))
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 manager.save(step + 1, args=ocp.args.StandardSave({"params": params, "opt": opt_state}))
                 manager.wait_until_finished()
