@@ -15,6 +15,8 @@ from dynamo_jax.quant.gptq import DAMPING, damped, feedback_factor
 from dynamo_jax.quant.nested_gptq import quantize_nested, shrunk
 from dynamo_jax.quant.planes import VALUES, dequantize, quantize
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EXPERTS, ROWS, COLUMNS, GROUP = 2, 48, 64, 16
 RNG = np.random.default_rng(0)
 W = RNG.standard_normal((EXPERTS, ROWS, COLUMNS)).astype(np.float32)

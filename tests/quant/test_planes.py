@@ -30,6 +30,8 @@ from dynamo_jax.quant.packing import pack
 from dynamo_jax.quant.planes import dequantize, quantize
 from dynamo_jax.quant.rtn import round_to_nearest
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GROUP = 64
 GAUSS = jax.random.normal(jax.random.key(0), (96, 128))
 PLANES = quantize(GAUSS, GROUP)

@@ -14,6 +14,8 @@ from dynamo_jax.quant.grids import GridSpec, grid_of
 from dynamo_jax.quant.hadamard import rotated, rotation, unrotated
 from dynamo_jax.quant.rtn import round_to_nearest
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EXPERTS, ROWS, COLUMNS = 3, 24, 128
 RNG = np.random.default_rng(0)
 W = RNG.standard_normal((EXPERTS, ROWS, COLUMNS)).astype(np.float32)
@@ -35,6 +37,13 @@ def named(spec):
     return f"{spec.bits}-{spec.group_size}{'-sym' * spec.symmetric}{'-clip' * spec.clip}"
 
 
+def spec_case(spec):
+    """In the fast suite a quarter of them, in which any two settings meet; each compiles programs of its own."""
+    i, j = (2, 3, 4, 8).index(spec.bits), (32, 64, 128).index(spec.group_size)
+    often = spec.symmetric == (i + j) % 2 and spec.clip == (i // 2 + j) % 2
+    return pytest.param(spec, id=named(spec), marks=[] if often else [pytest.mark.slow])
+
+
 def output_error(q, w=W, h=H):
     left = np.asarray(q, np.float64) - w
     return np.einsum("xrc,xcd,xrd->x", left, h, left)
@@ -43,7 +52,7 @@ def output_error(q, w=W, h=H):
 # Grids
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=named)
+@pytest.mark.parametrize("spec", map(spec_case, SPECS))
 def test_a_group_lies_on_evenly_spaced_values_that_its_codes_can_name(spec):
     q = np.asarray(round_to_nearest(jnp.asarray(W), spec)).reshape(-1, spec.group_size)
     grid = grid_of(jnp.asarray(W).reshape(-1, spec.group_size), spec)
@@ -106,7 +115,7 @@ def test_gptq_is_optimal_brain_surgery(spec):
     assert np.mean(np.abs(found - by_hand(W[0], H[0], spec)) > 1e-3) < 0.02
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=named)
+@pytest.mark.parametrize("spec", map(spec_case, SPECS))
 def test_gptq_beats_rounding_at_every_width_group_and_grid(spec):
     found = gptq(W, H, spec).weights
     assert (output_error(found) < 0.8 * output_error(round_to_nearest(jnp.asarray(W), spec))).all()

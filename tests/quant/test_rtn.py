@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.rtn import round_to_nearest
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BF16_ROUNDING = 2.0**-8  # the largest relative error of rounding to eight significant bits
 F32 = float(np.finfo(np.float32).eps)
 
