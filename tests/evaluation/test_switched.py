@@ -28,8 +28,13 @@ def test_the_timeline_tells_of_the_first_windows_and_the_rest(quantized, novel):
     assert found["verse"].timeline is None and len(only) == 1
 
 
-def test_rows_count_exactly_the_tokens_after_the_adaptation_windows(quantized, novel):
-    rows, _ = evaluate_quantized(quantized, [novel], EVAL)
+@pytest.fixture(scope="module")
+def evaluated(quantized, novel):
+    return evaluate_quantized(quantized, [novel], EVAL)[0]
+
+
+def test_rows_count_exactly_the_tokens_after_the_adaptation_windows(evaluated, novel):
+    rows = evaluated
     assert [r.variant for r in rows] == ["baseline", "auto"]
     assert all(r.tokens == 4 * 64 for r in rows)
     np.testing.assert_array_equal(novel.rest[0, 0], novel.first[-1, -1])  # neighbours share one token
@@ -49,15 +54,14 @@ def test_known_data_keeps_the_baseline(quantized, novel):
     assert found.gain is None and found.plan is quantized.plan
 
 
-def test_evaluating_every_dataset_and_variant_again_compiles_nothing(quantized, novel, compilations):
-    evaluate_quantized(quantized, [novel], EVAL)
+def test_evaluating_every_dataset_and_variant_again_compiles_nothing(quantized, evaluated, novel, compilations):
     with compilations() as count:
-        evaluate_quantized(quantized, [novel], EVAL)
-    assert count.compiled == 0
+        again = evaluate_quantized(quantized, [novel], EVAL)[0]
+    assert count.compiled == 0 and again == evaluated
 
 
-def test_a_model_in_bfloat16_reads_two_bytes_a_weight(bundled, novel):
-    model, _ = bundled
+def test_a_model_in_bfloat16_reads_two_bytes_a_weight(shallow, novel):
+    model, _ = shallow
     rows, losses = evaluate_uniform(model, [novel], EVAL, names=("bf16", "rtn2"))
     config = model.config
     per_expert = 3 * config.intermediate_size * config.hidden_size

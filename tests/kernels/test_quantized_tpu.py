@@ -103,7 +103,7 @@ def test_all_widths_variants_and_biases_at_once(form, apart):
     ("form", "hidden", "group_size", "tile_rows"),
     [
         ("fp8", 512, 256, None),
-        ("bf16", 768, 384, 64),
+        pytest.param("bf16", 768, 384, 64, marks=pytest.mark.slow),
         pytest.param("int8", 384, 384, 8, marks=pytest.mark.slow),
         pytest.param("bf16", 512, 512, None, marks=pytest.mark.slow),
     ],
@@ -142,10 +142,10 @@ def test_any_widths_groups_and_tiling(sizes, all_blocks, widths, form, blocks, t
     [
         ("int8", False, 640, 2, None, 2, True),
         ("fp8", False, 640, 2, None, 1, False),
-        ("bf16", True, 384, 2, None, 1, True),
+        pytest.param("bf16", True, 384, 2, None, 1, True, marks=pytest.mark.slow),
         ("fp8", False, 384, 9, 8, 1, True),
         ("bf16", True, 384, 2, 64, 2, True),
-        ("bf16", True, 640, 2, 64, 1, False),
+        pytest.param("bf16", True, 640, 2, 64, 1, False, marks=pytest.mark.slow),
     ],
 )
 def test_blocks_that_do_not_divide(form, apart, channels, blocks, tile_rows, variants, shuffled):

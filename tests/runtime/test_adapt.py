@@ -191,7 +191,9 @@ def test_what_is_observed_is_what_the_whole_model_shows(quantized, novel):
     model = with_parameters(quantized.config, quantized.device_parameters())
     tokens = jnp.asarray(novel.first[:, :-1])
     candidates = [list(layer) for layer in zip(*others[::-1])]
-    sums, counts = observe(model, tokens, jnp.ones(tokens.shape), full, candidates, quantized.plan.channel_block)
+    observed = jax.jit(observe, static_argnames="channel_block")
+    given = (model, tokens, jnp.ones(tokens.shape), full, candidates)
+    sums, counts = observed(*given, channel_block=quantized.plan.channel_block)
     seen = observe_windows(quantized, novel.first)
     np.testing.assert_allclose(seen.errors[..., :-1], sums.block_errors, rtol=2e-3, atol=1e-7)
     assert (seen.errors[..., -1] == 0).all() and seen.tokens.tolist() == [64.0] * len(novel.first)
