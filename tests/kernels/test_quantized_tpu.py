@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -363,10 +364,10 @@ needs_compiler = pytest.mark.skipif(
 
 
 def compiler(code, *arguments):
-    """Run in a process of its own, since libtpu reads its environment once; what the code prints, as JSON."""
-    found = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=BENCHMARKS, timeout=900
-    )
+    """Run in a process of its own, since libtpu reads its environment once, without the flags of the tests; what the
+    code prints, as JSON."""
+    command, environment = [sys.executable, "-c", code, *arguments], os.environ | {"XLA_FLAGS": ""}
+    found = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS, env=environment, timeout=900)
     assert found.returncode == 0, found.stderr[-3000:]
     return json.loads(found.stdout.splitlines()[-1])
 
