@@ -18,13 +18,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one run's workers and the c
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dynamo_jax-programs-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-# A worker for each core needs one thread: more wait for each other. Where XLA_FLAGS is set already, it stays as it is.
-FLAGS = ["--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_multi_thread_eigen=false"]
-if metadata.version("jaxlib").startswith("0.10."):
-    # The fusion emitters take most of the time in which this XLA compiles for a CPU. Later ones have no such flag, and
-    # XLA stops at a flag that it does not know.
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+# A worker for each core needs one thread: more wait for each other. The fusion emitters take most of the time in which
+# XLA compiles for a CPU; later XLA has no such flag, and stops at one that it does not know.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_multi_thread_eigen=false"
+    + (" --xla_cpu_use_fusion_emitters=false" if metadata.version("jaxlib").startswith("0.10.") else ""),
+)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

@@ -111,8 +111,9 @@ def test_the_index_chooses_the_branch(model):
     assert not np.allclose(low, high, rtol=1e-4)
 
 
+@pytest.mark.parametrize("switches", [200, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", PLANS)
-def test_a_switch_compiles_nothing(model, compilations, kind):
+def test_a_switch_compiles_nothing(model, compilations, kind, switches):
     params, rest, store = model
     plan = PLANS[kind](3)
     slots = {level: 2 * count for level, count in page_counts(plan).items()}
@@ -128,8 +129,8 @@ def test_a_switch_compiles_nothing(model, compilations, kind):
     oracle(params, store, plan, batch)
     rng = np.random.default_rng(4)
     with compilations() as count:
-        for switch in range(200):
-            if switch % 20 == 0:  # new pages: new data, no new program
+        for switch in range(switches):
+            if switch % (switches // 10) == 0:  # new pages: new data, no new program
                 moved = dataclasses.replace(
                     plan, widths=rng.permutation(plan.widths.reshape(-1)).reshape(plan.widths.shape)
                 )
