@@ -13,6 +13,7 @@ import pytest
 import scipy.spatial.distance
 import scipy.stats
 
+import dynamo_jax
 from dynamo_jax.commands import app as cli
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import parameters, with_parameters
@@ -76,6 +77,21 @@ def test_eval_writes_the_rows_that_the_readme_promises(run, folder, files, tmp_p
     for row in rows:
         assert row["bits_per_weight"] <= 3.0 and row["tokens"] == 256 and row["bytes_per_token"] > 0
         assert row["perplexity"] == pytest.approx(math.exp(row["nll"]))
+
+
+def test_eval_says_how_far_a_quantized_model_is_from_its_original(run, folder, shallow_folder, files, tmp_path):
+    out = tmp_path / "out.json"
+    given = ("--novel", f"verse={files / 'verse.txt'}", "--window", "64", "--limit", "4", "--variant", "baseline")
+    code, printed, _ = run("eval", "--model", folder, *given, "--against", shallow_folder, "--json", out)
+    (row,) = json.loads(out.read_text())["divergence"]
+    assert code == 0 and f"{row['divergence']:.4f}" in printed
+    assert row["dataset"] == "verse" and row["tokens"] == 256 and 0 < row["divergence"] < 1
+    code, _, said = run("eval", "--model", shallow_folder, *given, "--against", shallow_folder)
+    assert code == 2 and "is not quantized" in said
+
+
+def test_the_version_is_that_of_the_package(run):
+    assert run("--version")[1].split() == ["dynamo-jax", dynamo_jax.__version__]
 
 
 def test_eval_of_the_bundled_model_is_the_bf16_row(run, files, tmp_path):
