@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
+from float_changes import changes, predictions
 from quality import UNIFORM_GRIDS, groups_of
 from texts import add_texts
 
@@ -43,12 +44,11 @@ from dynamo_jax.calibration.knowledge import knowledge_of
 from dynamo_jax.calibration.pipeline import analyze_layers
 from dynamo_jax.calibration.sources import DecoderSource
 from dynamo_jax.demo import DemoConfig
-from dynamo_jax.evaluation.divergence import changes, predictions
 from dynamo_jax.files import write_json
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
-from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.runtime.adapt import (
@@ -124,7 +124,7 @@ def quantized_on(model: Any, tokenizer: Any, known: dict[str, np.ndarray], setti
         parameters={name: a for name, a in arrays.items() if name not in experts},
         tokenizer=tokenizer,
         store=store,
-        plan=plans.plan(analyses, settings, model.config),
+        plan=plans.plan(analyses, model, settings),
         window=settings.window,
         knowledge=knowledge_of(analyses, settings, {}),
         files={},
@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a folder for finished kinds, from which a stopped run goes on")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    model, tokenizer = load_checkpoint(BUNDLED), load_tokenizer(BUNDLED)
+    model, tokenizer = load_decoder(BUNDLED), load_tokenizer(BUNDLED)
     params = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in parameters(model).items()}
     base = dataclasses.replace(DemoConfig().quantize, calibration_windows=arguments.calibration_windows)
     texts = {name: collect(parts(arguments.texts), TEXT_BYTES) for name, parts in kinds.items()}

@@ -33,7 +33,7 @@ from texts import add_texts
 from dynamo_jax.demo import DemoConfig
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
-from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows, saved_by
 from dynamo_jax.runtime.quantized import QuantizedModel
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32, help="of each text")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    model, tokenizer = load_checkpoint(BUNDLED), load_tokenizer(BUNDLED)
+    model, tokenizer = load_decoder(BUNDLED), load_tokenizer(BUNDLED)
     settings = dataclasses.replace(DemoConfig().quantize, calibration_windows=16, bits=arguments.budget)
 
     def windows_of(name: str, parts: Any) -> np.ndarray:

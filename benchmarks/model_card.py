@@ -25,7 +25,7 @@ from dynamo_jax.evaluation.perplexity import Dataset, EvalConfig, Reference, Row
 from dynamo_jax.evaluation.uniform import evaluate_uniform
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
-from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.texts.reading import read_text
 from dynamo_jax.texts.windows import token_windows
 
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--card", type=Path, help="also write the tables to this Markdown file")
     args = parser.parse_args()
-    model, tokenizer = load_checkpoint(args.model), load_tokenizer(args.model)
+    model, tokenizer = load_decoder(args.model), load_tokenizer(args.model)
     window = model.config.max_position_embeddings
     data = []
     for path in sorted(args.corpus.glob("*.heldout.txt")):

@@ -19,16 +19,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from float_changes import changes, predictions
 from texts import add_texts
 
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
-from dynamo_jax.evaluation.divergence import changes, predictions
 from dynamo_jax.files import write_json
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import expert_parameter_names, parameters
-from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
 from dynamo_jax.texts.windows import token_windows
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=32, help="windows of each kind of text")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    model, tokenizer = load_checkpoint(BUNDLED), load_tokenizer(BUNDLED)
+    model, tokenizer = load_decoder(BUNDLED), load_tokenizer(BUNDLED)
     config = model.config
     kinds = {name: "known" for name in KNOWN} | {name: "novel" for name in NOVEL}
     texts = {name: collect(parts(arguments.texts)) for name, parts in {**KNOWN, **NOVEL}.items()}

@@ -40,6 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
+from float_changes import changes, predictions
 from texts import add_texts
 
 from dynamo_jax.calibration import plans
@@ -48,12 +49,11 @@ from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import analyze_layers
 from dynamo_jax.calibration.sources import DecoderSource
 from dynamo_jax.demo import DemoConfig
-from dynamo_jax.evaluation.divergence import changes, predictions
 from dynamo_jax.files import write_json
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME
 from dynamo_jax.models.decoder import parameters
-from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.precision.plan import APART, Plan, block_costs
 from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.planes import dequantize
@@ -192,7 +192,7 @@ def run_dynamo(bench: Bench, calibration: dict[str, np.ndarray], budgets: list[f
             own = dataclasses.replace(bench.settings, bits=budget, **changes)
             analyses, store = dynamo(bench.model, calibration, own)
             if method:
-                plan = plans.plan(analyses, own, bench.config)
+                plan = plans.plan(analyses, bench.config, own)
                 bench.add(method, budget, plan.bits_per_weight(), seed, bench.measure(planned(store, plan)))
             return analyses, store
 
@@ -406,7 +406,7 @@ def main() -> None:
     arguments = parser.parse_args()
     budgets = arguments.budget or [3.0, 2.5]
     start = time.time()
-    model, tokenizer = load_checkpoint(arguments.model), load_tokenizer(arguments.model)
+    model, tokenizer = load_decoder(arguments.model), load_tokenizer(arguments.model)
     settings = dataclasses.replace(DemoConfig().quantize, group_size=groups_of(model.config)[-1])
     if arguments.calibration_windows:
         settings = dataclasses.replace(settings, calibration_windows=arguments.calibration_windows)

@@ -32,7 +32,7 @@ from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import parameters, with_parameters
 from dynamo_jax.models.experts import routing_counts
-from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.runtime.monitor import HOP, Signatures, learn, start, watch
 from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32, help="calibration windows of each known kind")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    model, tokenizer = load_checkpoint(BUNDLED), load_tokenizer(BUNDLED)
+    model, tokenizer = load_decoder(BUNDLED), load_tokenizer(BUNDLED)
     config = model.config
     params = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in parameters(model).items()}
     kinds = {**KNOWN, **NOVEL}

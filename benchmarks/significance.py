@@ -48,7 +48,7 @@ from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import expert_parameter_names, parameters, with_parameters
 from dynamo_jax.models.experts import activation_of, expert_outputs
-from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
@@ -245,7 +245,7 @@ def main() -> None:
     arguments = parser.parse_args()
     count, seen = (24, 8) if arguments.quick else (arguments.sample, 16)
     start = time.time()
-    model, tokenizer = load_checkpoint(BUNDLED), load_tokenizer(BUNDLED)
+    model, tokenizer = load_decoder(BUNDLED), load_tokenizer(BUNDLED)
     settings, config = DemoConfig().quantize, model.config
     calibration, data = {}, {}
     for name, parts in {**KNOWN, **NOVEL}.items():

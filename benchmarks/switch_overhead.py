@@ -33,7 +33,7 @@ from dynamo_jax.files import write_json
 from dynamo_jax.generation import quantized_language_model
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import new_cache
-from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.runtime import serving
 from dynamo_jax.runtime.adapt import adapted_plan, observe_windows
 from dynamo_jax.runtime.generate import Sampling, decode
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    model, _ = quantize(load_checkpoint(BUNDLED), load_tokenizer(BUNDLED), made_up_texts(), SETTINGS)
+    model, _ = quantize(load_decoder(BUNDLED), load_tokenizer(BUNDLED), made_up_texts(), SETTINGS)
     language, _ = quantized_language_model(model, jnp.bfloat16)
     rows = []
     print(f"{'batch':>5s} {'step':10s} {'flops':>12s} {'':>7s} {'bytes':>14s} {'':>7s} {'ms':>8s} {'':>6s}")

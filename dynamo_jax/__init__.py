@@ -7,11 +7,13 @@ name is first asked for, so that ``import dynamo_jax`` is quick and touches no d
     plan, Plan                                  their widths under a byte budget
     quantize, quantize_folder, QuantizeConfig   both, and the quantized model
     load, save, export, QuantizedModel          quantized models in files
-    load_checkpoint, load_tokenizer, BUNDLED    unquantized models from files
+    load_decoder, load_tokenizer, BUNDLED       unquantized models from files ..
+    Decoder, ModelConfig, with_parameters       .. and in memory
     load_text_model, text_model, TextModel      a model that continues text ..
     generate, stream, GenerateConfig            .. and its continuations
-    evaluate, divergence, EvalConfig            what quantization and switching change on texts
-    init, experts, observe, switch, follow, is_novel, adapt, begin, finish, State, Host, Follower
+    evaluate, EvalConfig, Row, Adaptation       what quantization and switching change on texts ..
+    divergence, Divergence                      .. and how far predictions are from the original's
+    init, experts, observe, switch, follow, is_novel, adapt, begin, finish, State, Host, Move, Follower
                                                 the run time, for a jitted step of your own (docs/serving.md)
     quantize_model, switch_model, uniform_plan  quantized experts in a Flax NNX model of your own (docs/transform.md)
 """
@@ -26,18 +28,22 @@ if TYPE_CHECKING:
     from dynamo_jax.calibration.config import QuantizeConfig
     from dynamo_jax.calibration.pipeline import analyze, analyze_folder, quantize, quantize_folder
     from dynamo_jax.calibration.plans import plan
-    from dynamo_jax.evaluation.divergence import divergence
+    from dynamo_jax.evaluation.divergence import Divergence, divergence
     from dynamo_jax.evaluation.evaluate import evaluate
-    from dynamo_jax.evaluation.perplexity import EvalConfig
+    from dynamo_jax.evaluation.perplexity import EvalConfig, Row
+    from dynamo_jax.evaluation.switched import Adaptation
     from dynamo_jax.generation import TextModel, generate, load_text_model, stream, text_model
     from dynamo_jax.models.bundled import BUNDLED
-    from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
+    from dynamo_jax.models.config import ModelConfig
+    from dynamo_jax.models.decoder import Decoder, with_parameters
+    from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
     from dynamo_jax.precision.plan import Plan
     from dynamo_jax.runtime.generate import GenerateConfig
     from dynamo_jax.runtime.online import Follower
     from dynamo_jax.runtime.quantized import QuantizedModel
     from dynamo_jax.runtime.serving import (
         Host,
+        Move,
         State,
         adapt,
         begin,
@@ -55,14 +61,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUNDLED",
+    "Adaptation",
     "Analysis",
+    "Decoder",
+    "Divergence",
     "EvalConfig",
     "Follower",
     "GenerateConfig",
     "Host",
+    "ModelConfig",
+    "Move",
     "Plan",
     "QuantizeConfig",
     "QuantizedModel",
+    "Row",
     "State",
     "TextModel",
     "adapt",
@@ -79,7 +91,7 @@ __all__ = [
     "init",
     "is_novel",
     "load",
-    "load_checkpoint",
+    "load_decoder",
     "load_text_model",
     "load_tokenizer",
     "observe",
@@ -93,6 +105,7 @@ __all__ = [
     "switch_model",
     "text_model",
     "uniform_plan",
+    "with_parameters",
 ]
 
 _MODULES = {
@@ -100,18 +113,34 @@ _MODULES = {
     "calibration.config": ("QuantizeConfig",),
     "calibration.pipeline": ("analyze", "analyze_folder", "quantize", "quantize_folder"),
     "calibration.plans": ("plan",),
-    "evaluation.divergence": ("divergence",),
+    "evaluation.divergence": ("Divergence", "divergence"),
     "evaluation.evaluate": ("evaluate",),
-    "evaluation.perplexity": ("EvalConfig",),
+    "evaluation.perplexity": ("EvalConfig", "Row"),
+    "evaluation.switched": ("Adaptation",),
     "generation": ("TextModel", "generate", "load_text_model", "stream", "text_model"),
     "models.bundled": ("BUNDLED",),
-    "models.huggingface": ("load_checkpoint", "load_tokenizer"),
+    "models.config": ("ModelConfig",),
+    "models.decoder": ("Decoder", "with_parameters"),
+    "models.huggingface": ("load_decoder", "load_tokenizer"),
     "precision.plan": ("Plan",),
     "runtime.generate": ("GenerateConfig",),
     "runtime.online": ("Follower",),
     "runtime.quantized": ("QuantizedModel",),
     "runtime.serving": (
-        *("Host", "State", "adapt", "begin", "experts", "finish", "follow", "init", "is_novel", "observe", "switch"),
+        *(
+            "Host",
+            "Move",
+            "State",
+            "adapt",
+            "begin",
+            "experts",
+            "finish",
+            "follow",
+            "init",
+            "is_novel",
+            "observe",
+            "switch",
+        ),
     ),
     "storage.checkpoint": ("load", "save"),
     "storage.export": ("export",),

@@ -18,7 +18,7 @@ from dynamo_jax.evaluation.uniform import evaluate_uniform
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME
 from dynamo_jax.models.decoder import Decoder
-from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.progress import Progress, no_progress
 from dynamo_jax.report.page import write_report
 from dynamo_jax.report.results import report_content
@@ -47,7 +47,7 @@ def compute(config: DemoConfig, texts: Path | None, progress: Progress = no_prog
     """All of the demo but the files; texts: the folder of their packages, None for the cache."""
     known = {name: collect(parts(texts)) for name, parts in KNOWN.items()}
     novel = {name: collect(parts(texts)) for name, parts in NOVEL.items()}
-    model, tokenizer = load_checkpoint(BUNDLED), load_tokenizer(BUNDLED)
+    model, tokenizer = load_decoder(BUNDLED), load_tokenizer(BUNDLED)
     quantized, analyses = quantize(model, tokenizer, known, config.quantize, progress)
     data = [
         make_dataset(n, "known", t, tokenizer, config.evaluate, calibrated_windows(quantized, n, t, config.evaluate))

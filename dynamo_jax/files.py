@@ -56,7 +56,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which gets the name ``folder`` if nothing fails meanwhile; else nothing of it stays."""
     folder = folder.absolute()
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    partial.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that had this number before
+    partial.mkdir(parents=True)
     try:
         yield partial
         put_in_place(partial, folder)

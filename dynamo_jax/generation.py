@@ -16,7 +16,7 @@ import tokenizers
 from dynamo_jax.kernels.layout import Resident
 from dynamo_jax.models.chat import Files, chat_prompt, stop_tokens
 from dynamo_jax.models.decoder import parameters
-from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer, side_files
+from dynamo_jax.models.huggingface import load_decoder, load_tokenizer, side_files
 from dynamo_jax.models.stacked import stacked
 from dynamo_jax.runtime.generate import Between, GenerateConfig, LanguageModel, check_prompts
 from dynamo_jax.runtime.generate import stream as token_stream
@@ -76,7 +76,7 @@ def load_text_model(folder: str | Path, dtype: Any = jnp.bfloat16, adapt: bool =
         return text_model(checkpoint.load(folder), dtype, adapt)
     if adapt:
         raise ValueError(f"{folder}: is not quantized; --adapt switches the precision of a folder that quantize wrote")
-    decoder = load_checkpoint(folder)
+    decoder = load_decoder(folder)
     arrays = {name: a.astype(dtype) for name, a in parameters(decoder).items()}
     model = LanguageModel(config=decoder.config, parameters=arrays, dtype=dtype)
     return TextModel(model, load_tokenizer(folder, decoder.config.vocab_size), side_files(folder))
@@ -111,6 +111,8 @@ def generate(
 
 def prompts_tokens(model: TextModel, prompts: Sequence[str], chat: bool) -> list[list[int]]:
     """The ids of all prompts, which are checked; ValueError that names the first that the model cannot take."""
+    if isinstance(prompts, str):
+        raise ValueError("prompts: expected a list of texts, got one text")
     tokens = [prompt_tokens(model.tokenizer, model.files, prompt, chat) for prompt in prompts]
     check_prompts(model.model.config, tokens)
     return tokens

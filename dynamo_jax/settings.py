@@ -1,4 +1,4 @@
-"""TOML files into frozen dataclasses; an unknown or missing key or a wrong type is an error that helps."""
+"""TOML and JSON into frozen dataclasses; an unknown or missing key or a wrong type is an error that helps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dynamo_jax import configs
+
 T = TypeVar("T")
-PRESETS = Path(__file__).parent / "configs"
+PRESETS = Path(configs.__file__).parent
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, parameters, with_parameters
 from dynamo_jax.models.experts import float_experts
-from dynamo_jax.models.huggingface import TOKENIZER, load_checkpoint, load_config, load_tokenizer, save_checkpoint
+from dynamo_jax.models.huggingface import TOKENIZER, load_config, load_decoder, load_tokenizer, save_checkpoint
 from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.models.routing import Routing
 
@@ -134,7 +134,7 @@ def first_parameters(config: TrainConfig, start: Path | None) -> dict[str, Array
     if (found := load_config(start)) != config.model:
         wrong = {f.name for f in dataclasses.fields(found) if getattr(found, f.name) != getattr(config.model, f.name)}
         raise ValueError(f"{start}: the model differs from the preset's [model] in {', '.join(sorted(wrong))}")
-    return {name: a.astype(jnp.float32) for name, a in parameters(load_checkpoint(start)).items()}
+    return {name: a.astype(jnp.float32) for name, a in parameters(load_decoder(start)).items()}
 
 
 def keep_tokenizer(start: Path, run: Path) -> None:
@@ -142,7 +142,7 @@ def keep_tokenizer(start: Path, run: Path) -> None:
     theirs, ours = (start / TOKENIZER).read_bytes(), run / TOKENIZER
     if ours.exists() and ours.read_bytes() != theirs:
         raise ValueError(f"{ours}: not the tokenizer of {start}; choose another --out")
-    ours.write_bytes(theirs)
+    write_text(ours, theirs.decode())
 
 
 def train(

@@ -36,9 +36,9 @@ import pytest
 def bundled():
     """The bundled model and its tokenizer."""
     from dynamo_jax.models.bundled import BUNDLED
-    from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
+    from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 
-    return load_checkpoint(BUNDLED), load_tokenizer(BUNDLED)
+    return load_decoder(BUNDLED), load_tokenizer(BUNDLED)
 
 
 @pytest.fixture(scope="session")

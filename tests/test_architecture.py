@@ -18,7 +18,7 @@ RUN_TIME = {"kernels", "quant", "models", "analysis", "precision", "runtime"}
 MAY_IMPORT: dict[str, set[str]] = {
     "files": set(),
     "progress": set(),
-    "settings": set(),
+    "settings": {"configs"},
     "kernels": {"kernels"},
     "quant": {"quant", "kernels.layout"},
     "texts": {"texts"},

@@ -11,7 +11,7 @@ import pytest
 
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Routing, parameters
-from dynamo_jax.models.huggingface import load_checkpoint
+from dynamo_jax.models.huggingface import load_decoder
 from dynamo_jax.training import TrainConfig, router_losses, sample_batch, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -72,7 +72,7 @@ def test_training_learns_and_a_killed_run_ends_exactly_like_a_whole_one(corpus, 
     lines.clear()
     resumed = train(CONFIG, corpus, tmp_path / "killed", log=lines.append)
     assert lines[0] == "continuing at step 4"
-    a, b = (parameters(load_checkpoint(folder)) for folder in (whole, resumed))
+    a, b = (parameters(load_decoder(folder)) for folder in (whole, resumed))
     assert all((a[name] == b[name]).all() for name in a)
 
 
@@ -112,7 +112,7 @@ def test_a_run_that_starts_at_a_folder_begins_with_its_weights_and_keeps_its_tok
         final_learning_rate=1e-30,
     )
     second = train(other, corpus, tmp_path / "second", log=lambda _: None, start=first)
-    a, b = (parameters(load_checkpoint(folder)) for folder in (first, second))
+    a, b = (parameters(load_decoder(folder)) for folder in (first, second))
     assert all((a[name] == b[name]).all() for name in a)
     assert (second / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
     assert (second / "model.safetensors").stat().st_size == (first / "model.safetensors").stat().st_size

@@ -22,8 +22,12 @@ from dynamo_jax.texts.windows import token_windows
 
 
 class Analysis(NamedTuple):
-    """One dataset's sums. sensitivity: of its tokens' importance; windows: routing counts of each window (S, L, E);
-    halves: the sums of the first half of its windows and of the rest (no tokens if there is one window)."""
+    """What calibration found of one dataset; significance is in nats a token that a width loses, predicted.
+
+    stats: sums over its tokens (``analysis.statistics``, which gives their shapes). sensitivity: sum of its tokens'
+    importance, by layer: nats for each squared output error. windows: routed tokens of each window. halves: the same of
+    the first half of its windows and of the rest (no tokens if there is one window). Source: docs/design.md, "Formulas".
+    """
 
     stats: Statistics
     sensitivity: Float[np.ndarray, " L"]
@@ -31,15 +35,19 @@ class Analysis(NamedTuple):
     halves: tuple[Analysis, ...] = ()
 
     def expert_significance(self) -> Float[np.ndarray, "L E W"]:
+        """Of each expert at each width (2, 3, 4, 8 bits)."""
         return expert_significance(self.stats)
 
     def apart_significance(self) -> Float[np.ndarray, "L E U W"]:
+        """Of its gate with up, and of its down, one without the other."""
         return apart_significance(self.stats)
 
     def block_significance(self) -> Float[np.ndarray, "L E N W"]:
+        """Of each of its channel blocks, the others exact."""
         return block_significance(self.stats)
 
     def channel_significance(self, down: Float[ArrayLike, "L E F D"]) -> Float[np.ndarray, "L E F"]:
+        """The output energy that goes through each channel, given the down projections; not in nats."""
         return channel_significance(self.stats, down)
 
 

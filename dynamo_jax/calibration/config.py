@@ -52,6 +52,9 @@ class QuantizeConfig:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
+        for name in ("window", "calibration_windows", "adaptation_windows", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more")
         given = [n for n in BUDGETS if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)}: a budget is given one way only")
@@ -102,7 +105,7 @@ def settled(config: QuantizeConfig, model: ModelConfig, others: int, names: list
     others: bytes of what is not quantized.
     """
     check_shapes(model, config)
-    _check_weights(config, names)
+    check_weights(config, names)
     group_size = config.group(model.hidden_size)
     costs = block_costs(config.channel_block, model.hidden_size, group_size)
     blocks = num_blocks(model.intermediate_size, config.channel_block)
@@ -120,7 +123,8 @@ def settled(config: QuantizeConfig, model: ModelConfig, others: int, names: list
     return dataclasses.replace(config, fits_gib=None, budget_bytes=int(budget))
 
 
-def _check_weights(config: QuantizeConfig, names: list[str]) -> None:
+def check_weights(config: QuantizeConfig, names: list[str]) -> None:
+    """ValueError if ``config.weights`` do not fit the known datasets."""
     for name, value in (config.weights or {}).items():
         if name not in names:
             raise ValueError(f"weights: {name} is none of the known datasets, {', '.join(names)}")

@@ -47,8 +47,8 @@ def analyze(
     channel blocks and channels, in nats a token.
 
     Significance is measured on the planes that ``quantize`` would make with the same ``config``, so that ``plan`` can
-    choose from it under any budget. ValueError: no text, a text of less than a window, settings that do not fit the
-    model. Source: docs/design.md, "Formulas".
+    choose from it under any budget. progress: is called with (stage, done, of). ValueError: no text, a text of less
+    than a window, settings that do not fit the model. Source: docs/design.md, "Formulas".
     """
     return _analyze_only(DecoderSource(model), tokenizer, known, config or QuantizeConfig(), progress)
 
@@ -126,7 +126,7 @@ def _plan_and_knowledge(
 ) -> tuple[Plan, Knowledge, dict[str, Analysis]]:
     analyses = analyze_layers(source, windows, config, work, progress)
     progress("allocate", 0, 1)
-    chosen = plan(analyses, config, source.config)
+    chosen = plan(analyses, source.config, config)
     calibrated = {name: (digest(known[name]), len(w)) for name, w in windows.items()}
     knowledge = knowledge_of(analyses, config, calibrated)
     progress("allocate", 1, 1)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from jaxtyping import Float
 
 from dynamo_jax.calibration.analyses import Analysis
-from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.config import QuantizeConfig, check_weights
 from dynamo_jax.calibration.sweeps import Draft
 from dynamo_jax.kernels.layout import WIDTHS, num_blocks
 from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.decoder import Decoder
+from dynamo_jax.models.huggingface import load_config
 from dynamo_jax.precision.allocate import allocate_known
 from dynamo_jax.precision.plan import Plan, expert_plan, item_costs
 
@@ -19,7 +23,7 @@ def favoured(
 ) -> Float[np.ndarray, "L E U 3"]:
     """The emphasis of each expert: ``config.emphasis``, with ``config.favour`` at its width in a drafted plan.
 
-    The draft holds the halves of each dataset, as ``analyze`` names them to the calibration.
+    The draft holds the halves of each dataset, as ``analyze_layers`` names them to the calibration.
     """
     whole = Draft(*(a[0::2] + a[1::2] for a in draft))
     losses = [errors * (sensitivity / tokens**2)[:, None, None, None] for errors, sensitivity, tokens in zip(*whole)]
@@ -28,14 +32,26 @@ def favoured(
     return np.where(widths == np.array(WIDTHS[:3]), config.favour, 1.0) * np.array(config.emphasis)
 
 
-def plan(analyses: dict[str, Analysis], config: QuantizeConfig, model: ModelConfig) -> Plan:
+def plan(
+    analyses: dict[str, Analysis], model: Decoder | ModelConfig | str | Path, config: QuantizeConfig | None = None
+) -> Plan:
     """The baseline: of all plans under the byte budget the one of least loss over the analysed datasets.
 
-    ``config`` says what the budget is and what counts (``objective``, ``weights``, ``per_projection``); its group size
-    and channel block are those of the analyses. model: the configuration of the model that they are of. ValueError: a
-    budget below that of 2 bits everywhere, or by fits_gib, which needs to know more than these. Source: docs/design.md,
+    model: that the analyses are of, its configuration, or its Hugging Face folder. ``config`` says what the budget is
+    and what counts (``objective``, ``weights``, ``per_projection``); its group size and channel block are those of the
+    analyses. ValueError: a budget below that of 2 bits everywhere, or by fits_gib, which needs to know more than these;
+    a channel block that is not the analyses', weights for a dataset that was not analysed. Source: docs/design.md,
     "Baseline".
     """
+    if isinstance(model, (str, Path)):
+        model = load_config(Path(model))
+    config, model = config or QuantizeConfig(), model if isinstance(model, ModelConfig) else model.config
+    check_weights(config, list(analyses))
+    widths = num_blocks(model.intermediate_size, config.channel_block) * (2 if config.per_projection else 1)
+    if wrong := [name for name, a in analyses.items() if a.stats.block_errors.shape[2] != widths]:
+        raise ValueError(
+            f"{wrong[0]}: analysed with another channel_block or per_projection than the plan is asked for"
+        )
     losses = {
         name: a.apart_significance() if config.per_projection else a.expert_significance()[:, :, None]
         for name, a in analyses.items()

@@ -29,15 +29,21 @@ def progress_bar() -> Iterator[Progress]:
         rich.progress.TimeElapsedColumn(),
         rich.progress.TimeRemainingColumn(),
     )
-    with rich.progress.Progress(*columns, console=console) as bars:
-        stages: dict[str, rich.progress.TaskID] = {}
+    bars = rich.progress.Progress(*columns, console=console)
+    stages: dict[str, rich.progress.TaskID] = {}
 
-        def progress(stage: str, done: float, of: int) -> None:
-            if stage not in stages:
-                stages[stage] = bars.add_task(stage, total=of)
-            bars.update(stages[stage], completed=done)
+    def progress(stage: str, done: float, of: int) -> None:
+        if not stages:  # until there is work, a mistake in the input is one line
+            bars.start()
+        if stage not in stages:
+            stages[stage] = bars.add_task(stage, total=of)
+        bars.update(stages[stage], completed=done)
 
+    try:
         yield progress
+    finally:
+        if stages:
+            bars.stop()
 
 
 def print_rows(rows: list[Row]) -> None:

@@ -30,7 +30,8 @@ def evaluate(
         list[str], typer.Option(help="baseline, auto; of an unquantized model bf16, rtn4, rtn3, rtn2. Repeatable.")
     ] = [],  # noqa: B006
     against: Annotated[
-        str | None, typer.Option(help="The unquantized model: also show how far a quantized one is from it.")
+        str | None,
+        typer.Option(help="The unquantized model: show it beside the quantized one, and how far they differ."),
     ] = None,
     json: JsonOption = None,
     window: WindowOption = 256,
@@ -60,13 +61,14 @@ def evaluate(
     elif against:
         raise ValueError(f"--against {against}: {model} is not quantized")
     else:
+        original = None
         loaded, tokenizer = load_float(model)
         names = check_variants(variant, UNIFORM, "an unquantized model")
     check_window(window, loaded.config.max_position_embeddings)
     settings = EvalConfig(window=window, limit=limit)
     with progress_bar() as progress:
         rows, adaptations = run(
-            loaded, **texts, config=settings, variants=names, tokenizer=tokenizer, progress=progress
+            loaded, **texts, config=settings, variants=names, tokenizer=tokenizer, against=original, progress=progress
         )
         if against:
             apart = divergence(original, loaded, texts["known"] | texts["novel"], settings, progress)

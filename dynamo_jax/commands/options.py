@@ -46,10 +46,10 @@ def float_folder(model: str) -> Path:
 
 
 def load_float(model: str) -> Any:
-    from dynamo_jax.models.huggingface import load_checkpoint, load_tokenizer
+    from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 
     folder = float_folder(model)
-    decoder = load_checkpoint(folder)
+    decoder = load_decoder(folder)
     return decoder, load_tokenizer(folder, decoder.config.vocab_size)
 
 

@@ -3,7 +3,7 @@
 Divergence is KL(unquantized, quantized) in nats a token: 0 where both predict the same. It tells of two models with
 equal loss which one predicts as the original does.
 
-Axes: B, S windows, T tokens (T1 = T + 1), V vocabulary.
+Axes: B windows, T tokens (T1 = T + 1), V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -22,15 +21,14 @@ from jaxtyping import Array, Float, Int
 
 from dynamo_jax.evaluation.perplexity import EvalConfig
 from dynamo_jax.evaluation.switched import calibrated_windows
+from dynamo_jax.evaluation.uniform import float_parameters
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import Decoder, parameters, with_parameters
+from dynamo_jax.models.decoder import Decoder, with_parameters
 from dynamo_jax.progress import Progress, no_progress
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import State, experts, init
 from dynamo_jax.runtime.store import page_counts
 from dynamo_jax.texts.windows import batches, token_windows
-
-BATCH = 8
 
 
 class Changed(NamedTuple):
@@ -68,13 +66,15 @@ def divergence(
     """How far the baseline of ``quantized`` is from ``model``, which it was quantized from, on each text (by name).
 
     All windows of a text count but those that calibration used, ``config.limit`` at most. ValueError: a text of less
-    than a window, another model.
+    than a window, windows past the model's positions, a model of another configuration. Source: docs/method.md.
+    progress: is called with (stage, done, of).
     """
     config = config or EvalConfig()
+    config.check(model.config)
     if model.config != quantized.config:
         raise ValueError("the quantized model is of another configuration than the model that it is compared with")
     _, state = init(quantized, variants=1, slots=page_counts(quantized.plan))
-    exact = {name: a.astype(jnp.float32) for name, a in parameters(model).items()}
+    exact = float_parameters(model)
     own = quantized.device_parameters()
     rows = []
     for index, (name, text) in enumerate(texts.items()):
@@ -133,28 +133,3 @@ def log_probabilities(
     model = with_parameters(config, params)
     hidden, _ = model.hidden_states(tokens[:, :-1])
     return jax.nn.log_softmax(model.logits(hidden))
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _float_against(config: ModelConfig, params: dict[str, Array], tokens: Array, reference: Array) -> Changed:
-    return changed(log_probabilities(config, params, tokens), reference.astype(jnp.float32), tokens)
-
-
-def predictions(config: ModelConfig, params: dict[str, Any], windows: np.ndarray) -> np.ndarray:
-    """Log-probabilities (S, T, V), float16, in a temporary file: they are larger than all else together."""
-    shape = (len(windows), windows.shape[1] - 1, config.vocab_size)
-    with tempfile.TemporaryFile() as file:
-        out = np.memmap(file, np.float16, "w+", shape=shape)
-    for start in range(0, len(windows), BATCH):
-        part = jnp.asarray(windows[start : start + BATCH])
-        out[start : start + BATCH] = log_probabilities(config, params, part).astype(jnp.float16)
-    return out
-
-
-def changes(config: ModelConfig, params: dict[str, Any], windows: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Loss, accuracy and divergence of each window, (3, S); ``reference``: ``predictions`` on the same windows."""
-    parts = [
-        np.stack(_float_against(config, params, *(jnp.asarray(a[i : i + BATCH]) for a in (windows, reference))))
-        for i in range(0, len(windows), BATCH)
-    ]
-    return np.concatenate(parts, axis=1).astype(np.float64)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.texts.windows import batches, token_windows
 
 StepFn = Callable[[Array], tuple[Array, Array]]  # tokens (B, T1) -> losses (B,), counts (B, L, E)
@@ -25,12 +26,23 @@ StepFn = Callable[[Array], tuple[Array, Array]]  # tokens (B, T1) -> losses (B,)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """How texts are evaluated. window: tokens; batch_size, adaptation_windows: windows, the latter the first ones of
-    a text that monitor and adaptation see; limit: windows that count at most, None for all."""
+    a text that monitor and adaptation see; limit: windows that count at most, None for all.
+    ValueError: a number below 1."""
 
     window: int = 256
     batch_size: int = 8
     adaptation_windows: int = 8
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("window", "batch_size", "adaptation_windows", "limit"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} {value}: expected 1 or more")
+
+    def check(self, model: ModelConfig) -> None:
+        """ValueError if the windows are longer than the model can be given."""
+        if self.window > model.max_position_embeddings:
+            raise ValueError(f"window {self.window} is past the model's {model.max_position_embeddings} positions")
 
 
 class Losses(NamedTuple):

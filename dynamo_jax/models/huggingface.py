@@ -198,7 +198,7 @@ def describe(folder: Path) -> dict[str, Any]:
     }
 
 
-def load_checkpoint(folder: str | Path) -> Decoder:
+def load_decoder(folder: str | Path) -> Decoder:
     """The model in a Hugging Face folder, whole, parameters in the dtypes of the file.
 
     ``model(tokens)``, tokens (B, T) int32, gives logits (B, T, V) in float32 and the routing of each layer.

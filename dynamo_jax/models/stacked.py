@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dynamo_jax.models.attention import LayerCache
+from dynamo_jax.models.attention import LayerCache, Places
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import (
     Cache,

@@ -81,9 +81,11 @@ class Plan:
         return self.chosen(np.broadcast_to(costs, (*self.widths.shape[:2], *costs.shape))).sum(axis=2)
 
     def stored_bytes(self) -> int:
+        """Bytes of the planes that the plan reads, all experts together, scales included."""
         return int(self.expert_bytes().sum())
 
     def bits_per_weight(self) -> float:
+        """Stored bits over the weights of the experts, without what fills up blocks and groups."""
         return 8 * self.stored_bytes() / num_weights(self)
 
     def bytes_per_token(self, counts: Float[np.ndarray, "L E"], tokens: float) -> float:

@@ -37,11 +37,12 @@ class Event(NamedTuple):
 
 @dataclasses.dataclass
 class Follower:
-    """Is called ``between`` two steps of ``generate.stream``. Requests whose text is novel share variant 1; when it is
-    adapted, serves and is left ``standing.py`` says.
+    """What follows the texts of a model that adapts (``text_model(.., adapt=True).follower``): ``events`` says what it
+    found and did.
 
-    state: the last one handed back; a call of ``stream`` that begins with it goes on with the monitors and the variant
-    of the call before.
+    It is called ``between`` two steps of ``runtime.generate.stream``. Requests whose text is novel share variant 1;
+    when it is adapted, serves and is left ``standing.py`` says. state: the last one handed back; a call of ``stream``
+    that begins with it goes on with the monitors and the variant of the call before.
     """
 
     model: QuantizedModel

@@ -63,8 +63,10 @@ class Knowledge:
 class QuantizedModel:
     """Everything that ``dynamo-jax quantize`` writes and ``eval`` loads.
 
-    parameters: all but the expert weights, by dotted name. store: planes of all experts, host memory. files:
-    the small files of the model that was quantized, config.json and tokenizer.json among them.
+    parameters: all but the expert weights, by dotted name. store: planes of all experts, (L, E, P, F, ..) for P = 3
+    projections and F channels, in host memory. plan: the baseline. window: tokens of a calibration window. knowledge:
+    what calibration left behind for run time. files: the small files of the model that was quantized, config.json and
+    tokenizer.json among them.
     """
 
     config: ModelConfig

@@ -56,7 +56,8 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Host:
-    """What stays in host memory. plans: of the variants; slots: of each level, the slot of each page, or -1."""
+    """What stays in host memory. pages: all refinement pages of all experts, with their checksums; plans: of the
+    variants; slots: of each level, the slot of each page, or -1."""
 
     pages: HostPages
     plans: tuple[Plan, ...]
@@ -166,7 +167,7 @@ def observe(state: State, routings: list[Routing], mask: Bool[Array, "B T"] | No
 def switch(state: State, number: Int[ArrayLike, "*B"]) -> State:
     """All requests at one variant, or each at its own; for use inside jit and outside, where it compiles nothing.
 
-    A number out of range is clipped to the last variant.
+    A number out of range is clipped to the nearest variant, since a jitted step cannot look at it.
     """
     xp = jnp if isinstance(number, jax.Array) else np
     clipped = xp.clip(xp.broadcast_to(number, state.number.shape), 0, len(state.tables) - 1)

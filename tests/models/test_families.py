@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from dynamo_jax.models.families.table import FAMILIES, config_from
-from dynamo_jax.models.huggingface import load_checkpoint, load_config, parameter_shapes
+from dynamo_jax.models.huggingface import load_config, load_decoder, parameter_shapes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -36,7 +36,7 @@ def run_theirs(model):
 
 
 def assert_same(model, folder):
-    logits, routings = load_checkpoint(folder)(jnp.asarray(TOKENS), jnp.asarray(MASK))
+    logits, routings = load_decoder(folder)(jnp.asarray(TOKENS), jnp.asarray(MASK))
     want, chosen = run_theirs(model)
     np.testing.assert_allclose(np.asarray(logits)[MASK], want[MASK], atol=1e-4 * np.abs(want).max(), rtol=0)
     assert len(routings) == len(chosen) > 0

@@ -23,8 +23,8 @@ from dynamo_jax.models.families.names import expert_names, tensor_names
 from dynamo_jax.models.families.table import config_from
 from dynamo_jax.models.formats.expert_files import expert_shapes
 from dynamo_jax.models.huggingface import (
-    load_checkpoint,
     load_config,
+    load_decoder,
     load_tokenizer,
     parameter_shapes,
     save_checkpoint,
@@ -44,7 +44,7 @@ def reference_logits(folder, tokens):
 
 
 def assert_same(folder, tokens):
-    model = load_checkpoint(folder)
+    model = load_decoder(folder)
     logits, routings = model(jnp.asarray(tokens))
     want, router = reference_logits(folder, tokens)
     np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max(), rtol=0)
@@ -195,7 +195,7 @@ def test_a_damaged_folder_is_an_error_that_names_the_file(saved, case):
     change, message = DAMAGES[case]
     change(saved)
     with pytest.raises(ValueError, match=message):
-        load_checkpoint(saved)
+        load_decoder(saved)
 
 
 def test_a_damaged_tokenizer_is_an_error_that_names_the_file(saved):

