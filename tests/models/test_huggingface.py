@@ -30,6 +30,8 @@ from dynamo_jax.models.huggingface import (
     save_checkpoint,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SENTENCES = [
     "The kernel allocates a page for each buffer, and frees it when the last reader is gone.",
     "Im Anfang war das Wort, und das Wort war bei Gott; 12 + 30 = 42.",

@@ -9,6 +9,8 @@ import pytest
 
 from dynamo_jax.runtime.monitor import HOP, UNKNOWN, decide, learn, spans, start, watch
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LAYERS, EXPERTS, TOP_K = 3, 16, 4
 
 

@@ -16,6 +16,8 @@ from dynamo_jax.quant.planes import dequantize, quantize
 from dynamo_jax.runtime.residency import CHUNK, commit, empty, levels_of, residency, stage, table_of
 from dynamo_jax.runtime.store import host_pages, page_counts
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LAYERS, EXPERTS, BLOCKS, BLOCK, GROUP, HIDDEN = 2, 3, 2, 4, 32, 64
 STORE = quantize(jax.random.normal(jax.random.key(0), (LAYERS, EXPERTS, 3, BLOCKS * BLOCK, HIDDEN)), GROUP)
 BY_WIDTH = {w: np.asarray(dequantize(STORE, w).astype("bfloat16")) for w in (2, 3, 4, 8)}

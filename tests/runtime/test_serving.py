@@ -91,13 +91,15 @@ def test_gain_is_how_much_nearer_a_variant_is_to_what_8_bits_predict(model):
     host, state = serving.adapt(model, *serving.init(model), windows)
     decoder = with_parameters(model.config, model.device_parameters())
 
-    def log_p(experts):
+    @jax.jit
+    def log_p(resident, tables, number):
+        experts = switched_experts(resident, tables, number)
         return jax.nn.log_softmax(decoder(jnp.asarray(windows[:, :-1]), experts=experts)[0])
 
     best = dataclasses.replace(model.plan, widths=np.full_like(model.plan.widths, 8))
     eight = residency(host.pages, [best])
-    exact = log_p(switched_experts(eight.resident, (table_of(eight, best),), jnp.zeros((), jnp.int32)))
-    at = [log_p(switched_experts(state.resident, state.tables, jnp.asarray(number))) for number in (0, 1)]
+    exact = log_p(eight.resident, (table_of(eight, best),), jnp.zeros((), jnp.int32))
+    at = [log_p(state.resident, state.tables, jnp.asarray(number)) for number in (0, 1)]
     found = [float((jnp.exp(exact) * (exact - own)).sum(axis=-1).mean()) for own in at]
     assert min(found) > 0 and abs(found[0] - found[1]) > 1e-4
     assert serving.gain(model, state, windows, seen) == pytest.approx(found[0] - found[1], abs=1e-5)
