@@ -80,10 +80,11 @@ def test_a_filled_model_computes_what_its_planes_say(quantized):
     _, state = serving.init(model, requests=2)
     for length in (1, 20):  # few rows and many
         tokens = jnp.asarray(np.random.default_rng(length).integers(3, 61, (2, length)))
-        want = at_plan(model)(tokens)[0]
-        run = with_parameters(CONFIG, model.device_parameters())
+        want = jax.jit(at_plan(model))(tokens)[0]
+        decoder = with_parameters(CONFIG, model.device_parameters())
+        run = jax.jit(lambda state, tokens, decoder=decoder: decoder(tokens, experts=serving.experts(state))[0])
         for number in (0, [0, 1]):
-            got = run(tokens, experts=serving.experts(serving.switch(state, number)))[0]
+            got = run(serving.switch(state, number), tokens)
             np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
 
