@@ -64,6 +64,25 @@ def shallow_folder(shallow, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def narrow_folder(shallow, tmp_path_factory):
+    """The shallow model with its first eight experts alone, as a checkpoint folder: each takes long to quantize."""
+    from dynamo_jax.models.bundled import BUNDLED
+    from dynamo_jax.models.decoder import parameters, with_parameters
+    from dynamo_jax.models.huggingface import save_checkpoint
+
+    decoder, _ = shallow
+    arrays = parameters(decoder)
+    for layer in range(decoder.config.num_hidden_layers):
+        for part in ("gate", "up", "down"):
+            arrays[f"layers.{layer}.{part}"] = arrays[f"layers.{layer}.{part}"][:8]
+        arrays[f"layers.{layer}.router"] = arrays[f"layers.{layer}.router"][:, :8]
+    folder = tmp_path_factory.mktemp("narrow") / "hub"
+    config = dataclasses.replace(decoder.config, num_experts=8)
+    save_checkpoint(folder, with_parameters(config, arrays), BUNDLED / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def texts():
     """Three clearly different kinds of text, made here: code, sums and verse."""
     code = "\n\n".join(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
@@ -16,8 +15,6 @@ import scipy.stats
 import dynamo_jax
 from dynamo_jax.commands import app as cli
 from dynamo_jax.models.bundled import BUNDLED
-from dynamo_jax.models.decoder import parameters, with_parameters
-from dynamo_jax.models.huggingface import save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -100,21 +97,6 @@ def test_eval_of_the_bundled_model_is_the_bf16_row(run, files, tmp_path):
     assert run("eval", "--model", "tiny-moe", *arguments)[0] == 0
     (row,) = json.loads(out.read_text())["results"]
     assert (row["variant"], row["kind"], row["bits_per_weight"]) == ("bf16", "known", 16.0)
-
-
-@pytest.fixture(scope="module")
-def narrow_folder(shallow, tmp_path_factory):
-    """The shallow model with its first eight experts alone: analysis quantizes each."""
-    decoder, _ = shallow
-    arrays = parameters(decoder)
-    for layer in range(decoder.config.num_hidden_layers):
-        for part in ("gate", "up", "down"):
-            arrays[f"layers.{layer}.{part}"] = arrays[f"layers.{layer}.{part}"][:8]
-        arrays[f"layers.{layer}.router"] = arrays[f"layers.{layer}.router"][:, :8]
-    folder = tmp_path_factory.mktemp("narrow")
-    config = dataclasses.replace(decoder.config, num_experts=8)
-    save_checkpoint(folder, with_parameters(config, arrays), BUNDLED / "tokenizer.json")
-    return folder
 
 
 def test_analyze_reports_each_dataset_and_their_divergence(run, files, narrow_folder, tmp_path):
