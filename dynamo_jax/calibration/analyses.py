@@ -26,7 +26,7 @@ class Analysis(NamedTuple):
 
     stats: sums over its tokens (``analysis.statistics``, which gives their shapes). sensitivity: sum of its tokens'
     importance, by layer: nats for each squared output error. windows: routed tokens of each window. halves: the same of
-    the first half of its windows and of the rest (no tokens if there is one window). Source: docs/design.md, "Formulas".
+    the first half of its windows and of the rest (no tokens if there is one window). Source: docs/design.md.
     """
 
     stats: Statistics

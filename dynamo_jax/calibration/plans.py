@@ -38,24 +38,22 @@ def plan(
     """The baseline: of all plans under the byte budget the one of least loss over the analysed datasets.
 
     model: that the analyses are of, its configuration, or its Hugging Face folder. ``config`` says what the budget is
-    and what counts (``objective``, ``weights``, ``per_projection``); its group size and channel block are those of the
-    analyses. ValueError: a budget below that of 2 bits everywhere, or by fits_gib, which needs to know more than these;
-    a channel block that is not the analyses', weights for a dataset that was not analysed. Source: docs/design.md,
-    "Baseline".
+    and what counts (``objective``, ``weights``, ``per_projection``); its group size is that of the analyses. ValueError:
+    a budget below that of 2 bits everywhere, or by fits_gib, which needs to know more than these; two widths an expert
+    where one was analysed; weights for a dataset that was not analysed. Source: docs/design.md, "Baseline".
     """
     if isinstance(model, (str, Path)):
         model = load_config(Path(model))
     config, model = config or QuantizeConfig(), model if isinstance(model, ModelConfig) else model.config
     check_weights(config, list(analyses))
-    widths = num_blocks(model.intermediate_size, config.channel_block) * (2 if config.per_projection else 1)
-    if wrong := [name for name, a in analyses.items() if a.stats.block_errors.shape[2] != widths]:
-        raise ValueError(
-            f"{wrong[0]}: analysed with another channel_block or per_projection than the plan is asked for"
-        )
     losses = {
         name: a.apart_significance() if config.per_projection else a.expert_significance()[:, :, None]
         for name, a in analyses.items()
     }
+    if missing := [name for name, loss in losses.items() if loss.shape[2] == 0]:
+        raise ValueError(
+            f"{missing[0]}: analysed with one width an expert, so that the plan needs per_projection=False"
+        )
     return _allocated(losses, config, model)
 
 
