@@ -38,9 +38,11 @@ def plan(
     """The baseline: of all plans under the byte budget the one of least loss over the analysed datasets.
 
     model: that the analyses are of, its configuration, or its Hugging Face folder. ``config`` says what the budget is
-    and what counts (``objective``, ``weights``, ``per_projection``); its group size is that of the analyses. ValueError:
-    a budget below that of 2 bits everywhere, or by fits_gib, which needs to know more than these; two widths an expert
-    where one was analysed; weights for a dataset that was not analysed. Source: docs/design.md, "Baseline".
+    and what counts (``objective``, ``weights``, ``per_projection``); its group size is that of the analyses.
+
+    ValueError: a budget below that of 2 bits everywhere, or by fits_gib, which needs to know more than these; two
+    widths an expert where one was analysed; weights for a dataset that was not analysed. Source: docs/design.md,
+    "Baseline".
     """
     if isinstance(model, (str, Path)):
         model = load_config(Path(model))
