@@ -52,7 +52,7 @@ def output_error(q, w=W, h=H):
 # Grids
 
 
-@pytest.mark.parametrize("spec", map(spec_case, SPECS))
+@pytest.mark.parametrize("spec", [*map(spec_case, SPECS)])
 def test_a_group_lies_on_evenly_spaced_values_that_its_codes_can_name(spec):
     q = np.asarray(round_to_nearest(jnp.asarray(W), spec)).reshape(-1, spec.group_size)
     grid = grid_of(jnp.asarray(W).reshape(-1, spec.group_size), spec)
@@ -115,7 +115,7 @@ def test_gptq_is_optimal_brain_surgery(spec):
     assert np.mean(np.abs(found - by_hand(W[0], H[0], spec)) > 1e-3) < 0.02
 
 
-@pytest.mark.parametrize("spec", map(spec_case, SPECS))
+@pytest.mark.parametrize("spec", [*map(spec_case, SPECS)])
 def test_gptq_beats_rounding_at_every_width_group_and_grid(spec):
     found = gptq(W, H, spec).weights
     assert (output_error(found) < 0.8 * output_error(round_to_nearest(jnp.asarray(W), spec))).all()

@@ -69,7 +69,7 @@ def family_case(family):
     return pytest.param(family, marks=[] if family in OWN_DECODING else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize("family", map(family_case, FAMILIES))
+@pytest.mark.parametrize("family", [*map(family_case, FAMILIES)])
 def test_greedy_tokens_equal_those_of_transformers(family_model, family, tmp_path):
     """Beyond every sliding window, with prompts of different lengths in one batch."""
     model = family_model(family)
@@ -417,14 +417,20 @@ def test_buckets_are_powers_of_two():
     assert [bucket(n) for n in (1, 16, 17, 32, 33, 1000)] == [16, 16, 32, 32, 64, 1024]
 
 
-def test_streamed_text_adds_up_and_breaks_no_character(tiny, bundled):
+def test_streamed_text_adds_up_and_breaks_no_character(tiny, bundled, monkeypatch):
     _, tokenizer = bundled
     prompt = tokenizer.encode("Die Größe der Bücher ist schön, für alle Völker: ä").ids
-    settings = GenerateConfig(max_tokens=40, temperature=1.5, seed=5)
+    settings = GenerateConfig(max_tokens=40, temperature=1.5, seed=3)
     pieces = [p[0] for p in continuations(tiny, tokenizer, [prompt], settings)]
     tokens = generate(tiny, [prompt], settings)[0]
     assert "".join(pieces) == tokenizer.decode(prompt + tokens)[len(tokenizer.decode(prompt)) :]
     assert all("\ufffd" not in piece for piece in pieces[:-1])
+    text = " 漢字 and 🙂"  # of characters that take several tokens each
+    monkeypatch.setattr(
+        "dynamo_jax.generation.token_stream", lambda *_, **__: ([t] for t in tokenizer.encode(text).ids)
+    )
+    pieces = [p[0] for p in continuations(tiny, tokenizer, [prompt], settings)]
+    assert "".join(pieces) == text and "" in pieces[:-1] and all("\ufffd" not in piece for piece in pieces)
 
 
 TEMPLATE = (
