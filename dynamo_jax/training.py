@@ -24,6 +24,7 @@ import tokenizers
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dynamo_jax.files import write_text
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, parameters, with_parameters
 from dynamo_jax.models.experts import float_experts

@@ -23,7 +23,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from dynamo_jax.kernels.arrangements import ARRANGEMENTS, AnyResident
-from dynamo_jax.kernels.layout import LEVELS, BasePlanes, PageTable
+from dynamo_jax.kernels.layout import LEVELS, BasePlanes, Pages, PageTable
+from dynamo_jax.kernels.tiles import TiledPages
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime.store import HostPages, page_counts, pages_of
 
