@@ -22,10 +22,10 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/dynamo-jax demo
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(PYTEST)
 
 slow: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(PYTEST)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
