@@ -41,15 +41,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from layers import MODELS, PREFILL, SHAPES, Layer, sizes_of
+from random_model import batch_of, model_arrays
 
 from dynamo_jax.kernels.fragments import BLOCK, FragmentBase, FragmentPages, FragmentResident, empty_pages
 from dynamo_jax.kernels.quantized_gpu import quantized_experts_gpu
 from dynamo_jax.kernels.quantized_xla import quantized_experts_xla
 from dynamo_jax.kernels.rows import combine_rows, gather_rows, sort_by_expert
-from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import Decoder, new_cache, parameters, with_parameters
+from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.experts import silu_gated
 from dynamo_jax.runtime import serving
 from dynamo_jax.runtime.monitor import Signatures, start
@@ -378,19 +377,6 @@ def step(config: Any, watched: bool, arrays: Any, experts: Any, tokens: Any, mas
     hidden, routings, cache = model.cached_states(tokens, mask, cache, experts=run, dtype=jnp.bfloat16)
     token = jnp.argmax(model.logits(hidden[:, -1:])[:, 0], axis=-1)
     return token, cache, serving.observe(experts, routings).watch if watched else None
-
-
-def model_arrays(config: ModelConfig) -> dict[str, Any]:
-    """Random parameters of all but the experts."""
-    shapes = jax.eval_shape(lambda: parameters(Decoder(config, with_experts=False, rngs=nnx.Rngs(0))))
-    make = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16) * 0.02, static_argnums=1)
-    return {n: make(jax.random.key(i), s.shape) for i, (n, s) in enumerate(sorted(shapes.items()))}
-
-
-def batch_of(config: ModelConfig, requests: int, length: int) -> tuple[Any, Any, Any]:
-    """Tokens, mask and an empty cache of a step."""
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (requests, length))
-    return tokens, np.ones((requests, length), bool), new_cache(config, requests, 2 * PREFILL, jnp.bfloat16)
 
 
 def measure_model(add: Callable[..., None], late: Callable[[], bool]) -> None:

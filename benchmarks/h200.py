@@ -104,11 +104,12 @@ def compile_model(requests: int = 8) -> None:
     """What ``gpu.py`` runs of a model with two variants and a monitor; prints the GiB that each program needs."""
     import gpu
     import jax
+    from random_model import batch_of, model_arrays
 
     def inputs(length: int) -> Any:
         planes = gpu.planes(config.num_hidden_layers, layer, jax.random.key(0))
         state = gpu.state_of(layer, config.num_hidden_layers, requests, gpu.PLANS["mixed"], planes)
-        return gpu.model_arrays(config), state, *gpu.batch_of(config, requests, length)
+        return model_arrays(config), state, *batch_of(config, requests, length)
 
     config, layer = gpu.MODELS["olmoe-1b-7b"], gpu.SHAPES["olmoe-1b-7b"]
     for name, length in (("decode", 1), ("prefill", gpu.PREFILL // requests)):
