@@ -32,6 +32,8 @@ from dynamo_jax.models.huggingface import TOKENIZER, load_config, load_decoder, 
 from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.models.routing import Routing
 
+END_OF_TEXT = "<|endoftext|>"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -191,9 +193,6 @@ def train(
                 manager.wait_until_finished()
     save_checkpoint(run / "model", with_parameters(config.model, params), run / "tokenizer.json")
     return run / "model"
-
-
-END_OF_TEXT = "<|endoftext|>"
 
 
 def tokenizer_from_texts(paths: list[Path], vocab_size: int) -> tokenizers.Tokenizer:

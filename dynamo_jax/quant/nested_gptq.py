@@ -30,6 +30,7 @@ from dynamo_jax.quant.planes import VALUES, Planes, over, planes_of, refinement,
 
 Emphasis = tuple[float, float, float]
 EMPHASIS: Emphasis = (1.0, 2.0, 4.0)  # of a squared error at 2, 3 and 4 bits when codes are chosen
+PRIOR_ROWS = 256  # what the layer's own Hessian counts for in that of each expert
 BASE_FRACTIONS = tuple(np.linspace(0.3, 0.75, 13).tolist())  # base scale over the group's largest weight
 SWEEPS = 3  # of coordinate descent
 BLOCK_COLUMNS = 128  # whose feedback waits until the block is done
@@ -232,6 +233,3 @@ def shrunk(own: Float[np.ndarray, "C C"], weight: float, prior: Float[np.ndarray
     ``worth``: the weight that the prior counts for. An expert that calibration never reached gets the prior.
     """
     return (own + worth * prior) / max(weight + worth, 1e-30)
-
-
-PRIOR_ROWS = 256  # what the layer's own Hessian counts for in that of each expert
