@@ -36,8 +36,8 @@ from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows, saved_by
+from dynamo_jax.runtime.memory import spare_slots
 from dynamo_jax.runtime.quantized import QuantizedModel
-from dynamo_jax.runtime.serving import default_spare
 from dynamo_jax.runtime.standing import MOST, RECENT, Standing
 from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
 from dynamo_jax.texts.windows import token_windows
@@ -62,7 +62,7 @@ def saved(model: QuantizedModel, plan: Plan, seen: Observation) -> float:
 
 def followed(model: QuantizedModel, windows: list[Observation], size: int, leaves: bool) -> Followed:
     """``Follower`` on one request, window after window of ``size`` tokens."""
-    spare, standing = default_spare(model.plan), Standing(size)
+    spare, standing = spare_slots(model.plan), Standing(size)
     plan, adaptations = model.plan, 0
     stream: list[Observation] = []
     found: list[float] = []

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from dynamo_jax.kernels.layout import num_blocks
+from dynamo_jax.kernels.layout import WIDTHS, num_blocks
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.precision.allocate import OBJECTIVES
 from dynamo_jax.precision.plan import block_costs
 from dynamo_jax.quant.nested_gptq import EMPHASIS
+from dynamo_jax.runtime.memory import SPARE
 
 BITS = 3.0  # a weight, where no budget is given
+RESERVE = 0.1  # of fits_gib, where no reserve is given
 BUDGETS = ("bits", "budget_bytes", "fits_gib")  # fields of which one is given
 GIB = 2**30
 QUANTIZERS = ("gptq", "rtn")
@@ -21,9 +23,13 @@ QUANTIZERS = ("gptq", "rtn")
 class QuantizeConfig:
     """What ``dynamo-jax quantize`` decides by. Windows are of ``window`` tokens.
 
-    The budget is one of bits, a weight of the experts, scales included (3 by default); budget_bytes, of all experts;
-    fits_gib, memory in GiB for the weights of the whole model: the experts' planes and what is not quantized (not
-    the key/value cache, not activations).
+    The budget is what the device holds of the experts when it serves: the baseline's planes with their scales, page
+    tables, spare slots for pages of novel text, and pages on their way to these (``runtime.memory``). It is one of bits,
+    a weight of the experts (3 by default); budget_bytes, of all experts; fits_gib, device memory in GiB for the whole
+    model: the experts, what is not quantized, and reserve_gib for the key/value cache, activations, a monitor for each
+    request and what measuring a text takes between two steps (a tenth of fits_gib by default).
+    spare: slots for pages of novel text, as a share of the baseline's pages; 0 for a model that never switches.
+    max_width: planes of more bits are left out, in memory and on disk; 2, 3, 4 or 8.
     objective: the loss of a plan over the known datasets, their sum or the worst (``precision.allocate``). weights:
     what datasets count for in the sum, by name; 1 for those that are not named.
     per_projection: whether an expert's gate and up have one width and its down another.
@@ -38,6 +44,9 @@ class QuantizeConfig:
     bits: float | None = None
     budget_bytes: int | None = None
     fits_gib: float | None = None
+    reserve_gib: float | None = None
+    spare: float = SPARE
+    max_width: int = WIDTHS[-1]
     objective: str = "sum"
     weights: dict[str, float] | None = None
     per_projection: bool = True
@@ -62,6 +71,14 @@ class QuantizeConfig:
             object.__setattr__(self, "bits", BITS)
         elif not (math.isfinite(value := getattr(self, given[0])) and value > 0):
             raise ValueError(f"{given[0]} {value}: expected a positive number")
+        if not (math.isfinite(self.spare) and self.spare >= 0):
+            raise ValueError(f"spare {self.spare}: expected a share of the baseline's pages, 0 for none")
+        if self.max_width not in WIDTHS:
+            raise ValueError(f"max_width {self.max_width}: known are {', '.join(map(str, WIDTHS))}")
+        if self.reserve_gib is not None and self.fits_gib is None:
+            raise ValueError("reserve_gib: it is a part of fits_gib, which is not given")
+        if self.reserve_gib is not None and not (math.isfinite(self.reserve_gib) and self.reserve_gib >= 0):
+            raise ValueError(f"reserve_gib {self.reserve_gib}: expected a number of 0 or more")
 
     def bytes_for(self, model: ModelConfig, others: int | None = None) -> float:
         """The budget of all experts in bytes; ``others``: bytes of what is not quantized, which fits_gib needs."""
@@ -72,7 +89,17 @@ class QuantizeConfig:
         assert self.fits_gib is not None
         if others is None:
             raise ValueError(f"fits_gib {self.fits_gib:g}: the bytes of what is not quantized are not known here")
-        return self.fits_gib * GIB - others
+        return (self.fits_gib - self.reserve) * GIB - others
+
+    @property
+    def reserve(self) -> float:
+        """GiB of fits_gib that are neither experts nor other weights."""
+        return RESERVE * (self.fits_gib or 0) if self.reserve_gib is None else self.reserve_gib
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Those that a plan may have."""
+        return tuple(width for width in WIDTHS if width <= self.max_width)
 
     def group(self, hidden_size: int) -> int:
         """The group size for a model."""
@@ -116,11 +143,12 @@ def settled(config: QuantizeConfig, model: ModelConfig, others: int, names: list
         raise ValueError(
             f"the budget, {asked}, is too small: the least is {8 * least / model.num_expert_weights:g} bits a weight "
             f"(2 bits, a scale for each group of {group_size}, whole groups and blocks), {least:,} bytes, "
-            f"or {(least + others) / GIB:.4g} GiB with the {others:,} bytes that are not quantized"
+            f"or {(least + others) / GIB + config.reserve:.4g} GiB with the {others:,} bytes that are not quantized"
+            + (f" and a reserve of {config.reserve:g} GiB" if config.reserve else "")
         )
     if config.fits_gib is None:
         return config
-    return dataclasses.replace(config, fits_gib=None, budget_bytes=int(budget))
+    return dataclasses.replace(config, fits_gib=None, reserve_gib=None, budget_bytes=int(budget))
 
 
 def check_weights(config: QuantizeConfig, names: list[str]) -> None:

@@ -97,6 +97,7 @@ def analyze_layers(
         quantizer=config.quantizer,
         emphasis=config.emphasis,
         favour=favour if config.favour != 1 else None,
+        max_width=config.max_width,
         batch_size=config.batch_size,
         work=work,
         progress=progress,
@@ -162,6 +163,7 @@ def quantize(
         window=config.window,
         knowledge=knowledge,
         files=side_files_of(model.config, tokenizer),
+        spare=config.spare,
     )
     return quantized, analyses
 
@@ -193,7 +195,8 @@ def quantize_folder(
     }
     with FolderWork(out.parent / f".{out.name}.partial", job) as work:
         chosen, knowledge, _ = _plan_and_knowledge(source, windows, known, config, work, progress)
-        checkpoint.describe_to(work.folder, source.config, chosen, config.window, knowledge, side_files(folder))
+        sizes = checkpoint.Sizes(config.window, config.spare, config.max_width)
+        checkpoint.describe_to(work.folder, source.config, chosen, sizes, knowledge, side_files(folder))
         for layer in source.config.moe_layers:
             for name in ("stats", "sensitivity"):
                 work.drop(f"{name}-{layer:03d}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from dynamo_jax.models.decoder import Decoder
 from dynamo_jax.models.huggingface import load_config
 from dynamo_jax.precision.allocate import allocate_known
 from dynamo_jax.precision.plan import Plan, expert_plan, item_costs
+from dynamo_jax.runtime.memory import device_bytes
 
 
 def favoured(
@@ -63,16 +65,31 @@ def _allocated(losses: dict[str, Float[np.ndarray, "L E U W"]], config: Quantize
     group_size = config.group(model.hidden_size)
     blocks = num_blocks(model.intermediate_size, config.channel_block)
     costs = item_costs(blocks, config.channel_block, model.hidden_size, group_size, config.per_projection)
-    items = np.stack(list(losses.values())).reshape(len(losses), -1, len(WIDTHS))
+    costs = costs[::blocks] * blocks
+    costs += (
+        2 * config.spare * (costs - costs[:, :1])
+    )  # a page that may have to come takes a slot, and as much on its way
+    choices = len(config.widths)
+    items = np.stack(list(losses.values())).reshape(len(losses), -1, len(WIDTHS))[..., :choices]
     experts = model.num_moe_layers * model.num_experts
     weights = np.array([(config.weights or {}).get(name, 1.0) for name in losses])
-    widths = allocate_known(
-        items,
-        np.tile(costs[::blocks] * blocks, (experts, 1)),
-        config.bytes_for(model),
-        config.objective,
-        weights,
-    )
-    shape = (model.num_moe_layers, model.num_experts, -1)
-    channels = model.intermediate_size
-    return expert_plan(widths.reshape(shape), channels, config.channel_block, group_size, model.hidden_size)
+
+    def within(budget: float) -> Plan:
+        each = np.tile(costs[:, :choices], (experts, 1))
+        widths = allocate_known(items, each, budget, config.objective, weights)
+        shape = (model.num_moe_layers, model.num_experts, -1)
+        channels = model.intermediate_size
+        return expert_plan(widths.reshape(shape), channels, config.channel_block, group_size, model.hidden_size)
+
+    return _fitting(within, config.bytes_for(model), float(costs[:, 0].sum()) * experts, config.spare)
+
+
+def _fitting(within: Callable[[float], Plan], budget: float, least: float, spare: float) -> Plan:
+    """The plan of ``within`` whose bytes on the device, page tables and rounded slots too, are within ``budget``."""
+    left = budget
+    while True:
+        found = within(left)
+        over = device_bytes(found, spare).total - budget
+        if over <= 0 or left <= least:
+            return found
+        left = max(left - over, least)

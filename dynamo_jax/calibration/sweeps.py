@@ -39,7 +39,7 @@ from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.layerwise import Outer, dense, dense_vjp, first_alike, loss_gradient_of, outer_of, outer_vjp
 from dynamo_jax.progress import Progress
-from dynamo_jax.quant.planes import Planes, filled_up, quantize
+from dynamo_jax.quant.planes import Planes, filled_up, narrowed, quantize
 from dynamo_jax.storage.bundles import Bundle, layer_name, planes_bundle
 from dynamo_jax.storage.work import Work
 
@@ -64,7 +64,7 @@ class Calibration:
 
     quantizer: gptq (``quant/nested_gptq.py``: error feedback along the calibration inputs) or rtn
     (``quant/planes.py``). emphasis: what errors at 2, 3 and 4 bits count for gptq; ``favour``, if there is one, gives
-    that of each expert from the drafts. apart: whether gate with up and down have widths of their own.
+    that of each expert from the drafts. max_width: planes of more bits are measured, not kept. apart: whether gate with up and down have widths of their own.
     """
 
     source: LayerSource
@@ -76,6 +76,7 @@ class Calibration:
     apart: bool
     quantizer: str
     emphasis: tuple[float, float, float]
+    max_width: int
     favour: Callable[[Draft], Float[np.ndarray, "L E U 3"]] | None
     batch_size: int
     work: Work
@@ -338,7 +339,7 @@ def _quantize_layer(job: Calibration, layer: int, emphasis: Float[np.ndarray, "E
     routed = outer.experts.reshape(len(job.tokens), -1)
     stats["windows"] = np.stack([np.bincount(r, minlength=config.num_experts) for r in routed]).astype(np.float32)
     planes = jax.tree.map(lambda *a: np.concatenate(a), *quantized)
-    job.work.put(layer_name(layer), _parameters(rest) | planes_bundle(planes))
+    job.work.put(layer_name(layer), _parameters(rest) | planes_bundle(narrowed(planes, job.max_width)))
     job.work.put(stats_name(layer), stats)
 
 

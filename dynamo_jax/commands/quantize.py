@@ -23,12 +23,34 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder to write the quantized model to.")],
     model: ModelOption = "tiny-moe",
     bits: Annotated[
-        float | None, typer.Option(help="Budget: bits a weight over all experts, scales included; 3.0 by default.")
+        float | None,
+        typer.Option(
+            help="Budget: bits a weight that the device holds for the experts when it serves, scales and spare slots "
+            "included; 3.0 by default."
+        ),
     ] = None,
-    budget_bytes: Annotated[int | None, typer.Option("--bytes", help="Budget: bytes of all experts together.")] = None,
+    budget_bytes: Annotated[
+        int | None, typer.Option("--bytes", help="Budget: bytes that the device holds for the experts.")
+    ] = None,
     fits_gib: Annotated[
-        float | None, typer.Option(help="Budget: GiB for all weights, experts and what is not quantized.")
+        float | None, typer.Option(help="Budget: GiB of the device for the whole model, the reserve included.")
     ] = None,
+    reserve_gib: Annotated[
+        float | None,
+        typer.Option(
+            help="GiB of --fits-gib for the key/value cache, activations and measuring text; a tenth of it by default."
+        ),
+    ] = None,
+    spare: Annotated[
+        float,
+        typer.Option(
+            help="Slots for precision that moves to novel text, as a share of the baseline's pages; the budget counts "
+            "them twice, pages on their way too. 0: nothing will ever switch."
+        ),
+    ] = 0.1,
+    max_width: Annotated[
+        int, typer.Option(help="2, 3, 4 or 8: planes of more bits are left out, on disk and in host memory.")
+    ] = 8,
     weight: Annotated[
         list[str],
         typer.Option(metavar="NAME=NUMBER", help="What a known dataset counts for in the sum; 1 if not given."),
@@ -72,6 +94,9 @@ def quantize(
         bits=bits,
         budget_bytes=budget_bytes,
         fits_gib=fits_gib,
+        reserve_gib=reserve_gib,
+        spare=spare,
+        max_width=max_width,
         objective=objective,
         weights=read_weights(weight) or None,
         per_projection=per_projection,

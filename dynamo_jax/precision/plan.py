@@ -92,6 +92,18 @@ class Plan:
         """Expert bytes that one token reads on the mean, when ``counts`` of ``tokens`` went to each expert."""
         return float((self.expert_bytes() * counts).sum() / tokens)
 
+    def bytes_per_step(self, use: Float[np.ndarray, "L E"], batch: int) -> float:
+        """Expert bytes that a step of ``batch`` tokens is expected to read, each token with ``use`` rows at each expert.
+
+        An expert is read once, however many of the tokens go to it.
+        """
+        return float((self.expert_bytes() * touched_share(use, batch)).sum())
+
+
+def touched_share(use: Float[np.ndarray, "*A"], batch: int) -> Float[np.ndarray, "*A"]:
+    """How likely at least one of ``batch`` tokens goes to an expert that a token goes to with likelihood ``use``."""
+    return 1 - (1 - np.clip(use, 0, 1)) ** batch
+
 
 def block_costs(channel_block: int, hidden_size: int, group_size: int) -> Float[np.ndarray, " W"]:
     """Bytes of one channel block at each width."""

@@ -40,11 +40,23 @@ VALUES = _values()  # (3, 16): the weight at 2, 3 and 4 bits, in base scales, fo
 
 
 class Planes(NamedTuple):
-    """Host arrays of one weight array (..., D): codes by width (packed), base scales, ratios of the 8-bit plane."""
+    """Host arrays of one weight array (..., D): codes by width (packed), base scales, ratios of the 8-bit plane, None
+    where that plane was left out."""
 
     codes: dict[int, np.ndarray]
     scales: np.ndarray
-    ratios: np.ndarray
+    ratios: np.ndarray | None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Those that the planes can be read at."""
+        return tuple(sorted(self.codes))
+
+
+def narrowed(planes: Planes, width: int) -> Planes:
+    """The planes up to ``width``; what refines them further is left out."""
+    codes = {b: a for b, a in planes.codes.items() if b <= width}
+    return Planes(codes, planes.scales, planes.ratios if width == WIDTHS[-1] else None)
 
 
 def planes_of(
@@ -150,8 +162,8 @@ def _quantize_rows(rows: Float[np.ndarray, "R D"], group_size: int) -> Planes:
 
 def dequantize(planes: Planes, width: int) -> Float[Array, "*S D"]:
     """The float32 weights that reading ``planes`` up to ``width`` gives."""
-    if width not in WIDTHS:
-        raise ValueError(f"width {width} is not one of {WIDTHS}")
+    if width not in planes.codes:
+        raise ValueError(f"width {width} is not one of {planes.widths}")
     base = jnp.asarray(planes.scales).astype(jnp.float32)
     value = scaled(jnp.asarray(planes.codes[2]), base, 2)
     for level in LEVELS:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -28,11 +29,12 @@ from dynamo_jax.models.experts import ExpertForm, ExpertWeights
 from dynamo_jax.models.layerwise import embedded, finished, first_alike, places_of
 from dynamo_jax.models.routing import Routing
 from dynamo_jax.precision.allocate import reallocate
-from dynamo_jax.precision.plan import Plan
+from dynamo_jax.precision.plan import Plan, touched_share
 from dynamo_jax.quant.planes import Planes, dequantize
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.store import page_counts
 
+UNPACKED_WEIGHTS = 2**24  # of experts that are measured at a time
 PRIOR_TOKENS = 64  # of the known datasets, in how often each expert is used
 PRIOR_COST_ROWS = 128  # of the known datasets, in what a row costs at each expert; of its layer's experts, in those
 
@@ -40,8 +42,9 @@ PRIOR_COST_ROWS = 128  # of the known datasets, in what a row costs at each expe
 class Observation(NamedTuple):
     """What a text showed, as sums over its tokens.
 
-    errors: gate-weighted squared output error of each of an expert's widths, 8 bits taken as exact. counts: routed
-    tokens of each window. tokens: of each window. exact: the last hidden states, at 8 bits.
+    errors: gate-weighted squared output error of each of an expert's widths, the largest that there are planes of
+    (8 bits, if none were left out) taken as exact. counts: routed tokens of each window. tokens: of each window. exact:
+    the last hidden states, at the largest width.
     """
 
     errors: Float[np.ndarray, "L E M W"]
@@ -50,10 +53,9 @@ class Observation(NamedTuple):
     exact: Float[np.ndarray, "S T D"]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "width"))
 def _at_width(config: ModelConfig, planes: Planes, width: int) -> ExpertWeights:
     whole = dequantize(planes, width)[..., : config.intermediate_size, : config.hidden_size]
-    return ExpertWeights(*whole.astype(jnp.bfloat16).swapaxes(0, 1))
+    return ExpertWeights(*whole.astype(jnp.bfloat16).astype(jnp.float32).swapaxes(0, 1))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "like", "channel_block", "apart"))
@@ -61,27 +63,54 @@ def _observe_layer(
     config: ModelConfig,
     like: int,
     parameters: dict[str, Array],
-    at: dict[int, ExpertWeights],
+    planes: Planes | None,
     x: Float[Array, "1 T D"],
     channel_block: int,
     apart: bool,
 ) -> tuple[Float[Array, "1 T D"], tuple[Array, Array] | None]:
-    """A layer's output with its experts at 8 bits, the errors of their blocks at other widths and their tokens; of a
-    dense layer, no more than the output."""
+    """A layer's output with its experts at the largest width, the errors of their blocks at other widths and their
+    tokens; of a dense layer, no more than the output."""
 
     def experts(_: int, x: Array, routing: Routing, __: ExpertWeights | None, form: ExpertForm) -> tuple[Array, Any]:
-        *candidates, full = (jax.tree.map(lambda a: a.astype(jnp.float32), at[width]) for width in WIDTHS)
-        common = (jnp.ones(x.shape[0]), channel_block, form, apart)
-        out, sums = observe_experts(x, routing, full, candidates, *common)
-        return out, (sums.block_errors, sums.counts)
+        assert planes is not None
+        size = _together(config)
+        parts = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), (planes, form.biases))
+
+        def some(out: Array, part: tuple[Array, Any]) -> tuple[Array, Any]:
+            first, (own, biases) = part
+            inside = (routing.experts >= first) & (routing.experts < first + size)
+            here = jnp.where(inside, routing.experts - first, size)  # rows of other experts come last, in no group
+            there = routing._replace(experts=here, gates=jnp.where(inside, routing.gates, 0))
+            *candidates, full = (_at_width(config, own, width) for width in own.widths)
+            common = (jnp.ones(x.shape[0]), channel_block, form._replace(biases=biases), apart)
+            more, sums = observe_experts(x, there, full, candidates, *common)
+            return out + more, (sums.block_errors, sums.counts)
+
+        firsts = jnp.arange(0, config.num_experts, size)
+        out, sums = jax.lax.scan(some, jnp.zeros_like(x), (firsts, parts))
+        return out, jax.tree.map(lambda a: a.reshape(config.num_experts, *a.shape[2:]), sums)
 
     out, sums, _ = layer_with_parameters(config, like, parameters)(x, experts, places_of(config, x))
     return out, sums
 
 
+def _together(config: ModelConfig) -> int:
+    """Experts that are unpacked at a time."""
+    most = max(1, UNPACKED_WEIGHTS // (3 * config.intermediate_size * config.hidden_size))
+    return max(n for n in range(1, config.num_experts + 1) if config.num_experts % n == 0 and n <= most)
+
+
+def measuring_bytes(config: ModelConfig, planes: Planes) -> int:
+    """Device memory that ``observe_windows`` takes beside the activations of a window: one layer's planes, and some of
+    its experts in float32 at each width, twice while they are put together."""
+    weights = 3 * config.intermediate_size * config.hidden_size
+    layer = sum(a.nbytes for a in jax.tree.leaves(planes)) // max(1, config.num_moe_layers)
+    return layer + _together(config) * weights * 4 * (2 * len(planes.widths) - 1)
+
+
 def observe_windows(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> Observation:
-    """Measure the planes on windows of tokens: layer after layer, so that one layer is unpacked at a time, and window
-    after window, so that one program serves any number."""
+    """Measure the planes on windows of tokens: layer after layer and some experts after others, so that few are
+    unpacked at a time, and window after window, so that one program serves any number."""
     if windows.shape[0] == 0 or windows.shape[1] < 2:
         raise ValueError(f"no tokens to adapt to: {windows.shape[0]} windows of {windows.shape[1]} tokens")
     config, params = model.config, model.device_parameters()
@@ -92,21 +121,21 @@ def observe_windows(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> 
     for layer in range(config.num_hidden_layers):
         prefix = f"layers.{layer}."
         own = {name.removeprefix(prefix): a for name, a in params.items() if name.startswith(prefix)}
-        at = {}
+        planes = None
         if layer in config.moe_layers:
             index = config.moe_layers.index(layer)
             planes = jax.tree.map(lambda a, index=index: jnp.asarray(a[index]), model.store)
-            at = {width: _at_width(config, planes, width) for width in WIDTHS}
-        fixed = config, first_alike(config, layer), own, at
+        fixed = config, first_alike(config, layer), own, planes
         found = [_observe_layer(*fixed, x, model.plan.channel_block, model.plan.apart) for x in states]
         states = [x for x, _ in found]
-        if at:
+        if planes:
             each_errors, each_counts = (np.stack(part).astype(np.float64) for part in zip(*(sums for _, sums in found)))
             errors.append(each_errors.sum(axis=0))
             counts.append(each_counts)
     each = np.full(len(windows), windows.shape[1] - 1.0)
     exact = np.concatenate([np.asarray(finished(config, rest, x)) for x in states])
-    return Observation(np.pad(np.stack(errors), [(0, 0)] * 3 + [(0, 1)]), np.stack(counts, axis=1), each, exact)
+    exactly = len(WIDTHS) - len(model.store.widths) + 1  # the largest, and those that were left out
+    return Observation(np.pad(np.stack(errors), [(0, 0)] * 3 + [(0, exactly)]), np.stack(counts, axis=1), each, exact)
 
 
 class Expected(NamedTuple):
@@ -137,14 +166,23 @@ def expected(known: Knowledge, seen: Observation) -> Expected:
     return Expected(cost, use)
 
 
-def adapted_plan(plan: Plan, known: Knowledge, seen: Observation, spare: dict[int, int] | None = None) -> Plan:
-    """The plan for what was seen: the page counts of ``plan``, the baseline, placed anew.
+def adapted_plan(
+    plan: Plan,
+    known: Knowledge,
+    seen: Observation,
+    spare: dict[int, int] | None = None,
+    batch: int = 1,
+    reads: float = 1.0,
+) -> Plan:
+    """The plan for what was seen: the pages of ``plan``, the baseline, placed anew.
 
-    Its stored bytes equal the baseline's at most, and so do the bytes that it is expected to read a token. ``spare``:
-    pages of each level that may be others than the baseline's, any number by default.
+    It is expected to read no more bytes a step than ``reads`` times what the baseline reads, where a step is of
+    ``batch`` tokens of this text, each of another request. ``spare``: pages of each level that may be others than the
+    baseline's; they have slots beside the baseline's, so that a plan may read those and these. By default any of the
+    baseline's pages may be others, and there are as many. ValueError: ``batch`` below 1, ``reads`` that nothing meets.
     """
     found = expected(known, seen)
-    return placed_anew(plan, found.errors, found.use, spare=spare)
+    return placed_anew(plan, found.errors, found.use, spare, batch, reads)
 
 
 def saved_by(plan: Plan, baseline: Plan, known: Knowledge, seen: Observation) -> Float[np.ndarray, "L E"]:
@@ -162,12 +200,22 @@ def placed_anew(
     errors: Float[np.ndarray, "L E M W"],
     use: Float[np.ndarray, "L E"],
     spare: dict[int, int] | None = None,
+    batch: int = 1,
+    reads: float = 1.0,
 ) -> Plan:
-    """The pages of ``plan`` where they lower the errors most; where a token has ``use`` rows at each expert, no more
-    bytes are read than by ``plan``."""
-    read = np.broadcast_to(use[:, :, None, None] * plan.costs(), errors.shape).reshape(-1, len(WIDTHS))
-    budget = plan.bytes_per_token(use, 1.0)
+    """The pages of ``plan`` where they lower the errors most; where a token has ``use`` rows at each expert.
+
+    spare, batch, reads: as ``adapted_plan`` takes them.
+    """
+    if batch < 1 or not (math.isfinite(reads) and reads > 0):
+        raise ValueError(f"batch {batch}, reads {reads}: expected a batch of 1 or more, and reads above 0")
+    touched = touched_share(use, batch)
+    read = np.broadcast_to(touched[:, :, None, None] * plan.costs(), errors.shape).reshape(-1, len(WIDTHS))
+    budget = reads * plan.bytes_per_step(use, batch)
+    most = page_counts(plan)
+    if spare is not None:
+        most = {level: count + spare[level] for level, count in most.items()}
     pages_each = np.tile(plan.pages(), plan.widths[..., 0].size)
     now = plan.widths.reshape(-1)
-    widths = reallocate(errors.reshape(-1, len(WIDTHS)), page_counts(plan), read, budget, pages_each, now, spare)
+    widths = reallocate(errors.reshape(-1, len(WIDTHS)), most, read, budget, pages_each, now, spare)
     return dataclasses.replace(plan, widths=widths.reshape(plan.widths.shape).astype(np.int8))

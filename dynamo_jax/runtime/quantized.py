@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import Planes
+from dynamo_jax.runtime.memory import SPARE
 from dynamo_jax.runtime.monitor import Signatures
 
 
@@ -65,7 +66,8 @@ class QuantizedModel:
 
     parameters: all but the expert weights, by dotted name. store: planes of all experts, (L, E, P, F, ..) for P = 3
     projections and F channels, in host memory. plan: the baseline. window: tokens of a calibration window. knowledge:
-    what calibration left behind for run time. files: the small files of the model that was quantized, config.json and
+    what calibration left behind for run time. spare: slots for pages of other variants, as a share of the baseline's
+    pages; 0 where nothing is to be switched. files: the small files of the model that was quantized, config.json and
     tokenizer.json among them.
     """
 
@@ -77,6 +79,7 @@ class QuantizedModel:
     window: int
     knowledge: Knowledge
     files: dict[str, bytes]
+    spare: float = SPARE
 
     def device_parameters(self, dtype: Any = jnp.float32) -> dict[str, Array]:
         """The parameters on the device, in one dtype."""

@@ -28,7 +28,7 @@ from dynamo_jax.kernels.tiles import TiledPages
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime.store import HostPages, page_counts, pages_of
 
-CHUNK = 64  # pages that are written at a time: one program for any number of them
+CHUNK = 16  # pages that are written at a time: one program for any number of them
 
 
 class Residency(NamedTuple):
@@ -117,7 +117,9 @@ def stage(host: HostPages, now: Residency, plan: Plan, keep: list[Plan]) -> Stag
 
 
 def _chunks(host: HostPages, now: Residency, level: int, where: np.ndarray, slots: np.ndarray) -> list[Chunk]:
-    out = []
+    out: list[Chunk] = []
+    if not len(where):
+        return out
     capacity = now.resident.pages[level].codes.shape[0]
     own: Any = host.arrays(level, where)
     codes, ratios = own

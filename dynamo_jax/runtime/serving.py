@@ -30,13 +30,12 @@ from dynamo_jax.models.experts import ExpertsFn
 from dynamo_jax.models.routing import Routing
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows
+from dynamo_jax.runtime.memory import spare_slots
 from dynamo_jax.runtime.monitor import HOP, Signatures, Watch, start, watch
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.residency import Residency, Staged, commit, levels_of, residency, stage, table_of
 from dynamo_jax.runtime.store import HostPages, host_pages, page_counts, pages_of
 from dynamo_jax.runtime.switch import switched_divergence, switched_experts
-
-SPARE = 0.5  # of the baseline's pages: slots beside theirs, for those of other variants
 
 
 class State(NamedTuple):
@@ -80,11 +79,6 @@ def spare(host: Host, state: State, variant: int = 1) -> dict[int, int]:
     return {level: pages.codes.shape[0] - used[level] for level, pages in state.resident.pages.items()}
 
 
-def default_spare(plan: Plan) -> dict[int, int]:
-    """Slots of each level beside those of a baseline, where nothing else is asked for."""
-    return {level: int(SPARE * count) for level, count in page_counts(plan).items()}
-
-
 def init(
     model: QuantizedModel,
     requests: int = 1,
@@ -94,7 +88,8 @@ def init(
 ) -> tuple[Host, State]:
     """The model on the device: all ``variants`` are the baseline until ``finish`` or ``adapt`` fills them.
 
-    slots: the page budget of each refinement level, at least the baseline's pages; by default those and half as many.
+    slots: the page budget of each refinement level, at least the baseline's pages; by default those and the model's spare
+    ones, which its budget counts.
     arrangement: of the planes on the device, "planes", "tiles" (of the TPU kernel) or "fragments" (of the GPU kernels);
     by default that of the fastest kernel that takes them there. ValueError: no request or variant, or fewer slots than
     the baseline has pages.
@@ -103,7 +98,7 @@ def init(
         raise ValueError(f"{requests} requests, {variants} variants: expected one or more")
     if slots is None:
         counts = page_counts(model.plan)
-        slots = {level: counts[level] + count for level, count in default_spare(model.plan).items()}
+        slots = {level: counts[level] + count for level, count in spare_slots(model.plan, model.spare).items()}
     if arrangement is None:
         arrangement = arrangement_for(model.store.scales.shape[3], model.plan.channel_block, model.plan.group_size)
     pages = host_pages(model.store, model.plan, arrangement)
@@ -233,14 +228,21 @@ def gain(
 
 
 def adapt(
-    model: QuantizedModel, host: Host, state: State, windows: Int[np.ndarray, "S T1"], variant: int = 1
+    model: QuantizedModel,
+    host: Host,
+    state: State,
+    windows: Int[np.ndarray, "S T1"],
+    variant: int = 1,
+    batch: int | None = None,
+    reads: float = 1.0,
 ) -> tuple[Host, State]:
     """``variant`` adapted to data like ``windows``, within the page budget; the numbers stay as they are.
 
-    windows: token ids, each predicting T of them; 512 tokens in all do, 2,048 do better. The given state's pages are
-    given up. ValueError: no tokens, no such variant, the baseline itself, a damaged page. Source: docs/design.md,
-    "Adaptation".
+    windows: token ids, each predicting T of them; 512 tokens in all do, 2,048 do better. batch: requests that a decode
+    step serves together, by default those of the state; reads: how many times the baseline's bytes a step may read. The
+    given state's pages are given up. ValueError: no tokens, no such variant, the baseline itself, a damaged page, a
+    batch below 1, reads that no plan meets. Source: docs/design.md, "Adaptation".
     """
-    free = spare(host, state, variant)
-    plan = adapted_plan(model.plan, model.knowledge, observe_windows(model, windows), free)
+    free, batch = spare(host, state, variant), state.number.shape[0] if batch is None else batch
+    plan = adapted_plan(model.plan, model.knowledge, observe_windows(model, windows), free, batch, reads)
     return finish(host, state, begin(host, state, plan, variant))

@@ -67,6 +67,8 @@ class HostPages:
 
     def arrays(self, level: int, where: Int[np.ndarray, "Q 3"]) -> Any:
         """The pages at (layer, expert, block), host arrays; ValueError if one is not what it was."""
+        if level not in self.planes.codes:
+            raise ValueError(f"planes of {level} bits were left out; this model has {self.planes.widths}")
         codes, ratios = _cut(self.planes, self.channel_block, self.together, level, where)
         for place, found in zip(where, _sums(codes, ratios)):
             if found != self.checksums[level][tuple(place)]:
@@ -85,6 +87,9 @@ def host_pages(planes: Planes, plan: Plan, arrangement: str = "planes") -> HostP
     together = 1 if plan.apart else PROJECTIONS
     sums = {}
     for level, has in pages_of(plan).items():
+        if level not in planes.codes:
+            sums[level] = np.zeros(has.shape, np.uint32)
+            continue
         everywhere = np.argwhere(np.ones(has.shape, bool))
         parts = _cut(planes, plan.channel_block, together, level, everywhere)
         sums[level] = np.array(list(_sums(*parts)), np.uint32).reshape(has.shape)
@@ -101,7 +106,7 @@ def _cut(planes: Planes, channel_block: int, together: int, level: int, where: n
         layer, expert, index = where.T
         return parts[layer, expert, index // blocks, :, index % blocks]
 
-    return cut(planes.codes[level]), cut(planes.ratios) if level == 8 else None
+    return cut(planes.codes[level]), cut(planes.ratios) if level == 8 and planes.ratios is not None else None
 
 
 def _sums(codes: np.ndarray, ratios: np.ndarray | None) -> list[int]:

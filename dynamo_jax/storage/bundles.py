@@ -29,23 +29,26 @@ def layer_name(layer: int) -> str:
 
 def planes_bundle(planes: Planes) -> Bundle:
     """One layer's planes by the names that they have in files: what ``layer_planes`` undoes."""
-    codes = {f"planes/codes{b}": a for b, a in planes.codes.items()}
-    return codes | {"planes/scales": planes.scales, "planes/ratios": planes.ratios}
+    ratios = {} if planes.ratios is None else {"planes/ratios": planes.ratios}
+    return {f"planes/codes{b}": a for b, a in planes.codes.items()} | {"planes/scales": planes.scales} | ratios
 
 
-def plane_shapes(config: ModelConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Shapes of one layer's planes."""
+def plane_shapes(config: ModelConfig, plan: Plan, max_width: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of one layer's planes up to ``max_width``."""
     shape = (config.num_experts, PROJECTIONS, plan.blocks * plan.channel_block)
     hidden = filled(config.hidden_size, plan.group_size)
-    codes: dict[str, tuple[int, ...]] = {f"planes/codes{b}": (*shape, hidden * PLANE_BITS[b] // 8) for b in WIDTHS}
-    return codes | {f"planes/{name}": (*shape, hidden // plan.group_size) for name in ("scales", "ratios")}
+    codes: dict[str, tuple[int, ...]] = {
+        f"planes/codes{b}": (*shape, hidden * PLANE_BITS[b] // 8) for b in WIDTHS if b <= max_width
+    }
+    steps = ("scales", "ratios") if max_width == WIDTHS[-1] else ("scales",)
+    return codes | {f"planes/{name}": (*shape, hidden // plan.group_size) for name in steps}
 
 
-def check_planes(path: Path, bundle: Bundle, config: ModelConfig, plan: Plan) -> None:
+def check_planes(path: Path, bundle: Bundle, config: ModelConfig, plan: Plan, max_width: int) -> None:
     """ValueError if what ``path`` held are not the planes of the layer that the file is named after."""
     found = {name: a.shape for name, a in bundle.items() if name.startswith("planes/")}
     dense = int(path.stem.removeprefix("layer-")) in config.dense_layers
-    expected = {} if dense else plane_shapes(config, plan)
+    expected = {} if dense else plane_shapes(config, plan, max_width)
     if wrong := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
         name = wrong[0]
         raise ValueError(f"{path}: {name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}")
@@ -53,7 +56,8 @@ def check_planes(path: Path, bundle: Bundle, config: ModelConfig, plan: Plan) ->
 
 def layer_planes(bundle: Bundle) -> Planes:
     """One layer's planes (E, P, F, ..) from its bundle."""
-    return Planes({b: bundle[f"planes/codes{b}"] for b in WIDTHS}, bundle["planes/scales"], bundle["planes/ratios"])
+    codes = {b: bundle[name] for b in WIDTHS if (name := f"planes/codes{b}") in bundle}
+    return Planes(codes, bundle["planes/scales"], bundle.get("planes/ratios"))
 
 
 def stacked_planes(get: Callable[[str], Bundle], config: ModelConfig) -> Planes:

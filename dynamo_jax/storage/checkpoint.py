@@ -14,6 +14,7 @@ disk leaves no half checkpoint. Nothing is pickled.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,14 +28,23 @@ from dynamo_jax.files import read_json, whole_folder, write_text
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.formats.tensor_files import write_tensors
 from dynamo_jax.models.huggingface import TOKENIZER, UNQUANTIZED
-from dynamo_jax.precision.plan import Plan
+from dynamo_jax.precision.plan import Plan, num_weights
 from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
+from dynamo_jax.runtime.memory import device_bytes
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.store import page_tables
 from dynamo_jax.settings import from_dict
-from dynamo_jax.storage.bundles import Bundle, check_planes, layer_name, planes_bundle, read_bundle, stacked_planes
+from dynamo_jax.storage.bundles import (
+    Bundle,
+    check_planes,
+    layer_name,
+    plane_shapes,
+    planes_bundle,
+    read_bundle,
+    stacked_planes,
+)
 
-FORMAT = 5
+FORMAT = 6
 NAME = "dynamo_jax quantized model"
 META, PLAN, TOP, SOURCE = "dynamo_jax.json", "plan.safetensors", "top.safetensors", "source"
 KNOWLEDGE = ("counts", "centre", "inverse", "limit", "loss_per_error", "block_errors", "correction")
@@ -65,7 +75,8 @@ def save(folder: str | Path, model: QuantizedModel) -> None:
         write_tensors(partial / TOP, {name: a for name, a in arrays.items() if not name.startswith("layers.")})
         for layer in range(model.config.num_hidden_layers):
             write_tensors(partial / f"{layer_name(layer)}.safetensors", _layer_bundle(model, arrays, layer))
-        describe_to(partial, model.config, model.plan, model.window, model.knowledge, model.files)
+        sizes = Sizes(model.window, model.spare, model.store.widths[-1])
+        describe_to(partial, model.config, model.plan, sizes, model.knowledge, model.files)
 
 
 def _layer_bundle(model: QuantizedModel, arrays: Bundle, layer: int) -> Bundle:
@@ -77,8 +88,17 @@ def _layer_bundle(model: QuantizedModel, arrays: Bundle, layer: int) -> Bundle:
     return own | planes_bundle(jax.tree.map(lambda a: a[index], model.store))
 
 
+class Sizes(NamedTuple):
+    """Of a quantized model. window: tokens of a calibration window; spare: slots beside the baseline's, as a share of
+    its pages; max_width: of the planes."""
+
+    window: int
+    spare: float
+    max_width: int
+
+
 def describe_to(
-    folder: Path, config: ModelConfig, plan: Plan, window: int, knowledge: Knowledge, files: dict[str, bytes]
+    folder: Path, config: ModelConfig, plan: Plan, sizes: Sizes, knowledge: Knowledge, files: dict[str, bytes]
 ) -> None:
     """Write all but the layers and the top; the JSON comes last, and makes the folder a checkpoint."""
     known = knowledge
@@ -93,7 +113,7 @@ def describe_to(
         "format": FORMAT,
         "config": config.to_dict(),
         "unquantized": UNQUANTIZED,
-        "window": window,
+        **sizes._asdict(),
         "channel_block": plan.channel_block,
         "group_size": plan.group_size,
         "per_projection": plan.apart,
@@ -132,7 +152,7 @@ def load(folder: str | Path) -> QuantizedModel:
 
     def layer_bundle(name: str) -> Bundle:
         bundle = read_bundle(folder / f"{name}.safetensors")
-        check_planes(folder / f"{name}.safetensors", bundle, config, plan)
+        check_planes(folder / f"{name}.safetensors", bundle, config, plan, meta["max_width"])
         prefix = f"layers.{int(name.removeprefix('layer-'))}."
         for key in [k for k in bundle if k.startswith("parameters/")]:
             kept[prefix + key.removeprefix("parameters/")] = bundle.pop(key)
@@ -150,6 +170,7 @@ def load(folder: str | Path) -> QuantizedModel:
         window=meta["window"],
         knowledge=knowledge,
         files=files,
+        spare=meta["spare"],
     )
 
 
@@ -206,8 +227,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "positions": config.max_position_embeddings,
         "experts": f"{config.num_moe_layers} layers x {config.num_experts}, top {config.num_experts_per_tok}",
-        "bits_per_weight": plan.bits_per_weight(),
-        "stored_bytes": plan.stored_bytes(),
+        **_memory(folder, config, plan, meta),
         "channel_block": plan.channel_block,
         "group_size": plan.group_size,
         **blocks,
@@ -216,6 +236,23 @@ def describe(folder: Path) -> dict[str, Any]:
         "novelty_threshold_bits": meta["threshold"],
         "stream monitor": monitor_words(arrays["limit"]),
         "not quantized": meta["unquantized"],
+    }
+
+
+def _memory(folder: Path, config: ModelConfig, plan: Plan, meta: dict[str, Any]) -> dict[str, str]:
+    """Bits a weight, and bytes on the device, in host memory and on disk."""
+    held, weights = device_bytes(plan, meta["spare"]), num_weights(plan)
+    plan_bits, spare, staged, tables = (8 * n / weights for n in held)
+    shapes = plane_shapes(config, plan, meta["max_width"])
+    planes = config.num_moe_layers * sum(math.prod(s) * (2 if n.endswith("scales") else 1) for n, s in shapes.items())
+    files = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    parts = f"plan {plan_bits:.3f}, spare slots {spare:.3f}, pages on their way {staged:.3f}, page tables {tables:.3f}"
+    largest = f"all planes up to {meta['max_width']} bits"
+    return {
+        "bits a weight": f"{8 * held.total / weights:.4f} on the device ({parts})",
+        "experts on the device": f"{held.total:,} bytes",
+        "experts in host memory": f"{planes:,} bytes ({largest}, which switching takes pages from)",
+        "on disk": f"{sum(files):,} bytes ({largest}, and what is not quantized)",
     }
 
 

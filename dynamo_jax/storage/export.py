@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 
 from dynamo_jax.files import whole_folder, write_text
 from dynamo_jax.kernels.layout import WIDTHS
-from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.families.names import expert_names, layer_tensor_names, tensor_names
 from dynamo_jax.models.formats.expert_files import Triple, expert_tensors
 from dynamo_jax.models.huggingface import write_shards
@@ -44,7 +43,7 @@ def export(folder: str | Path, out: str | Path, progress: Progress = no_progress
         raise ValueError(f"{source / 'config.json'}: no such file; this model did not come from a checkpoint folder")
     with whole_folder(out) as partial:
         config = description.config
-        write_shards(partial, _shards(folder, config, description.plan, progress), config.num_hidden_layers + 1)
+        write_shards(partial, _shards(folder, description, progress), config.num_hidden_layers + 1)
         for path in source.iterdir():
             shutil.copyfile(path, partial / path.name)
         raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
@@ -52,18 +51,20 @@ def export(folder: str | Path, out: str | Path, progress: Progress = no_progress
         write_text(partial / "config.json", json.dumps(raw | {"dtype": "bfloat16"}, indent=2) + "\n")
 
 
-def _shards(folder: Path, config: ModelConfig, plan: Plan, progress: Progress) -> Iterator[Bundle]:
+def _shards(folder: Path, description: checkpoint.Description, progress: Progress) -> Iterator[Bundle]:
+    config = description.config
     for layer in range(config.num_hidden_layers):
-        yield _layer_tensors(folder, config, plan, layer)
+        yield _layer_tensors(folder, description, layer)
         progress("export layers", layer + 1, config.num_hidden_layers)
     top = read_bundle(folder / checkpoint.TOP)
     yield {theirs: top[ours] for ours, theirs, _ in tensor_names(config) if not ours.startswith("layers.")}
 
 
-def _layer_tensors(folder: Path, config: ModelConfig, plan: Plan, layer: int) -> Bundle:
+def _layer_tensors(folder: Path, description: checkpoint.Description, layer: int) -> Bundle:
+    meta, config, plan, _ = description
     path = folder / f"{layer_name(layer)}.safetensors"
     bundle = read_bundle(path)
-    check_planes(path, bundle, config, plan)
+    check_planes(path, bundle, config, plan, meta["max_width"])
     own = {k.removeprefix("parameters/"): a for k, a in bundle.items() if k.startswith("parameters/")}
     tensors = {}
     for ours, theirs, turned in layer_tensor_names(config, layer):

@@ -1,0 +1,69 @@
+"""What a quantized model takes in memory: on the device while it serves, and in the host's.
+
+On the device lie the base planes, slots for the pages that the baseline reads, spare slots for those of other variants,
+and the page tables. While pages are on their way to spare slots, they are there a second time. All of that is what a
+budget counts. Attention, embeddings, caches, activations and a monitor for each request come beside it.
+
+Axes: L layers, E experts, U*N pages of an expert and level.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, WIDTHS, block_bytes, filled
+from dynamo_jax.precision.plan import Plan, num_weights
+from dynamo_jax.runtime.residency import CHUNK, levels_of
+from dynamo_jax.runtime.store import page_counts
+
+SPARE = 0.1  # of the baseline's pages: slots beside theirs, for those of other variants
+SLOT_BYTES = 4  # of a number in a page table, or of a page on its way
+
+
+class DeviceBytes(NamedTuple):
+    """Of all experts. plan: planes that the baseline reads; spare: slots beside them; staged: most that is on its way
+    to these at once; tables: page tables of the baseline and of one variant, where there are spare slots."""
+
+    plan: int
+    spare: int
+    staged: int
+    tables: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def spare_slots(plan: Plan, share: float = SPARE) -> dict[int, int]:
+    """Slots of each level beside those of a baseline: a share of its pages, in whole chunks of what is moved at once,
+    and no more than there are other pages."""
+    of_level = plan.page_widths().size
+    return {
+        level: filled(min(-int(-share * count // 1), of_level - count), CHUNK) if count else 0
+        for level, count in page_counts(plan).items()
+    }
+
+
+def page_bytes(plan: Plan) -> dict[int, int]:
+    """Bytes of one page of each level."""
+    parts = PROJECTIONS if plan.apart else 1
+    each = [block_bytes(w, plan.channel_block, plan.hidden_size, plan.group_size) // parts for w in WIDTHS]
+    return dict(zip(LEVELS, (high - low for low, high in zip(each, each[1:]))))
+
+
+def device_bytes(plan: Plan, share: float = SPARE) -> DeviceBytes:
+    """What serving ``plan`` as the baseline takes, with spare slots for a ``share`` of its pages."""
+    spare, pages = spare_slots(plan, share), page_bytes(plan)
+    slots = sum(count * pages[level] for level, count in spare.items())
+    variants = 2 if any(spare.values()) else 1
+    return DeviceBytes(
+        plan=plan.stored_bytes(),
+        spare=slots,
+        staged=slots + SLOT_BYTES * sum(spare.values()),
+        tables=SLOT_BYTES * variants * len(levels_of(plan)) * plan.page_widths().size,
+    )
+
+
+def device_bits(plan: Plan, share: float = SPARE) -> float:
+    """The same, in bits a weight of the experts."""
+    return 8 * device_bytes(plan, share).total / num_weights(plan)
