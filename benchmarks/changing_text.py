@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from adaptation import TEXT_BYTES, part_of, quantized_on
 from texts import add_texts
 
+from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.demo import DemoConfig
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
@@ -42,6 +42,7 @@ from dynamo_jax.runtime.standing import MOST, RECENT, Standing
 from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
 from dynamo_jax.texts.windows import token_windows
 
+TEXT_BYTES = 600_000  # of each kind
 TURNS = (1, 2, 4, 8)  # windows of one kind before the other comes
 
 
@@ -81,6 +82,10 @@ def followed(model: QuantizedModel, windows: list[Observation], size: int, leave
             saves = saved_by(plan, model.plan, model.knowledge, seen)
             standing.begins(saved(model, plan, seen) > 0, saves, seen.counts, seen.tokens)
     return Followed(found, adaptations, agree)
+
+
+def part_of(seen: list[Observation]) -> Observation:
+    return Observation(sum(o.errors for o in seen), *(np.concatenate([o[i] for o in seen]) for i in (1, 2, 3)))
 
 
 def in_turns(kinds: list[list[Observation]], turn: int, count: int) -> list[Observation]:
@@ -123,14 +128,13 @@ def main() -> None:
     model, tokenizer = load_decoder(BUNDLED), load_tokenizer(BUNDLED)
     settings = dataclasses.replace(DemoConfig().quantize, calibration_windows=16, bits=arguments.budget)
 
-    def windows_of(name: str, parts: Any) -> np.ndarray:
-        return token_windows(collect(parts(arguments.texts), TEXT_BYTES), tokenizer, settings.window, name)
+    def text_of(parts: Any) -> str:
+        return collect(parts(arguments.texts), TEXT_BYTES)
 
-    known = {name: windows_of(name, parts)[: settings.calibration_windows] for name, parts in KNOWN.items()}
-    quantized = quantized_on(model, tokenizer, known, settings)
+    quantized, _ = quantize(model, tokenizer, {name: text_of(parts) for name, parts in KNOWN.items()}, settings)
     seen = {}
     for name, parts in NOVEL.items():
-        own = windows_of(name, parts)[: arguments.windows]
+        own = token_windows(text_of(parts), tokenizer, settings.window, name)[: arguments.windows]
         seen[name] = [observe_windows(quantized, w[None])._replace(exact=np.zeros((1, 0, 0))) for w in own]
     print("change  method   saved   least  worse than it  adaptations  agree")
     rows = rows_of(quantized, seen, arguments.windows, settings.window)

@@ -29,8 +29,9 @@ from tpu_schedule import GROUP, tiled_shapes
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, parameters
 from dynamo_jax.models.stacked import new_stacked_cache, stacked, stacked_decoder
+from dynamo_jax.runtime.memory import SPARE
 from dynamo_jax.runtime.monitor import Signatures, start
-from dynamo_jax.runtime.serving import SPARE, State, experts, observe
+from dynamo_jax.runtime.serving import State, experts, observe
 
 MEMORY = {"v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}  # GiB of a core
 REQUESTS, CAPACITY, VARIANTS, KNOWN = 8, 4096, 2, 3

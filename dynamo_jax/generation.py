@@ -30,16 +30,23 @@ REPLACEMENT = "\ufffd"  # stands for bytes that are not yet a whole character
 
 
 def quantized_language_model(
-    model: QuantizedModel, dtype: Any = jnp.float32, adaptive: bool = False
+    model: QuantizedModel,
+    dtype: Any = jnp.float32,
+    adaptive: bool = False,
+    batch: int | None = None,
+    reads: float = 1.0,
 ) -> tuple[LanguageModel, Follower | None]:
-    """The baseline of a quantized model, ready to generate. Adaptive: with a monitor, a second variant, and what
-    follows a client's requests; its ``state`` is the one to begin the next call of ``stream`` with."""
+    """The baseline of a quantized model, ready to generate.
+
+    Adaptive: with a monitor, a second variant, and what follows a client's requests (batch, reads: as ``Follower``
+    takes them); its ``state`` is the one to begin the next call of ``stream`` with.
+    """
     if adaptive:
         host, state = init(model)
     else:
         host, state = init(model, variants=1, slots=page_counts(model.plan))
         state = state._replace(watch=None)
-    follower = Follower(model, host, state) if adaptive else None
+    follower = Follower(model, host, state, batch, reads) if adaptive else None
     parameters = model.device_parameters(dtype)
     if not isinstance(state.resident, Resident):  # a kernel takes long to compile: once for all layers alike
         parameters = stacked(model.config, parameters)
@@ -55,25 +62,38 @@ class TextModel(NamedTuple):
     follower: Follower | None = None
 
 
-def text_model(model: QuantizedModel, dtype: Any = jnp.bfloat16, adapt: bool = False) -> TextModel:
+def text_model(
+    model: QuantizedModel,
+    dtype: Any = jnp.bfloat16,
+    adapt: bool = False,
+    batch: int | None = None,
+    reads: float = 1.0,
+) -> TextModel:
     """A quantized model in memory, ready for ``stream`` and ``generate``.
 
     dtype: of all but the experts. adapt: watch the text, and switch precision where it is novel; without it the
-    baseline runs.
+    baseline runs. batch: requests that a step is taken to serve, by default as many as there are prompts; reads: how
+    many times the baseline's bytes a step may read once adapted. ValueError: batch below 1, reads not above 0.
     """
-    language_model, follower = quantized_language_model(model, dtype, adapt)
+    language_model, follower = quantized_language_model(model, dtype, adapt, batch, reads)
     return TextModel(language_model, model.tokenizer, model.files, follower)
 
 
-def load_text_model(folder: str | Path, dtype: Any = jnp.bfloat16, adapt: bool = False) -> TextModel:
+def load_text_model(
+    folder: str | Path,
+    dtype: Any = jnp.bfloat16,
+    adapt: bool = False,
+    batch: int | None = None,
+    reads: float = 1.0,
+) -> TextModel:
     """A folder that ``quantize`` wrote, or a Hugging Face folder, ready for ``stream`` and ``generate``.
 
-    dtype, adapt: as ``text_model`` takes them. ValueError: a folder that is not whole, or adapt for a model that is not
-    quantized.
+    dtype, adapt, batch, reads: as ``text_model`` takes them. ValueError: a folder that is not whole, or adapt for a
+    model that is not quantized.
     """
     folder = Path(folder)
     if checkpoint.is_checkpoint(folder):
-        return text_model(checkpoint.load(folder), dtype, adapt)
+        return text_model(checkpoint.load(folder), dtype, adapt, batch, reads)
     if adapt:
         raise ValueError(f"{folder}: is not quantized; --adapt switches the precision of a folder that quantize wrote")
     decoder = load_decoder(folder)

@@ -24,10 +24,10 @@ class QuantizeConfig:
     """What ``dynamo-jax quantize`` decides by. Windows are of ``window`` tokens.
 
     The budget is what the device holds of the experts when it serves: the baseline's planes with their scales, page
-    tables, spare slots for pages of novel text, and pages on their way to these (``runtime.memory``). It is one of bits,
-    a weight of the experts (3 by default); budget_bytes, of all experts; fits_gib, device memory in GiB for the whole
-    model: the experts, what is not quantized, and reserve_gib for the key/value cache, activations, a monitor for each
-    request and what measuring a text takes between two steps (a tenth of fits_gib by default).
+    tables, spare slots for pages of novel text, and pages on their way to these (``runtime.memory``). It is one of
+    bits, a weight of the experts (3 by default); budget_bytes, of all experts; fits_gib, device memory in GiB for the
+    whole model: the experts, what is not quantized, and reserve_gib for the key/value cache, activations, a monitor for
+    each request and what measuring a text takes between two steps (a tenth of fits_gib by default).
     spare: slots for pages of novel text, as a share of the baseline's pages; 0 for a model that never switches.
     max_width: planes of more bits are left out, in memory and on disk; 2, 3, 4 or 8.
     objective: the loss of a plan over the known datasets, their sum or the worst (``precision.allocate``). weights:

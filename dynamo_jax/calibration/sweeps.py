@@ -64,7 +64,8 @@ class Calibration:
 
     quantizer: gptq (``quant/nested_gptq.py``: error feedback along the calibration inputs) or rtn
     (``quant/planes.py``). emphasis: what errors at 2, 3 and 4 bits count for gptq; ``favour``, if there is one, gives
-    that of each expert from the drafts. max_width: planes of more bits are measured, not kept. apart: whether gate with up and down have widths of their own.
+    that of each expert from the drafts. max_width: planes of more bits are measured, not kept. apart: whether gate with
+    up and down have widths of their own.
     """
 
     source: LayerSource

@@ -47,26 +47,18 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def print_rows(rows: list[Row]) -> None:
+    batch = rows[0].batch if rows else 1
+    step = "bytes/token" if batch == 1 else f"bytes/step of {batch}"
     table = rich.table.Table(caption="difference: nats a token, +- its standard error paired by window")
-    for name in (
-        "dataset",
-        "kind",
-        "variant",
-        "bits/weight",
-        "bytes/token",
-        "tokens",
-        "nll",
-        "perplexity",
-        "difference",
-    ):
+    for name in ("dataset", "kind", "variant", "device bits", step, "tokens", "nll", "perplexity", "difference"):
         table.add_column(name, justify="left" if name in ("dataset", "kind", "variant") else "right", no_wrap=True)
     for index, row in enumerate(rows):
         table.add_row(
             row.dataset,
             row.kind,
             row.variant,
-            f"{row.bits_per_weight:.3f}",
-            f"{row.bytes_per_token:,.0f}",
+            f"{row.device_bits:.3f}",
+            f"{row.bytes_per_step:,.0f}",
             f"{row.tokens:,}",
             f"{row.nll:.4f}",
             f"{row.perplexity:.3f}",

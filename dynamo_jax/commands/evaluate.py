@@ -9,10 +9,12 @@ import typer
 
 from dynamo_jax.commands.console import describe_verdict, print_divergences, print_rows, progress_bar
 from dynamo_jax.commands.options import (
+    BatchOption,
     JsonOption,
     KnownOption,
     ModelOption,
     NovelOption,
+    ReadsOption,
     WindowOption,
     check_json,
     check_variants,
@@ -36,8 +38,10 @@ def evaluate(
     json: JsonOption = None,
     window: WindowOption = 256,
     limit: Annotated[int | None, typer.Option(min=1, help="Windows of each dataset at most.")] = None,
+    batch: BatchOption = 1,
+    reads: ReadsOption = 1.0,
 ) -> None:
-    """Perplexity, bits a weight and bytes read a token, for each dataset and variant.
+    """Perplexity, bits a weight on the device and bytes read a token, for each dataset and variant.
 
     The first windows of a dataset are what the monitor and adaptation see; rows count the rest.
     """
@@ -65,7 +69,7 @@ def evaluate(
         loaded, tokenizer = load_float(model)
         names = check_variants(variant, UNIFORM, "an unquantized model")
     check_window(window, loaded.config.max_position_embeddings)
-    settings = EvalConfig(window=window, limit=limit)
+    settings = EvalConfig(window=window, limit=limit, batch=batch, reads=reads)
     with progress_bar() as progress:
         rows, adaptations = run(
             loaded, **texts, config=settings, variants=names, tokenizer=tokenizer, against=original, progress=progress

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dynamo_jax.commands.console import describe_event
-from dynamo_jax.commands.options import ModelOption, model_folder
+from dynamo_jax.commands.options import BatchOption, ModelOption, ReadsOption, model_folder
 
 
 def generate(
@@ -25,6 +25,8 @@ def generate(
         bool,
         typer.Option("--adapt", help="Watch the text, prompt after prompt, and switch precision where it is novel."),
     ] = False,
+    batch: BatchOption = 1,
+    reads: ReadsOption = 1.0,
 ) -> None:
     """Continue a text; standard output gets the continuation alone, as it is made.
 
@@ -42,7 +44,7 @@ def generate(
         raise ValueError("--prompt is empty")
     import jax.numpy as jnp
 
-    loaded = load_text_model(model_folder(model), jnp.dtype(dtype), adapt)
+    loaded = load_text_model(model_folder(model), jnp.dtype(dtype), adapt, batch, reads)
     settings = GenerateConfig(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if loaded.follower:  # one client's texts, one after the other
         prompts_tokens(loaded, prompt, not raw)

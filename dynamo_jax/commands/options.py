@@ -24,6 +24,14 @@ NovelOption = Annotated[
     list[str], typer.Option("--novel", metavar="NAME=FILE", help="A dataset that calibration has not seen. Repeatable.")
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
+BatchOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Requests that a step serves together; an adapted plan keeps to the baseline's bytes a step of these.",
+    ),
+]
+ReadsOption = Annotated[float, typer.Option(help="How many times the baseline's bytes a step may read once adapted.")]
 WindowOption = Annotated[int, typer.Option(min=8, help="Tokens a window.")]
 
 

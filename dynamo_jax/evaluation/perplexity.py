@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.precision.plan import touched_share
 from dynamo_jax.texts.windows import batches, token_windows
 
 StepFn = Callable[[Array], tuple[Array, Array]]  # tokens (B, T1) -> losses (B,), counts (B, L, E)
@@ -26,18 +27,23 @@ StepFn = Callable[[Array], tuple[Array, Array]]  # tokens (B, T1) -> losses (B,)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """How texts are evaluated. window: tokens; batch_size, adaptation_windows: windows, the latter the first ones of
-    a text that monitor and adaptation see; limit: windows that count at most, None for all.
-    ValueError: a number below 1."""
+    a text that monitor and adaptation see; limit: windows that count at most, None for all. batch: requests that a
+    decode step is taken to serve together; reads: how many times the baseline's bytes such a step may read once
+    adapted. ValueError: a number below 1, reads that are not above 0."""
 
     window: int = 256
     batch_size: int = 8
     adaptation_windows: int = 8
     limit: int | None = None
+    batch: int = 1
+    reads: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("window", "batch_size", "adaptation_windows", "limit"):
+        for name in ("window", "batch_size", "adaptation_windows", "limit", "batch"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} {value}: expected 1 or more")
+        if not (math.isfinite(self.reads) and self.reads > 0):
+            raise ValueError(f"reads {self.reads}: expected a number above 0")
 
     def check(self, model: ModelConfig) -> None:
         """ValueError if the windows are longer than the model can be given."""
@@ -54,13 +60,20 @@ class Losses(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table. difference: nll minus the reference row's, with its standard error."""
+    """One line of the table.
+
+    device_bits: that the device holds for a weight of the experts, spare slots included. bytes_per_token: of experts,
+    that one request alone reads; bytes_per_step: that a step of ``batch`` requests of this text reads. difference: nll
+    minus the reference row's, with its standard error.
+    """
 
     dataset: str
     kind: str  # known | novel
     variant: str
-    bits_per_weight: float
+    device_bits: float
     bytes_per_token: float
+    batch: int
+    bytes_per_step: float
     tokens: int
     nll: float
     perplexity: float
@@ -99,13 +112,15 @@ def make_row(
     data: Dataset,
     variant: str,
     losses: Losses,
-    bits: float,
-    bytes_per_token: float,
+    device_bits: float,
+    expert_bytes: Float[np.ndarray, "L E"],
     reference: Reference | None,
+    batch: int = 1,
 ) -> Row:
-    """A row; the difference to ``reference`` is paired by window."""
+    """A row; the difference to ``reference`` is paired by window. expert_bytes: that reading an expert takes."""
     tokens = data.rest[:, 1:].size
     nll = float(losses.nll.sum() / tokens)
+    use = losses.counts.sum(axis=0) / tokens
     difference = error = None
     if reference is not None:
         per_window = (losses.nll - reference[1].nll) / (data.rest.shape[1] - 1)
@@ -115,8 +130,10 @@ def make_row(
         dataset=data.name,
         kind=data.kind,
         variant=variant,
-        bits_per_weight=bits,
-        bytes_per_token=bytes_per_token,
+        device_bits=device_bits,
+        bytes_per_token=float((expert_bytes * use).sum()),
+        batch=batch,
+        bytes_per_step=float((expert_bytes * touched_share(use, batch)).sum()),
         tokens=tokens,
         nll=nll,
         perplexity=math.exp(min(nll, 700.0)),

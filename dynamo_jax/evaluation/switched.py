@@ -13,6 +13,7 @@ from dynamo_jax.evaluation.perplexity import Dataset, EvalConfig, Losses, Refere
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.progress import Progress, no_progress
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows
+from dynamo_jax.runtime.memory import device_bits
 from dynamo_jax.runtime.monitor import HOP, LONGEST, Verdict, decide, judge, spans
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import begin, finish, gain, init, spare
@@ -64,11 +65,11 @@ def evaluate_quantized(
     difference is to the row before it, the first one's to ``references`` (by dataset) if given.
     """
     rows, adaptations = [], {}
-    device = Device(model)
+    device, held = Device(model), device_bits(model.plan, model.spare)
     for index, dataset in enumerate(data):
         plan = model.plan
         if "auto" in variants:
-            adaptations[dataset.name] = found = choose_plan(device, dataset.first, config.batch_size)
+            adaptations[dataset.name] = found = choose_plan(device, dataset.first, config)
             plan = found.plan
         reference = (references or {}).get(dataset.name)
         found_losses: dict[str, Losses] = {}
@@ -76,8 +77,7 @@ def evaluate_quantized(
             step = device.step(plan, VARIANTS.index(name))
             losses = run_windows(step, dataset.rest, config.batch_size)
             used = plan if name == "auto" else model.plan
-            read = used.bytes_per_token(losses.counts.sum(axis=0), dataset.rest[:, 1:].size)
-            rows.append(make_row(dataset, name, losses, used.bits_per_weight(), read, reference))
+            rows.append(make_row(dataset, name, losses, held, used.expert_bytes(), reference, config.batch))
             reference = (name, losses)
             found_losses[name] = losses
         if set(VARIANTS) <= set(found_losses) and dataset.first[0, 1:].size <= LONGEST:
@@ -135,19 +135,19 @@ class Device:
         return gain(self.model, self._state, windows, seen)
 
 
-def choose_plan(device: Device, first: Int[np.ndarray, "S T1"], batch_size: int) -> Adaptation:
+def choose_plan(device: Device, first: Int[np.ndarray, "S T1"], config: EvalConfig) -> Adaptation:
     """What the run time does after the first windows: keep the baseline on data that it knows, else adapt.
 
     An adapted plan must prove itself: it is taken only if on these windows its predictions are nearer to those of
     8 bits than the baseline's are. Errors that are small for each layer can still be harmful together.
     """
     model = device.model
-    before = run_windows(device.step(model.plan, 0), first, batch_size)
+    before = run_windows(device.step(model.plan, 0), first, config.batch_size)
     verdict = judge(before.counts.sum(axis=0), model.knowledge.signatures(), model.knowledge.threshold)
     if not verdict.novel:
         return Adaptation(verdict, model.plan, None, before)
     seen = observe_windows(model, first)
-    plan = adapted_plan(model.plan, model.knowledge, seen, device.spare)
+    plan = adapted_plan(model.plan, model.knowledge, seen, device.spare, config.batch, config.reads)
     device.step(plan, 1)
     found = device.gain(first, seen)
     return Adaptation(verdict, plan if found > 0 else model.plan, found, before)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from dynamo_jax.evaluation.perplexity import Dataset, EvalConfig, Losses, Reference, Row, make_row, run_windows
@@ -28,11 +31,18 @@ def evaluate_float(config: ModelConfig, params: dict[str, Array], data: Dataset,
 
 
 def float_row(
-    config: ModelConfig, data: Dataset, variant: str, losses: Losses, bits: float, reference: Reference | None
+    config: ModelConfig,
+    data: Dataset,
+    variant: str,
+    losses: Losses,
+    bits: float,
+    reference: Reference | None,
+    batch: int = 1,
 ) -> Row:
-    """A row of a model whose experts all have ``bits`` bits a weight: a token reads its top-k experts."""
-    active = config.num_expert_weights * config.num_experts_per_tok / config.num_experts
-    return make_row(data, variant, losses, bits, active * bits / 8, reference)
+    """A row of a model whose experts all have ``bits`` bits a weight."""
+    shape = config.num_moe_layers, config.num_experts
+    each = np.full(shape, config.num_expert_weights / math.prod(shape) * bits / 8)
+    return make_row(data, variant, losses, bits, each, reference, batch)
 
 
 UNIFORM = {"bf16": None, "rtn4": 4, "rtn3": 3, "rtn2": 2}
@@ -56,7 +66,7 @@ def evaluate_uniform(
         bits = 16.0 if rounding is None else rounding.bits_per_weight(model.config.hidden_size)
         for dataset in data:
             losses = evaluate_float(model.config, params, dataset, config.batch_size)
-            rows.append(float_row(model.config, dataset, name, losses, bits, first.get(dataset.name)))
+            rows.append(float_row(model.config, dataset, name, losses, bits, first.get(dataset.name), config.batch))
             first.setdefault(dataset.name, (name, losses))
         progress("evaluate uniform", index + 1, len(names))
     return rows, first

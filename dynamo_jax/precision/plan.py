@@ -93,9 +93,8 @@ class Plan:
         return float((self.expert_bytes() * counts).sum() / tokens)
 
     def bytes_per_step(self, use: Float[np.ndarray, "L E"], batch: int) -> float:
-        """Expert bytes that a step of ``batch`` tokens is expected to read, each token with ``use`` rows at each expert.
-
-        An expert is read once, however many of the tokens go to it.
+        """Expert bytes that a step of ``batch`` tokens is expected to read, where a token has ``use`` rows at each
+        expert. An expert is read once, however many of the tokens go to it.
         """
         return float((self.expert_bytes() * touched_share(use, batch)).sum())
 

@@ -147,15 +147,15 @@ def _rounding_finding(groups: dict[str, dict[str, Row]]) -> list[Finding]:
         return []
     near = min(
         (r for v, r in both[0].items() if v.startswith("rtn")),
-        key=lambda r: abs(r["bits_per_weight"] - both[0]["baseline"]["bits_per_weight"]),
+        key=lambda r: abs(r["device_bits"] - both[0]["baseline"]["device_bits"]),
     )
     name = near["variant"]
     costs = [c for c in (relative_cost(g, name) for g in both) if c is not None]
     pairs = [(d, g["baseline"]["nll"], g[name]["nll"]) for d, g in groups.items() if "baseline" in g and name in g]
     beaten = [d for d, ours, theirs in pairs if not ours < theirs]
     words = (
-        f"Compared with plain rounding: {name} stores {near['bits_per_weight']:.2f} bits a weight, the baseline "
-        f"{both[0]['baseline']['bits_per_weight']:.2f}."
+        f"Compared with plain rounding: {name} holds {near['device_bits']:.2f} bits a weight, the baseline "
+        f"{both[0]['baseline']['device_bits']:.2f}."
     )
     if costs:
         words += f" Against bf16 {name} changes perplexity by {span(costs, '+.1%')}."
@@ -204,7 +204,7 @@ def lead(content: ReportContent) -> str:
     """One sentence."""
     groups = by_dataset(content.rows)
     marks = [reading(paired_auto(groups.get(name, {})) or {}) for name in content.adapted_bits]
-    bits = [g["baseline"]["bits_per_weight"] for g in groups.values() if "baseline" in g]
+    bits = [g["baseline"]["device_bits"] for g in groups.values() if "baseline" in g]
     start = f"The baseline keeps the experts at {bits[0]:.2f} bits a weight." if bits else "There is no baseline row."
     if not marks:
         return f"{start} No dataset was adapted to."

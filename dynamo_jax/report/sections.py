@@ -101,7 +101,7 @@ def _row_line(row: Row, bf16: Row | None) -> str:
     mark = reading(row)
     values = [
         row["variant"],
-        number(row["bits_per_weight"], ".2f"),
+        number(row["device_bits"], ".2f"),
         byte_text(row["bytes_per_token"]),
         number(share, ".1%"),
         f"{row['tokens']:,}",

@@ -166,6 +166,14 @@ def expected(known: Knowledge, seen: Observation) -> Expected:
     return Expected(cost, use)
 
 
+def check_limit(batch: int, reads: float) -> None:
+    """ValueError if these cannot limit what a step reads: see ``adapted_plan``."""
+    if batch < 1:
+        raise ValueError(f"batch {batch}: expected 1 or more")
+    if not (math.isfinite(reads) and reads > 0):
+        raise ValueError(f"reads {reads}: expected a number above 0")
+
+
 def adapted_plan(
     plan: Plan,
     known: Knowledge,
@@ -207,8 +215,7 @@ def placed_anew(
 
     spare, batch, reads: as ``adapted_plan`` takes them.
     """
-    if batch < 1 or not (math.isfinite(reads) and reads > 0):
-        raise ValueError(f"batch {batch}, reads {reads}: expected a batch of 1 or more, and reads above 0")
+    check_limit(batch, reads)
     touched = touched_share(use, batch)
     read = np.broadcast_to(touched[:, :, None, None] * plan.costs(), errors.shape).reshape(-1, len(WIDTHS))
     budget = reads * plan.bytes_per_step(use, batch)

@@ -9,11 +9,13 @@ Axes: L layers, E experts, U*N pages of an expert and level.
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import NamedTuple
 
 from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, WIDTHS, block_bytes, filled
 from dynamo_jax.precision.plan import Plan, num_weights
-from dynamo_jax.runtime.residency import CHUNK, levels_of
+from dynamo_jax.runtime.residency import chunk_pages, levels_of
 from dynamo_jax.runtime.store import page_counts
 
 SPARE = 0.1  # of the baseline's pages: slots beside theirs, for those of other variants
@@ -35,31 +37,28 @@ class DeviceBytes(NamedTuple):
 
 
 def spare_slots(plan: Plan, share: float = SPARE) -> dict[int, int]:
-    """Slots of each level beside those of a baseline: a share of its pages, in whole chunks of what is moved at once,
-    and no more than there are other pages."""
+    """Slots of each level beside those of a baseline: a share of its pages, and no more than there are other pages."""
     of_level = plan.page_widths().size
-    return {
-        level: filled(min(-int(-share * count // 1), of_level - count), CHUNK) if count else 0
-        for level, count in page_counts(plan).items()
-    }
+    return {level: min(math.ceil(share * count), of_level - count) for level, count in page_counts(plan).items()}
 
 
 def page_bytes(plan: Plan) -> dict[int, int]:
     """Bytes of one page of each level."""
     parts = PROJECTIONS if plan.apart else 1
     each = [block_bytes(w, plan.channel_block, plan.hidden_size, plan.group_size) // parts for w in WIDTHS]
-    return dict(zip(LEVELS, (high - low for low, high in zip(each, each[1:]))))
+    return dict(zip(LEVELS, (high - low for low, high in itertools.pairwise(each))))
 
 
 def device_bytes(plan: Plan, share: float = SPARE) -> DeviceBytes:
     """What serving ``plan`` as the baseline takes, with spare slots for a ``share`` of its pages."""
-    spare, pages = spare_slots(plan, share), page_bytes(plan)
-    slots = sum(count * pages[level] for level, count in spare.items())
+    spare, pages, counts = spare_slots(plan, share), page_bytes(plan), page_counts(plan)
+    sizes = {level: chunk_pages(counts[level] + count) for level, count in spare.items()}
+    moving = {level: filled(count, sizes[level]) for level, count in spare.items()}
     variants = 2 if any(spare.values()) else 1
     return DeviceBytes(
         plan=plan.stored_bytes(),
-        spare=slots,
-        staged=slots + SLOT_BYTES * sum(spare.values()),
+        spare=sum(count * pages[level] for level, count in spare.items()),
+        staged=sum(count * (pages[level] + SLOT_BYTES) for level, count in moving.items()),
         tables=SLOT_BYTES * variants * len(levels_of(plan)) * plan.page_widths().size,
     )
 

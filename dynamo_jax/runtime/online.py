@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows, saved_by
+from dynamo_jax.runtime.adapt import Observation, adapted_plan, check_limit, observe_windows, saved_by
 from dynamo_jax.runtime.monitor import HOP, UNKNOWN
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import Host, Move, State, begin, finish, gain, is_novel, spare, switch
@@ -41,16 +41,21 @@ class Follower:
     found and did.
 
     It is called ``between`` two steps of ``runtime.generate.stream``. Requests whose text is novel share variant 1;
-    when it is adapted, serves and is left ``standing.py`` says. state: the last one handed back; a call of ``stream``
-    that begins with it goes on with the monitors and the variant of the call before.
+    when it is adapted, serves and is left ``standing.py`` says. batch: requests that a step is taken to serve, by
+    default as many as there are; reads: how many times the baseline's bytes a step may read at the variant. state: the
+    last one handed back; a call of ``stream`` that begins with it goes on with the monitors and the variant of the call
+    before.
     """
 
     model: QuantizedModel
     host: Host
     state: State
+    batch: int | None = None
+    reads: float = 1.0
     events: list[Event] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check_limit(1 if self.batch is None else self.batch, self.reads)
         self._move: tuple[Move, np.ndarray, Observation] | None = None  # pages on their way, and what they are for
         self._begin(self.state.number.shape[0])
 
@@ -124,7 +129,9 @@ class Follower:
         windows = windows[: MOST // WINDOW]
         try:
             seen = observe_windows(self.model, windows)
-            plan = adapted_plan(self.model.plan, self.model.knowledge, seen, spare(self.host, state))
+            batch = len(novel) if self.batch is None else self.batch
+            free = spare(self.host, state)
+            plan = adapted_plan(self.model.plan, self.model.knowledge, seen, free, batch, self.reads)
             self._move = begin(self.host, state, plan), windows, seen
         except (ValueError, RuntimeError) as error:  # damaged pages, no memory: what runs goes on
             self._fail(state, novel, error)

@@ -28,7 +28,7 @@ from dynamo_jax.kernels.tiles import TiledPages
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime.store import HostPages, page_counts, pages_of
 
-CHUNK = 16  # pages that are written at a time: one program for any number of them
+MOST_TOGETHER = 64  # pages that are written at a time
 
 
 class Residency(NamedTuple):
@@ -39,7 +39,7 @@ class Residency(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """CHUNK pages of one level on their way to slots; the slot past the last takes what fills the chunk up."""
+    """Pages of one level on their way to slots; the slot past the last takes what fills the chunk up."""
 
     slots: Int[Array, " C"]
     codes: Array
@@ -60,6 +60,12 @@ class Staged(NamedTuple):
     def nbytes(self) -> int:
         """Bytes on their way, those that fill chunks up included."""
         return sum(a.nbytes for a in jax.tree.leaves(self.chunks))
+
+
+def chunk_pages(slots: int) -> int:
+    """Pages that are written at a time to a level of so many slots: one program for any number of them, and few pages
+    that only fill up."""
+    return min(max(1, slots // MOST_TOGETHER), MOST_TOGETHER)
 
 
 def empty(host: HostPages, slots: dict[int, int]) -> Residency:
@@ -121,15 +127,16 @@ def _chunks(host: HostPages, now: Residency, level: int, where: np.ndarray, slot
     if not len(where):
         return out
     capacity = now.resident.pages[level].codes.shape[0]
+    size = chunk_pages(capacity)
     own: Any = host.arrays(level, where)
     codes, ratios = own
 
     def filled(array: np.ndarray, value: int = 0) -> Array:
-        more = [(0, CHUNK - len(array))] + [(0, 0)] * (array.ndim - 1)
+        more = [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1)
         return jax.device_put(np.pad(array, more, constant_values=value))
 
-    for start in range(0, len(where), CHUNK):
-        own = slice(start, start + CHUNK)
+    for start in range(0, len(where), size):
+        own = slice(start, start + size)
         put = filled(slots[own].astype(np.int32), capacity)
         out.append(Chunk(put, filled(codes[own]), None if ratios is None else filled(ratios[own])))
     return out

@@ -88,8 +88,8 @@ def init(
 ) -> tuple[Host, State]:
     """The model on the device: all ``variants`` are the baseline until ``finish`` or ``adapt`` fills them.
 
-    slots: the page budget of each refinement level, at least the baseline's pages; by default those and the model's spare
-    ones, which its budget counts.
+    slots: the page budget of each refinement level, at least the baseline's pages; by default those and the
+    spare ones that the model's budget counts.
     arrangement: of the planes on the device, "planes", "tiles" (of the TPU kernel) or "fragments" (of the GPU kernels);
     by default that of the fastest kernel that takes them there. ValueError: no request or variant, or fewer slots than
     the baseline has pages.

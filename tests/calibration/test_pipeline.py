@@ -15,18 +15,21 @@ from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.calibration.plans import plan
 from dynamo_jax.calibration.sources import DecoderSource
 from dynamo_jax.kernels.layout import WIDTHS
+from dynamo_jax.runtime import serving
+from dynamo_jax.runtime.memory import device_bits, device_bytes
+from dynamo_jax.storage import checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_the_baseline_meets_its_budget_and_gives_each_expert_one_width(quantized):
-    assert quantized.plan.bits_per_weight() <= SETTINGS.bits
+    assert device_bits(quantized.plan) <= SETTINGS.bits
     assert (quantized.plan.widths == quantized.plan.widths[:, :, :1]).all()
 
 
 def test_a_plan_by_projection_meets_its_budget_and_gives_down_widths_of_its_own(apart):
     widths, blocks = apart.plan.widths, apart.plan.blocks
-    assert 0.995 * SETTINGS.bits < apart.plan.bits_per_weight() <= SETTINGS.bits
+    assert 0.985 * SETTINGS.bits < device_bits(apart.plan) <= SETTINGS.bits
     assert (widths[:, :, :blocks] == widths[:, :, :1]).all() and (widths[:, :, blocks:] == widths[:, :, -1:]).all()
     assert (widths[:, :, 0] != widths[:, :, -1]).any()
 
@@ -38,6 +41,11 @@ def test_a_plan_by_projection_meets_its_budget_and_gives_down_widths_of_its_own(
         ({"bits": 2.1}, "too small"),
         ({"bits": None, "budget_bytes": 1000}, "3,760,128 bytes, or"),
         ({"bits": None, "fits_gib": 0.001}, "GiB with the 6,712,320 bytes that are not quantized"),
+        ({"spare": -0.1}, "spare -0.1: expected a share"),
+        ({"max_width": 5}, "max_width 5: known are 2, 3, 4, 8"),
+        ({"reserve_gib": 0.1}, "reserve_gib: it is a part of fits_gib, which is not given"),
+        ({"bits": None, "fits_gib": 1.0, "reserve_gib": math.inf}, "reserve_gib inf"),
+        ({"bits": None, "fits_gib": 1.0, "reserve_gib": 0.999}, "and a reserve of 0.999 GiB"),
         ({"fits_gib": 1.0}, "bits and fits_gib: a budget is given one way only"),
         ({"bits": math.nan}, "bits nan: expected a positive number"),
         ({"weights": {"prose": 2.0}}, "prose is none of the known datasets, code"),
@@ -61,11 +69,36 @@ def test_settings_that_cannot_work_are_named(bundled, texts, change, message):
 def test_a_budget_in_bytes_or_gib_is_met_and_used(shallow, texts):
     model, tokenizer = shallow
     source = DecoderSource(model)
-    for given in ({"budget_bytes": 1_700_000}, {"fits_gib": 0.007}):
+    for given in ({"budget_bytes": 1_700_000}, {"fits_gib": 0.0078}, {"fits_gib": 0.0075, "reserve_gib": 0.0004}):
         settings = dataclasses.replace(SETTINGS, bits=None, quantizer="rtn", **given)
         plan = quantize(model, tokenizer, {"code": texts["code"]}, settings)[0].plan
-        budget = given.get("budget_bytes") or int(given["fits_gib"] * 2**30) - source.other_bytes()
-        assert 0.995 * budget < plan.stored_bytes() <= budget
+        gib = given.get("fits_gib", 0)
+        left = int((gib - given.get("reserve_gib", 0.1 * gib)) * 2**30) - source.other_bytes()
+        budget = given.get("budget_bytes") or left
+        assert 0.985 * budget < device_bytes(plan).total <= budget
+
+
+def test_a_model_that_never_switches_spends_its_budget_on_the_plan(shallow, texts):
+    model, tokenizer = shallow
+    settings = dataclasses.replace(SETTINGS, spare=0.0)
+    found = quantize(model, tokenizer, {"code": texts["code"]}, settings)[0]
+    assert device_bytes(found.plan, 0).spare == 0
+    assert 0.985 * SETTINGS.bits < device_bits(found.plan, found.spare) <= SETTINGS.bits
+    assert found.plan.bits_per_weight() > 0.985 * SETTINGS.bits
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_planes_that_nobody_will_read_are_left_out(shallow, texts, novel, tmp_path, width):
+    model, tokenizer = shallow
+    settings = dataclasses.replace(SETTINGS, max_width=width)
+    found = quantize(model, tokenizer, {"code": texts["code"]}, settings)[0]
+    assert found.plan.widths.max() <= width and max(found.store.codes) == width and found.store.ratios is None
+    checkpoint.save(tmp_path / "narrow", found)
+    loaded = checkpoint.load(tmp_path / "narrow")
+    np.testing.assert_array_equal(loaded.store.codes[width], found.store.codes[width])
+    assert f"up to {width} bits" in checkpoint.describe(tmp_path / "narrow")["experts in host memory"]
+    host, _ = serving.adapt(loaded, *serving.init(loaded), novel.first)
+    assert host.plans[1].widths.max() <= width
 
 
 class Losses(NamedTuple):

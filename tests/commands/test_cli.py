@@ -72,7 +72,7 @@ def test_eval_writes_the_rows_that_the_readme_promises(run, folder, files, tmp_p
         ("verse", "novel", "auto"),
     ]
     for row in rows:
-        assert row["bits_per_weight"] <= 3.0 and row["tokens"] == 256 and row["bytes_per_token"] > 0
+        assert row["device_bits"] <= 3.0 and row["tokens"] == 256 and row["bytes_per_token"] > 0
         assert row["perplexity"] == pytest.approx(math.exp(row["nll"]))
 
 
@@ -96,7 +96,7 @@ def test_eval_of_the_bundled_model_is_the_bf16_row(run, files, tmp_path):
     arguments = ("--known", f"sums={files / 'sums.txt'}", "--window", "64", "--limit", "2", "--json", out)
     assert run("eval", "--model", "tiny-moe", *arguments)[0] == 0
     (row,) = json.loads(out.read_text())["results"]
-    assert (row["variant"], row["kind"], row["bits_per_weight"]) == ("bf16", "known", 16.0)
+    assert (row["variant"], row["kind"], row["device_bits"]) == ("bf16", "known", 16.0)
 
 
 def test_analyze_reports_each_dataset_and_their_divergence(run, files, narrow_folder, tmp_path):

@@ -28,7 +28,7 @@ def row(dataset: str, variant: str, nll: float, kind: str = "known", **changes: 
         "dataset": dataset,
         "kind": kind,
         "variant": variant,
-        "bits_per_weight": bits,
+        "device_bits": bits,
         "bytes_per_token": 1e6 * bits / 16,
         "tokens": 10240,
         "nll": nll,
@@ -357,7 +357,7 @@ def test_nothing_at_all() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0])
 @pytest.mark.parametrize(
-    "field", ["nll", "perplexity", "bytes_per_token", "bits_per_weight", "difference", "standard_error"]
+    "field", ["nll", "perplexity", "bytes_per_token", "device_bits", "difference", "standard_error"]
 )
 def test_numbers_that_are_not_finite_in_rows(field: str, bad: float) -> None:
     content = make()

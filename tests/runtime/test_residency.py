@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dynamo_jax.kernels.layout import LEVELS, dequantize_layer
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import dequantize, quantize
-from dynamo_jax.runtime.residency import CHUNK, commit, empty, levels_of, residency, stage, table_of
+from dynamo_jax.runtime.residency import chunk_pages, commit, empty, levels_of, residency, stage, table_of
 from dynamo_jax.runtime.store import host_pages, page_counts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -91,7 +91,7 @@ def test_only_pages_that_are_missing_move():
     staged = stage(host, here, dataclasses.replace(first, widths=widths), keep=[first])
     assert [len(staged.chunks[level]) for level in LEVELS] == [1, 0, 0]
     page = 3 * BLOCK * HIDDEN // 8
-    assert staged.nbytes() == CHUNK * (page + 4)
+    assert staged.nbytes() == chunk_pages(slots[3]) * (page + 4)
     jax.block_until_ready(jax.tree.leaves(staged.chunks))
     assert staged.ready()
     back = commit(commit(here, staged), stage(host, commit(empty(host, slots), staged), first, keep=[]))
