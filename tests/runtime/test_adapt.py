@@ -15,17 +15,20 @@ from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.experts import ExpertWeights, expert_outputs
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import dequantize
+from dynamo_jax.runtime import adapt as adapt_module
 from dynamo_jax.runtime.adapt import (
     PRIOR_COST_ROWS,
     PRIOR_TOKENS,
     Observation,
     adapted_plan,
     expected,
+    measuring_bytes,
     observe_windows,
     saved_by,
 )
+from dynamo_jax.runtime.memory import spare_slots
 from dynamo_jax.runtime.quantized import Knowledge
-from dynamo_jax.runtime.store import page_counts
+from dynamo_jax.runtime.store import page_counts, pages_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -45,6 +48,59 @@ def test_adaptation_keeps_the_stored_bytes_and_the_bytes_that_it_expects_to_read
     assert plan.apart == model.plan.apart and not (plan.widths == model.plan.widths).all()
     use = expected(model.knowledge, seen).use
     assert plan.bytes_per_token(use, 1) <= model.plan.bytes_per_token(use, 1) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["quantized", "apart"])
+@pytest.mark.parametrize(("batch", "reads"), [(1, 1.0), (1, 1.3), (4, 1.0), (64, 1.15)])
+def test_a_step_of_the_batch_reads_no_more_than_it_may_and_slots_are_not_passed(request, kind, batch, reads, novel):
+    model = request.getfixturevalue(kind)
+    seen, spare = observe_windows(model, novel.first), spare_slots(model.plan, 0.2)
+    plan = adapted_plan(model.plan, model.knowledge, seen, spare, batch, reads)
+    use = expected(model.knowledge, seen).use
+    assert plan.bytes_per_step(use, batch) <= reads * model.plan.bytes_per_step(use, batch) * (1 + 1e-6)
+    before, after = pages_of(model.plan), pages_of(plan)
+    for level, count in spare.items():
+        assert (after[level] & ~before[level]).sum() <= count
+
+
+def test_more_may_be_read_and_less_is_lost(apart, novel):
+    """By what the plan expects: with more reads, and with a larger batch, whose step reads idle experts less often."""
+    seen, known = observe_windows(apart, novel.first), apart.knowledge
+    spare, errors = spare_slots(apart.plan, 0.5), expected(known, seen).errors
+
+    def lost(**limit):
+        return adapted_plan(apart.plan, known, seen, spare, **limit).chosen(errors).sum()
+
+    by_reads = [lost(reads=reads) for reads in (1.0, 1.1, 1.3, 10.0)]
+    assert by_reads[0] > by_reads[1] > by_reads[2] >= by_reads[3]
+    by_batch = [lost(batch=batch) for batch in (1, 4, 1000)]
+    assert by_batch[0] > by_batch[1] > by_batch[2]
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ({"batch": 0}, "batch 0: expected 1 or more"),
+        ({"reads": 0.0}, "reads 0.0: expected a number above 0"),
+        ({"reads": np.nan}, "reads nan"),
+        ({"reads": 0.01}, "no plan fits the pages and the read budget"),
+    ],
+)
+def test_a_limit_that_cannot_be_is_named(quantized, novel, limit, message):
+    with pytest.raises(ValueError, match=message):
+        adapted_plan(quantized.plan, quantized.knowledge, observe_windows(quantized, novel.first), **limit)
+
+
+def test_experts_measured_in_parts_are_measured_as_all_at_once(apart, novel, monkeypatch):
+    whole = observe_windows(apart, novel.first)
+    jax.clear_caches()
+    monkeypatch.setattr(adapt_module, "UNPACKED_WEIGHTS", 8 * 3 * 64 * 256)
+    parts = observe_windows(apart, novel.first)
+    assert measuring_bytes(apart.config, apart.store) < 2**23
+    jax.clear_caches()
+    np.testing.assert_array_equal(parts.counts, whole.counts)
+    np.testing.assert_allclose(parts.errors, whole.errors, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(parts.exact, whole.exact, rtol=1e-4, atol=1e-4)
 
 
 def known_of(counts, tokens, block_errors, correction, loss_per_error):
