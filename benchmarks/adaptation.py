@@ -61,6 +61,7 @@ from dynamo_jax.runtime.adapt import adapted_plan, observe_windows, placed_anew
 from dynamo_jax.runtime.memory import device_bits, device_bytes, spare_slots
 from dynamo_jax.runtime.monitor import mean_divergence
 from dynamo_jax.runtime.quantized import QuantizedModel
+from dynamo_jax.runtime.store import page_counts
 from dynamo_jax.storage.bundles import stacked_planes
 from dynamo_jax.storage.work import MemoryWork
 from dynamo_jax.texts.reading import read_text
@@ -244,7 +245,8 @@ def methods_of(model: Model, own: Deployment, text: Text) -> Iterator[Method]:
         )
         yield of(f"{prefix}paper", own.only_known, clustered_experts(only.plan, significance, moved, stored), 0)
 
-    spare = spare_slots(plan, share)
+    slots = {level: count + spare_slots(plan, share)[level] for level, count in page_counts(plan).items()}
+    held = device_bits(plan, share)
     nearly = predictions(config, model.with_weights(own.baseline.options[-1]), text.first)
 
     def apart(plan: Plan) -> float:
@@ -255,14 +257,15 @@ def methods_of(model: Model, own: Deployment, text: Text) -> Iterator[Method]:
     ways = [("adapted", 1, 1.0), (f"adapted-batch{BATCH}", BATCH, 1.0)]
     ways += [(f"adapted-reads{reads:g}", 1, reads) for reads in READS]
     for name, batch, reads in ways:
-        new = adapted_plan(plan, known, seen, spare, batch, reads)
+        new = adapted_plan(plan, known, seen, None, batch, reads, slots)
+        best = placed_anew(plan, known.losses(truth.errors) / truth.tokens.sum(), use, None, batch, reads, slots)
         gain = before - apart(new)
         limit = reads * plan.bytes_per_step(use, batch)
         more = {"gain_on_seen": gain, "moved": float((new.widths != plan.widths).mean())}
         more["over_the_limit"] = new.bytes_per_step(use, batch) / limit - 1
-        yield of(name, own.baseline, new if gain > 0 else plan, share, **more)
-        best = placed_anew(plan, known.losses(truth.errors) / truth.tokens.sum(), use, spare, batch, reads)
-        yield of(f"oracle-{name}", own.baseline, best, share)
+        for prefix, found in (("", new if gain > 0 else plan), ("oracle-", best)):
+            taken = own.baseline.weights(found)
+            yield Method(prefix + name, taken, held, read_bytes(found, use), {} if prefix else more)
 
 
 def rows_of(model: Model, own: Deployment, text: Text, what: dict[str, Any]) -> list[dict[str, Any]]:

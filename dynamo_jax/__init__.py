@@ -13,7 +13,7 @@ name is first asked for, so that ``import dynamo_jax`` is quick and touches no d
     generate, stream, GenerateConfig            .. and its continuations
     evaluate, EvalConfig, Row, Adaptation       what quantization and switching change on texts ..
     divergence, Divergence                      .. and how far predictions are from the original's
-    init, experts, observe, switch, follow, is_novel, adapt, begin, finish, State, Host, Move, Follower
+    init, experts, observe, switch, follow, is_novel, adapt, begin, finish, whole, State, Host, Move, Follower
                                                 the run time, for a jitted step of your own (docs/serving.md)
     quantize_model, switch_model, uniform_plan  quantized experts in a Flax NNX model of your own (docs/transform.md)
 """
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         is_novel,
         observe,
         switch,
+        whole,
     )
     from dynamo_jax.storage.checkpoint import load, save
     from dynamo_jax.storage.export import export
@@ -105,6 +106,7 @@ __all__ = [
     "switch_model",
     "text_model",
     "uniform_plan",
+    "whole",
     "with_parameters",
 ]
 
@@ -140,6 +142,7 @@ _MODULES = {
             "is_novel",
             "observe",
             "switch",
+            "whole",
         ),
     ),
     "storage.checkpoint": ("load", "save"),

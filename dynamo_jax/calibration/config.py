@@ -28,7 +28,7 @@ class QuantizeConfig:
     bits, a weight of the experts (3 by default); budget_bytes, of all experts; fits_gib, device memory in GiB for the
     whole model: the experts, what is not quantized, and reserve_gib for the key/value cache, activations, a monitor for
     each request and what measuring a text takes between two steps (a tenth of fits_gib by default).
-    spare: slots for pages of novel text, as a share of the baseline's pages; 0 for a model that never switches.
+    spare: slots for pages of novel text while other requests need the baseline, as a share of its pages.
     max_width: planes of more bits are left out, in memory and on disk; 2, 3, 4 or 8.
     objective: the loss of a plan over the known datasets, their sum or the worst (``precision.allocate``). weights:
     what datasets count for in the sum, by name; 1 for those that are not named.

@@ -66,9 +66,7 @@ def _allocated(losses: dict[str, Float[np.ndarray, "L E U W"]], config: Quantize
     blocks = num_blocks(model.intermediate_size, config.channel_block)
     costs = item_costs(blocks, config.channel_block, model.hidden_size, group_size, config.per_projection)
     costs = costs[::blocks] * blocks
-    costs += (
-        2 * config.spare * (costs - costs[:, :1])
-    )  # a page that may have to come takes a slot, and as much on its way
+    costs += config.spare * (costs - costs[:, :1])  # for a page of the baseline there is a share of a spare slot
     choices = len(config.widths)
     items = np.stack(list(losses.values())).reshape(len(losses), -1, len(WIDTHS))[..., :choices]
     experts = model.num_moe_layers * model.num_experts

@@ -44,10 +44,10 @@ def quantize(
     spare: Annotated[
         float,
         typer.Option(
-            help="Slots for precision that moves to novel text, as a share of the baseline's pages; the budget counts "
-            "them twice, pages on their way too. 0: nothing will ever switch."
+            help="Slots for precision that moves to novel text while other requests need the baseline, as a share of "
+            "its pages; the budget counts them. Where no request does, its own slots serve."
         ),
-    ] = 0.1,
+    ] = 0.05,
     max_width: Annotated[
         int, typer.Option(help="2, 3, 4 or 8: planes of more bits are left out, on disk and in host memory.")
     ] = 8,

@@ -12,11 +12,11 @@ from jaxtyping import Bool, Float, Int
 from dynamo_jax.evaluation.perplexity import Dataset, EvalConfig, Losses, Reference, Row, StepFn, make_row, run_windows
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.progress import Progress, no_progress
-from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows
+from dynamo_jax.runtime.adapt import Observation, observe_windows
 from dynamo_jax.runtime.memory import device_bits
 from dynamo_jax.runtime.monitor import HOP, LONGEST, Verdict, decide, judge, spans
 from dynamo_jax.runtime.quantized import QuantizedModel
-from dynamo_jax.runtime.serving import begin, finish, gain, init, spare
+from dynamo_jax.runtime.serving import adapted, begin, divergence, finish, init, whole
 from dynamo_jax.runtime.switch import switched_step
 from dynamo_jax.texts.reading import digest
 
@@ -122,17 +122,26 @@ class Device:
         self.model = model
         self._parameters = model.device_parameters()
         self._host, self._state = init(model)
-        self.spare = spare(self._host, self._state)
 
     def step(self, adapted: Plan, number: int) -> StepFn:
-        """One batch at variant ``number``: 0 is the baseline, 1 the adapted one. Changing it compiles nothing."""
-        self._host, self._state = finish(self._host, self._state, begin(self._host, self._state, adapted))
+        """One batch at variant ``number``: 0 is the baseline, 1 the adapted one, which the baseline lends its slots,
+        since nobody else is served. Changing it compiles nothing."""
+        if number == 0:
+            self._host, self._state = whole(self._host, self._state)
+        else:
+            move = begin(self._host, self._state, adapted, lend=True)
+            self._host, self._state = finish(self._host, self._state, move)
         fixed = (self.model.config, self._parameters, self._state.resident, self._state.tables, jnp.asarray(number))
         return lambda tokens: switched_step(*fixed, tokens)
 
-    def gain(self, windows: Int[np.ndarray, "S T1"], seen: Observation) -> float:
-        """``serving.gain`` of the adapted plan that ``step`` was asked for last."""
-        return gain(self.model, self._state, windows, seen)
+    def adapted(self, seen: Observation, config: EvalConfig) -> Plan:
+        """``serving.adapted`` for what was seen."""
+        limit = config.batch, config.reads
+        return adapted(self.model, self._host, self._state, seen, 1, *limit, lend=True)
+
+    def divergence(self, windows: Int[np.ndarray, "S T1"], seen: Observation, number: int) -> Float[np.ndarray, " S"]:
+        """``serving.divergence`` of the variant that ``step`` was asked for last."""
+        return divergence(self.model, self._state, windows, seen, number)
 
 
 def choose_plan(device: Device, first: Int[np.ndarray, "S T1"], config: EvalConfig) -> Adaptation:
@@ -147,9 +156,10 @@ def choose_plan(device: Device, first: Int[np.ndarray, "S T1"], config: EvalConf
     if not verdict.novel:
         return Adaptation(verdict, model.plan, None, before)
     seen = observe_windows(model, first)
-    plan = adapted_plan(model.plan, model.knowledge, seen, device.spare, config.batch, config.reads)
+    before_it = device.divergence(first, seen, 0)
+    plan = device.adapted(seen, config)
     device.step(plan, 1)
-    found = device.gain(first, seen)
+    found = float((before_it - device.divergence(first, seen, 1)).sum() / first[:, 1:].size)
     return Adaptation(verdict, plan if found > 0 else model.plan, found, before)
 
 

@@ -181,16 +181,17 @@ def adapted_plan(
     spare: dict[int, int] | None = None,
     batch: int = 1,
     reads: float = 1.0,
+    slots: dict[int, int] | None = None,
 ) -> Plan:
     """The plan for what was seen: the pages of ``plan``, the baseline, placed anew.
 
     It is expected to read no more bytes a step than ``reads`` times what the baseline reads, where a step is of
-    ``batch`` tokens of this text, each of another request. ``spare``: pages of each level that may be others than the
-    baseline's; they have slots beside the baseline's, so that a plan may read those and these. By default any of the
-    baseline's pages may be others, and there are as many. ValueError: ``batch`` below 1, ``reads`` that nothing meets.
+    ``batch`` tokens of this text, each of another request. slots: pages of each level at most, by default as many as
+    the baseline has; spare: how many of them may be others than the baseline's, by default any. ValueError: ``batch``
+    below 1, ``reads`` that nothing meets.
     """
     found = expected(known, seen)
-    return placed_anew(plan, found.errors, found.use, spare, batch, reads)
+    return placed_anew(plan, found.errors, found.use, spare, batch, reads, slots)
 
 
 def saved_by(plan: Plan, baseline: Plan, known: Knowledge, seen: Observation) -> Float[np.ndarray, "L E"]:
@@ -210,18 +211,17 @@ def placed_anew(
     spare: dict[int, int] | None = None,
     batch: int = 1,
     reads: float = 1.0,
+    slots: dict[int, int] | None = None,
 ) -> Plan:
     """The pages of ``plan`` where they lower the errors most; where a token has ``use`` rows at each expert.
 
-    spare, batch, reads: as ``adapted_plan`` takes them.
+    spare, batch, reads, slots: as ``adapted_plan`` takes them.
     """
     check_limit(batch, reads)
     touched = touched_share(use, batch)
     read = np.broadcast_to(touched[:, :, None, None] * plan.costs(), errors.shape).reshape(-1, len(WIDTHS))
     budget = reads * plan.bytes_per_step(use, batch)
-    most = page_counts(plan)
-    if spare is not None:
-        most = {level: count + spare[level] for level, count in most.items()}
+    most = page_counts(plan) if slots is None else slots
     pages_each = np.tile(plan.pages(), plan.widths[..., 0].size)
     now = plan.widths.reshape(-1)
     widths = reallocate(errors.reshape(-1, len(WIDTHS)), most, read, budget, pages_each, now, spare)

@@ -1,7 +1,7 @@
 """What a quantized model takes in memory: on the device while it serves, and in the host's.
 
 On the device lie the base planes, slots for the pages that the baseline reads, spare slots for those of other variants,
-and the page tables. While pages are on their way to spare slots, they are there a second time. All of that is what a
+and the page tables. Pages on their way are there a second time, a chunk of each level at once. All of that is what a
 budget counts. Attention, embeddings, caches, activations and a monitor for each request come beside it.
 
 Axes: L layers, E experts, U*N pages of an expert and level.
@@ -13,18 +13,18 @@ import itertools
 import math
 from typing import NamedTuple
 
-from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, WIDTHS, block_bytes, filled
+from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, WIDTHS, block_bytes
 from dynamo_jax.precision.plan import Plan, num_weights
 from dynamo_jax.runtime.residency import chunk_pages, levels_of
 from dynamo_jax.runtime.store import page_counts
 
-SPARE = 0.1  # of the baseline's pages: slots beside theirs, for those of other variants
+SPARE = 0.05  # of the baseline's pages: slots beside theirs, for those of other variants
 SLOT_BYTES = 4  # of a number in a page table, or of a page on its way
 
 
 class DeviceBytes(NamedTuple):
     """Of all experts. plan: planes that the baseline reads; spare: slots beside them; staged: most that is on its way
-    to these at once; tables: page tables of the baseline and of one variant, where there are spare slots."""
+    at once; tables: page tables of the baseline and of one variant."""
 
     plan: int
     spare: int
@@ -52,14 +52,12 @@ def page_bytes(plan: Plan) -> dict[int, int]:
 def device_bytes(plan: Plan, share: float = SPARE) -> DeviceBytes:
     """What serving ``plan`` as the baseline takes, with spare slots for a ``share`` of its pages."""
     spare, pages, counts = spare_slots(plan, share), page_bytes(plan), page_counts(plan)
-    sizes = {level: chunk_pages(counts[level] + count) for level, count in spare.items()}
-    moving = {level: filled(count, sizes[level]) for level, count in spare.items()}
-    variants = 2 if any(spare.values()) else 1
+    moving = {level: chunk_pages(counts[level] + count) for level, count in spare.items() if counts[level]}
     return DeviceBytes(
         plan=plan.stored_bytes(),
         spare=sum(count * pages[level] for level, count in spare.items()),
         staged=sum(count * (pages[level] + SLOT_BYTES) for level, count in moving.items()),
-        tables=SLOT_BYTES * variants * len(levels_of(plan)) * plan.page_widths().size,
+        tables=SLOT_BYTES * 2 * len(levels_of(plan)) * plan.page_widths().size,
     )
 
 

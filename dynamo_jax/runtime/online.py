@@ -9,12 +9,24 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
-from dynamo_jax.runtime.adapt import Observation, adapted_plan, check_limit, observe_windows, saved_by
+from dynamo_jax.runtime.adapt import Observation, check_limit, observe_windows, saved_by
 from dynamo_jax.runtime.monitor import HOP, UNKNOWN
 from dynamo_jax.runtime.quantized import QuantizedModel
-from dynamo_jax.runtime.serving import Host, Move, State, begin, finish, gain, is_novel, spare, switch
+from dynamo_jax.runtime.serving import (
+    Host,
+    Move,
+    State,
+    adapted,
+    begin,
+    divergence,
+    finish,
+    is_novel,
+    lent,
+    switch,
+    whole,
+)
 from dynamo_jax.runtime.standing import MOST, RECENT, Standing
 
 WINDOW = 128  # tokens that are measured at a time
@@ -33,6 +45,15 @@ class Event(NamedTuple):
     score: float
     gain: float | None = None
     moved: int | None = None
+
+
+class Sent(NamedTuple):
+    """Pages on their way. windows, seen: what they are for; before: the baseline's divergence on each window."""
+
+    move: Move
+    windows: Int[np.ndarray, "S T1"]
+    seen: Observation
+    before: Float[np.ndarray, " S"]
 
 
 @dataclasses.dataclass
@@ -56,7 +77,8 @@ class Follower:
 
     def __post_init__(self) -> None:
         check_limit(1 if self.batch is None else self.batch, self.reads)
-        self._move: tuple[Move, np.ndarray, Observation] | None = None  # pages on their way, and what they are for
+        self._move: Sent | None = None
+        self._lends = True  # until a page of the baseline can't come back
         self._begin(self.state.number.shape[0])
 
     def _begin(self, requests: int) -> None:
@@ -84,10 +106,22 @@ class Follower:
         else:
             self._look(state, novel)
             state = self._adapt(state, novel) if self._move is None else state
-        if self._move is not None and self._move[0].staged.ready():
+        if self._move is not None and self._move.move.staged.ready():
             state = self._take(state, novel)
+        if self._lends and lent(self.host) and not (novel & self._standing.serves).all():
+            state = self._whole(state, novel)
         self.state = switch(state, np.where(novel & self._standing.serves, 1, 0))
         return self.state
+
+    def _whole(self, state: State, novel: np.ndarray) -> State:
+        """Give the baseline its slots back: a request needs it."""
+        self._standing.ends()
+        try:
+            self.host, state = whole(self.host, state)
+        except (ValueError, RuntimeError) as error:
+            self._lends = False
+            self._fail(state, novel, error)
+        return state
 
     def _append(self, request: int, text: list[int]) -> None:
         before, stream = self._current[request], self._streams[request]
@@ -126,13 +160,15 @@ class Follower:
         windows = self._windows(novel)
         if not self._standing.due(len(windows) * WINDOW):
             return state
-        windows = windows[: MOST // WINDOW]
+        windows, lend = windows[: MOST // WINDOW], self._lends and bool(novel.all())
         try:
+            if lent(self.host):  # what the baseline loses is measured with all of its pages
+                self.host, state = whole(self.host, state)
+                self._standing.serves = False
             seen = observe_windows(self.model, windows)
-            batch = len(novel) if self.batch is None else self.batch
-            free = spare(self.host, state)
-            plan = adapted_plan(self.model.plan, self.model.knowledge, seen, free, batch, self.reads)
-            self._move = begin(self.host, state, plan), windows, seen
+            before = divergence(self.model, state, windows, seen, 0)
+            plan = adapted(self.model, self.host, state, seen, 1, self.batch, self.reads, lend)
+            self._move = Sent(begin(self.host, state, plan, lend=lend), windows, seen, before)
         except (ValueError, RuntimeError) as error:  # damaged pages, no memory: what runs goes on
             self._fail(state, novel, error)
         return state
@@ -140,11 +176,12 @@ class Follower:
     def _take(self, state: State, novel: np.ndarray) -> State:
         """Make the plan whose pages have come the variant, if it is better on the windows that it is for."""
         assert self._move is not None
-        (move, windows, seen), self._move = self._move, None
+        (move, windows, seen, before), self._move = self._move, None
         try:
             self.host, state = finish(self.host, state, move)
             self._standing.serves = False  # until the plan that is there now has proved itself
-            found = gain(self.model, state, windows, seen)
+            saved = before - divergence(self.model, state, windows, seen, 1)
+            found = float(saved.sum() / windows[:, 1:].size)
         except (ValueError, RuntimeError) as error:
             self._fail(state, novel, error)
             return state

@@ -66,8 +66,8 @@ class QuantizedModel:
 
     parameters: all but the expert weights, by dotted name. store: planes of all experts, (L, E, P, F, ..) for P = 3
     projections and F channels, in host memory. plan: the baseline. window: tokens of a calibration window. knowledge:
-    what calibration left behind for run time. spare: slots for pages of other variants, as a share of the baseline's
-    pages; 0 where nothing is to be switched. files: the small files of the model that was quantized, config.json and
+    what calibration left behind for run time. spare: slots beside the baseline's, as a share of its pages. files: the
+    small files of the model that was quantized, config.json and
     tokenizer.json among them.
     """
 

@@ -7,7 +7,9 @@ all variants share them. A switch to a plan moves only the pages that are missin
     residency = commit(residency, staged)                      # written into free slots; the old tables stay valid
     table = table_of(residency, plan)
 
-Whatever fails, fails in ``stage`` or while its pages travel, before anything is written: the plans in use keep theirs.
+A page that is damaged, or has no slot, is found in ``stage``, before anything is written: the plans in use keep
+theirs. The first chunk of each level travels while the device goes on, the others as those before them are written, so
+that few bytes are on the device twice.
 
 Axes: L layers, E experts, U*N pages of an expert and level, Q slots.
 """
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from dynamo_jax.kernels.arrangements import ARRANGEMENTS, AnyResident
 from dynamo_jax.kernels.layout import LEVELS, BasePlanes, Pages, PageTable
@@ -39,11 +41,12 @@ class Residency(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Pages of one level on their way to slots; the slot past the last takes what fills the chunk up."""
+    """Pages of one level on their way to slots; the slot past the last takes what fills the chunk up. In host memory
+    until their turn comes."""
 
-    slots: Int[Array, " C"]
-    codes: Array
-    ratios: Array | None
+    slots: Int[Any, " C"]
+    codes: Any
+    ratios: Any
 
 
 class Staged(NamedTuple):
@@ -54,12 +57,19 @@ class Staged(NamedTuple):
     slots: dict[int, Int[np.ndarray, "L E UN"]]
 
     def ready(self) -> bool:
-        """Whether the transfer has ended."""
-        return all(a.is_ready() for a in jax.tree.leaves(self.chunks))
+        """Whether the chunks that travel have come."""
+        return all(a.is_ready() for a in self._on_device())
+
+    def wait(self) -> None:
+        """For the chunks that travel; a transfer that failed fails here."""
+        jax.block_until_ready(self._on_device())
 
     def nbytes(self) -> int:
-        """Bytes on their way, those that fill chunks up included."""
-        return sum(a.nbytes for a in jax.tree.leaves(self.chunks))
+        """Bytes on the device, those that fill chunks up included."""
+        return sum(a.nbytes for a in self._on_device())
+
+    def _on_device(self) -> list[Any]:
+        return [a for a in jax.tree.leaves(self.chunks) if isinstance(a, jax.Array)]
 
 
 def chunk_pages(slots: int) -> int:
@@ -131,15 +141,15 @@ def _chunks(host: HostPages, now: Residency, level: int, where: np.ndarray, slot
     own: Any = host.arrays(level, where)
     codes, ratios = own
 
-    def filled(array: np.ndarray, value: int = 0) -> Array:
+    def filled(array: np.ndarray, value: int = 0) -> np.ndarray:
         more = [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1)
-        return jax.device_put(np.pad(array, more, constant_values=value))
+        return np.pad(array, more, constant_values=value)
 
     for start in range(0, len(where), size):
         own = slice(start, start + size)
         put = filled(slots[own].astype(np.int32), capacity)
         out.append(Chunk(put, filled(codes[own]), None if ratios is None else filled(ratios[own])))
-    return out
+    return [jax.device_put(out[0]), *out[1:]]
 
 
 def commit(now: Residency, staged: Staged) -> Residency:
@@ -147,7 +157,7 @@ def commit(now: Residency, staged: Staged) -> Residency:
     pages: Any = dict(now.resident.pages)
     for level, chunks in staged.chunks.items():
         for chunk in chunks:
-            pages[level] = _write(pages[level], chunk)
+            pages[level] = jax.block_until_ready(_write(pages[level], jax.device_put(chunk)))
     return Residency(now.resident._replace(pages=pages), staged.slots)
 
 
@@ -157,12 +167,17 @@ def _write(pages: Pages | TiledPages, chunk: Chunk) -> Pages | TiledPages:
     return jax.tree.map(lambda into, what: into.at[chunk.slots].set(what, mode="drop"), pages, new)
 
 
-def table_of(now: Residency, plan: Plan, levels: tuple[int, ...] = LEVELS) -> PageTable:
+def table_of(now: Residency, plan: Plan, levels: tuple[int, ...] = LEVELS, partly: bool = False) -> PageTable:
     """The page table of a plan whose pages are all there; ``levels``: those that its program reads at all, of which
-    all that the plan has pages of must be given."""
-    table = {}
+    all that the plan has pages of must be given. partly: pages may be missing; then what they refine is read without
+    them, and without what refines them further."""
+    table: PageTable = {}
+    there: np.ndarray | None = None
     for level, want in pages_of(plan).items():
         slots = now.slots[level]
+        if partly:
+            there = want & (slots >= 0) if there is None else want & there & (slots >= 0)
+            want = there
         if absent := int((want & (slots < 0)).sum()):
             raise ValueError(f"{absent} pages of {level} bits that the plan reads are not on the device")
         if level in levels:

@@ -8,7 +8,8 @@
 
 ``state`` is a pytree of arrays: its shapes never change, so a function that takes it compiles once. ``host`` is what
 stays in host memory: all pages with their checksums, the plans of the variants, and which page lies where. Variant 0 is
-the baseline and never changes; adaptation fills another.
+the baseline, whose plan never changes; adaptation fills another. While no request needs the baseline, its slots may be
+lent to the other: nested planes are valid without those that refine them.
 
 Axes: B requests, T tokens, k experts a token, L layers, E experts.
 """
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.kernels.arrangements import AnyResident, arrangement_for
 from dynamo_jax.kernels.layout import PageTable
@@ -185,17 +186,20 @@ def is_novel(state: State) -> Bool[Array, " B"]:
     return state.watch.label == len(state.signatures.limit)
 
 
-def begin(host: Host, state: State, plan: Plan, variant: int = 1) -> Move:
+def begin(host: Host, state: State, plan: Plan, variant: int = 1, lend: bool = False) -> Move:
     """Send the pages that ``plan`` needs for ``variant`` on their way; steps may go on meanwhile.
 
+    lend: the slots of the baseline and of other variants may take them too. What these lose they are read without from
+    ``finish`` on, at lower precision, until ``whole`` brings it back: for when no request needs them.
+
     ValueError: too few free slots, a page that is damaged in host memory, a level that the baseline's program does not
-    read, no such variant, or the baseline itself.
+    read, no such variant, or another plan for the baseline.
     """
-    if not 0 < variant < len(host.plans):
+    if not 0 <= variant < len(host.plans) or (variant == 0 and plan is not host.plans[0]):
         raise ValueError(f"variant {variant}: those that can change are 1..{len(host.plans) - 1}")
     if more := set(levels_of(plan)) - set(levels_of(host.plans[0])):
         raise ValueError(f"the plan reads pages of {max(more)} bits, of which the baseline has none")
-    keep = [p for index, p in enumerate(host.plans) if index != variant]
+    keep = [] if lend else [p for index, p in enumerate(host.plans) if index != variant]
     return Move(plan, variant, stage(host.pages, Residency(state.resident, host.slots), plan, keep), host.slots)
 
 
@@ -204,27 +208,64 @@ def finish(host: Host, state: State, move: Move) -> tuple[Host, State]:
     one returned. ValueError: another move was finished since this one began."""
     if host.slots is not move.before:
         raise ValueError("pages were moved since this move began; begin it again")
-    jax.block_until_ready(move.staged.chunks)  # a transfer that failed fails here, before anything is written
-    here = commit(Residency(state.resident, host.slots), move.staged)
-    table = table_of(here, move.plan, levels_of(host.plans[0]))
-    tables = (*state.tables[: move.variant], table, *state.tables[move.variant + 1 :])
-    plans = (*host.plans[: move.variant], move.plan, *host.plans[move.variant + 1 :])
+    move.staged.wait()  # a transfer that failed fails here, before anything is written
+    here, levels = commit(Residency(state.resident, host.slots), move.staged), levels_of(host.plans[0])
+    plans = tuple(move.plan if index == move.variant else plan for index, plan in enumerate(host.plans))
+    tables = tuple(
+        table_of(here, plan, levels, partly=index != move.variant)
+        if index == move.variant or _lost(move.before, here.slots, plan)
+        else table
+        for index, (plan, table) in enumerate(zip(plans, state.tables))
+    )
     host = dataclasses.replace(host, plans=plans, slots=here.slots)
     return host, state._replace(resident=here.resident, tables=tables)
 
 
-def gain(
-    model: QuantizedModel, state: State, windows: Int[np.ndarray, "S T1"], seen: Observation, variant: int = 1
-) -> float:
-    """Nats a token by which what ``variant`` predicts on the windows is nearer to what 8 bits predict than the
-    baseline is. Next tokens play no part: on few tokens, whether a plan predicts them better is chance."""
-    fixed = (model.config, model.device_parameters(), state.resident, state.tables)
+def _lost(before: dict[int, np.ndarray], after: dict[int, np.ndarray], plan: Plan) -> bool:
+    """Whether pages of the plan lie elsewhere than before, or nowhere."""
+    return any((before[level] != after[level])[has].any() for level, has in pages_of(plan).items())
 
-    def divergence(number: int) -> float:
-        index, pairs = jnp.asarray(number), zip(windows[:, None, :-1], seen.exact[:, None])
-        return sum(float(switched_divergence(*fixed, index, *map(jnp.asarray, pair))[0]) for pair in pairs)
 
-    return (divergence(0) - divergence(variant)) / windows[:, 1:].size
+def lent(host: Host) -> bool:
+    """Whether pages of the baseline are missing on the device."""
+    return any((host.slots[level] < 0)[has].any() for level, has in pages_of(host.plans[0]).items())
+
+
+def whole(host: Host, state: State) -> tuple[Host, State]:
+    """The baseline with all of its pages, after it has lent slots; a variant that took them is read without what it had
+    there from then on, at lower precision. The given state's pages are given up. ValueError: a page of the baseline is
+    damaged in host memory; it stays without that one."""
+    return finish(host, state, begin(host, state, host.plans[0], 0, lend=True)) if lent(host) else (host, state)
+
+
+def divergence(
+    model: QuantizedModel, state: State, windows: Int[np.ndarray, "S T1"], seen: Observation, variant: int
+) -> Float[np.ndarray, " S"]:
+    """Nats, summed over each window, by which what ``variant`` predicts differs from what the largest width does.
+
+    A plan is better where that is less than the baseline's. Next tokens play no part: on few tokens, whether a plan
+    predicts them better is chance.
+    """
+    fixed = (model.config, model.device_parameters(), state.resident, state.tables, jnp.asarray(variant))
+    pairs = zip(windows[:, None, :-1], seen.exact[:, None])
+    return np.array([float(switched_divergence(*fixed, *map(jnp.asarray, pair))[0]) for pair in pairs])
+
+
+def adapted(
+    model: QuantizedModel,
+    host: Host,
+    state: State,
+    seen: Observation,
+    variant: int = 1,
+    batch: int | None = None,
+    reads: float = 1.0,
+    lend: bool = False,
+) -> Plan:
+    """The plan for what was seen that the slots of ``variant`` have room for; arguments as ``adapt`` takes them."""
+    slots = {level: pages.codes.shape[0] for level, pages in state.resident.pages.items()}
+    free = None if lend else spare(host, state, variant)
+    batch = state.number.shape[0] if batch is None else batch
+    return adapted_plan(model.plan, model.knowledge, seen, free, batch, reads, slots)
 
 
 def adapt(
@@ -235,14 +276,18 @@ def adapt(
     variant: int = 1,
     batch: int | None = None,
     reads: float = 1.0,
+    lend: bool = False,
 ) -> tuple[Host, State]:
     """``variant`` adapted to data like ``windows``, within the page budget; the numbers stay as they are.
 
     windows: token ids, each predicting T of them; 512 tokens in all do, 2,048 do better. batch: requests that a decode
-    step serves together, by default those of the state; reads: how many times the baseline's bytes a step may read. The
-    given state's pages are given up. ValueError: no tokens, no such variant, the baseline itself, a damaged page, a
-    batch below 1, reads that no plan meets. Source: docs/design.md, "Adaptation".
+    step serves together, by default those of the state; reads: how many times the baseline's bytes a step may read.
+    lend: the baseline's slots may serve too (``begin``): for when no request needs the baseline. The given state's
+    pages are given up. ValueError: no tokens, no such variant, the baseline itself, a damaged page, a batch below 1,
+    reads that no plan meets. Source: docs/design.md, "Adaptation".
     """
-    free, batch = spare(host, state, variant), state.number.shape[0] if batch is None else batch
-    plan = adapted_plan(model.plan, model.knowledge, observe_windows(model, windows), free, batch, reads)
-    return finish(host, state, begin(host, state, plan, variant))
+    seen = observe_windows(model, windows)
+    if not lend:
+        host, state = whole(host, state)
+    plan = adapted(model, host, state, seen, variant, batch, reads, lend)
+    return finish(host, state, begin(host, state, plan, variant, lend))

@@ -45,6 +45,10 @@ class Standing:
             self.wanted *= AGAIN
         return True
 
+    def ends(self) -> None:
+        """The variant has lost its pages: another is due as soon as there is text for it."""
+        self.serves, self.wanted = False, self.least
+
     def told(self, counts: Float[np.ndarray, "*S L E"], tokens: Float[np.ndarray, "*S"]) -> Float[np.ndarray, "*S"]:
         """Nats a token that the variant saves where the router sent rows as it did."""
         return (counts * self.saves).sum(axis=(-2, -1)) / tokens

@@ -222,10 +222,11 @@ def test_a_plan_that_could_not_prove_itself_does_not_serve(quantized, monkeypatc
     def fails(*_):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(online, "gain", fails)
+    monkeypatch.setattr(online, "divergence", fails)
     follower, state = follower_of(quantized)
     state, follower._standing.serves = labelled(state, 1), True
-    follower._move = serving.begin(follower.host, state, quantized.plan), np.zeros((1, 3), int), None
+    move = serving.begin(follower.host, state, quantized.plan)
+    follower._move = online.Sent(move, np.zeros((1, 3), int), None, np.zeros(1))
     assert follower(state, [[1, 2, 3]]).number.tolist() == [0]
     assert (follower.events[-1].what, follower.events[-1].name) == ("failed", "no memory")
 

@@ -53,13 +53,6 @@ def test_the_state_that_serves_takes_what_the_budget_counted(request, kind, nove
     assert held((state.resident, state.tables)) + move.staged.nbytes() <= counted.total
 
 
-def test_nothing_that_switches_takes_no_slots_and_one_table(quantized):
-    counted = device_bytes(quantized.plan, 0.0)
-    _, state = serving.init(dataclasses.replace(quantized, spare=0.0), variants=1)
-    assert (counted.spare, counted.staged) == (0, 0)
-    assert held((state.resident, state.tables)) == counted.total
-
-
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0, 3.0]), st.booleans())
 def test_spare_slots_are_a_share_of_the_pages_and_no_more_than_there_are(seed, share, apart):
     rng = np.random.default_rng(seed)

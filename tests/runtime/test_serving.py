@@ -20,7 +20,7 @@ from dynamo_jax.runtime import serving
 from dynamo_jax.runtime.adapt import observe_windows
 from dynamo_jax.runtime.monitor import HOP, UNKNOWN
 from dynamo_jax.runtime.residency import residency, table_of
-from dynamo_jax.runtime.store import page_counts
+from dynamo_jax.runtime.store import page_counts, pages_of
 from dynamo_jax.runtime.switch import switched_experts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -265,3 +265,57 @@ def test_requests_may_be_sharded_over_devices(model):
     np.testing.assert_allclose(logits, expected, atol=1e-4)
     for one, two in zip(watch, after.watch):
         np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
+def test_the_baseline_lends_its_slots_and_gets_them_back(model):
+    """While nobody needs it: more pages move than there are spare slots, what is left of it is valid, and once they
+    are back it computes the same bits."""
+    host, state = serving.init(dataclasses.replace(model, spare=0.0), requests=2)
+    tokens = jnp.arange(16, dtype=jnp.int32).reshape(2, 8) + 30
+    mask = jnp.ones((2, 8), bool)
+    params = model.device_parameters()
+    before, _ = step(CONFIG, params, state, tokens, mask)
+    windows = np.random.default_rng(1).integers(30, 61, (4, 65))
+    assert (adapted_without(model, windows) == host.plans[0].widths).all()
+    host, state = serving.adapt(model, host, state, windows, lend=True)
+    assert serving.lent(host) and not (host.plans[1].widths == host.plans[0].widths).all()
+    assert host.plans[0] is model.plan
+    for number in (0, 1):
+        out, _ = step(CONFIG, params, serving.switch(state, number), tokens, mask)
+        assert np.isfinite(np.asarray(out)).all()
+        assert not (np.asarray(out) == np.asarray(before)).all()
+    compiled = step._cache_size()
+    host, state = serving.whole(host, state)
+    assert not serving.lent(host)
+    after, _ = step(CONFIG, params, state, tokens, mask)
+    np.testing.assert_array_equal(np.asarray(after), np.asarray(before))
+    again = serving.whole(host, state)
+    assert again[0] is host and again[1] is state
+    assert step._cache_size() == compiled
+
+
+def adapted_without(model, windows):
+    """The widths of the variant that is adapted without spare slots and without lending."""
+    host, state = serving.init(dataclasses.replace(model, spare=0.0))
+    return serving.adapt(model, host, state, windows)[0].plans[1].widths
+
+
+def test_a_damaged_page_is_found_before_the_baseline_has_lent_anything(model):
+    host, state = serving.init(dataclasses.replace(model, spare=0.0))
+    windows = np.random.default_rng(1).integers(30, 61, (4, 65))
+    plan = serving.adapted(model, host, state, observe_windows(model, windows), lend=True)
+    level = next(level for level, has in pages_of(plan).items() if (has & (host.slots[level] < 0)).any())
+    place = tuple(np.argwhere(pages_of(plan)[level] & (host.slots[level] < 0))[0])
+    sums = {k: v.copy() for k, v in host.pages.checksums.items()}
+    sums[level][place] += 1
+    broken = dataclasses.replace(host, pages=dataclasses.replace(host.pages, checksums=sums))
+    with pytest.raises(ValueError, match=f"the {level}-bit page of layer {place[0]}, expert {place[1]}"):
+        serving.begin(broken, state, plan, lend=True)
+    assert not serving.lent(host)
+
+
+def test_the_baseline_takes_no_other_plan(model):
+    host, state = serving.init(model)
+    other = dataclasses.replace(model.plan, widths=np.full_like(model.plan.widths, 2))
+    with pytest.raises(ValueError, match=r"variant 0: those that can change are 1\.\.1"):
+        serving.begin(host, state, other, variant=0)
