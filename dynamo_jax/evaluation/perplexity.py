@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.texts.windows import batches, token_windows
 
-StepFn = Callable[[Array], tuple[Array, Array]]  # tokens (B, T1) -> losses (B,), counts (B, L, E)
+StepFn = Callable[[Array], tuple[Array, Array]]  # tokens (B, T1) -> losses (B,), counts (B, K, L, E)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,10 +46,10 @@ class EvalConfig:
 
 
 class Losses(NamedTuple):
-    """nll: (S,) summed nats a window; counts: (S, L, E) its routed tokens."""
+    """nll: summed nats a window; counts: its routed tokens, in K pieces of what the monitor takes in at once."""
 
     nll: Float[np.ndarray, " S"]
-    counts: Float[np.ndarray, "S L E"]
+    counts: Float[np.ndarray, "S K L E"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

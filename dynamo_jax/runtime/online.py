@@ -1,4 +1,4 @@
-"""A batch of running requests, followed: when the monitor calls a text novel, a variant is adapted to it and taken.
+"""A batch of running requests, followed: a variant is adapted to text that is novel, or where the gain is sure.
 
 An object for the host's loop over decode steps; the state that it hands back is data for the same compiled step.
 """
@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows, saved_by
 from dynamo_jax.runtime.monitor import HOP, UNKNOWN
@@ -28,7 +28,7 @@ class Event(NamedTuple):
     token: int
     request: int
     text: int
-    what: str  # known | novel | adapted | not better | left | failed
+    what: str  # known | novel | adapted | not better | of known text gains | not sure | left | failed
     name: str  # the nearest known dataset, or why it failed
     score: float
     gain: float | None = None
@@ -40,8 +40,9 @@ class Follower:
     """What follows the texts of a model that adapts (``text_model(.., adapt=True).follower``): ``events`` says what it
     found and did.
 
-    It is called ``between`` two steps of ``runtime.generate.stream``. Requests whose text is novel share variant 1;
-    when it is adapted, serves and is left ``standing.py`` says. state: the last one handed back; a call of ``stream``
+    It is called ``between`` two steps of ``runtime.generate.stream``. Requests whose text is novel share variant 1.
+    While no text is novel, those whose text is known share it, where adapting to that text surely gains. When it is
+    adapted, serves and is left ``standing.py`` says. state: the last one handed back; a call of ``stream``
     that begins with it goes on with the monitors and the variant of the call before.
     """
 
@@ -51,7 +52,8 @@ class Follower:
     events: list[Event] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._move: tuple[Move, np.ndarray, Observation] | None = None  # pages on their way, and what they are for
+        # pages on their way, and what they are for
+        self._move: tuple[Move, np.ndarray, Observation, Standing] | None = None
         self._begin(self.state.number.shape[0])
 
     def _begin(self, requests: int) -> None:
@@ -61,7 +63,7 @@ class Follower:
         self._tokens, self._looked = np.zeros(requests, int), np.zeros(requests, int)  # of all texts; hops looked at
         self._current: list[list[int]] = [[] for _ in range(requests)]
         self._text = np.zeros(requests, int)
-        self._standing = Standing(HOP)
+        self._standing, self._of = Standing(HOP), ()
 
     def __call__(self, state: State, texts: list[list[int]]) -> State:
         assert state.watch is not None
@@ -74,15 +76,22 @@ class Follower:
                 self._note(state, request, "novel" if novel[request] else "known")
                 del self._streams[request][: -2 * HOP - 1]
         self._labels = labels
-        if not novel.any():
-            self._standing = Standing(HOP)
-        else:
-            self._look(state, novel)
-            state = self._adapt(state, novel) if self._move is None else state
+        meant = self._meant(novel)
+        self._look(state, meant)
+        state = self._adapt(state, meant) if self._move is None else state
         if self._move is not None and self._move[0].staged.ready():
-            state = self._take(state, novel)
-        self.state = switch(state, np.where(novel & self._standing.serves, 1, 0))
+            state = self._take(state, meant)
+        self.state = switch(state, np.where(meant & self._standing.serves, 1, 0))
         return self.state
+
+    def _meant(self, novel: Bool[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
+        """The requests that the variant is for: those whose text is novel, else those whose text has a name. It is
+        left at once when text stops or begins to be novel, or known text becomes text of another name."""
+        known = not novel.any()
+        of = tuple(self._labels) if known else ("novel",)
+        if of != self._of:
+            self._standing, self._of = Standing(HOP, known), of
+        return self._labels != UNKNOWN if known else novel
 
     def _append(self, request: int, text: list[int]) -> None:
         before, stream = self._current[request], self._streams[request]
@@ -94,10 +103,10 @@ class Follower:
         self._text[request] += not goes_on
         self._current[request] = text
 
-    def _look(self, state: State, novel: np.ndarray) -> None:
-        """Whether the variant still suits the novel text, from the router's counts of each hop, as they come."""
+    def _look(self, state: State, meant: np.ndarray) -> None:
+        """Whether the variant still suits the text, from the router's counts of each hop, as they come."""
         assert state.watch is not None
-        new = np.flatnonzero(novel & (self._tokens // HOP > self._looked))
+        new = np.flatnonzero(meant & (self._tokens // HOP > self._looked))
         self._looked = self._tokens // HOP
         if not self._standing.serves or not len(new):
             return
@@ -108,48 +117,50 @@ class Follower:
             for stream in self._streams:
                 del stream[: -RECENT - 1]
 
-    def _windows(self, novel: np.ndarray) -> Int[np.ndarray, "S T1"]:
-        """The last novel tokens in whole windows, those of one request after those of another."""
+    def _windows(self, meant: np.ndarray) -> Int[np.ndarray, "S T1"]:
+        """The last tokens in whole windows, those of one request after those of another."""
         out = []
-        for stream in (s for s, new in zip(self._streams, novel) if new):
+        for stream in (s for s, own in zip(self._streams, meant) if own):
             for end in range(len(stream), WINDOW, -WINDOW):
                 out.append(stream[end - WINDOW - 1 : end])
         return np.array(out, np.int32).reshape(-1, WINDOW + 1)
 
-    def _adapt(self, state: State, novel: np.ndarray) -> State:
-        """Send a plan's pages on their way, if there is enough new text to make one for."""
-        windows = self._windows(novel)
-        if not self._standing.due(len(windows) * WINDOW):
+    def _adapt(self, state: State, meant: np.ndarray) -> State:
+        """Send a plan's pages on their way, if there is enough text to make one for."""
+        whole = sum(max(len(s) - 1, 0) // WINDOW for s, own in zip(self._streams, meant) if own)
+        if not self._standing.due(whole * WINDOW):
             return state
-        windows = windows[: MOST // WINDOW]
+        windows = self._windows(meant)[: MOST // WINDOW]
         try:
             seen = observe_windows(self.model, windows)
             plan = adapted_plan(self.model.plan, self.model.knowledge, seen, spare(self.host, state))
-            self._move = begin(self.host, state, plan), windows, seen
+            self._move = begin(self.host, state, plan), windows, seen, self._standing
         except (ValueError, RuntimeError) as error:  # damaged pages, no memory: what runs goes on
-            self._fail(state, novel, error)
+            self._fail(state, meant, error)
         return state
 
-    def _take(self, state: State, novel: np.ndarray) -> State:
+    def _take(self, state: State, meant: np.ndarray) -> State:
         """Make the plan whose pages have come the variant, if it is better on the windows that it is for."""
         assert self._move is not None
-        (move, windows, seen), self._move = self._move, None
+        (move, windows, seen, standing), self._move = self._move, None
         try:
             self.host, state = finish(self.host, state, move)
             self._standing.serves = False  # until the plan that is there now has proved itself
-            found = gain(self.model, state, windows, seen)
+            if standing is not self._standing:  # the text that it was for is over
+                return state
+            gains = gain(self.model, state, windows, seen)
         except (ValueError, RuntimeError) as error:
-            self._fail(state, novel, error)
+            self._fail(state, meant, error)
             return state
-        serves = found > 0 and bool(novel.any())
+        serves = standing.takes(gains)
         saves = saved_by(self.host.plans[1], self.host.plans[0], self.model.knowledge, seen)
         self._standing.begins(serves, saves, seen.counts[::-1], seen.tokens[::-1])  # the last windows come first
-        what = "adapted" if serves else "not better"
-        self._note(state, _first(novel), what, gain=found, moved=move.staged.pages)
+        words = ("not sure", "gains") if standing.known else ("not better", "adapted")
+        self._note(state, _first(meant), words[serves], gain=float(gains.mean()), moved=move.staged.pages)
         return state
 
-    def _fail(self, state: State, novel: np.ndarray, error: Exception) -> None:
-        self._note(state, _first(novel), "failed", name=" ".join(str(error).split()))
+    def _fail(self, state: State, meant: np.ndarray, error: Exception) -> None:
+        self._note(state, _first(meant), "failed", name=" ".join(str(error).split()))
 
     def _note(self, state: State, request: int, what: str, name: str = "", **more: Any) -> None:
         assert state.watch is not None
@@ -159,6 +170,6 @@ class Follower:
         self.events.append(Event(token, request, text, what, name, float(score), **more))
 
 
-def _first(novel: np.ndarray) -> int:
-    """The request that an event of all novel ones is noted at."""
-    return int(novel.argmax())
+def _first(meant: np.ndarray) -> int:
+    """The request that an event of all of them is noted at."""
+    return int(meant.argmax())

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.kernels.arrangements import AnyResident, arrangement_for
 from dynamo_jax.kernels.layout import PageTable
@@ -30,9 +30,10 @@ from dynamo_jax.models.experts import ExpertsFn
 from dynamo_jax.models.routing import Routing
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows
-from dynamo_jax.runtime.monitor import HOP, Signatures, Watch, start, watch
+from dynamo_jax.runtime.monitor import HOP, Watch, start, watch
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.residency import Residency, Staged, commit, levels_of, residency, stage, table_of
+from dynamo_jax.runtime.signatures import Signatures
 from dynamo_jax.runtime.store import HostPages, host_pages, page_counts, pages_of
 from dynamo_jax.runtime.switch import switched_divergence, switched_experts
 
@@ -109,7 +110,7 @@ def init(
     pages = host_pages(model.store, model.plan, arrangement)
     here = residency(pages, [model.plan], slots)
     table = table_of(here, model.plan, levels_of(model.plan))
-    signatures = model.knowledge.monitor()
+    signatures = model.knowledge.signatures
     state = State(
         here.resident, (table,) * variants, jnp.zeros(requests, jnp.int32), signatures, start(signatures, requests)
     )
@@ -220,16 +221,16 @@ def finish(host: Host, state: State, move: Move) -> tuple[Host, State]:
 
 def gain(
     model: QuantizedModel, state: State, windows: Int[np.ndarray, "S T1"], seen: Observation, variant: int = 1
-) -> float:
-    """Nats a token by which what ``variant`` predicts on the windows is nearer to what 8 bits predict than the
+) -> Float[np.ndarray, " S"]:
+    """Nats a token by which what ``variant`` predicts on each window is nearer to what 8 bits predict than the
     baseline is. Next tokens play no part: on few tokens, whether a plan predicts them better is chance."""
     fixed = (model.config, model.device_parameters(), state.resident, state.tables)
 
-    def divergence(number: int) -> float:
+    def divergence(number: int) -> Float[np.ndarray, " S"]:
         index, pairs = jnp.asarray(number), zip(windows[:, None, :-1], seen.exact[:, None])
-        return sum(float(switched_divergence(*fixed, index, *map(jnp.asarray, pair))[0]) for pair in pairs)
+        return np.array([float(switched_divergence(*fixed, index, *map(jnp.asarray, pair))[0]) for pair in pairs])
 
-    return (divergence(0) - divergence(variant)) / windows[:, 1:].size
+    return (divergence(0) - divergence(variant)) / windows[0, 1:].size
 
 
 def adapt(
