@@ -51,7 +51,8 @@ from dynamo_jax.kernels.rows import combine_rows, gather_rows, sort_by_expert
 from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.experts import silu_gated
 from dynamo_jax.runtime import serving
-from dynamo_jax.runtime.monitor import Signatures, start
+from dynamo_jax.runtime.monitor import start
+from dynamo_jax.runtime.signatures import DIRECTIONS, Signatures
 
 SCALE_BITS = 16 / BLOCK
 PARTS = ("check", "layers", "model")
@@ -354,7 +355,9 @@ def state_of(layer: Layer, layers: int, requests: int, choices: tuple[int, ...],
     """Two variants, other experts having other widths in the second, and a monitor that knows three datasets."""
     tables = tuple(table(widths_of(layers, layer, choices)[:, ::step], layer) for step in (1, -1))
     shares = jax.nn.softmax(jax.random.normal(jax.random.key(3), (3, layers, layer.experts)))
-    signatures = Signatures(shares, jnp.zeros((3, 3)), jnp.broadcast_to(jnp.eye(3), (3, 3, 3)), jnp.full(3, 1e9))
+    directions = jax.random.normal(jax.random.key(4), (DIRECTIONS, layers, layer.experts))
+    damping = jnp.zeros(DIRECTIONS)
+    signatures = Signatures(shares, jnp.ones_like(shares[0]), directions, damping, jnp.zeros(3), jnp.full(3, 1e9))
     return serving.State(resident, tables, jnp.zeros(requests, jnp.int32), signatures, start(signatures, requests))
 
 

@@ -68,7 +68,7 @@ def kind_figures(data: Dataset, rows: dict[str, Row], tokenizer: tokenizers.Toke
 
 def layer_figures(references: dict[str, Reference]) -> list[dict[str, float]]:
     """Divergence between kinds (mean over pairs) and busiest share (mean and most over kinds), by layer."""
-    counts = [losses.counts for _, losses in references.values()]
+    counts = [losses.counts.sum(axis=(0, 1)) for _, losses in references.values()]
     shares = np.stack([busiest_share(c) for c in counts])
     pairs = list(itertools.combinations(counts, 2))
     return [

@@ -30,8 +30,9 @@ from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, parameters
 from dynamo_jax.models.stacked import new_stacked_cache, stacked, stacked_decoder
 from dynamo_jax.runtime.memory import SPARE
-from dynamo_jax.runtime.monitor import Signatures, start
+from dynamo_jax.runtime.monitor import start
 from dynamo_jax.runtime.serving import State, experts, observe
+from dynamo_jax.runtime.signatures import DIRECTIONS, Signatures
 
 MEMORY = {"v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}  # GiB of a core
 REQUESTS, CAPACITY, VARIANTS, KNOWN = 8, 4096, 2, 3
@@ -43,8 +44,9 @@ def state_of(config: ModelConfig) -> Any:
     layers, count = config.num_moe_layers, config.num_experts
     layer = Layer(count, config.hidden_size, config.intermediate_size, config.num_experts_per_tok)
     resident, table = tiled_shapes(layers, layer, {3: 2 / 3 * (1 + SPARE), 4: 1 / 3 * (1 + SPARE)}, GROUP)
-    square = (KNOWN, KNOWN, KNOWN)
-    signatures = Signatures(*(of(s, jnp.float32) for s in ((KNOWN, layers, count), (KNOWN, KNOWN), square, (KNOWN,))))
+    each = (layers, count)
+    shapes = ((KNOWN, *each), each, (DIRECTIONS, *each), (DIRECTIONS,), (KNOWN,), (KNOWN,))
+    signatures = Signatures(*(of(shape, jnp.float32) for shape in shapes))
     watch = jax.eval_shape(functools.partial(start, requests=REQUESTS), signatures)
     return State(resident, (table,) * VARIANTS, of((REQUESTS,), jnp.int32), signatures, watch)
 

@@ -25,13 +25,14 @@ class Analysis(NamedTuple):
     """What calibration found of one dataset; significance is in nats a token that a width loses, predicted.
 
     stats: sums over its tokens (``analysis.statistics``, which gives their shapes). sensitivity: sum of its tokens'
-    importance, by layer: nats for each squared output error. windows: routed tokens of each window. halves: the same of
-    the first half of its windows and of the rest (no tokens if there is one window). Source: docs/design.md.
+    importance, by layer: nats for each squared output error. windows: routed tokens of each window, in K pieces of
+    about 256 tokens. halves: the same of the first half of its windows and of the rest (no tokens if there is one
+    window). Source: docs/design.md.
     """
 
     stats: Statistics
     sensitivity: Float[np.ndarray, " L"]
-    windows: Float[np.ndarray, "S L E"]
+    windows: Float[np.ndarray, "S K L E"]
     halves: tuple[Analysis, ...] = ()
 
     def expert_significance(self) -> Float[np.ndarray, "L E W"]:
@@ -76,7 +77,7 @@ def dynamics_of(analyses: dict[str, Analysis]) -> Dynamics:
         return Significance(a.expert_significance()[..., 0], a.block_significance()[..., 0])
 
     return dynamics(
-        {n: a.windows for n, a in analyses.items()},
+        {n: a.windows.sum(axis=1) for n, a in analyses.items()},
         {n: at_least_width(a) for n, a in analyses.items()},
         {n: (at_least_width(a.halves[0]), at_least_width(a.halves[1])) for n, a in analyses.items()},
     )

@@ -10,8 +10,8 @@ from dynamo_jax.analysis.significance import per_token, whole_over_blocks
 from dynamo_jax.analysis.statistics import merge
 from dynamo_jax.calibration.analyses import Analysis
 from dynamo_jax.calibration.config import QuantizeConfig
-from dynamo_jax.runtime.monitor import HOP, LONGEST, learn, novelty_threshold, spans
 from dynamo_jax.runtime.quantized import Knowledge
+from dynamo_jax.runtime.signatures import SPAN, Signatures, learn, spans
 
 
 def knowledge_of(
@@ -26,20 +26,32 @@ def knowledge_of(
     blocks = np.asarray(stats.block_errors)
     correction = whole_over_blocks(np.asarray(stats.errors), blocks)
     block_errors = per_token(blocks * correction[:, :, None, :], stats)
-    size = max(1, round(2 * HOP / config.window))  # windows of what the monitor looks at
-    scatter = learn([spans(a.windows, size) for a in runs])
-    if config.window > LONGEST:  # longer windows scatter less than what it looks at, and would make all of that novel
-        scatter = scatter._replace(limit=scatter.limit * np.inf)
+    signatures, odd = noticed(analyses, config.window)
     return Knowledge(
         names=tuple(analyses),
         counts=np.stack([np.asarray(a.stats.counts) for a in runs]),
-        centre=np.asarray(scatter.centre),
-        inverse=np.asarray(scatter.inverse),
-        limit=np.asarray(scatter.limit),
-        threshold=novelty_threshold({n: a.windows for n, a in analyses.items()}, config.adaptation_windows),
+        signatures=signatures,
+        odd=odd,
         loss_per_error=np.sum([a.sensitivity for a in runs], axis=0) / tokens,
         block_errors=block_errors,
         correction=correction,
         calibrated=calibrated,
         tokens=int(tokens),
     )
+
+
+def noticed(analyses: dict[str, Analysis], window: int) -> tuple[Signatures, dict[str, tuple[int, ...]]]:
+    """What the monitor compares with, and each dataset's windows, counted from 1, that are unlike the rest of it.
+
+    window: tokens of one. It is as many stretches of about ``SPAN`` tokens as it was counted in; shorter ones are put
+    together.
+    """
+    size = max(1, round(SPAN / window))
+    stretches = [spans(a.windows.reshape(-1, *a.windows.shape[2:]), size) for a in analyses.values()]
+    signatures, kept = learn(stretches)
+    odd = {}
+    for (name, run), main in zip(analyses.items(), kept):
+        first = np.flatnonzero(~main) * size // run.windows.shape[1]
+        numbers = sorted({int(f) + i for f in first for i in range(min(size, len(run.windows)))})
+        odd[name] = tuple(n + 1 for n in numbers)
+    return signatures, odd

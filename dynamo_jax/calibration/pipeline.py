@@ -33,7 +33,7 @@ from dynamo_jax.storage.bundles import stacked_planes
 from dynamo_jax.storage.work import FolderWork, MemoryWork, Work
 from dynamo_jax.texts.reading import digest
 
-WORK_FORMAT = 2  # of unfinished work: raised when bundles change their meaning
+WORK_FORMAT = 3  # of unfinished work: raised when bundles change their meaning
 
 
 def analyze(
@@ -111,7 +111,7 @@ def analyze_layers(
             Analysis(
                 Statistics(**fields),
                 np.array([r["sensitivity"][index] for r in records]),
-                np.stack([r["windows"][half == index] for r in records], axis=1),
+                np.stack([r["windows"][half == index] for r in records], axis=2),
             )
         )
     return {name: whole(halves[2 * i], halves[2 * i + 1]) for i, name in enumerate(windows)}

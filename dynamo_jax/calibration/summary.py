@@ -10,7 +10,9 @@ import numpy as np
 
 from dynamo_jax.analysis.dynamics import Agreement, Dynamics, Orders, Pair, Shift
 from dynamo_jax.calibration.analyses import Analysis, dynamics_of
+from dynamo_jax.calibration.knowledge import noticed
 from dynamo_jax.kernels.layout import WIDTHS
+from dynamo_jax.runtime.quantized import odd_words
 
 MOST_BLOCKS = 100_000  # of a model whose blocks are written one by one
 
@@ -18,14 +20,18 @@ MOST_BLOCKS = 100_000  # of a model whose blocks are written one by one
 def analyses_json(analyses: dict[str, Analysis], window: int) -> dict[str, Any]:
     """What ``analyze`` found, JSON-ready; None is what cannot be said. window: tokens of one.
 
-    For each dataset routing counts (L, E) and predicted loss, nats a token, of an expert at each width (L, E, W) and
-    of a channel block at the least width (L, E, N; left out of a model of more than ``MOST_BLOCKS``). dynamics: what
-    moves between and within datasets, see ``dynamics_json``.
+    For each dataset its number of windows, those (counted from 1) that are unlike the rest of it, routing counts
+    (L, E) and predicted loss, nats a token, of an expert at each width (L, E, W) and of a channel block at the least
+    width (L, E, N; left out of a model of more than ``MOST_BLOCKS``). dynamics: what moves between and within datasets,
+    see ``dynamics_json``.
     """
-    datasets = {}
+    datasets: dict[str, dict[str, Any]] = {}
+    _, odd = noticed(analyses, window)
     for name, run in analyses.items():
         datasets[name] = {
             "tokens": int(run.stats.tokens[0]),
+            "windows": len(run.windows),
+            "odd": list(odd[name]),
             "counts": plain(run.stats.counts),
             "expert_significance": plain(run.expert_significance()),
         }
@@ -102,7 +108,9 @@ def summary(result: dict[str, Any]) -> list[str]:
             top = ", ".join(map(str, np.argsort(-loss[:, 0])[:5]))
             share = "none" if busiest is None else f"x{busiest:.1f}"
             lines.append(f"  layer {layer}: busiest {share}; predicted loss, nats a token: {widths}; top experts {top}")
-    return lines + _dynamics_lines(moved)
+    data = result["datasets"]
+    odd = odd_words({n: tuple(d["odd"]) for n, d in data.items()}, {n: d["windows"] for n, d in data.items()})
+    return lines + odd + _dynamics_lines(moved)
 
 
 def _dynamics_lines(moved: dict[str, Any]) -> list[str]:

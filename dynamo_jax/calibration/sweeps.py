@@ -40,6 +40,7 @@ from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.layerwise import Outer, dense, dense_vjp, first_alike, loss_gradient_of, outer_of, outer_vjp
 from dynamo_jax.progress import Progress
 from dynamo_jax.quant.planes import Planes, filled_up, narrowed, quantize
+from dynamo_jax.runtime.signatures import SPAN
 from dynamo_jax.storage.bundles import Bundle, layer_name, planes_bundle
 from dynamo_jax.storage.work import Work
 
@@ -147,7 +148,7 @@ def _draft(layer: int) -> str:
 
 
 def statistics_of(work: Work, config: ModelConfig, fields: tuple[str, ...] = Statistics._fields) -> list[Bundle]:
-    """For each layer with experts, the sums of ``fields`` with axes (A, ..), and with them windows (S, E) and
+    """For each layer with experts, the sums of ``fields`` with axes (A, ..), and with them windows (S, K, E) and
     sensitivity (A,)."""
     out = []
     for layer in config.moe_layers:
@@ -337,11 +338,21 @@ def _quantize_layer(job: Calibration, layer: int, emphasis: Float[np.ndarray, "E
             job.progress(QUANTIZE, layer + (expert + 1) / (config.num_experts + 1), config.num_hidden_layers)
     stats = {name: np.stack([s[name] for s in sums], axis=1) for name in sums[0]}
     stats["tokens"] = np.bincount(owner, minlength=job.datasets).astype(np.float32)
-    routed = outer.experts.reshape(len(job.tokens), -1)
-    stats["windows"] = np.stack([np.bincount(r, minlength=config.num_experts) for r in routed]).astype(np.float32)
+    stats["windows"] = _routed_pieces(np.asarray(outer.experts).reshape(len(job.tokens), -1), config)
     planes = jax.tree.map(lambda *a: np.concatenate(a), *quantized)
     job.work.put(layer_name(layer), _parameters(rest) | planes_bundle(narrowed(planes, job.max_width)))
     job.work.put(stats_name(layer), stats)
+
+
+def _routed_pieces(chosen: Int[np.ndarray, "S Tk"], config: ModelConfig) -> Float[np.ndarray, "S K E"]:
+    """Routed tokens of each window, in K pieces of about what the monitor looks at. chosen: experts of its tokens."""
+    tokens = chosen.reshape(len(chosen), -1, config.num_experts_per_tok)
+    pieces = np.array_split(tokens, max(1, round(tokens.shape[1] / SPAN)), axis=1)
+    counts = [
+        [np.bincount(piece[s].reshape(-1), minlength=config.num_experts) for piece in pieces]
+        for s in range(len(tokens))
+    ]
+    return np.array(counts, np.float32)
 
 
 def _batched(job: Calibration, function: Callable[..., Any], *arrays: np.ndarray) -> Any:

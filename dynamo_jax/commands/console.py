@@ -95,11 +95,14 @@ def describe_difference(row: Row) -> str:
 
 
 def describe_verdict(found: Any) -> str:
-    where = f"nearest {found.verdict.nearest}, divergence {found.verdict.divergence:.4f} bits"
-    if found.gain is None:
-        return f"known, baseline kept ({where})"
-    what = "adapted" if found.gain > 0 else "baseline kept"
-    return f"novel, {what} ({where}; adapted, the first windows are {found.gain:+.4f} nats a token nearer to 8 bits)"
+    """One line: what the monitor said of a text, whether it was adapted to, and which of the two was the reason."""
+    novel, score = found.verdict.novel, found.verdict.score
+    what = ("baseline kept" if found.gain <= 0 else "adapted") if novel else "baseline kept, for no gain is sure"
+    if not novel and found.sure:
+        what = "adapted all the same, for the gain is sure"
+    where = f"nearest {found.verdict.nearest}, score {score:.2f}"
+    gained = f"adapted, the first windows are {found.gain:+.4f} nats a token nearer to 8 bits"
+    return f"{'novel' if novel else 'known'}, {what} ({where}; {gained})"
 
 
 def print_facts(facts: dict[str, Any]) -> None:
@@ -116,6 +119,10 @@ def describe_event(event: Event) -> str:
         "novel": "the text is novel",
         "adapted": f"switched to a variant adapted to it, {event.moved} pages moved",
         "not better": f"adapted, but no better on what was seen, {event.moved} pages moved: baseline",
+        "gains": f"it is like {event.name}, but the gain is sure: switched to a variant adapted to it, "
+        f"{event.moved} pages moved",
+        "not sure": f"it is like {event.name}; adapted to it all the same, no gain is sure, {event.moved} pages moved: "
+        "baseline",
         "left": "the variant no longer suits the text: baseline",
         "failed": f"adapting failed, no switch: {event.name}",
     }[event.what]

@@ -77,6 +77,8 @@ def evaluate(
         if against:
             apart = divergence(original, loaded, texts["known"] | texts["novel"], settings, progress)
     print_rows(rows)
+    if adaptations and (why := loaded.knowledge.blind()):
+        print(why)
     for name, found in adaptations.items():
         print(f"{name}: {describe_verdict(found)}")
     results = {"results": [row.to_dict() for row in rows]}

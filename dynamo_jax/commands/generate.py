@@ -47,6 +47,8 @@ def generate(
     loaded = load_text_model(model_folder(model), jnp.dtype(dtype), adapt, batch, reads)
     settings = GenerateConfig(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if loaded.follower:  # one client's texts, one after the other
+        if why := loaded.follower.model.knowledge.blind():
+            print(why, file=sys.stderr)
         prompts_tokens(loaded, prompt, not raw)
         for index, one in enumerate(prompt):
             print("\n" if index else "", end="")

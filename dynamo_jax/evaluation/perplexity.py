@@ -21,7 +21,7 @@ from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.precision.plan import touched_share
 from dynamo_jax.texts.windows import batches, token_windows
 
-StepFn = Callable[[Array], tuple[Array, Array]]  # tokens (B, T1) -> losses (B,), counts (B, L, E)
+StepFn = Callable[[Array], tuple[Array, Array]]  # tokens (B, T1) -> losses (B,), counts (B, K, L, E)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,10 +52,10 @@ class EvalConfig:
 
 
 class Losses(NamedTuple):
-    """nll: (S,) summed nats a window; counts: (S, L, E) its routed tokens."""
+    """nll: summed nats a window; counts: its routed tokens, in K pieces of what the monitor takes in at once."""
 
     nll: Float[np.ndarray, " S"]
-    counts: Float[np.ndarray, "S L E"]
+    counts: Float[np.ndarray, "S K L E"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def make_row(
     """A row; the difference to ``reference`` is paired by window. expert_bytes: that reading an expert takes."""
     tokens = data.rest[:, 1:].size
     nll = float(losses.nll.sum() / tokens)
-    use = losses.counts.sum(axis=0) / tokens
+    use = losses.counts.sum(axis=(0, 1)) / tokens
     difference = error = None
     if reference is not None:
         per_window = (losses.nll - reference[1].nll) / (data.rest.shape[1] - 1)

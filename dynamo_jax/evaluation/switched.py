@@ -7,26 +7,37 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.evaluation.perplexity import Dataset, EvalConfig, Losses, Reference, Row, StepFn, make_row, run_windows
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.progress import Progress, no_progress
 from dynamo_jax.runtime.adapt import Observation, observe_windows
 from dynamo_jax.runtime.memory import device_bits
-from dynamo_jax.runtime.monitor import HOP, LONGEST, Verdict, decide, judge, spans
+from dynamo_jax.runtime.monitor import HOP, UNKNOWN, Watch, scores, start, watch
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import adapted, begin, divergence, finish, init, whole
+from dynamo_jax.runtime.signatures import SPAN, Signatures
+from dynamo_jax.runtime.standing import sure
 from dynamo_jax.runtime.switch import switched_step
 from dynamo_jax.texts.reading import digest
 
 VARIANTS = ("baseline", "auto")
 
 
+class Verdict(NamedTuple):
+    """What the stream monitor says at the end of a text's first windows. nearest: the known dataset that they are like,
+    or least unlike; score: above 1 where the last tokens are unlike all; novel: the label."""
+
+    nearest: str
+    score: float
+    novel: bool
+
+
 class Timeline(NamedTuple):
     """A text from its first token on, in stretches of what the monitor looks at. tokens: at the end of each stretch;
-    score: the stream monitor's, above 1 for novel; nearest: what the text is taken for there; baseline, auto: nats a
-    token; adapted: whether auto ran at an adapted plan."""
+    score: the stream monitor's, above 1 for novel; nearest: what the text is taken for there, "" before the first
+    decision; baseline, auto: nats a token; adapted: whether auto ran at an adapted plan."""
 
     tokens: Int[np.ndarray, " Z"]
     score: Float[np.ndarray, " Z"]
@@ -40,13 +51,15 @@ class Adaptation(NamedTuple):
     """What the monitor said of a dataset and the plan that its auto variant used.
 
     gain: nats a token by which the adapted plan's predictions on the first windows are nearer than the baseline's to
-    those of 8 bits; None where the data was known. A plan that gained nothing there was not taken. first: what the
-    baseline lost on the first windows. timeline: of the whole text, where both variants were evaluated.
+    those of 8 bits; sure: whether that is beyond chance. Of novel data a plan that gained was taken, of known data one
+    whose gain was sure. first: what the baseline lost on the first windows. timeline: of the whole text, where both
+    variants were evaluated.
     """
 
     verdict: Verdict
     plan: Plan
-    gain: float | None
+    gain: float
+    sure: bool
     first: Losses
     timeline: Timeline | None = None
 
@@ -59,7 +72,7 @@ def evaluate_quantized(
     references: dict[str, Reference] | None = None,
     progress: Progress = no_progress,
 ) -> tuple[list[Row], dict[str, Adaptation]]:
-    """Rows of the baseline, and of what the run time makes of it when the monitor finds novel data.
+    """Rows of the baseline, and of what the run time makes of it where text is novel or adapting to it surely gains.
 
     Both variants are branches of one compiled program; evaluating the second is a switch. A row's
     difference is to the row before it, the first one's to ``references`` (by dataset) if given.
@@ -80,7 +93,7 @@ def evaluate_quantized(
             rows.append(make_row(dataset, name, losses, held, used.expert_bytes(), reference, config.batch))
             reference = (name, losses)
             found_losses[name] = losses
-        if set(VARIANTS) <= set(found_losses) and dataset.first[0, 1:].size <= LONGEST:
+        if set(VARIANTS) <= set(found_losses):
             line = timeline(model, found.first, found_losses["baseline"], found_losses["auto"], dataset, plan)
             adaptations[dataset.name] = found._replace(timeline=line)
         progress("evaluate quantized", index + 1, len(data))
@@ -92,27 +105,55 @@ def timeline(
 ) -> Timeline:
     """What the monitor would have said, and what both variants lost, over the first windows and the rest."""
     window = data.first[0, 1:].size
-    size = max(1, round(2 * HOP / window))
-    counts = spans(np.concatenate([first.counts, baseline.counts]), size)
-    labels, scores = _decide(model.knowledge.monitor(), jnp.asarray(counts, jnp.float32))
-    names = (*model.knowledge.names, "novel")
+    size = max(1, round(SPAN / window))  # windows of a stretch
+    labels, found = followed(model.knowledge.signatures, np.concatenate([first.counts, baseline.counts]), window)
+    count = max(1, len(labels) // size)
+    last = [min((i + 1) * size, len(labels)) - 1 for i in range(count)]
+    names = (*model.knowledge.names, "novel", "")  # UNKNOWN is the last
 
     def stretches(later: Losses) -> np.ndarray:
         each = np.concatenate([first.nll, later.nll]) / window
-        return each[: len(counts) * size].reshape(len(counts), -1).mean(axis=1)
+        return np.array([part.mean() for part in np.split(each[: last[-1] + 1], [i + 1 for i in last[:-1]])])
 
-    ends = np.arange(1, len(counts) + 1) * size * window
+    ends = (np.array(last) + 1) * window
     return Timeline(
         tokens=ends,
-        score=np.asarray(scores, np.float64),
-        nearest=tuple(names[i] for i in np.asarray(labels)),
+        score=found[last].astype(np.float64),
+        nearest=tuple(names[labels[i]] for i in last),
         baseline=stretches(baseline),
         auto=stretches(auto),
         adapted=(ends > len(first.nll) * window) & (plan is not model.plan),
     )
 
 
-_decide = jax.jit(jax.vmap(decide, in_axes=(None, 0)))
+def followed(
+    signatures: Signatures, counts: Float[np.ndarray, "S K L E"], window: int
+) -> tuple[Int[np.ndarray, " S"], Float[np.ndarray, " S"]]:
+    """Label and score of the stream monitor at the end of each of a text's windows, of ``window`` tokens."""
+    sizes = np.minimum(HOP, window - HOP * np.arange(counts.shape[1]))
+    labels, found = _follow(signatures, jnp.asarray(counts, jnp.float32), jnp.asarray(sizes, jnp.float32))
+    return np.asarray(labels), np.asarray(found)
+
+
+@jax.jit
+def _follow(signatures: Signatures, counts: Array, sizes: Array) -> tuple[Array, Array]:
+    def one(state: Watch, window: Array) -> tuple[Watch, tuple[Array, Array]]:
+        state = watch(signatures, state, window[None], sizes[None])
+        return state, (state.label[0], state.score[0])
+
+    return jax.lax.scan(one, start(signatures), counts)[1]
+
+
+def verdict_of(model: QuantizedModel, counts: Float[np.ndarray, "S K L E"], window: int) -> Verdict:
+    """What the stream monitor says after these windows of a text, each of ``window`` tokens."""
+    signatures, names = model.knowledge.signatures, model.knowledge.names
+    labels, found = followed(signatures, counts, window)
+    label = int(labels[-1])
+    if label in (UNKNOWN, len(names)):
+        nearest = int(np.argmin(scores(signatures, jnp.asarray(counts.sum(axis=(0, 1)), jnp.float32))))
+    else:
+        nearest = label
+    return Verdict(names[nearest], float(found[-1]), label == len(names))
 
 
 class Device:
@@ -145,22 +186,22 @@ class Device:
 
 
 def choose_plan(device: Device, first: Int[np.ndarray, "S T1"], config: EvalConfig) -> Adaptation:
-    """What the run time does after the first windows: keep the baseline on data that it knows, else adapt.
+    """What the run time does after the first windows: it adapts to data that is novel, and to data that it knows where
+    the gain is sure; else it keeps the baseline.
 
     An adapted plan must prove itself: it is taken only if on these windows its predictions are nearer to those of
     8 bits than the baseline's are. Errors that are small for each layer can still be harmful together.
     """
     model = device.model
     before = run_windows(device.step(model.plan, 0), first, config.batch_size)
-    verdict = judge(before.counts.sum(axis=0), model.knowledge.signatures(), model.knowledge.threshold)
-    if not verdict.novel:
-        return Adaptation(verdict, model.plan, None, before)
+    verdict = verdict_of(model, before.counts, first[0, 1:].size)
     seen = observe_windows(model, first)
-    before_it = device.divergence(first, seen, 0)
+    apart = device.divergence(first, seen, 0)
     plan = device.adapted(seen, config)
     device.step(plan, 1)
-    found = float((before_it - device.divergence(first, seen, 1)).sum() / first[:, 1:].size)
-    return Adaptation(verdict, plan if found > 0 else model.plan, found, before)
+    gains = (apart - device.divergence(first, seen, 1)) / first[0, 1:].size
+    found, certain = float(gains.mean()), sure(gains)
+    return Adaptation(verdict, plan if certain or (verdict.novel and found > 0) else model.plan, found, certain, before)
 
 
 def calibrated_windows(model: QuantizedModel, name: str, text: str, config: EvalConfig) -> int:

@@ -137,8 +137,17 @@ def float_experts(
 
 def routing_counts(routings: list[Routing], batch: int, num_experts: int) -> Float[Array, "B L E"]:
     """Tokens of each sequence that went to each expert."""
-    per_layer = [
-        jax.vmap(lambda e: jnp.bincount(e.reshape(-1), length=num_experts))(r.experts.reshape(batch, -1))
-        for r in routings
-    ]
-    return jnp.stack(per_layer, axis=1)
+    return piece_counts(routings, batch, num_experts, routings[0].experts.shape[0] // batch)[:, 0]
+
+
+def piece_counts(routings: list[Routing], batch: int, num_experts: int, size: int) -> Float[Array, "B K L E"]:
+    """Tokens of each of K pieces of each sequence that went to each expert; pieces of ``size`` tokens, the last one of
+    what is left."""
+
+    def layer(chosen: Int[Array, "N k"]) -> Int[Array, "B K E"]:
+        own = chosen.reshape(batch, -1, chosen.shape[1])
+        filled = jnp.pad(own, ((0, 0), (0, -own.shape[1] % size), (0, 0)), constant_values=num_experts)  # of no expert
+        pieces = filled.reshape(batch, -1, size * chosen.shape[1])
+        return jax.vmap(jax.vmap(lambda e: jnp.bincount(e, length=num_experts)))(pieces)
+
+    return jnp.stack([layer(r.experts) for r in routings], axis=2)

@@ -36,7 +36,7 @@ class ReportContent:
     nats a token predicted when that expert alone is at 2 bits. channel_significance: output energy
     through each channel block. baseline_bits: of each page, in {2, 3, 4, 8}; apart: whether each
     projection of a block has a page of its own, those of gate first. adapted_bits: of the datasets
-    that were adapted to. verdicts: nearest known dataset, divergence in bits, novel or not. dynamics:
+    that were adapted to. verdicts: nearest known dataset, score, novel or not. dynamics:
     of the known datasets. timelines: of the evaluated ones.
     """
 
@@ -48,7 +48,6 @@ class ReportContent:
     baseline_bits: Int[np.ndarray, "L E M"]
     adapted_bits: dict[str, Int[np.ndarray, "L E M"]]
     verdicts: dict[str, tuple[str, float, bool]]
-    threshold: float
     dynamics: Dynamics | None
     command: str
     apart: bool = False

@@ -167,21 +167,29 @@ def _rounding_finding(groups: dict[str, dict[str, Row]]) -> list[Finding]:
 def _adaptation_findings(content: ReportContent, groups: dict[str, dict[str, Row]]) -> list[Finding]:
     kind, steps = kinds(content), {name: paired_auto(group) for name, group in groups.items()}
     changed = dict.fromkeys([*content.adapted_bits, *(n for n, row in steps.items() if row and row["difference"] != 0)])
-    found = [_adapted_finding(name, kind.get(name, ""), groups.get(name, {})) for name in changed]
+    found = [_adapted_finding(name, _why_odd(content, name), groups.get(name, {})) for name in changed]
     missed = [n for n in groups if kind[n] != "known" and n not in changed]
     kept = [n for n in groups if kind[n] == "known" and n not in changed and "auto" in groups[n]]
     if missed:
         found.append(Finding("noise", f"No adaptation on {listed(missed)}, though novel: the baseline was kept."))
     if kept:
-        found.append(Finding("plain", f"On known data ({listed(kept)}) the baseline was kept, so nothing changed."))
+        words = f"On known data ({listed(kept)}) no gain was sure and the baseline was kept, so nothing changed."
+        found.append(Finding("plain", words))
     if content.rows and not any(k != "known" for k in kind.values()):
         found.append(Finding("plain", "No novel dataset was evaluated, so this report says nothing of novel data."))
     return found
 
 
-def _adapted_finding(name: str, kind: str, group: dict[str, Row]) -> Finding:
+def _why_odd(content: ReportContent, name: str) -> str:
+    """In brackets, why a dataset was adapted to that is known or was taken for known; "" where that is no surprise."""
+    nearest, _, novel = content.verdicts.get(name, ("", 0.0, True))
+    if not novel:
+        return f" (taken for {nearest}, but the gain was sure)"
+    return " (a false alarm: the dataset is a known one)" if kinds(content).get(name) == "known" else ""
+
+
+def _adapted_finding(name: str, alarm: str, group: dict[str, Row]) -> Finding:
     row = paired_auto(group)
-    alarm = " (a false alarm: the dataset is a known one)" if kind == "known" else ""
     if row is None:
         return Finding("noise", f"{name}{alarm}: adapted, but not compared with the baseline.")
     step = f"{plus_minus(row)} nats a token"

@@ -12,12 +12,19 @@ from dynamo_jax.evaluation.perplexity import Row
 from dynamo_jax.evaluation.switched import Adaptation, Timeline
 from dynamo_jax.models.decoder import Decoder
 from dynamo_jax.report.content import Line, ReportContent
-from dynamo_jax.runtime.quantized import QuantizedModel
+from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel, odd_words
 
 
 def line_of(of: Timeline) -> Line:
     gained = (of.auto - of.baseline).tolist()
     return Line(of.tokens.tolist(), of.score.tolist(), of.nearest, gained, of.adapted.tolist())
+
+
+def _said_of(known: Knowledge) -> dict[str, str]:
+    """What a reader must know of the calibration texts: which are not of one kind, and whether text can be novel."""
+    odd = odd_words(known.odd, {name: windows for name, (_, windows) in known.calibrated.items()})
+    said = {"not of one kind": "; ".join(odd), "monitor": known.blind() or ""}
+    return {name: words for name, words in said.items() if words}
 
 
 def report_content(
@@ -43,6 +50,7 @@ def report_content(
             "expert bytes stored": f"{plan.stored_bytes():,}, of {2 * config.num_expert_weights:,} in bfloat16",
             "channel block, group": f"{plan.channel_block} channels, {plan.group_size} weights a scale",
             "calibration": ", ".join(f"{n} ({w} windows)" for n, (_, w) in known.calibrated.items()),
+            **_said_of(known),
             "time": f"{seconds:.0f} s from text to tables",
         },
         rows=[row.to_dict() for row in rows],
@@ -53,8 +61,7 @@ def report_content(
         baseline_bits=plan.page_widths(),
         apart=plan.apart,
         adapted_bits={n: a.plan.page_widths() for n, a in adaptations.items() if a.plan is not plan},
-        verdicts={n: (a.verdict.nearest, a.verdict.divergence, a.verdict.novel) for n, a in adaptations.items()},
-        threshold=known.threshold,
+        verdicts={n: (a.verdict.nearest, a.verdict.score, a.verdict.novel) for n, a in adaptations.items()},
         dynamics=dynamics_of(analyses),
         timelines={n: line_of(a.timeline) for n, a in adaptations.items() if a.timeline},
         command=command,

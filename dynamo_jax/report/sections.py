@@ -304,26 +304,25 @@ def monitor_section(content: ReportContent) -> str:
     kind, parts = kinds(content), []
     if content.verdicts:
         lines = []
-        for name, (nearest, divergence, novel) in content.verdicts.items():
-            share = divergence / content.threshold if content.threshold else math.nan
+        for name, (nearest, score, novel) in content.verdicts.items():
             right = {("known", True): "false alarm", ("novel", False): "missed"}.get(
                 (kind.get(name, ""), novel), "right"
             )
             line = [name, kind.get(name, "not stated"), nearest, "novel" if novel else "known", right]
-            lines.append([*line, number(divergence, ".4f"), number(share, ".2f")])
+            lines.append([*line, number(score, ".2f")])
         head = [
             "dataset",
             "it is",
             "nearest known",
             "verdict",
             "verdict is",
-            "divergence, bits",
-            "divergence / threshold",
+            "score",
         ]
         caption = (
-            "What the monitor said after the first windows of each dataset: Jensen-Shannon divergence of its routing "
-            "from that of the nearest known dataset, bits, mean over layers. Past the threshold of "
-            f"{number(content.threshold)} bits (1 in the last column) the data counts as novel and is adapted to."
+            "What the monitor said at the end of the first windows of each dataset. Score: how far the routing of the "
+            "last tokens lies beyond that of the nearest known dataset's own windows, over what chance allows: 0 is no "
+            "farther than they are on the mean. Data is novel that was above 1 twice in a row. It is adapted to, and "
+            "so is data whose gain on the first windows is sure, whatever the verdict."
         )
         parts.append(figure(caption, table(head, lines, words=5)))
     else:

@@ -20,11 +20,11 @@ def timeline_section(content: ReportContent) -> str:
         parts += [element("h3", text(name)), _chart(name, line)]
     caption = (
         "Each text from its first token on, in stretches of what the monitor looks at. Score (dots): how far the "
-        "routing lies from the nearest known dataset, over the limit that known text seldom passes; above 1 it counts "
-        f"as novel; scores past {MOST_SCORE:g} are drawn at the edge. Loss (line): nll of the variant in use "
+        "routing lies beyond the nearest known dataset's own windows, over what chance allows; above 1 twice in a row "
+        f"it counts as novel; scores past {MOST_SCORE:g} are drawn at the edge. Loss (line): nll of the variant in use "
         f"{MINUS} nll of the baseline, nats a token; below its rule is better. Shaded: at an adapted plan, which the "
-        "verdict on the first windows together decides, not single stretches. The loss of one stretch is noisy; the "
-        "table of results has the means."
+        "first windows decide, by verdict or by a sure gain, not later stretches. The loss of one stretch is noisy; "
+        "the table of results has the means."
     )
     return figure(caption, *parts, whole=False)
 

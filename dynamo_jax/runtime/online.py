@@ -1,4 +1,4 @@
-"""A batch of running requests, followed: when the monitor calls a text novel, a variant is adapted to it and taken.
+"""A batch of running requests, followed: a variant is adapted to text that is novel, or where the gain is sure.
 
 An object for the host's loop over decode steps; the state that it hands back is data for the same compiled step.
 """
@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from dynamo_jax.runtime.adapt import Observation, check_limit, observe_windows, saved_by
 from dynamo_jax.runtime.monitor import HOP, UNKNOWN
@@ -40,7 +40,7 @@ class Event(NamedTuple):
     token: int
     request: int
     text: int
-    what: str  # known | novel | adapted | not better | left | failed
+    what: str  # known | novel | adapted | not better | of known text gains | not sure | left | failed
     name: str  # the nearest known dataset, or why it failed
     score: float
     gain: float | None = None
@@ -48,12 +48,14 @@ class Event(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """Pages on their way. windows, seen: what they are for; before: the baseline's divergence on each window."""
+    """Pages on their way. windows, seen: what they are for; before: the baseline's divergence on each window; standing:
+    of the text that they are for."""
 
     move: Move
     windows: Int[np.ndarray, "S T1"]
     seen: Observation
     before: Float[np.ndarray, " S"]
+    standing: Standing
 
 
 @dataclasses.dataclass
@@ -61,11 +63,11 @@ class Follower:
     """What follows the texts of a model that adapts (``text_model(.., adapt=True).follower``): ``events`` says what it
     found and did.
 
-    It is called ``between`` two steps of ``runtime.generate.stream``. Requests whose text is novel share variant 1;
-    when it is adapted, serves and is left ``standing.py`` says. batch: requests that a step is taken to serve, by
-    default as many as there are; reads: how many times the baseline's bytes a step may read at the variant. state: the
-    last one handed back; a call of ``stream`` that begins with it goes on with the monitors and the variant of the call
-    before.
+    It is called ``between`` two steps of ``runtime.generate.stream``. Requests whose text is novel share variant 1.
+    While no text is novel, those whose text is known share it, where adapting to that text surely gains. When it is
+    adapted, serves and is left ``standing.py`` says. batch: requests that a step is taken to serve, by default as many
+    as there are; reads: how many times the baseline's bytes a step may read at the variant. state: the last one handed
+    back; a call of ``stream`` that begins with it goes on with the monitors and the variant of the call before.
     """
 
     model: QuantizedModel
@@ -88,7 +90,7 @@ class Follower:
         self._tokens, self._looked = np.zeros(requests, int), np.zeros(requests, int)  # of all texts; hops looked at
         self._current: list[list[int]] = [[] for _ in range(requests)]
         self._text = np.zeros(requests, int)
-        self._standing = Standing(HOP)
+        self._standing, self._of = Standing(HOP), ()
 
     def __call__(self, state: State, texts: list[list[int]]) -> State:
         assert state.watch is not None
@@ -101,27 +103,34 @@ class Follower:
                 self._note(state, request, "novel" if novel[request] else "known")
                 del self._streams[request][: -2 * HOP - 1]
         self._labels = labels
-        if not novel.any():
-            self._standing = Standing(HOP)
-        else:
-            self._look(state, novel)
-            state = self._adapt(state, novel) if self._move is None else state
+        meant = self._meant(novel)
+        self._look(state, meant)
+        state = self._adapt(state, meant) if self._move is None else state
         if self._move is not None and self._move.move.staged.ready():
-            state = self._take(state, novel)
-        if self._lends and lent(self.host) and not (novel & self._standing.serves).all():
-            state = self._whole(state, novel)
-        self.state = switch(state, np.where(novel & self._standing.serves, 1, 0))
+            state = self._take(state, meant)
+        if self._lends and lent(self.host) and not (meant & self._standing.serves).all():
+            state = self._whole(state, meant)
+        self.state = switch(state, np.where(meant & self._standing.serves, 1, 0))
         return self.state
 
-    def _whole(self, state: State, novel: np.ndarray) -> State:
+    def _whole(self, state: State, meant: np.ndarray) -> State:
         """Give the baseline its slots back: a request needs it."""
         self._standing.ends()
         try:
             self.host, state = whole(self.host, state)
         except (ValueError, RuntimeError) as error:
             self._lends = False
-            self._fail(state, novel, error)
+            self._fail(state, meant, error)
         return state
+
+    def _meant(self, novel: Bool[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
+        """The requests that the variant is for: those whose text is novel, else those whose text has a name. It is
+        left at once when text stops or begins to be novel, or known text becomes text of another name."""
+        known = not novel.any()
+        of = tuple(self._labels) if known else ("novel",)
+        if of != self._of:
+            self._standing, self._of = Standing(HOP, known), of
+        return self._labels != UNKNOWN if known else novel
 
     def _append(self, request: int, text: list[int]) -> None:
         before, stream = self._current[request], self._streams[request]
@@ -133,10 +142,10 @@ class Follower:
         self._text[request] += not goes_on
         self._current[request] = text
 
-    def _look(self, state: State, novel: np.ndarray) -> None:
-        """Whether the variant still suits the novel text, from the router's counts of each hop, as they come."""
+    def _look(self, state: State, meant: np.ndarray) -> None:
+        """Whether the variant still suits the text, from the router's counts of each hop, as they come."""
         assert state.watch is not None
-        new = np.flatnonzero(novel & (self._tokens // HOP > self._looked))
+        new = np.flatnonzero(meant & (self._tokens // HOP > self._looked))
         self._looked = self._tokens // HOP
         if not self._standing.serves or not len(new):
             return
@@ -147,20 +156,20 @@ class Follower:
             for stream in self._streams:
                 del stream[: -RECENT - 1]
 
-    def _windows(self, novel: np.ndarray) -> Int[np.ndarray, "S T1"]:
-        """The last novel tokens in whole windows, those of one request after those of another."""
+    def _windows(self, meant: np.ndarray) -> Int[np.ndarray, "S T1"]:
+        """The last tokens in whole windows, those of one request after those of another."""
         out = []
-        for stream in (s for s, new in zip(self._streams, novel) if new):
+        for stream in (s for s, own in zip(self._streams, meant) if own):
             for end in range(len(stream), WINDOW, -WINDOW):
                 out.append(stream[end - WINDOW - 1 : end])
         return np.array(out, np.int32).reshape(-1, WINDOW + 1)
 
-    def _adapt(self, state: State, novel: np.ndarray) -> State:
-        """Send a plan's pages on their way, if there is enough new text to make one for."""
-        windows = self._windows(novel)
-        if not self._standing.due(len(windows) * WINDOW):
+    def _adapt(self, state: State, meant: np.ndarray) -> State:
+        """Send a plan's pages on their way, if there is enough text to make one for."""
+        count = sum(max(len(s) - 1, 0) // WINDOW for s, own in zip(self._streams, meant) if own)
+        if not self._standing.due(count * WINDOW):
             return state
-        windows, lend = windows[: MOST // WINDOW], self._lends and bool(novel.all())
+        windows, lend = self._windows(meant)[: MOST // WINDOW], self._lends and bool(meant.all())
         try:
             if lent(self.host):  # what the baseline loses is measured with all of its pages
                 self.host, state = whole(self.host, state)
@@ -168,32 +177,33 @@ class Follower:
             seen = observe_windows(self.model, windows)
             before = divergence(self.model, state, windows, seen, 0)
             plan = adapted(self.model, self.host, state, seen, 1, self.batch, self.reads, lend)
-            self._move = Sent(begin(self.host, state, plan, lend=lend), windows, seen, before)
+            self._move = Sent(begin(self.host, state, plan, lend=lend), windows, seen, before, self._standing)
         except (ValueError, RuntimeError) as error:  # damaged pages, no memory: what runs goes on
-            self._fail(state, novel, error)
+            self._fail(state, meant, error)
         return state
 
-    def _take(self, state: State, novel: np.ndarray) -> State:
+    def _take(self, state: State, meant: np.ndarray) -> State:
         """Make the plan whose pages have come the variant, if it is better on the windows that it is for."""
         assert self._move is not None
-        (move, windows, seen, before), self._move = self._move, None
+        (move, windows, seen, before, standing), self._move = self._move, None
         try:
             self.host, state = finish(self.host, state, move)
             self._standing.serves = False  # until the plan that is there now has proved itself
-            saved = before - divergence(self.model, state, windows, seen, 1)
-            found = float(saved.sum() / windows[:, 1:].size)
+            if standing is not self._standing:  # the text that it was for is over
+                return state
+            gains = (before - divergence(self.model, state, windows, seen, 1)) / WINDOW
         except (ValueError, RuntimeError) as error:
-            self._fail(state, novel, error)
+            self._fail(state, meant, error)
             return state
-        serves = found > 0 and bool(novel.any())
+        serves = standing.takes(gains)
         saves = saved_by(self.host.plans[1], self.host.plans[0], self.model.knowledge, seen)
         self._standing.begins(serves, saves, seen.counts[::-1], seen.tokens[::-1])  # the last windows come first
-        what = "adapted" if serves else "not better"
-        self._note(state, _first(novel), what, gain=found, moved=move.staged.pages)
+        words = ("not sure", "gains") if standing.known else ("not better", "adapted")
+        self._note(state, _first(meant), words[serves], gain=float(gains.mean()), moved=move.staged.pages)
         return state
 
-    def _fail(self, state: State, novel: np.ndarray, error: Exception) -> None:
-        self._note(state, _first(novel), "failed", name=" ".join(str(error).split()))
+    def _fail(self, state: State, meant: np.ndarray, error: Exception) -> None:
+        self._note(state, _first(meant), "failed", name=" ".join(str(error).split()))
 
     def _note(self, state: State, request: int, what: str, name: str = "", **more: Any) -> None:
         assert state.watch is not None
@@ -203,6 +213,6 @@ class Follower:
         self.events.append(Event(token, request, text, what, name, float(score), **more))
 
 
-def _first(novel: np.ndarray) -> int:
-    """The request that an event of all novel ones is noted at."""
-    return int(novel.argmax())
+def _first(meant: np.ndarray) -> int:
+    """The request that an event of all of them is noted at."""
+    return int(meant.argmax())

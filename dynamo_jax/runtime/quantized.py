@@ -17,16 +17,16 @@ from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import Planes
 from dynamo_jax.runtime.memory import SPARE
-from dynamo_jax.runtime.monitor import Signatures
+from dynamo_jax.runtime.signatures import FREEDOM, SPAN, Signatures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Knowledge:
     """What calibration on the known datasets left behind for run time.
 
-    counts: routed tokens a dataset, layer and expert: the signatures that the monitor compares with.
-    centre, inverse, limit: how windows of each dataset scatter around them (``monitor.Signatures``).
-    threshold: divergence in bits above which data is novel.
+    counts: routed tokens a dataset, layer and expert.
+    signatures: what the monitor compares with, of each dataset's main kind of text.
+    odd: the windows of each dataset, counted from 1, that are unlike the rest of it, which ``signatures`` leaves out.
     loss_per_error: nats a token for each unit of mean squared expert-output error, by layer.
     block_errors: nats a token that each of an expert's widths loses, mean over all calibration tokens.
     correction: for each expert and width, its measured error over the sum of its blocks'.
@@ -36,10 +36,8 @@ class Knowledge:
 
     names: tuple[str, ...]
     counts: Float[np.ndarray, "S L E"]
-    centre: Float[np.ndarray, "S S"]
-    inverse: Float[np.ndarray, "S S S"]
-    limit: Float[np.ndarray, " S"]
-    threshold: float
+    signatures: Signatures
+    odd: dict[str, tuple[int, ...]]
     loss_per_error: Float[np.ndarray, " L"]
     block_errors: Float[np.ndarray, "L E M W"]
     correction: Float[np.ndarray, "L E W"]
@@ -50,14 +48,42 @@ class Knowledge:
         """Nats that measured errors of experts' outputs cost."""
         return errors * self.correction[:, :, None, :] * self.loss_per_error[:, None, None, None]
 
-    def signatures(self) -> dict[str, Float[np.ndarray, "L E"]]:
-        return dict(zip(self.names, self.counts))
+    def blind(self) -> str | None:
+        """Why nothing can be called novel, and what helps; None where text can."""
+        return blind(np.asarray(self.signatures.limit), self.tokens)
 
-    def monitor(self) -> Signatures:
-        """What a stream is compared with, on the device."""
-        shares = self.counts / self.counts.sum(axis=-1, keepdims=True)
-        arrays = (shares, self.centre, self.inverse, self.limit)
-        return Signatures(*(jnp.asarray(a, jnp.float32) for a in arrays))
+
+def blind(limit: Float[np.ndarray, " S"], tokens: int) -> str | None:
+    """``Knowledge.blind`` from the monitor's limits and the tokens of calibration."""
+    if np.isfinite(limit).all():
+        return None
+    known = np.size(limit)
+    least = known * (-(-FREEDOM // known) + 1) * SPAN
+    return (
+        f"nothing can be called novel: calibration had {tokens:,} tokens, and the monitor needs {least:,}, as many of "
+        "each known dataset; more windows help (quantize --windows)"
+    )
+
+
+def odd_words(odd: dict[str, tuple[int, ...]], windows: dict[str, int]) -> list[str]:
+    """A line for each dataset that is not of one kind; windows: how many it has."""
+    return [
+        f"{name}: {len(numbers)} of {windows[name]} windows ({ranges(numbers)}) are unlike the rest; "
+        "the monitor leaves them out"
+        for name, numbers in odd.items()
+        if numbers
+    ]
+
+
+def ranges(numbers: tuple[int, ...]) -> str:
+    """ "1-12, 15" of ascending numbers."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

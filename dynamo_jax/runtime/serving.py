@@ -32,9 +32,10 @@ from dynamo_jax.models.routing import Routing
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows
 from dynamo_jax.runtime.memory import spare_slots
-from dynamo_jax.runtime.monitor import HOP, Signatures, Watch, start, watch
+from dynamo_jax.runtime.monitor import HOP, Watch, start, watch
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.residency import Residency, Staged, commit, levels_of, residency, stage, table_of
+from dynamo_jax.runtime.signatures import Signatures
 from dynamo_jax.runtime.store import HostPages, host_pages, page_counts, pages_of
 from dynamo_jax.runtime.switch import switched_divergence, switched_experts
 
@@ -105,7 +106,7 @@ def init(
     pages = host_pages(model.store, model.plan, arrangement)
     here = residency(pages, [model.plan], slots)
     table = table_of(here, model.plan, levels_of(model.plan))
-    signatures = model.knowledge.monitor()
+    signatures = model.knowledge.signatures
     state = State(
         here.resident, (table,) * variants, jnp.zeros(requests, jnp.int32), signatures, start(signatures, requests)
     )

@@ -1,8 +1,9 @@
-"""When a variant is adapted to novel text, when it serves, and when it is left: the rule, which knows no model.
+"""When a variant is adapted to text, when it serves, and when it is left: the rule, which knows no model.
 
-A variant is adapted after ``FIRST`` novel tokens and anew after ``AGAIN`` times as many. When it would have lost more
-than the baseline on the last ``RECENT`` ones, by where the router sent them, it is left and another is adapted to
-these; each time that happens, twice as many tokens are waited for.
+A variant is adapted after ``FIRST`` tokens of novel text and anew after ``AGAIN`` times as many; it serves if it gains
+on what was seen. Known text is tried as well, after ``TRIED`` tokens, and there the gain must be ``sure``. When a
+variant would have lost more than the baseline on the last ``RECENT`` tokens, by where the router sent them, it is left
+and another is adapted to these; each time that happens, twice as many tokens are waited for.
 
 Axes: L layers, E experts.
 """
@@ -10,6 +11,7 @@ Axes: L layers, E experts.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 from jaxtyping import Float
@@ -17,28 +19,47 @@ from jaxtyping import Float
 FIRST = 256  # tokens of novel text, before a variant is adapted to it
 AGAIN = 4  # times more tokens of novel text, and the variant is adapted once more
 MOST = 2048  # tokens that a variant is adapted to
-RECENT = 1024  # novel tokens of which the router says whether the variant still suits them
+TRIED = MOST  # tokens of known text, before a variant is adapted to it
+SURE = 3.0  # standard errors of a gain that is beyond chance
+RECENT = 1024  # tokens of which the router says whether the variant still suits them
+
+
+def sure(gains: Float[np.ndarray, " S"]) -> bool:
+    """Whether the mean gain of S windows is more than ``SURE`` standard errors above zero; not of one window."""
+    if len(gains) < 2:
+        return False
+    return bool(gains.mean() > SURE * gains.std(ddof=1) / math.sqrt(len(gains)))
 
 
 @dataclasses.dataclass
 class Standing:
     """Of one variant, on text that is looked at in pieces of ``piece`` tokens.
 
-    serves: whether it was better than the baseline where that was last looked at. wanted: tokens of novel text that the
-    next adaptation waits for; least: that those after a variant was left wait for at least. saves: nats a row at each
-    expert by which it is expected to lose less than the baseline, None before there is one. saved: nats a token, by the
-    router, in the last pieces.
+    known: whether the text is taken for known. serves: whether it was better than the baseline where that was last
+    looked at. wanted: tokens of text that the next adaptation waits for; least: that those after a variant was left
+    wait for at least; both begin with ``FIRST``, of known text with ``TRIED``. saves: nats a row at each expert by
+    which it is expected to lose less than the baseline, None before there is one. saved: nats a token, by the router,
+    in the last pieces.
     """
 
     piece: int
+    known: bool = False
     serves: bool = False
-    wanted: int = FIRST
-    least: int = FIRST
+    wanted: int = 0
+    least: int = 0
     saves: Float[np.ndarray, "L E"] | None = None
     saved: list[float] = dataclasses.field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.least = self.least or (TRIED if self.known else FIRST)
+        self.wanted = self.wanted or self.least
+
+    def takes(self, gains: Float[np.ndarray, " S"]) -> bool:
+        """Whether a plan that gains so much on S windows serves."""
+        return sure(gains) if self.known else bool(gains.mean() > 0)
+
     def due(self, tokens: int) -> bool:
-        """Whether so many tokens of novel text are enough to adapt to; then the next time takes more."""
+        """Whether so many tokens of text are enough to adapt to; then the next time takes more."""
         if tokens < self.wanted:
             return False
         while self.wanted <= tokens:

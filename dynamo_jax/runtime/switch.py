@@ -36,10 +36,11 @@ from dynamo_jax.models.experts import (
     expert_outputs,
     few_rows,
     one_expert_a_row,
-    routing_counts,
+    piece_counts,
 )
 from dynamo_jax.models.loss import next_token_divergence, next_token_nll
 from dynamo_jax.models.routing import Routing
+from dynamo_jax.runtime.monitor import HOP
 
 
 def switched_experts(
@@ -173,18 +174,18 @@ def _grouped(
 
 def window_losses(
     config: ModelConfig, parameters: dict[str, Array], tokens: Int[Array, "B T1"], **run: Any
-) -> tuple[Float[Array, " B"], Float[Array, "B L E"]]:
-    """Each window's summed next-token loss in nats, and where its tokens were routed."""
+) -> tuple[Float[Array, " B"], Float[Array, "B K L E"]]:
+    """Each window's summed next-token loss in nats, and where its tokens were routed, in K pieces of ``HOP``."""
     model = with_parameters(config, parameters)
     hidden, routings = model.hidden_states(tokens[:, :-1], **run)
     nll = next_token_nll(hidden, model.head_weights(), tokens[:, 1:], model.logit_bias())
-    return nll.sum(axis=1), routing_counts(routings, tokens.shape[0], config.num_experts)
+    return nll.sum(axis=1), piece_counts(routings, tokens.shape[0], config.num_experts, HOP)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def float_step(
     config: ModelConfig, parameters: dict[str, Array], tokens: Int[Array, "B T1"]
-) -> tuple[Float[Array, " B"], Float[Array, "B L E"]]:
+) -> tuple[Float[Array, " B"], Float[Array, "B K L E"]]:
     """``window_losses`` of the model with float experts."""
     return window_losses(config, parameters, tokens)
 
@@ -197,7 +198,7 @@ def switched_step(
     tables: tuple[PageTable, ...],
     index: Int[Array, ""] | Int[Array, " B"],
     tokens: Int[Array, "B T1"],
-) -> tuple[Float[Array, " B"], Float[Array, "B L E"]]:
+) -> tuple[Float[Array, " B"], Float[Array, "B K L E"]]:
     """``window_losses`` at the precision of ``tables[index]``; changing the index compiles nothing."""
     return window_losses(config, parameters, tokens, experts=switched_experts(resident, tables, index))
 

@@ -31,7 +31,8 @@ from dynamo_jax.models.huggingface import TOKENIZER, UNQUANTIZED
 from dynamo_jax.precision.plan import Plan, num_weights
 from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
 from dynamo_jax.runtime.memory import device_bytes
-from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
+from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel, blind, odd_words
+from dynamo_jax.runtime.signatures import Signatures
 from dynamo_jax.runtime.store import page_tables
 from dynamo_jax.settings import from_dict
 from dynamo_jax.storage.bundles import (
@@ -47,7 +48,8 @@ from dynamo_jax.storage.bundles import (
 FORMAT = 6
 NAME = "dynamo_jax quantized model"
 META, PLAN, TOP, SOURCE = "dynamo_jax.json", "plan.safetensors", "top.safetensors", "source"
-KNOWLEDGE = ("counts", "centre", "inverse", "limit", "loss_per_error", "block_errors", "correction")
+KNOWLEDGE = ("counts", "loss_per_error", "block_errors", "correction")
+MONITOR = "monitor/"  # before the names of the signatures' arrays
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -103,6 +105,7 @@ def describe_to(
     """Write all but the layers and the top; the JSON comes last, and makes the folder a checkpoint."""
     known = knowledge
     arrays = {name: np.asarray(getattr(known, name)) for name in KNOWLEDGE}
+    arrays |= {MONITOR + name: np.asarray(a) for name, a in known.signatures._asdict().items()}
     tables = {f"page_table{level}": table for level, table in page_tables(plan).items()}
     write_tensors(folder / PLAN, arrays | tables | {"widths": plan.widths})
     (folder / SOURCE).mkdir(exist_ok=True)
@@ -118,9 +121,9 @@ def describe_to(
         "group_size": plan.group_size,
         "per_projection": plan.apart,
         "names": list(known.names),
-        "threshold": known.threshold,
         "tokens": known.tokens,
         "calibrated": {name: list(v) for name, v in known.calibrated.items()},
+        "odd": {name: list(v) for name, v in known.odd.items()},
     }
     write_text(folder / META, json.dumps(meta, indent=2) + "\n")
 
@@ -138,7 +141,8 @@ def load(folder: str | Path) -> QuantizedModel:
                 raise ValueError(f"the page table of level {level} does not fit the plan")
         knowledge = Knowledge(
             names=tuple(meta["names"]),
-            threshold=meta["threshold"],
+            signatures=Signatures(*(jnp.asarray(arrays[MONITOR + name]) for name in Signatures._fields)),
+            odd={name: tuple(v) for name, v in meta["odd"].items()},
             calibrated={name: (v[0], v[1]) for name, v in meta["calibrated"].items()},
             tokens=meta["tokens"],
             **{name: arrays[name] for name in KNOWLEDGE},
@@ -233,8 +237,9 @@ def describe(folder: Path) -> dict[str, Any]:
         **blocks,
         "known": {name: v[1] for name, v in meta["calibrated"].items()},
         f"fewer than {PRIOR_ROWS} calibration tokens": hardly_reached(config, arrays["counts"]),
-        "novelty_threshold_bits": meta["threshold"],
-        "stream monitor": monitor_words(arrays["limit"]),
+        "monitor": monitor_words(meta["names"], arrays[f"{MONITOR}limit"], meta["tokens"]),
+        "not of one kind": "; ".join(odd_words(meta["odd"], {n: v[1] for n, v in meta["calibrated"].items()}))
+        or "none",
         "not quantized": meta["unquantized"],
     }
 
@@ -256,11 +261,12 @@ def _memory(folder: Path, config: ModelConfig, plan: Plan, meta: dict[str, Any])
     }
 
 
-def monitor_words(limit: Float[np.ndarray, " S"]) -> str:
-    """Whether streams can be found novel."""
-    if np.isfinite(limit).all():
-        return f"squared distances up to {', '.join(f'{v:.3g}' for v in limit)} are known"
-    return "calls nothing novel: calibration had too few windows to set a limit, or windows that are too long"
+def monitor_words(names: list[str], limit: Float[np.ndarray, " S"], tokens: int) -> str:
+    """Where novel text begins, or why nowhere; ``limit``: of log distances, ``tokens``: of calibration."""
+    if why := blind(limit, tokens):
+        return why
+    times = ", ".join(f"{np.exp(value / 2):.2g} ({name})" for name, value in zip(names, limit))
+    return f"novel is what lies farther off than a dataset's own windows on the mean, times {times}"
 
 
 def hardly_reached(config: ModelConfig, counts: Float[np.ndarray, "S L E"]) -> str:

@@ -19,7 +19,6 @@ from dynamo_jax.models.decoder import Decoder
 from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.models.routing import Routing
-from dynamo_jax.runtime.monitor import judge, mean_divergence, novelty_threshold
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -222,23 +221,3 @@ def test_repeating_the_data_leaves_significance_unchanged(run, importance_of):
         return expert_significance(run(t[:, :-1], importance=importance_of(t))[0])
 
     np.testing.assert_allclose(significance(tokens), significance(twice), rtol=1e-3, atol=1e-9)
-
-
-def test_no_tokens_cannot_be_judged():
-    with pytest.raises(ValueError, match="no tokens"):
-        judge(np.zeros((1, 3)), {"a": np.ones((1, 3))}, 0.1)
-
-
-def test_the_monitor_finds_the_nearest_dataset_and_tells_novel_from_known():
-    signatures = {"a": np.array([[9.0, 1, 0]]), "b": np.array([[0.0, 1, 9]])}
-    near = judge(np.array([[8.0, 2, 0]]), signatures, 0.1)
-    assert (near.nearest, near.novel) == ("a", False)
-    assert judge(np.array([[0.0, 9, 1]]), signatures, 0.1).novel
-
-
-def test_the_threshold_covers_every_span_of_the_known_windows():
-    windows = np.random.default_rng(1).integers(1, 30, (12, 2, 6)).astype(float)
-    threshold = novelty_threshold({"a": windows}, 3)
-    for start in range(0, 12, 3):
-        span = windows[start : start + 3].sum(axis=0)
-        assert mean_divergence(span, windows.sum(axis=0) - span) <= threshold

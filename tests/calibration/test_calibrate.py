@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 
 from dynamo_jax.analysis.statistics import observe, token_importance
-from dynamo_jax.calibration.analyses import dynamics_of
+from dynamo_jax.calibration import sweeps
+from dynamo_jax.calibration.analyses import Analysis, dynamics_of
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.experts import padded_rows
+from dynamo_jax.calibration.knowledge import noticed
 from dynamo_jax.calibration.pipeline import analyze_layers, quantize, quantize_folder
 from dynamo_jax.calibration.plans import favoured
 from dynamo_jax.calibration.sources import layer_weights
@@ -29,6 +31,7 @@ from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.models.huggingface import Source, load_decoder, load_tokenizer
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.quant.planes import quantize as quantize_planes
+from dynamo_jax.runtime.quantized import odd_words, ranges
 from dynamo_jax.storage.work import FolderWork, MemoryWork
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -82,7 +85,7 @@ def test_the_sweeps_give_the_sums_of_the_plain_definitions(family_model, family,
             want, own = np.asarray(want), getattr(found.stats, field)
             np.testing.assert_allclose(own, want, rtol=2e-3, atol=1e-5 * np.abs(want).max(initial=0), err_msg=field)
         np.testing.assert_allclose(found.sensitivity, sensitivity, rtol=1e-3)
-        np.testing.assert_array_equal(found.windows, counts)
+        np.testing.assert_array_equal(found.windows.sum(axis=1), counts)
 
 
 def test_a_drafted_plan_is_that_of_whole_datasets(small_folder):
@@ -210,3 +213,37 @@ def test_weights_that_are_not_numbers_are_named(bundled, texts):
     broken = with_parameters(model.config, arrays)
     with pytest.raises(ValueError, match="layer 2, expert 7: weights to quantize hold NaN"):
         quantize(broken, tokenizer, {"code": texts["code"]}, QuantizeConfig(calibration_windows=1, window=64))
+
+
+@pytest.mark.parametrize(("length", "pieces"), [(64, 1), (383, 1), (385, 2), (1000, 4)])
+def test_long_windows_are_counted_in_pieces_of_what_the_monitor_looks_at(small_folder, length, pieces):
+    config = Source(small_folder).config
+    chosen = np.random.default_rng(0).integers(0, config.num_experts, (3, length * config.num_experts_per_tok))
+    counts = sweeps._routed_pieces(chosen, config)
+    assert counts.shape == (3, pieces, config.num_experts)
+    sizes = counts.sum(axis=2) / config.num_experts_per_tok
+    assert sizes.max() - sizes.min() <= 1 and (sizes.sum(axis=1) == length).all()
+    whole = [np.bincount(own, minlength=config.num_experts) for own in chosen]
+    np.testing.assert_array_equal(counts.sum(axis=1), whole)
+    first = chosen[0, : int(sizes[0, 0]) * config.num_experts_per_tok]
+    np.testing.assert_array_equal(counts[0, 0], np.bincount(first, minlength=config.num_experts))
+
+
+def test_odd_windows_are_told_by_their_numbers_whatever_their_length():
+    """Of windows of two pieces and of half a piece; a foreign stretch is windows 3 to 6, or 5 to 12."""
+    rng = np.random.default_rng(0)
+    own, foreign = rng.dirichlet(np.ones(16), (2, 3))
+
+    def drawn(kinds):
+        return np.array([[rng.multinomial(1024, p) for p in kind] for kind in kinds], float)
+
+    for window, shape in ((512, (16, 2)), (256, (32, 1)), (128, (64, 1))):
+        each = window // shape[1]
+        kinds = [foreign if 4 * 256 <= i * each < 12 * 256 else own for i in range(shape[0] * shape[1])]
+        analysis = Analysis(None, None, drawn(kinds).reshape(*shape, 3, 16))
+        _, odd = noticed({"a": analysis}, window)
+        assert odd == {"a": tuple(range(4 * 256 // window + 1, 12 * 256 // window + 1))}
+        assert odd_words(odd, {"a": shape[0]})[0].startswith(
+            f"a: {len(odd['a'])} of {shape[0]} windows ({odd['a'][0]}-"
+        )
+    assert odd_words({"a": ()}, {"a": 3}) == [] and ranges((1, 2, 4, 6, 7, 8)) == "1-2, 4, 6-8"

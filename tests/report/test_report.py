@@ -88,8 +88,7 @@ def make(
         channel_significance={n: rng.lognormal(-7, 2, shape) for n in names},
         baseline_bits=np.repeat(base[:, :, None], shape[2], axis=2),
         adapted_bits={n: rng.choice([2, 3, 4, 8], shape) for n in novel},
-        verdicts={n: (known[0] if known else "none", 0.05 if n in novel else 0.001, n in novel) for n in names},
-        threshold=0.01,
+        verdicts={n: (known[0] if known else "none", 1.6 if n in novel else 0.2, n in novel) for n in names},
         dynamics=made_up_dynamics(known, shape),
         command="dynamo-jax demo --bits 3",
         timelines={n: made_up_line(n in novel, rng) for n in names},
@@ -194,9 +193,9 @@ def test_every_figure_has_a_caption() -> None:
     assert all(re.search(r"<figcaption>.{20,}</figcaption></figure>", f) for f in figures)
 
 
-def test_the_facts_the_threshold_and_the_command_are_shown() -> None:
+def test_the_facts_the_rule_and_the_command_are_shown() -> None:
     words = checked(make()).text()
-    for part in ("3.0 bits a weight", "dynamo-jax demo --bits 3", "threshold of 0.01 bits"):
+    for part in ("3.0 bits a weight", "dynamo-jax demo --bits 3", "above 1 twice in a row"):
         assert part in words
 
 
@@ -296,13 +295,15 @@ def test_a_false_alarm_and_a_missed_novelty_are_said() -> None:
     content = make(novel={"recipes": (0.0, 0.0)})
     shape = next(iter(content.adapted_bits.values())).shape
     rows = [r for r in content.rows if r["dataset"] != "code"] + group("code", "known", 0.01, 0.001)
-    verdicts = content.verdicts | {"code": ("prose", 0.05, True), "recipes": ("prose", 0.001, False)}
+    verdicts = content.verdicts | {"code": ("prose", 1.7, True), "recipes": ("prose", 0.3, False)}
     adapted = {"code": np.full(shape, 3)}
     content = dataclasses.replace(content, rows=rows, verdicts=verdicts, adapted_bits=adapted)
     assert "made code worse (a false alarm" in says(content)
     assert "No adaptation on recipes, though novel" in says(content)
     words = checked(content).text()
-    assert "false alarm 0.0500" in words and "missed 0.0010" in words
+    assert "false alarm 1.70" in words and "missed 0.30" in words
+    sure = dataclasses.replace(content, verdicts=content.verdicts | {"code": ("prose", 0.7, False)})
+    assert "made code worse (taken for prose, but the gain was sure)" in says(sure)
 
 
 def test_an_auto_row_without_a_standard_error_shows_nothing() -> None:
@@ -348,7 +349,6 @@ def test_nothing_at_all() -> None:
         baseline_bits=np.zeros((0, 0, 0), np.int8),
         adapted_bits={},
         verdicts={},
-        threshold=0.0,
         dynamics=None,
         command="",
     )
@@ -382,7 +382,6 @@ def test_numbers_that_are_not_finite_in_arrays(bad: float) -> None:
             content,
             significance=everywhere,
             verdicts=verdicts,
-            threshold=bad,
             dynamics=made_up_dynamics(("prose", "code"), (3, 5, 4), bad),
         )
     )

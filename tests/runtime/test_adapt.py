@@ -28,6 +28,7 @@ from dynamo_jax.runtime.adapt import (
 )
 from dynamo_jax.runtime.memory import spare_slots
 from dynamo_jax.runtime.quantized import Knowledge
+from dynamo_jax.runtime.signatures import learn
 from dynamo_jax.runtime.store import page_counts, pages_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -109,10 +110,8 @@ def known_of(counts, tokens, block_errors, correction, loss_per_error):
     return Knowledge(
         names=("a",),
         counts=counts[None],
-        centre=np.zeros((1, 1)),
-        inverse=np.zeros((1, 1, 1)),
-        limit=np.zeros(1),
-        threshold=1.0,
+        signatures=learn([counts[None] + 1.0])[0],
+        odd={},
         loss_per_error=np.array(loss_per_error),
         block_errors=block_errors,
         correction=correction,

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynamo_jax.runtime.monitor import HOP, UNKNOWN, decide, learn, spans, start, watch
+from dynamo_jax.runtime.monitor import HOP, UNKNOWN, decide, start, watch
+from dynamo_jax.runtime.signatures import FREEDOM, learn, spans
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -32,7 +33,13 @@ def text(probability, pieces, tokens, seed):
 
 
 A, B, OTHER = kind(0), kind(1), kind(2)
-SIGNATURES = learn([text(A, 32, 2 * HOP, 10), text(B, 32, 2 * HOP, 11)])
+
+
+def learned(*windows, **more):
+    return learn(list(windows), **more)[0]
+
+
+SIGNATURES = learned(text(A, 32, 2 * HOP, 10), text(B, 32, 2 * HOP, 11))
 
 
 @jax.jit
@@ -76,7 +83,7 @@ def test_false_alarms_are_as_rare_as_was_asked_for():
     two = counts[1:] + counts[:-1]
     found, _ = jax.jit(jax.vmap(lambda c: decide(SIGNATURES, c)))(jnp.asarray(two, jnp.float32))
     assert (np.asarray(found) != 0).mean() < 10 * 1e-5 * HOP
-    strict = learn([text(A, 32, 2 * HOP, 10), text(B, 32, 2 * HOP, 11)], rate=1e-3)
+    strict = learned(text(A, 32, 2 * HOP, 10), text(B, 32, 2 * HOP, 11), rate=1e-3)
     often, _ = jax.jit(jax.vmap(lambda c: decide(strict, c)))(jnp.asarray(two, jnp.float32))
     assert (np.asarray(often) != 0).mean() >= (np.asarray(found) != 0).mean()
     assert (strict.limit < SIGNATURES.limit).all()
@@ -112,21 +119,22 @@ def test_pieces_of_any_size_give_the_same_counts():
 
 @pytest.mark.parametrize("windows", [1, 2])
 def test_too_few_windows_set_no_limit_and_then_nothing_is_novel(windows):
-    signatures = learn([text(A, windows, 2 * HOP, 80), text(B, windows, 2 * HOP, 81)])
+    signatures = learned(text(A, windows, 2 * HOP, 80), text(B, windows, 2 * HOP, 81))
     assert np.isinf(signatures.limit).all()
     assert (labels(text(B, 100, 32, 82), signatures=signatures)[7:] == 1).all()
     assert (labels(text(OTHER, 100, 32, 83), signatures=signatures)[7:] < 2).all()
 
 
-def test_a_dataset_with_few_windows_is_taken_to_scatter_as_the_others_do():
-    signatures = learn([text(A, 32, 2 * HOP, 80), text(B, 2, 2 * HOP, 81)])
+@pytest.mark.parametrize("windows", [1, 2])
+def test_a_dataset_with_few_windows_is_taken_to_scatter_as_the_others_do(windows):
+    signatures = learned(text(A, 32, 2 * HOP, 80), text(B, windows, 2 * HOP, 81))
     assert np.isfinite(signatures.limit).all()
     assert (labels(text(B, 100, 32, 82), signatures=signatures)[7:] == 1).all()
     assert (labels(text(OTHER, 100, 32, 83), signatures=signatures)[7:] == 2).all()
 
 
 def test_one_known_dataset_is_told_from_novel_text():
-    signatures = learn([text(A, 32, 2 * HOP, 90)])
+    signatures = learned(text(A, 32, 2 * HOP, 90))
     assert (labels(text(A, 100, 32, 91), signatures=signatures)[7:] == 0).all()
     assert (labels(text(OTHER, 100, 32, 92), signatures=signatures)[7:] == 1).all()
 
@@ -145,3 +153,29 @@ def test_windows_are_put_together_to_what_the_monitor_looks_at():
     windows = np.arange(7.0).reshape(7, 1, 1)
     assert spans(windows, 2)[:, 0, 0].tolist() == [1, 5, 9]
     assert spans(windows, 9)[:, 0, 0].tolist() == [21]
+
+
+def test_the_limit_needs_a_few_windows_of_all_datasets_together():
+    few = FREEDOM // 2 + 1  # of each of two: one of each says nothing of scatter
+    assert np.isfinite(learned(text(A, few, 2 * HOP, 80), text(B, few, 2 * HOP, 81)).limit).all()
+    assert np.isinf(learned(text(A, few, 2 * HOP, 80), text(B, few - 1, 2 * HOP, 81)).limit).all()
+
+
+@pytest.mark.parametrize("at", [0, 10, 20])
+def test_a_foreign_stretch_is_found_and_blinds_nobody(at):
+    """Three eighths of both datasets are of a third kind; it stays novel, the rest stays known."""
+    windows = [text(A, 32, 2 * HOP, 10), text(B, 32, 2 * HOP, 11)]
+    for own in windows:
+        own[at : at + 12] = text(OTHER, 12, 2 * HOP, 12)
+    signatures, kept = learn(windows)
+    for main in kept:
+        assert np.flatnonzero(~main).tolist() == list(range(at, at + 12))
+    for number, probability in enumerate((A, B)):
+        assert (labels(text(probability, 400, 32, 20 + number), signatures=signatures)[7:] == number).all()
+    assert (labels(text(OTHER, 100, 32, 22), signatures=signatures)[7:] == 2).all()
+
+
+def test_text_of_one_kind_loses_no_window():
+    for seed in range(10):
+        _, kept = learn([text(A, 32, 2 * HOP, 100 + seed), text(B, 32, 2 * HOP, 200 + seed)])
+        assert all(main.all() for main in kept)

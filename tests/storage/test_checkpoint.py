@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -21,7 +22,9 @@ def test_a_loaded_checkpoint_gives_exactly_the_same_rows(quantized, novel, tmp_p
     loaded = checkpoint.load(tmp_path / "model")
     before, after = (evaluate_quantized(m, [novel], EVAL)[0] for m in (quantized, loaded))
     assert before == after
-    assert loaded.knowledge.threshold == quantized.knowledge.threshold
+    assert loaded.knowledge.odd == quantized.knowledge.odd
+    for one, two in zip(loaded.knowledge.signatures, quantized.knowledge.signatures):
+        np.testing.assert_array_equal(one, two)
     assert loaded.tokenizer.to_str() == quantized.tokenizer.to_str()
 
 
@@ -87,5 +90,15 @@ def test_experts_that_calibration_hardly_reached_are_named_by_layer(bundled):
 
 
 def test_a_monitor_that_can_call_nothing_novel_says_so():
-    assert checkpoint.monitor_words(np.array([17.87, 22.6])) == "squared distances up to 17.9, 22.6 are known"
-    assert "calls nothing novel" in checkpoint.monitor_words(np.array([np.inf, np.inf]))
+    words = checkpoint.monitor_words(["a", "b"], 2 * np.log([3.0, 2.5]), 9000)
+    assert words.endswith("times 3 (a), 2.5 (b)")
+    words = checkpoint.monitor_words(["a", "b"], np.array([np.inf, np.inf]), 512)
+    assert "nothing can be called novel" in words and "512 tokens" in words and "needs 2,560" in words
+
+
+def test_what_is_not_of_one_kind_is_named_with_its_windows(quantized, tmp_path):
+    odd = dataclasses.replace(quantized.knowledge, odd={"code": (1, 2, 3, 5), "sums": ()})
+    checkpoint.save(tmp_path / "model", dataclasses.replace(quantized, knowledge=odd))
+    facts = checkpoint.describe(tmp_path / "model")
+    words = "code: 4 of 4 windows (1-3, 5) are unlike the rest; the monitor leaves them out"
+    assert facts["not of one kind"] == words
