@@ -123,6 +123,7 @@ def describe_event(event: Event) -> str:
         f"{event.moved} pages moved",
         "not sure": f"it is like {event.name}; adapted to it all the same, no gain is sure, {event.moved} pages moved: "
         "baseline",
+        "reads too much": "the text has changed and the variant reads more bytes than it may: it is adapted anew",
         "left": "the variant no longer suits the text: baseline",
         "failed": f"adapting failed, no switch: {event.name}",
     }[event.what]

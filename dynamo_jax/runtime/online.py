@@ -27,7 +27,7 @@ from dynamo_jax.runtime.serving import (
     switch,
     whole,
 )
-from dynamo_jax.runtime.standing import MOST, RECENT, Standing
+from dynamo_jax.runtime.standing import MOST, RECENT, Limit, Standing
 
 WINDOW = 128  # tokens that are measured at a time
 KEPT = 8192  # tokens of a request that are remembered
@@ -40,7 +40,7 @@ class Event(NamedTuple):
     token: int
     request: int
     text: int
-    what: str  # known | novel | adapted | not better | of known text gains | not sure | left | failed
+    what: str  # known | novel | adapted | not better | of known text gains | not sure | reads too much | left | failed
     name: str  # the nearest known dataset, or why it failed
     score: float
     gain: float | None = None
@@ -155,6 +155,8 @@ class Follower:
             self._note(state, int(new[0]), "left")
             for stream in self._streams:
                 del stream[: -RECENT - 1]
+        elif self._standing.overreads(counts[ended], tokens[ended]):
+            self._note(state, int(new[0]), "reads too much")
 
     def _windows(self, meant: np.ndarray) -> Int[np.ndarray, "S T1"]:
         """The last tokens in whole windows, those of one request after those of another."""
@@ -196,8 +198,10 @@ class Follower:
             self._fail(state, meant, error)
             return state
         serves = standing.takes(gains)
+        bytes_each = [plan.expert_bytes() for plan in self.host.plans]
+        limit = Limit(bytes_each[1], self.reads * bytes_each[0], len(meant) if self.batch is None else self.batch)
         saves = saved_by(self.host.plans[1], self.host.plans[0], self.model.knowledge, seen)
-        self._standing.begins(serves, saves, seen.counts[::-1], seen.tokens[::-1])  # the last windows come first
+        self._standing.begins(serves, saves, seen.counts[::-1], seen.tokens[::-1], limit)  # the last come first
         words = ("not sure", "gains") if standing.known else ("not better", "adapted")
         self._note(state, _first(meant), words[serves], gain=float(gains.mean()), moved=move.staged.pages)
         return state

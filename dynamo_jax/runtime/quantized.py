@@ -107,6 +107,7 @@ class QuantizedModel:
     files: dict[str, bytes]
     spare: float = SPARE
 
-    def device_parameters(self, dtype: Any = jnp.float32) -> dict[str, Array]:
-        """The parameters on the device, in one dtype."""
+    def device_parameters(self, dtype: Any = None) -> dict[str, Array]:
+        """The parameters on the device, as they are or in one dtype. A step computes in the dtype that it is given, so
+        that these need no more bytes than they have in the file."""
         return {name: jnp.asarray(np.asarray(a), dtype) for name, a in self.parameters.items()}

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+
+from dynamo_jax.precision.plan import touched_share
 
 FIRST = 256  # tokens of novel text, before a variant is adapted to it
 AGAIN = 4  # times more tokens of novel text, and the variant is adapted once more
@@ -22,6 +25,7 @@ MOST = 2048  # tokens that a variant is adapted to
 TRIED = MOST  # tokens of known text, before a variant is adapted to it
 SURE = 3.0  # standard errors of a gain that is beyond chance
 RECENT = 1024  # tokens of which the router says whether the variant still suits them
+OVER = 0.01  # share of bytes above the limit, from which on the variant is adapted anew
 
 
 def sure(gains: Float[np.ndarray, " S"]) -> bool:
@@ -29,6 +33,20 @@ def sure(gains: Float[np.ndarray, " S"]) -> bool:
     if len(gains) < 2:
         return False
     return bool(gains.mean() > SURE * gains.std(ddof=1) / math.sqrt(len(gains)))
+
+
+class Limit(NamedTuple):
+    """Of what a step may read. variant: bytes of each expert there; allowed: at most, as many times the baseline's as a
+    plan may read; batch: tokens of a step."""
+
+    variant: Float[np.ndarray, "L E"]
+    allowed: Float[np.ndarray, "L E"]
+    batch: int
+
+    def over(self, use: Float[np.ndarray, "L E"]) -> float:
+        """Share by which a step reads more than it may, where a token has ``use`` rows at each expert."""
+        touched = touched_share(use, self.batch)
+        return float((touched * self.variant).sum() / (touched * self.allowed).sum() - 1)
 
 
 @dataclasses.dataclass
@@ -39,7 +57,7 @@ class Standing:
     looked at. wanted: tokens of text that the next adaptation waits for; least: that those after a variant was left
     wait for at least; both begin with ``FIRST``, of known text with ``TRIED``. saves: nats a row at each expert by
     which it is expected to lose less than the baseline, None before there is one. saved: nats a token, by the router,
-    in the last pieces.
+    in the last pieces. limit: of what the variant may read; rows: of a token at each expert, in the last pieces.
     """
 
     piece: int
@@ -49,6 +67,8 @@ class Standing:
     least: int = 0
     saves: Float[np.ndarray, "L E"] | None = None
     saved: list[float] = dataclasses.field(default_factory=list)
+    limit: Limit | None = None
+    rows: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.least = self.least or (TRIED if self.known else FIRST)
@@ -67,8 +87,9 @@ class Standing:
         return True
 
     def ends(self) -> None:
-        """The variant has lost its pages: another is due as soon as there is text for it."""
-        self.serves, self.wanted = False, self.least
+        """The variant has lost its pages: if it served, another is due as soon as there is text for it."""
+        if self.serves:
+            self.serves, self.wanted = False, self.least
 
     def told(self, counts: Float[np.ndarray, "*S L E"], tokens: Float[np.ndarray, "*S"]) -> Float[np.ndarray, "*S"]:
         """Nats a token that the variant saves where the router sent rows as it did."""
@@ -80,10 +101,23 @@ class Standing:
         saves: Float[np.ndarray, "L E"],
         counts: Float[np.ndarray, "S L E"],
         tokens: Float[np.ndarray, " S"],
+        limit: Limit | None = None,
     ) -> None:
         """The variant is a new one; counts and tokens of the pieces that it was adapted to, the oldest first."""
-        self.serves, self.saves = serves, saves
+        self.serves, self.saves, self.limit = serves, saves, limit
         self.saved = self.told(counts, tokens)[-RECENT // self.piece :].tolist()
+        self.rows = list(counts / tokens[:, None, None])[-RECENT // self.piece :]
+
+    def overreads(self, counts: Float[np.ndarray, "S L E"], tokens: Float[np.ndarray, " S"]) -> bool:
+        """Whether the variant reads more than it may on the last ``RECENT`` tokens, with the next pieces of the text;
+        then another is due; it serves on until that one has come."""
+        if not self.serves or self.limit is None:
+            return False
+        self.rows = [*self.rows, *(counts / tokens[:, None, None])][-RECENT // self.piece :]
+        if len(self.rows) < RECENT // self.piece or self.limit.over(np.mean(self.rows, axis=0)) <= OVER:
+            return False
+        self.rows, self.wanted = [], min(self.wanted, RECENT)
+        return True
 
     def leaves(self, counts: Float[np.ndarray, "S L E"], tokens: Float[np.ndarray, " S"]) -> bool:
         """Whether the variant no longer suits the text, with the next pieces of it; then another is due."""

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from quantized_runs import SETTINGS
@@ -76,6 +77,18 @@ def test_a_budget_in_bytes_or_gib_is_met_and_used(shallow, texts):
         left = int((gib - given.get("reserve_gib", 0.1 * gib)) * 2**30) - source.other_bytes()
         budget = given.get("budget_bytes") or left
         assert 0.985 * budget < device_bytes(plan).total <= budget
+
+
+def test_what_serves_fits_the_device_with_the_reserve_left(shallow, texts):
+    """Allocated: the state of two variants and all parameters, as the file has them."""
+    model, tokenizer = shallow
+    settings = dataclasses.replace(SETTINGS, bits=None, fits_gib=0.0078)
+    found = quantize(model, tokenizer, {"code": texts["code"]}, settings)[0]
+    _, state = serving.init(found)
+    arrays = (state.resident, state.tables, found.device_parameters())
+    held = sum(a.nbytes for a in jax.tree.leaves(arrays))
+    assert settings.reserve == pytest.approx(0.00078)
+    assert 0.98 * (0.0078 - settings.reserve) * 2**30 < held <= (0.0078 - settings.reserve) * 2**30
 
 
 def test_without_spare_slots_the_plan_gets_what_they_would_take(shallow, texts):

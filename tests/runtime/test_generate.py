@@ -39,7 +39,7 @@ from dynamo_jax.runtime.generate import (
     stream,
 )
 from dynamo_jax.runtime.monitor import start
-from dynamo_jax.runtime.standing import AGAIN, FIRST, MOST, RECENT, Standing
+from dynamo_jax.runtime.standing import AGAIN, FIRST, MOST, OVER, RECENT, Limit, Standing
 from dynamo_jax.runtime.store import page_counts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -317,7 +317,7 @@ def test_texts_that_are_too_short_say_nothing(quantized):
 
 
 def test_adapting_that_fails_leaves_the_baseline_running(quantized, texts, monkeypatch):
-    def damaged(*_):
+    def damaged(*_, **__):
         raise ValueError("the 3-bit page of layer 0, expert 1, block 2 is damaged in host memory")
 
     monkeypatch.setattr(online, "begin", damaged)
@@ -474,3 +474,44 @@ def test_a_model_in_bfloat16_generates(shallow_folder):
     model, tokenizer, files, _ = load_text_model(shallow_folder)
     tokens = prompt_tokens(tokenizer, files, "def main():", chat=True)
     assert len(generate(model, [tokens], GenerateConfig(max_tokens=5))[0]) == 5
+
+
+def standing_of(variant, allowed, batch=1):
+    """A variant that serves, adapted to text whose rows all went to the first of two experts."""
+    standing, counts = Standing(RECENT // 4), np.array([[[1.0, 0.0]]] * 4) * 256
+    limit = Limit(np.array([variant], float), np.array([allowed], float), batch)
+    assert standing.due(FIRST)
+    standing.begins(True, np.ones((1, 2)), counts, np.full(4, 256.0), limit)
+    return standing
+
+
+def test_a_variant_that_reads_more_than_it_may_is_adapted_anew_and_serves_on():
+    standing = standing_of([100, 102 + 100 * OVER], [100, 100])
+    one = np.array([[[0.0, 1.0]]]) * 256, np.full(1, 256.0)
+    assert standing.due(4 * RECENT) and not standing.due(4 * RECENT)
+    assert [standing.overreads(*one) for _ in range(2)] == [False, True]  # with half of the rows at the second expert
+    assert standing.serves and standing.due(RECENT)
+    assert not standing.overreads(*one)  # what it reads is counted anew
+
+
+def test_a_variant_within_its_limit_is_left_alone():
+    standing = standing_of([100, 100.5], [100, 100])
+    one = np.array([[[0.0, 1.0]]]) * 256, np.full(1, 256.0)
+    assert not any(standing.overreads(*one) for _ in range(8))
+    assert not Standing(RECENT).overreads(*one)
+
+
+def test_a_large_batch_reads_every_expert_it_may_touch():
+    """An expert that one token in ten needs is read in two steps of three by ten tokens."""
+    limit = Limit(np.array([[0.0, 100.0]]), np.array([[100.0, 100.0]]), 10)
+    assert limit.over(np.array([[1.0, 0.1]])) == pytest.approx((1 - 0.9**10) * 100 / ((2 - 0.9**10) * 100) - 1)
+
+
+def test_a_plan_that_did_not_serve_is_not_tried_again_at_once():
+    standing = standing_of([1, 1], [1, 1])
+    standing.serves = False
+    standing.ends()
+    assert not standing.due(FIRST)
+    standing.serves = True
+    standing.ends()
+    assert standing.due(FIRST) and not standing.serves
