@@ -33,7 +33,7 @@ from dynamo_jax.storage.bundles import stacked_planes
 from dynamo_jax.storage.work import FolderWork, MemoryWork, Work
 from dynamo_jax.texts.reading import digest
 
-WORK_FORMAT = 2  # of unfinished work: raised when bundles change their meaning
+WORK_FORMAT = 3  # of unfinished work: raised when bundles change their meaning
 
 
 def analyze(
