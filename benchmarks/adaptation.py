@@ -184,7 +184,7 @@ def deployment_of(model: Model, known: dict[str, np.ndarray], settings: Quantize
     bits = settings.bits
     assert bits is not None
     baseline = quantized_on(model, known, settings, work)
-    alone = dataclasses.replace(settings, spare=0.0)
+    alone = dataclasses.replace(settings, spare=0.0, novelty_weight=0.0)
     only_known = quantized_on(model, known, alone, work.again())
     more = quantized_on(model, known, dataclasses.replace(alone, bits=MORE_MEMORY * bits), work.again())
     analyses = analyze_layers(DecoderSource(model.decoder), known, settings, work)

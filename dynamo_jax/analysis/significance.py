@@ -54,6 +54,16 @@ def channel_significance(stats: Statistics, down: Float[ArrayLike, "L E F D"]) -
     return np.asarray(energy / stats.tokens[:, None, None])
 
 
+def cost_of_row(
+    sums: Float[np.ndarray, "L E ..."], rows: Float[np.ndarray, "L E"], prior_rows: float
+) -> Float[np.ndarray, "L E ..."]:
+    """What a row costs at each expert, given the sums over its rows: the mean, with ``prior_rows`` more rows that
+    cost what a row of its layer does, so that few rows say little and none nothing."""
+    more = (..., *[None] * (sums.ndim - 2))
+    of_layer = sums.sum(axis=1, keepdims=True) / np.maximum(rows.sum(axis=1, keepdims=True), 1)[more]
+    return (sums + prior_rows * of_layer) / (rows + prior_rows)[more]
+
+
 def whole_over_blocks(
     whole: Float[np.ndarray, "L E W"], blocks: Float[np.ndarray, "L E N W"]
 ) -> Float[np.ndarray, "L E W"]:

@@ -17,6 +17,7 @@ RESERVE = 0.1  # of fits_gib, where no reserve is given
 BUDGETS = ("bits", "budget_bytes", "fits_gib")  # fields of which one is given
 GIB = 2**30
 QUANTIZERS = ("gptq", "rtn")
+NOVELTY_WEIGHT = 0.4  # benchmarks/unseen.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,8 @@ class QuantizeConfig:
     spare: slots for pages of novel text while other requests need the baseline, as a share of its pages.
     max_width: planes of more bits are left out, in memory and on disk; 2, 3, 4 or 8.
     objective: the loss of a plan over the known datasets, their sum or the worst (``precision.allocate``). weights:
-    what datasets count for in the sum, by name; 1 for those that are not named.
+    what datasets count for in the sum, by name; 1 for those that are not named. novelty_weight: the share of the text
+    to come that is expected to be like none of the datasets (``plans.expecting``); 0: all of it is like them.
     per_projection: whether an expert's gate and up have one width and its down another.
     group_size: weights that share a scale, by default the largest of 128, 64, 32, 16 that divides the hidden size, or
     8. Neither it nor channel_block need divide the model's sizes: planes are filled up (``kernels.layout``), in bytes
@@ -49,6 +51,7 @@ class QuantizeConfig:
     max_width: int = WIDTHS[-1]
     objective: str = "sum"
     weights: dict[str, float] | None = None
+    novelty_weight: float = NOVELTY_WEIGHT
     per_projection: bool = True
     group_size: int | None = None
     channel_block: int = 16
@@ -64,6 +67,8 @@ class QuantizeConfig:
         for name in ("window", "calibration_windows", "adaptation_windows", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more")
+        if not 0 <= self.novelty_weight <= 1:
+            raise ValueError(f"novelty_weight {self.novelty_weight}: expected a share of the text to come, 0 to 1")
         given = [n for n in BUDGETS if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)}: a budget is given one way only")

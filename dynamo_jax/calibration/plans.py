@@ -1,4 +1,10 @@
-"""From significance to a plan: the least loss over the known datasets under the byte budget."""
+"""From significance to a plan: the least loss of the text to come under the byte budget.
+
+The text to come is like the known datasets but for a share, ``QuantizeConfig.novelty_weight``, that is like none of
+them (``expecting``).
+
+Axes: A datasets, L layers, E experts, U widths of an expert, W widths to choose from.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from dynamo_jax.analysis.significance import cost_of_row
 from dynamo_jax.calibration.analyses import Analysis
 from dynamo_jax.calibration.config import QuantizeConfig, check_weights
 from dynamo_jax.calibration.sweeps import Draft
@@ -19,6 +26,29 @@ from dynamo_jax.precision.allocate import allocate_known
 from dynamo_jax.precision.plan import Plan, expert_plan, item_costs
 from dynamo_jax.runtime.memory import device_bytes
 
+UNSEEN_PRIOR_ROWS = 8  # of its layer's experts, in what a row of unseen text costs at each expert
+
+
+def expecting(
+    losses: Float[np.ndarray, "A L E U W"],
+    counts: Float[np.ndarray, "A L E"],
+    tokens: Float[np.ndarray, " A"],
+    weights: Float[np.ndarray, " A"],
+    share: float,
+) -> Float[np.ndarray, "A L E U W"]:
+    """Losses of each dataset, nats a token, when ``share`` of its text to come is text that nobody has seen.
+
+    Text that nobody has seen is taken to use the experts of a layer alike, and its rows to cost at each expert what
+    the rows of all datasets together cost there, each dataset counted by its weight.
+
+    counts: rows of each expert. tokens, weights: of each dataset.
+    """
+    weights = weights / weights.max()
+    rows = np.tensordot(weights, counts, axes=1)
+    cost = cost_of_row(np.tensordot(weights * tokens, losses, axes=1), rows, UNSEEN_PRIOR_ROWS)
+    use = rows.mean(axis=1) / (weights @ tokens)
+    return (1 - share) * losses + share * use[:, None, None, None] * cost
+
 
 def favoured(
     draft: Draft, names: list[str], config: QuantizeConfig, model: ModelConfig
@@ -28,8 +58,8 @@ def favoured(
     The draft holds the halves of each dataset, as ``analyze_layers`` names them to the calibration.
     """
     whole = Draft(*(a[0::2] + a[1::2] for a in draft))
-    losses = [errors * (sensitivity / tokens**2)[:, None, None, None] for errors, sensitivity, tokens in zip(*whole)]
-    drafted = _allocated(dict(zip(names, losses)), config, model)
+    losses = whole.errors * (whole.sensitivity / whole.tokens[:, None] ** 2)[:, :, None, None, None]
+    drafted = _allocated(names, losses, whole.counts, whole.tokens, config, model)
     widths = drafted.widths[:, :, :: drafted.blocks, None]
     return np.where(widths == np.array(WIDTHS[:3]), config.favour, 1.0) * np.array(config.emphasis)
 
@@ -37,10 +67,12 @@ def favoured(
 def plan(
     analyses: dict[str, Analysis], model: Decoder | ModelConfig | str | Path, config: QuantizeConfig | None = None
 ) -> Plan:
-    """The baseline: of all plans under the byte budget the one of least loss over the analysed datasets.
+    """The baseline: of all plans under the byte budget the one of least loss over the analysed datasets and, for a
+    share ``novelty_weight`` of the text to come, over text that is like none of them.
 
     model: that the analyses are of, its configuration, or its Hugging Face folder. ``config`` says what the budget is
-    and what counts (``objective``, ``weights``, ``per_projection``); its group size is that of the analyses.
+    and what counts (``objective``, ``weights``, ``novelty_weight``, ``per_projection``); its group size is that of the
+    analyses.
 
     ValueError: a budget below that of 2 bits everywhere, or by fits_gib, which needs to know more than these; two
     widths an expert where one was analysed; weights for a dataset that was not analysed. Source: docs/design.md,
@@ -58,19 +90,30 @@ def plan(
         raise ValueError(
             f"{missing[0]}: analysed with one width an expert, so that the plan needs per_projection=False"
         )
-    return _allocated(losses, config, model)
+    stats = [a.stats for a in analyses.values()]
+    counts = np.stack([np.asarray(s.counts, np.float64) for s in stats])
+    tokens = np.array([s.tokens[0] for s in stats], np.float64)
+    return _allocated(list(losses), np.stack(list(losses.values())), counts, tokens, config, model)
 
 
-def _allocated(losses: dict[str, Float[np.ndarray, "L E U W"]], config: QuantizeConfig, model: ModelConfig) -> Plan:
+def _allocated(
+    names: list[str],
+    losses: Float[np.ndarray, "A L E U W"],
+    counts: Float[np.ndarray, "A L E"],
+    tokens: Float[np.ndarray, " A"],
+    config: QuantizeConfig,
+    model: ModelConfig,
+) -> Plan:
     group_size = config.group(model.hidden_size)
     blocks = num_blocks(model.intermediate_size, config.channel_block)
     costs = item_costs(blocks, config.channel_block, model.hidden_size, group_size, config.per_projection)
     costs = costs[::blocks] * blocks
     costs += config.spare * (costs - costs[:, :1])  # for a page of the baseline there is a share of a spare slot
     choices = len(config.widths)
-    items = np.stack(list(losses.values())).reshape(len(losses), -1, len(WIDTHS))[..., :choices]
+    weights = np.array([(config.weights or {}).get(name, 1.0) for name in names])
+    expected = expecting(losses, counts, tokens, weights, config.novelty_weight)
+    items = expected.reshape(len(names), -1, len(WIDTHS))[..., :choices]
     experts = model.num_moe_layers * model.num_experts
-    weights = np.array([(config.weights or {}).get(name, 1.0) for name in losses])
 
     def within(budget: float) -> Plan:
         each = np.tile(costs[:, :choices], (experts, 1))

@@ -51,9 +51,10 @@ ERRORS = ("errors", "apart_errors", "block_errors")  # of a layer's statistics, 
 
 class Draft(NamedTuple):
     """What is known before any layer is quantized: the squared output errors of rounding each expert, or each part
-    of it that has its own width, and the importance of tokens in each layer, summed over each dataset."""
+    of it that has its own width, its rows, and the importance of tokens in each layer, summed over each dataset."""
 
     errors: Float[np.ndarray, "A L E U W"]
+    counts: Float[np.ndarray, "A L E"]
     sensitivity: Float[np.ndarray, "A L"]
     tokens: Float[np.ndarray, " A"]
 
@@ -120,10 +121,12 @@ def _emphasis(job: Calibration) -> Float[np.ndarray, "L E U 3"]:
     if job.favour is None or not job.drafts:
         return np.broadcast_to(np.array(job.emphasis), (config.num_moe_layers, config.num_experts, 1, 3))
     if not job.work.has(EMPHASIS_NAME):
-        errors = np.stack([job.work.get(_draft(layer))["errors"] for layer in config.moe_layers], axis=1)
+        drafts = [job.work.get(_draft(layer)) for layer in config.moe_layers]
+        errors, counts = (np.stack([d[name] for d in drafts], axis=1) for name in ("errors", "counts"))
         sensitivity = [job.work.get(_sensitivity(layer))["sensitivity"] for layer in config.moe_layers]
         tokens = np.bincount(_owner(job), minlength=job.datasets).astype(np.float32)
-        job.work.put(EMPHASIS_NAME, {"emphasis": job.favour(Draft(errors, np.stack(sensitivity, axis=1), tokens))})
+        draft = Draft(errors, counts, np.stack(sensitivity, axis=1), tokens)
+        job.work.put(EMPHASIS_NAME, {"emphasis": job.favour(draft)})
     return job.work.get(EMPHASIS_NAME)["emphasis"]
 
 
@@ -182,9 +185,9 @@ def _layer_up(job: Calibration, layer: int) -> None:
         return
     outer = _outer_of(job, layer, rest, x)
     del x
-    added, drafts = _experts_up(job, layer, rest, outer)
+    added, errors, counts = _experts_up(job, layer, rest, outer)
     if job.drafts:
-        job.work.put(_draft(layer), {"errors": drafts})
+        job.work.put(_draft(layer), {"errors": errors, "counts": counts})
     out = np.asarray(outer.residual) + added.reshape(outer.residual.shape) * np.float32(config.residual_multiplier)
     job.work.put(_hidden(layer + 1), {"x": out})
 
@@ -201,12 +204,13 @@ def _outer_of(job: Calibration, layer: int, rest: Bundle, x: Float[np.ndarray, "
 
 def _experts_up(
     job: Calibration, layer: int, rest: Bundle, outer: Outer
-) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "A E U W"]]:
-    """What the routed experts add, and their drafted errors (zeros if the job needs none)."""
+) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "A E U W"], Float[np.ndarray, "A E"]]:
+    """What the routed experts add, their drafted errors (zeros if the job needs none), and their rows."""
     config = job.source.config
     owner = _owner(job)
     out = np.zeros(outer.normed.shape, np.float32)
     drafts = np.zeros((job.datasets, config.num_experts, 2 if job.apart else 1, len(WIDTHS)), np.float32)
+    counts = np.zeros(drafts.shape[:2], np.float32)
     for together in expert_chunks(config):
         weights = [_finite_expert(job, layer, expert) for expert in together]
         planes = _rounded(job, weights) if job.drafts else None
@@ -214,7 +218,8 @@ def _experts_up(
             token, _, rows = rows_of(outer, expert)
             measured = (rows.x, rows.gates, _member(job, owner, token, len(rows.x)))
             biases = biases_of(rest, expert)
-            h, y, _ = run_expert(config, *measured, weights[i], biases)
+            h, y, sums = run_expert(config, *measured, weights[i], biases)
+            counts[:, expert] = sums["counts"]
             out[token] += np.asarray(y)[: len(token)] * rows.gates[: len(token), None]
             if job.drafts:
                 own = jax.tree.map(lambda a, i=i: a[i], planes)
@@ -222,7 +227,7 @@ def _experts_up(
                     whole, each, _ = errors_at(config, None, job.apart, width, *measured, h, y, weights[i], own, biases)
                     drafts[:, expert, :, w] = each if job.apart else np.asarray(whole)[:, None]
             job.progress(FORWARD, layer + (expert + 1) / (config.num_experts + 1), config.num_hidden_layers)
-    return out, drafts
+    return out, drafts, counts
 
 
 def _rounded(job: Calibration, weights: list[np.ndarray]) -> Planes:

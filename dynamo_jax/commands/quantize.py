@@ -58,6 +58,13 @@ def quantize(
     objective: Annotated[
         str, typer.Option(help="sum: the loss over all known datasets; worst: that of the one which loses most.")
     ] = "sum",
+    novelty_weight: Annotated[
+        float,
+        typer.Option(
+            help="The share of the text to come, 0 to 1, that may be like none of the known datasets: the plan gives "
+            "experts that they hardly use more bits for it. 0: the known datasets alone decide."
+        ),
+    ] = 0.4,
     per_projection: Annotated[
         bool,
         typer.Option(
@@ -99,6 +106,7 @@ def quantize(
         max_width=max_width,
         objective=objective,
         weights=read_weights(weight) or None,
+        novelty_weight=novelty_weight,
         per_projection=per_projection,
         group_size=group_size,
         channel_block=channel_block,

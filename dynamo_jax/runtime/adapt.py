@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dynamo_jax.analysis.significance import cost_of_row
 from dynamo_jax.analysis.statistics import observe_experts
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
@@ -159,9 +160,7 @@ def expected(known: Knowledge, seen: Observation) -> Expected:
     """
     tokens, rows, known_rows = float(seen.tokens.sum()), seen.counts.sum(axis=0), known.counts.sum(axis=0)
     use = (rows + PRIOR_TOKENS * known_rows / known.tokens) / (tokens + PRIOR_TOKENS)
-    sums = known.block_errors * known.tokens
-    of_layer = sums.sum(axis=1, keepdims=True) / np.maximum(known_rows.sum(axis=1), 1)[:, None, None, None]
-    known_cost = (sums + PRIOR_COST_ROWS * of_layer) / (known_rows + PRIOR_COST_ROWS)[:, :, None, None]
+    known_cost = cost_of_row(known.block_errors * known.tokens, known_rows, PRIOR_COST_ROWS)
     cost = (known.losses(seen.errors) + PRIOR_COST_ROWS * known_cost) / (rows + PRIOR_COST_ROWS)[:, :, None, None]
     return Expected(cost, use)
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from dynamo_jax.analysis.significance import (
     channel_significance,
+    cost_of_row,
     expert_significance,
     whole_over_blocks,
 )
@@ -211,6 +212,17 @@ def test_a_channels_significance_is_the_energy_that_it_adds_to_the_output():
 def test_an_expert_that_calibration_missed_needs_no_correction():
     ratio = whole_over_blocks(np.zeros((1, 2, 1)), np.zeros((1, 2, 3, 1)))
     assert (ratio == 1).all()
+
+
+def test_few_rows_say_little_of_what_a_row_costs_and_none_say_nothing():
+    """By hand: two layers of three experts; of the second no row was seen."""
+    sums = np.array([[[30.0, 3.0], [0.0, 0.0], [10.0, 1.0]], [[0.0, 0.0]] * 3])
+    rows = np.array([[10.0, 0.0, 30.0], [0.0, 0.0, 0.0]])
+    found = cost_of_row(sums, rows, 10.0)
+    assert found.shape == sums.shape
+    np.testing.assert_allclose(found[0], [[2.0, 0.2], [1.0, 0.1], [0.5, 0.05]])  # the layer's row costs 1 and 0.1
+    np.testing.assert_array_equal(found[1], 0)
+    np.testing.assert_allclose(cost_of_row(sums[..., None], rows, 1e9)[0, :, 0, 0], 1.0, rtol=1e-6)
 
 
 def test_repeating_the_data_leaves_significance_unchanged(run, importance_of):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from dynamo_jax.analysis.statistics import observe, token_importance
-from dynamo_jax.calibration import sweeps
+from dynamo_jax.calibration import pipeline, sweeps
 from dynamo_jax.calibration.analyses import Analysis, dynamics_of
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.experts import padded_rows
@@ -94,16 +94,32 @@ def test_a_drafted_plan_is_that_of_whole_datasets(small_folder):
     rng = np.random.default_rng(0)
     widths = np.array([1.0, 0.25, 0.06, 0.001])
     errors = rng.lognormal(0, 2, (2, config.num_moe_layers, config.num_experts, 2, 1)) * widths
+    counts = rng.lognormal(0, 1, (2, config.num_moe_layers, config.num_experts))
     sensitivity, tokens = rng.lognormal(0, 1, (2, config.num_moe_layers)), np.array([100.0, 300.0])
 
     def emphasis(share):
-        parts = (np.stack([share * a, (1 - share) * a], axis=1) for a in (errors, sensitivity, tokens))
+        parts = (np.stack([share * a, (1 - share) * a], axis=1) for a in (errors, counts, sensitivity, tokens))
         draft = Draft(*(p.reshape(4, *p.shape[2:]) for p in parts))
         return favoured(draft, ["a", "b"], QuantizeConfig(bits=3.5, weights={"b": 7.0}), config)
 
     whole = emphasis(1.0)
     assert len(np.unique(whole)) > 3
     np.testing.assert_array_equal(emphasis(0.3), whole)
+
+
+def test_a_draft_counts_the_rows_that_the_statistics_count(small_folder, monkeypatch):
+    windows = {n: np.arange(3, 3 + 33 * s, dtype=np.int32).reshape(s, 33) % 61 for n, s in (("a", 3), ("b", 2))}
+    drafts = []
+
+    def seen(draft, **settings):
+        drafts.append(draft)
+        return favoured(draft, **settings)
+
+    monkeypatch.setattr(pipeline, "favoured", seen)
+    found = analyze_layers(Source(small_folder), windows, QuantizeConfig(bits=3.5), MemoryWork())
+    halves = [half.stats.counts for a in found.values() for half in a.halves]
+    np.testing.assert_array_equal(drafts[0].counts, np.stack(halves))
+    assert drafts[0].counts.sum() > 0
 
 
 def test_one_window_has_no_second_half(small_folder):
