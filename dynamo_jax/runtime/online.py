@@ -101,7 +101,8 @@ class Follower:
             self._append(request, text)
             if labels[request] != self._labels[request]:
                 self._note(state, request, "novel" if novel[request] else "known")
-                del self._streams[request][: -2 * HOP - 1]
+                if novel[request] or self._labels[request] != UNKNOWN:  # else all so far may be of this name
+                    del self._streams[request][: -2 * HOP - 1]
         self._labels = labels
         meant = self._meant(novel)
         self._look(state, meant)

@@ -65,7 +65,7 @@ def test_eval_writes_the_rows_that_the_readme_promises(run, folder, files, tmp_p
         *("eval", "--model", folder, "--novel", f"verse={files / 'verse.jsonl'}", "--window", "64", "--limit", "4"),
         *("--variant", "baseline", "--variant", "auto", "--json", out),
     )
-    assert code == 0 and "verse" in printed
+    assert code == 0 and "verse" in printed and "nothing can be called novel" in printed  # of so few windows
     rows = json.loads(out.read_text())["results"]
     assert [(r["dataset"], r["kind"], r["variant"]) for r in rows] == [
         ("verse", "novel", "baseline"),
@@ -229,7 +229,9 @@ def test_generate_that_adapts_serves_prompts_one_after_the_other_and_says_what_i
     plain = run("generate", "--model", folder, *prompts, *GREEDY)
     code, printed, err = run("generate", "--model", folder, "--adapt", *prompts, *GREEDY)
     assert (code, printed) == (0, plain[1])
-    assert all(line.startswith("text 2, token ") for line in err.splitlines())
+    why, *events = err.splitlines()
+    assert why.startswith("nothing can be called novel") and "quantize --windows" in why
+    assert all(line.startswith("text 2, token ") for line in events)
 
 
 def test_only_a_quantized_model_can_adapt_and_all_prompts_are_checked_first(run, folder):

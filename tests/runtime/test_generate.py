@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +39,8 @@ from dynamo_jax.runtime.generate import (
     generate,
     stream,
 )
-from dynamo_jax.runtime.monitor import start
-from dynamo_jax.runtime.standing import AGAIN, FIRST, MOST, OVER, RECENT, Limit, Standing
+from dynamo_jax.runtime.monitor import UNKNOWN, start
+from dynamo_jax.runtime.standing import AGAIN, FIRST, MOST, OVER, RECENT, TRIED, Limit, Standing, sure
 from dynamo_jax.runtime.store import page_counts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -225,18 +226,19 @@ def test_a_plan_that_could_not_prove_itself_does_not_serve(quantized, monkeypatc
     monkeypatch.setattr(online, "divergence", fails)
     follower, state = follower_of(quantized)
     state, follower._standing.serves = labelled(state, 1), True
+    follower._of = ("novel",)
     move = serving.begin(follower.host, state, quantized.plan)
-    follower._move = online.Sent(move, np.zeros((1, 3), int), None, np.zeros(1))
+    follower._move = online.Sent(move, np.zeros((1, 3), int), None, np.zeros(1), follower._standing)
     assert follower(state, [[1, 2, 3]]).number.tolist() == [0]
     assert (follower.events[-1].what, follower.events[-1].name) == ("failed", "no memory")
 
 
 def test_known_text_forgets_the_variant_and_other_requests_begin_anew(quantized):
     follower, state = follower_of(quantized)
-    follower._standing.serves, follower._standing.wanted = True, 4096
+    follower._of, follower._standing.serves, follower._standing.wanted = ("novel",), True, 4096
     assert follower(labelled(state, 1), [[1, 2, 3]]).number.tolist() == [1]
     assert follower(labelled(state, 0), [[1, 2, 3, 4]]).number.tolist() == [0]
-    assert follower._standing == Standing(online.HOP)
+    assert follower._standing == Standing(online.HOP, known=True)
     follower._standing.serves = True
     _, two = follower_of(quantized, 2)
     assert follower(labelled(two, 1, 0), [[1], [2]]).number.tolist() == [0, 0]
@@ -262,7 +264,7 @@ def test_a_variant_is_left_when_the_router_says_that_it_no_longer_pays(quantized
         return follower(labelled(state._replace(watch=watch), 1), [text])
 
     hops = RECENT // online.HOP
-    follower._standing.wanted, follower._standing.serves = 10**6, True
+    follower._of, follower._standing.wanted, follower._standing.serves = ("novel",), 10**6, True
     follower._standing.saves = saves = np.zeros(shape)
     saves[0, :2] = 1.0, -1.0  # nats a row, in one layer
     for number in range(hops):
@@ -293,6 +295,52 @@ def test_each_time_that_a_variant_is_left_twice_as_many_tokens_are_waited_for():
     assert waited == [RECENT, RECENT, MOST, MOST, MOST]
     standing.begins(True, np.zeros((1, 1)), np.ones((9, 1, 1)), np.ones(9))
     assert len(standing.saved) == 2  # the last ones
+
+
+def test_known_text_is_tried_late_and_must_gain_for_sure():
+    novel, known = Standing(64), Standing(64, known=True)
+    assert (novel.wanted, known.wanted) == (FIRST, TRIED) and not known.due(TRIED - 1) and known.due(TRIED)
+    some, clear, none = np.array([1.0, -0.9, 0.1]), np.array([1.0, 0.9, 1.1]), np.array([-1.0, -0.9, -1.1])
+    assert [novel.takes(g) for g in (some, clear, none)] == [True, True, False]
+    assert [known.takes(g) for g in (some, clear, none)] == [False, True, False]
+    assert not sure(np.array([5.0]))  # of one window nothing is sure
+
+
+@pytest.mark.parametrize("certain", [True, False])
+def test_known_text_is_served_by_a_variant_where_the_gain_is_sure(quantized, monkeypatch, certain):
+    """And loses it when it becomes text of another name, or novel."""
+    follower, state = follower_of(quantized)
+    text = [int(t) for t in np.random.default_rng(0).integers(3, 60, TRIED + 1)]
+    windows = []
+    gains = np.full(TRIED // online.WINDOW, 1.0) if certain else np.resize([3.0, -2.0], TRIED // online.WINDOW)
+    monkeypatch.setattr(online, "gain", lambda model, state, w, seen: windows.append(w) or gains)
+    state = follower(labelled(state, 0), [text[:TRIED]])
+    assert follower.events[0].what == "known" and follower._move is None
+    for _ in range(20):
+        state = follower(labelled(state, 0), [text])
+        if len(follower.events) > 1:
+            break
+        time.sleep(0.1)
+    assert windows[0].shape == (TRIED // online.WINDOW, online.WINDOW + 1) and windows[0][0, -1] == text[-1]
+    event = follower.events[1]
+    assert event.what == ("gains" if certain else "not sure") and event.gain == pytest.approx(gains.mean())
+    assert state.number.tolist() == [int(certain)]
+    assert ("the gain is sure" if certain else "no gain is sure") in describe_event(event)
+    assert follower(labelled(state, UNKNOWN), [text]).number.tolist() == [0]
+
+
+def test_pages_that_come_for_text_that_is_over_serve_nobody(quantized, monkeypatch):
+    follower, state = follower_of(quantized)
+    monkeypatch.setattr(online, "gain", lambda *_: 1 / 0)
+    state = follower(labelled(state, 1), [list(range(10))])
+    follower._move = (
+        serving.begin(follower.host, state, quantized.plan),
+        np.zeros((1, 3), int),
+        None,
+        follower._standing,
+    )
+    state = follower(labelled(state, 0), [list(range(11))])
+    assert follower._move is None and state.number.tolist() == [0]
 
 
 def test_a_request_that_has_ended_is_not_watched(quantized):
