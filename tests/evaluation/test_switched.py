@@ -58,8 +58,9 @@ def test_rows_count_exactly_the_tokens_after_the_adaptation_windows(evaluated, n
 def test_novel_text_is_adapted_to_for_any_gain_and_known_text_for_a_sure_one(
     quantized, novel, monkeypatch, novelty, gains, positive, certain
 ):
-    monkeypatch.setattr(Device, "gain", lambda *_: np.array(gains))
-    found = choose_plan(Device(limited(quantized, novelty)), novel.first, EVAL.batch_size)
+    size = novel.first[0, 1:].size
+    monkeypatch.setattr(Device, "divergence", lambda *given: np.array(gains) * size * (given[-1] == 0))
+    found = choose_plan(Device(limited(quantized, novelty)), novel.first, EVAL)
     assert found.verdict.novel == (novelty < 1) and found.verdict.nearest in ("code", "sums")
     assert found.sure == certain and found.gain == pytest.approx(np.mean(gains))
     assert (found.plan is not quantized.plan) == (positive if found.verdict.novel else certain)

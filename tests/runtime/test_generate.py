@@ -313,7 +313,12 @@ def test_known_text_is_served_by_a_variant_where_the_gain_is_sure(quantized, mon
     text = [int(t) for t in np.random.default_rng(0).integers(3, 60, TRIED + 1)]
     windows = []
     gains = np.full(TRIED // online.WINDOW, 1.0) if certain else np.resize([3.0, -2.0], TRIED // online.WINDOW)
-    monkeypatch.setattr(online, "gain", lambda model, state, w, seen: windows.append(w) or gains)
+
+    def divergence(model, state, w, seen, variant):
+        windows.append(w)
+        return np.zeros(len(w)) if variant else gains * online.WINDOW
+
+    monkeypatch.setattr(online, "divergence", divergence)
     state = follower(labelled(state, 0), [text[:TRIED]])
     assert follower.events[0].what == "known" and follower._move is None
     for _ in range(20):
@@ -331,14 +336,10 @@ def test_known_text_is_served_by_a_variant_where_the_gain_is_sure(quantized, mon
 
 def test_pages_that_come_for_text_that_is_over_serve_nobody(quantized, monkeypatch):
     follower, state = follower_of(quantized)
-    monkeypatch.setattr(online, "gain", lambda *_: 1 / 0)
+    monkeypatch.setattr(online, "divergence", lambda *_: 1 / 0)
     state = follower(labelled(state, 1), [list(range(10))])
-    follower._move = (
-        serving.begin(follower.host, state, quantized.plan),
-        np.zeros((1, 3), int),
-        None,
-        follower._standing,
-    )
+    move = serving.begin(follower.host, state, quantized.plan)
+    follower._move = online.Sent(move, np.zeros((1, 3), int), None, np.zeros(1), follower._standing)
     state = follower(labelled(state, 0), [list(range(11))])
     assert follower._move is None and state.number.tolist() == [0]
 
