@@ -2,7 +2,7 @@
 
     python benchmarks/shift_detection.py --texts FOLDER [--streams 16] [--tokens 100000] [--windows 32] [--json PATH]
 
-The monitor learns its signatures from calibration windows of the demo's known kinds of text and then watches streams
+The monitor learns its signatures from calibration windows of the known kinds of texts.py and then watches streams
 of other text of theirs and of the novel kinds, as the bundled model routes them (``runtime.monitor``). Streams are cut
 into windows of 256 tokens at random places, so that a window may hold two kinds.
 
@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from texts import add_texts
+from texts import KNOWN, NOVEL, add_texts
 
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
@@ -34,7 +34,7 @@ from dynamo_jax.models.decoder import parameters, with_parameters
 from dynamo_jax.models.experts import routing_counts
 from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.runtime.monitor import HOP, Signatures, learn, start, watch
-from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
+from dynamo_jax.texts.demo import collect
 
 TEXT_BYTES = 1_500_000  # of each kind
 WINDOW, BATCH, PIECE = 256, 8, 32
