@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +30,7 @@ def demo(
     from dynamo_jax.settings import find_preset, load_toml
 
     settings = load_toml(job.DemoConfig, find_preset(config))
-    command = "dynamo-jax demo" + (f" --config {config}" if config != "demo" else "")
+    command = shlex.join(["dynamo-jax", *sys.argv[1:]])
     with progress_bar() as progress:
         result = job.run(settings, texts, out, command, progress)
     print_rows(result.rows)

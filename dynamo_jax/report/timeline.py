@@ -17,16 +17,33 @@ def timeline_section(content: ReportContent) -> str:
         return nothing("No text was followed over its tokens.")
     parts = [element("p", charts.key("baseline", "taken for known"), charts.key("auto", "taken for novel"))]
     for name, line in lines.items():
-        parts += [element("h3", text(name)), _chart(name, line)]
+        verdict = content.verdicts.get(name)
+        words = _words(line, verdict[2] if verdict else None)
+        parts += [element("h3", text(name)), element("p", text(words), class_="soft"), _chart(name, line)]
     caption = (
-        "Each text from its first token on, in stretches of what the monitor looks at. Score (dots): how far the "
-        "routing lies from the nearest known dataset, over the limit that known text seldom passes; above 1 it counts "
-        f"as novel; scores past {MOST_SCORE:g} are drawn at the edge. Loss (line): nll of the variant in use "
-        f"{MINUS} nll of the baseline, nats a token; below its rule is better. Shaded: at an adapted plan, which the "
-        "verdict on the first windows together decides, not single stretches. The loss of one stretch is noisy; the "
-        "table of results has the means."
+        "Each text from its first token on, in stretches of what the monitor looks at. Score: how far the routing of "
+        "a stretch lies from the nearest known dataset, over the limit that known text seldom passes; above 1 it "
+        f"counts as novel; {MOST_SCORE:g} and more are drawn at the edge. Loss: nll of the variant in use {MINUS} nll "
+        "of the baseline, nats a token. Shaded: at an adapted plan. The loss of one stretch is noisy; the table of "
+        "results has the means."
     )
-    return figure(caption, *parts, whole=False)
+    lead = (
+        "Two questions, asked of different amounts of text: is the text as a whole novel (one verdict on the first "
+        "windows together, which decides what is shaded), and is this one stretch (a dot for each)? A stretch says "
+        "less than all windows together, so the two may differ."
+    )
+    return element("p", text(lead)) + figure(caption, *parts, whole=False)
+
+
+def _words(line: Line, novel: bool | None) -> str:
+    """The verdict on the first windows beside what single stretches look like."""
+    count = sum(nearest == "novel" for nearest in line.nearest)
+    alone = f"{count} of {len(line.nearest)} stretches, each by itself, are taken for novel"
+    if novel is None:
+        return f"{alone}."
+    what = "novel, so that auto adapts if it gains by it" if novel else "known, so that auto stays at the baseline"
+    ran = " It ran adapted after them." if any(line.adapted) else " It ran at the baseline."
+    return f"The first windows together: {what}.{ran} {alone}."
 
 
 def _chart(name: str, line: Line) -> str:
@@ -36,7 +53,7 @@ def _chart(name: str, line: Line) -> str:
         values = f"score {number(float(score), '.2f')}, loss {number(float(gained), '+.4f')}"
         title = f"to token {end:,.0f}: {nearest}, {values}"
         stretches.append(Stretch(float(end), float(score), float(gained), series, title, bool(adapted)))
-    words = ("score, rule at 1", "loss, rule at 0")
+    words = ("score of each stretch: above 1 it looks novel", "auto minus baseline, nats a token: below 0 is better")
     return charts.timeline_chart(
         stretches, *words, most=MOST_SCORE, unit="tokens", caption=f"score and loss over the tokens of {name}"
     )
