@@ -20,6 +20,7 @@ from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME
 from dynamo_jax.models.decoder import Decoder
 from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.progress import Progress, no_progress
+from dynamo_jax.report.gains import switching_words
 from dynamo_jax.report.page import write_report
 from dynamo_jax.report.results import report_content
 from dynamo_jax.report.run import Run, versions
@@ -55,10 +56,13 @@ class Clock:
 
 @dataclasses.dataclass(frozen=True)
 class DemoResult:
+    """What the demo found. summary: the report's first sentences, on what switching gained."""
+
     rows: list[Row]
     model: QuantizedModel
     adaptations: dict[str, Adaptation]
     analyses: dict[str, Analysis]
+    summary: str = ""
 
 
 def compute(config: DemoConfig, texts: Path | None, progress: Progress = no_progress) -> tuple[DemoResult, Decoder]:
@@ -95,5 +99,6 @@ def run(
     described = checkpoint.describe(out / "checkpoint")
     of_run = Run(command, clock.seconds, out / "checkpoint", {name: described[name] for name in MEMORY})
     parts = (result.model, result.analyses, result.rows, result.adaptations)
-    write_report(out / "report.html", report_content(BUNDLED_NAME, model, *parts, of_run))
-    return result
+    content = report_content(BUNDLED_NAME, model, *parts, of_run)
+    write_report(out / "report.html", content)
+    return dataclasses.replace(result, summary=switching_words(content))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import sys
 
@@ -47,6 +48,7 @@ def test_the_demo_writes_its_files_and_the_same_figures_each_time(small, tmp_pat
     for fact in ("experts on the device", "on disk", "versions", "date", "peak memory", *set(stages)):
         assert fact in page
     assert f"jax {found['made_by']['jax']}" in page
+    assert f'class="lead">{html.escape(result.summary)}</p>' in page and "verse" in result.summary
 
 
 def test_the_clock_gives_each_stage_the_time_until_it_spoke(monkeypatch):

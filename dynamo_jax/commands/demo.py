@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dynamo_jax.commands.console import describe_verdict, print_rows, progress_bar
+from dynamo_jax.commands.console import describe_verdict, plain_signs, print_rows, progress_bar
 
 
 def demo(
@@ -36,4 +36,5 @@ def demo(
     print_rows(result.rows)
     for name, found in result.adaptations.items():
         print(f"{name}: {describe_verdict(found)}")
+    print(plain_signs(result.summary))
     print(f"checkpoint  {out / 'checkpoint'}\nreport      {out / 'report.html'}\nresults     {out / 'results.json'}")
