@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from texts import add_texts
+from texts import KNOWN, NOVEL, add_texts
 
 from dynamo_jax.files import write_json
 from dynamo_jax.kernels.grouped_matmul import grouped_matmul
@@ -31,7 +31,7 @@ from dynamo_jax.models.experts import row_experts
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.runtime.switch import window_losses
 from dynamo_jax.storage import checkpoint
-from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
+from dynamo_jax.texts.demo import collect
 from dynamo_jax.texts.windows import token_windows
 
 TEXT_BYTES = 300_000  # of each kind

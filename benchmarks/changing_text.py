@@ -2,10 +2,10 @@
 
     python benchmarks/changing_text.py --texts FOLDER [--budget 3.0] [--windows 32] [--json PATH]
 
-The bundled model is quantized on the demo's known kinds. Texts of two of its novel kinds take turns, of 256, 512, 1,024
-or 2,048 tokens each, in all ordered pairs; of one kind alone they never change. What ``runtime.online.Follower`` does
-is done on measured windows of 256 tokens: a plan is adapted to the last ones, anew after four times as many, and taken
-if it is better on these.
+The bundled model is quantized on the known kinds of texts.py. Texts of two of its novel kinds take turns, of 256, 512,
+1,024 or 2,048 tokens each, in all ordered pairs; of one kind alone they never change. What ``runtime.online.Follower``
+does is done on measured windows of 256 tokens: a plan is adapted to the last ones, anew after four times as many, and
+taken if it is better on these.
 
     kept    until the next adaptation, whatever comes
     left    when it would have lost more than the baseline on the last 1,024 tokens, by the router's counts of them and
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from texts import add_texts
+from texts import KNOWN, NOVEL, add_texts
 
 from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.demo import DemoConfig
@@ -39,7 +39,7 @@ from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows,
 from dynamo_jax.runtime.memory import spare_slots
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.standing import MOST, RECENT, Standing
-from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
+from dynamo_jax.texts.demo import collect
 from dynamo_jax.texts.windows import token_windows
 
 TEXT_BYTES = 600_000  # of each kind

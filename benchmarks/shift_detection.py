@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from texts import add_texts
+from texts import KNOWN, NOVEL, add_texts
 
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
@@ -37,7 +37,7 @@ from dynamo_jax.models.experts import routing_counts
 from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.runtime.monitor import HOP, start, watch
 from dynamo_jax.runtime.signatures import Signatures, learn, spans
-from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
+from dynamo_jax.texts.demo import collect
 
 TEXT_BYTES = 450_000  # of each kind
 WINDOW, BATCH, PIECE = 256, 8, 32

@@ -40,7 +40,7 @@ import numpy as np
 import peers
 from quality import dynamo, sample
 from scipy.stats import spearmanr
-from texts import add_texts
+from texts import KNOWN, NOVEL, add_texts
 
 from dynamo_jax.demo import DemoConfig
 from dynamo_jax.evaluation.divergence import log_probabilities
@@ -51,7 +51,7 @@ from dynamo_jax.models.experts import activation_of, expert_outputs
 from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.quant.planes import dequantize
-from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
+from dynamo_jax.texts.demo import collect
 from dynamo_jax.texts.windows import token_windows
 
 WIDTH = 2

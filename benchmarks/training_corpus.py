@@ -31,7 +31,7 @@ from corpus_sources import (
     text_kinds,
 )
 
-from dynamo_jax.texts.demo import KNOWN, NOVEL, TEXT_BYTES, collect
+from dynamo_jax.texts.demo import KINDS, TEXT_BYTES, collect
 
 TRAIN_BYTES = 12_000_000
 HELDOUT_BYTES = 160_000
@@ -79,7 +79,7 @@ def hashes(data: bytes) -> np.ndarray:
 
 
 def evaluated_texts(leave_out: Iterable[Path]) -> dict[str, str]:
-    found = {f"demo {n}": collect(parts(None), EVALUATED_BYTES) for n, parts in {**KNOWN, **NOVEL}.items()}
+    found = {f"demo {n}": collect(parts(None), EVALUATED_BYTES) for n, parts in KINDS.items()}
     return found | {p.name: p.read_text(errors="ignore") for p in leave_out}
 
 

@@ -20,8 +20,10 @@ from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME
 from dynamo_jax.models.decoder import Decoder
 from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.progress import Progress, no_progress
+from dynamo_jax.report.gains import switching_words
 from dynamo_jax.report.page import write_report
 from dynamo_jax.report.results import report_content
+from dynamo_jax.report.run import Run, versions
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.storage import checkpoint
 from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
@@ -35,12 +37,32 @@ class DemoConfig:
     evaluate: EvalConfig = dataclasses.field(default_factory=lambda: EvalConfig(limit=32))
 
 
+MEMORY = ("bits a weight", "experts on the device", "experts in host memory", "on disk")  # facts of a checkpoint
+
+
+class Clock:
+    """Passes progress on, and keeps the seconds of each stage: those that went by until it said how far it was."""
+
+    def __init__(self, progress: Progress):
+        self.seconds: dict[str, float] = {}
+        self._progress, self._last = progress, time.perf_counter()
+
+    def __call__(self, stage: str, done: float, of: int) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+        self._progress(stage, done, of)
+
+
 @dataclasses.dataclass(frozen=True)
 class DemoResult:
+    """What the demo found. summary: the report's first sentences, on what switching gained."""
+
     rows: list[Row]
     model: QuantizedModel
     adaptations: dict[str, Adaptation]
     analyses: dict[str, Analysis]
+    summary: str = ""
 
 
 def compute(config: DemoConfig, texts: Path | None, progress: Progress = no_progress) -> tuple[DemoResult, Decoder]:
@@ -68,13 +90,15 @@ def run(
     if out.is_dir() and (other := {p.name for p in out.iterdir()} - {"checkpoint", "report.html", "results.json"}):
         raise ValueError(f"{out}: exists and holds something else ({min(other)}); choose another --out")
     checkpoint.check_free(out / "checkpoint")
-    begin = time.perf_counter()
-    result, model = compute(config, texts, progress)
+    clock = Clock(progress)
+    result, model = compute(config, texts, clock)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.save(out / "checkpoint", result.model)
-    seconds = time.perf_counter() - begin
-    write_json(out / "results.json", {"results": [r.to_dict() for r in result.rows]})
+    clock("save", 1, 1)
+    write_json(out / "results.json", {"made_by": versions(), "results": [r.to_dict() for r in result.rows]})
+    described = checkpoint.describe(out / "checkpoint")
+    of_run = Run(command, clock.seconds, out / "checkpoint", {name: described[name] for name in MEMORY})
     parts = (result.model, result.analyses, result.rows, result.adaptations)
-    of_run = report_content(BUNDLED_NAME, model, *parts, command, seconds)
-    write_report(out / "report.html", of_run)
-    return result
+    content = report_content(BUNDLED_NAME, model, *parts, of_run)
+    write_report(out / "report.html", content)
+    return dataclasses.replace(result, summary=switching_words(content))

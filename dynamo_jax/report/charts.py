@@ -3,8 +3,8 @@
 Functions of numbers that return markup; no dataset or model is known here. ``element`` escapes
 attributes and ``text`` escapes words, and nothing else writes a tag, so that tags balance. A number
 that is not finite is shown as missing and never reaches a coordinate. Colours of words and marks are
-CSS variables (``STYLE``), which follow the reader's light or dark mode; prints are light. Palettes are
-safe for colour-blind readers, and a digit, sign or shape repeats what a colour says.
+CSS variables (``style.py``). Palettes are safe for colour-blind readers, and a digit, sign or shape
+repeats what a colour says.
 
 Axes: L layers, E experts.
 """
@@ -39,58 +39,8 @@ SEQUENTIAL = (
 )  # viridis, its darkest end cut
 MORE, LESS = "#1b9150", "#8f4fb0"  # of ColorBrewer's PRGn
 WIDTH = 1040  # pixels of the page that a chart may fill
+PLOT = 860  # of a chart before it is stretched to the page
 CHARACTER = 6.4  # pixels of one, in a label
-
-STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1c2024; --soft: #5c6670; --line: #d5dae0; --panel: #f4f6f8;
-  --none: #c9ced4; --better: #0072b2; --worse: #c04f00; --auto: #00805d; --rtn: #8a939c; }
-@media screen and (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e6e9ec; --soft: #a2acb6;
-  --line: #363d45; --panel: #1d2228; --none: #4a525b; --better: #56b4e9; --worse: #f08a3c; --auto: #2fc09a;
-  --rtn: #8a939c; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.5 system-ui, "Segoe UI", Helvetica, Arial,
-  sans-serif; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-main { max-width: 1100px; margin: 0 auto; padding: 28px 28px 60px; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 2.6rem 0 .5rem; padding-top: .7rem; border-top: 1px solid var(--line); }
-h3 { font-size: .95rem; margin: 1rem 0 .15rem; overflow-wrap: anywhere; }
-p { max-width: 80ch; } .lead { font-size: 1.15rem; margin: 0 0 1rem; } .soft, figcaption { color: var(--soft); }
-nav { font-size: .9rem; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin-top: 1.2rem; } a { color: inherit; }
-.key { display: inline-flex; align-items: center; gap: .3rem; margin-right: 1.4rem; font-size: .88rem; }
-ul.findings { list-style: none; padding: 0; margin: 0; }
-ul.findings li { padding: .35rem .8rem; border-left: 4px solid var(--line); margin: .35rem 0; background: var(--panel);
-  overflow-wrap: anywhere; }
-ul.findings li.better { border-color: var(--better); } ul.findings li.worse { border-color: var(--worse); }
-figure { margin: 1rem 0 1.6rem; } figcaption { font-size: .88rem; max-width: 95ch; margin-top: .5rem; }
-.plot { overflow-x: auto; } .beside { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; align-items: flex-start; }
-svg { display: block; max-width: 100%; height: auto; font-size: 11px; }
-svg text { fill: var(--soft); } svg text.ink, svg text.label { fill: var(--ink); } svg text.label { font-size: 12px; }
-svg text.on-dark { fill: #fff; } svg text.on-light { fill: #111; }
-svg .cell text { font-size: 10px; pointer-events: none; }
-h3 + svg { margin-bottom: .6rem; }
-svg .line { stroke: var(--line); } svg .zero { stroke: var(--soft); }
-svg .trace { fill: none; stroke: var(--ink); stroke-width: 1.5; }
-.rtn { --mark: var(--rtn); } .baseline { --mark: var(--ink); } .auto { --mark: var(--auto); }
-.better { --mark: var(--better); } .worse { --mark: var(--worse); } .noise, .same, .unknown { --mark: var(--soft); }
-.strip .mark { fill-opacity: .6; }
-svg .mark { fill: var(--mark, var(--ink)); stroke: var(--mark, var(--ink)); }
-table.wide td.word { white-space: nowrap; } table.wide td.word:last-child { color: var(--mark); }
-tr.auto td.word { font-weight: 600; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .22rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; } td { white-space: nowrap; } td.word, th.word { text-align: left; overflow-wrap: break-word; }
-td.word { white-space: normal; } table.facts td:last-child { overflow-wrap: anywhere; }
-thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
-tr.group th { text-align: left; background: var(--panel); padding-top: .45rem; }
-table.wide td.word:first-child { padding-left: 1.6rem; }
-table.matrix td { text-align: center; border: 2px solid var(--paper); } table.matrix th { border: 0; font-weight: 400; }
-table.wide { width: 100%; }
-pre { background: var(--panel); padding: .7rem 1rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
-@media screen and (max-width: 760px) { main { padding: 16px; } .plot svg { max-width: none; } }
-@media print { html { font-size: 12px; } table { font-size: .85rem; } th, td { padding: .15rem .4rem; }
-  main { max-width: none; padding: 0; } nav { display: none; } h2, h3 { break-after: avoid; }
-  figure.whole, tbody, svg, li { break-inside: avoid; } }
-"""
 
 
 def text(value: object) -> str:
@@ -120,17 +70,18 @@ def clipped(label: str, most: int = 26) -> str:
     return label if len(label) <= most else label[: most - 1] + ELLIPSIS
 
 
-def svg(width: float, height: float, label: str, *content: str) -> str:
+def svg(width: float, height: float, label: str, *content: str, class_: str | None = None) -> str:
     """A drawing; ``label`` is for readers who do not see it."""
     box = f"0 0 {_plain(float(width))} {_plain(float(height))}"
-    return element("svg", *content, width=width, height=height, viewBox=box, role="img", aria_label=label)
+    size = {"width": width, "height": height, "viewBox": box}
+    return element("svg", *content, **size, role="img", aria_label=label, class_=class_)
 
 
-def _words(x: float, y: float, words: str, anchor: str = "start", class_: str | None = None) -> str:
+def words_at(x: float, y: float, words: str, anchor: str = "start", class_: str | None = None) -> str:
     return element("text", text(words), x=float(x), y=float(y), text_anchor=anchor, class_=class_)
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, class_: str = "line", width: float = 1.0) -> str:
+def line_at(x1: float, y1: float, x2: float, y2: float, class_: str = "line", width: float = 1.0) -> str:
     at = {"x1": float(x1), "y1": float(y1), "x2": float(x2), "y2": float(y2)}
     return element("line", class_=class_, stroke_width=width, **at)
 
@@ -200,9 +151,9 @@ class LogColours(NamedTuple):
         marks = []
         for tick in log_ticks(self.low, self.high):
             x = 24 + width * math.log(tick / self.low) / math.log(self.high / self.low)
-            marks += [_line(x, 16, x, 20, "zero"), _words(x, 31, number(tick, ".2g"), "middle")]
-        gray = _box(width + 144, 4, 12, 12, NO_DATA.style()) + _words(width + 161, 14, "zero, or no tokens seen")
-        return svg(width + 304, 36, f"colour scale, {unit}", *bars, *marks, _words(width + 32, 14, unit), gray)
+            marks += [line_at(x, 16, x, 20, "zero"), words_at(x, 31, number(tick, ".2g"), "middle")]
+        gray = _box(width + 144, 4, 12, 12, NO_DATA.style()) + words_at(width + 161, 14, "zero, or no tokens seen")
+        return svg(width + 304, 36, f"colour scale, {unit}", *bars, *marks, words_at(width + 32, 14, unit), gray)
 
 
 def log_colours(arrays: Sequence[np.ndarray], decades: float = 5.0) -> LogColours:
@@ -239,8 +190,8 @@ def swatches(entries: Sequence[tuple[Paint, str]]) -> str:
     parts, x = [], 0.0
     for paint, words in entries:
         parts.append(_box(x, 2, 16, 16, paint.style()))
-        parts.append(element("g", _words(x + 8, 14, paint.label, "middle", paint.label_class()), class_="cell"))
-        parts.append(_words(x + 21, 14, words))
+        parts.append(element("g", words_at(x + 8, 14, paint.label, "middle", paint.label_class()), class_="cell"))
+        parts.append(words_at(x + 21, 14, words))
         x += 39 + CHARACTER * len(words)
     return svg(max(x, 1.0), 20, "legend: " + ", ".join(words for _, words in entries), *parts)
 
@@ -260,20 +211,20 @@ def heat_map(
     every = next(n for n in (1, 2, 4, 8, 16, 32, 64, 10**9) if n * wide >= 40)
     parts = []
     for e in range(0, experts, every):
-        parts.append(_words(left + (e + 0.5) * wide, 12, f"expert {e}" if e == 0 else str(e), "middle"))
+        parts.append(words_at(left + (e + 0.5) * wide, 12, f"expert {e}" if e == 0 else str(e), "middle"))
     down = 1 if high >= 11 else 2  # rows to a label
     for i in range(layers):
         y = top + i * high
         if i % down == 0:
-            parts.append(_words(left - 6, y + high / 2 + 4, f"layer {i}" if i == 0 else str(i), "end"))
-            parts.extend(_words(left + experts * wide + 8, y + high / 2 + 4, note) for note in notes[i : i + 1])
+            parts.append(words_at(left - 6, y + high / 2 + 4, f"layer {i}" if i == 0 else str(i), "end"))
+            parts.extend(words_at(left + experts * wide + 8, y + high / 2 + 4, note) for note in notes[i : i + 1])
         for e in range(experts):
             look = paint(float(values[i, e]))
             gap = 1.0 if wide >= 9 else 0.0
             cell = _box(left + e * wide, y, wide - gap, high - gap, look.style())
             if look.label and wide >= 9:
                 x = left + e * wide + (wide - gap) / 2
-                cell += _words(x, y + high / 2 + 3, look.label, "middle", look.label_class())
+                cell += words_at(x, y + high / 2 + 3, look.label, "middle", look.label_class())
             parts.append(
                 element("g", element("title", text(f"layer {i}, expert {e}: {title(i, e)}")), cell, class_="cell")
             )
@@ -316,9 +267,9 @@ class _Axis(NamedTuple):
         parts = []
         for tick in ticks(self.low, self.high):
             x = self.at(tick)
-            parts.append(_line(x, top, x, bottom))
-            parts.append(_words(x, bottom + 14, number(round(tick, 12) + 0.0, ".4g"), "middle"))
-        parts.append(_words((self.left + self.right) / 2, bottom + 30, caption, "middle"))
+            parts.append(line_at(x, top, x, bottom))
+            parts.append(words_at(x, bottom + 14, number(round(tick, 12) + 0.0, ".4g"), "middle"))
+        parts.append(words_at((self.left + self.right) / 2, bottom + 30, caption, "middle"))
         return "".join(parts)
 
 
@@ -335,10 +286,10 @@ def _left_margin(labels: Sequence[str]) -> float:
 
 
 def _row_label(x: float, y: float, label: str) -> str:
-    return element("g", element("title", text(label)), _words(x, y + 4, clipped(label), "end", "label"))
+    return element("g", element("title", text(label)), words_at(x, y + 4, clipped(label), "end", "label"))
 
 
-def lollipop_chart(rows: Sequence[tuple[str, Sequence[Mark]]], caption: str, width: float = 640) -> str:
+def lollipop_chart(rows: Sequence[tuple[str, Sequence[Mark]]], caption: str, width: float = PLOT) -> str:
     """Marks at their distance from zero, with error bars, in one lane each; ``caption`` names the axis."""
     left, lane, top = _left_margin([name for name, _ in rows]), 17, 6
     every = [m for _, marks in rows for m in marks]
@@ -352,26 +303,26 @@ def lollipop_chart(rows: Sequence[tuple[str, Sequence[Mark]]], caption: str, wid
         for i, mark in enumerate(marks):
             parts.append(_lollipop(mark, axis, y + 6 + lane * (i + 0.5)))
         y += 12 + lane * len(marks)
-        parts.append(_line(0, y, width, y))
-    zero = _line(axis.at(0), top, axis.at(0), y, "zero", 1.5)
-    return svg(width, y + 36, caption, axis.draw(top, y, caption), zero, *parts)
+        parts.append(line_at(0, y, width, y))
+    zero = line_at(axis.at(0), top, axis.at(0), y, "zero", 1.5)
+    return svg(width, y + 36, caption, axis.draw(top, y, caption), zero, *parts, class_="fluid")
 
 
 def _lollipop(mark: Mark, axis: _Axis, y: float) -> str:
     if not math.isfinite(mark.value):
-        return _words(axis.at(0) + 8, y + 4, f"{mark.words}, not drawn")
+        return words_at(axis.at(0) + 8, y + 4, f"{mark.words}, not drawn")
     x, end, parts = axis.at(mark.value), axis.at(mark.value), []
-    parts.append(_line(axis.at(0), y, x, y, "mark", 1.5))
+    parts.append(line_at(axis.at(0), y, x, y, "mark", 1.5))
     if mark.error is not None and math.isfinite(mark.error):
         start, end = axis.at(mark.value - mark.error), axis.at(mark.value + mark.error)
-        parts.append(_line(start, y, end, y, "mark", 3.0))
-        parts += [_line(at, y - 5, at, y + 5, "mark", 1.5) for at in (start, end)]
-    parts += [marker(mark.series, x, y), _words(max(x + 4, end, axis.at(0)) + 6, y + 4, mark.words, class_="ink")]
+        parts.append(line_at(start, y, end, y, "mark", 3.0))
+        parts += [line_at(at, y - 5, at, y + 5, "mark", 1.5) for at in (start, end)]
+    parts += [marker(mark.series, x, y), words_at(max(x + 4, end, axis.at(0)) + 6, y + 4, mark.words, class_="ink")]
     return element("g", element("title", text(mark.title)), *parts, class_=mark.series)
 
 
 def strip_chart(
-    rows: Sequence[tuple[str, Sequence[Mark]]], shown: Sequence[float], caption: str, width: float = 640
+    rows: Sequence[tuple[str, Sequence[Mark]]], shown: Sequence[float], caption: str, width: float = PLOT
 ) -> str:
     """All marks of a row on one lane; what is not finite is left out. ``shown``: numbers the axis shows in any case."""
     left, lane = _left_margin([name for name, _ in rows]), 22
@@ -380,14 +331,14 @@ def strip_chart(
     for i, (name, marks) in enumerate(rows):
         y = 6 + lane * (i + 0.5)
         finite = [m for m in marks if math.isfinite(m.value)]
-        parts += [_row_label(left - 8, y, name), _line(left, y, width - 20, y)]
+        parts += [_row_label(left - 8, y, name), line_at(left, y, width - 20, y)]
         if not finite:
-            parts.append(_words(left + 6, y + 4, MISSING))
+            parts.append(words_at(left + 6, y + 4, MISSING))
         for m in finite:
             title = element("title", text(f"{name}, {m.title}"))
             parts.append(element("g", title, marker(m.series, axis.at(m.value), y), class_=m.series))
     bottom = 6 + lane * len(rows)
-    return svg(width, bottom + 36, caption, axis.draw(6, bottom, caption), *parts)
+    return svg(width, bottom + 36, caption, axis.draw(6, bottom, caption), *parts, class_="fluid")
 
 
 def key(series: str, words: str) -> str:
@@ -396,7 +347,7 @@ def key(series: str, words: str) -> str:
     return element("span", drawing, text(words), class_="key")
 
 
-def range_chart(rows: Sequence[tuple[str, Sequence[float]]], start: float, caption: str, width: float = 640) -> str:
+def range_chart(rows: Sequence[tuple[str, Sequence[float]]], start: float, caption: str, width: float = PLOT) -> str:
     """Five quantiles a row: a line between the outer, a box between the inner ones, a dot in the middle.
 
     ``start``: a number that the axis shows in any case.
@@ -408,21 +359,21 @@ def range_chart(rows: Sequence[tuple[str, Sequence[float]]], start: float, capti
         y = 6 + lane * (i + 0.5)
         parts.append(_row_label(left - 8, y, name))
         if not all(map(math.isfinite, quantiles)):
-            parts.append(_words(left + 6, y + 4, MISSING))
+            parts.append(words_at(left + 6, y + 4, MISSING))
             continue
         a, b, c, d, e = map(axis.at, quantiles)
-        words = [_line(a, y, e, y, "zero", 1.5), _box(b, y - 6, d - b, 12, "fill:var(--rtn)")]
+        words = [line_at(a, y, e, y, "zero", 1.5), _box(b, y - 6, d - b, 12, "fill:var(--rtn)")]
         words += [
             element("circle", cx=c, cy=y, r=4.5, class_="mark"),
-            _words(e + 8, y + 4, number(quantiles[2], ".3g")),
+            words_at(e + 8, y + 4, number(quantiles[2], ".3g")),
         ]
         title = "median {2:.3g}, quartiles {1:.3g} and {3:.3g}, 5% and 95% {0:.3g} and {4:.3g}".format(*quantiles)
         parts.append(element("g", element("title", text(f"{name}: {title}")), *words))
     bottom = 6 + lane * len(rows)
-    return svg(width, bottom + 36, caption, axis.draw(6, bottom, caption), *parts)
+    return svg(width, bottom + 36, caption, axis.draw(6, bottom, caption), *parts, class_="fluid")
 
 
-def bar_chart(rows: Sequence[tuple[str, float, str, str]], label: str, width: float = 560) -> str:
+def bar_chart(rows: Sequence[tuple[str, float, str, str]], label: str, width: float = PLOT) -> str:
     """Bars (label, length, words at its end, CSS colour) from zero; the words give the numbers."""
     left, lane = _left_margin([name for name, *_ in rows]), 22
     room = 14 + CHARACTER * max((len(words) for _, _, words, _ in rows), default=0)
@@ -433,9 +384,9 @@ def bar_chart(rows: Sequence[tuple[str, float, str, str]], label: str, width: fl
         parts.append(_row_label(left - 8, y + 10, name))
         parts += [
             _box(left, y + 2, length, 16, f"fill:{colour}"),
-            _words(left + length + 6, y + 14, words, class_="ink"),
+            words_at(left + length + 6, y + 14, words, class_="ink"),
         ]
-    return svg(width, lane * len(rows) + 2, label, *parts)
+    return svg(width, lane * len(rows) + 2, label, *parts, class_="fluid")
 
 
 class Stretch(NamedTuple):
@@ -450,10 +401,13 @@ class Stretch(NamedTuple):
 
 
 def timeline_chart(stretches: Sequence[Stretch], upper: str, lower: str, most: float, unit: str, caption: str) -> str:
-    """Dots from 0 to ``most`` with a rule at 1, what lies above drawn at the edge, over a line with a rule at 0."""
-    width, left, tall, top = 900, _left_margin([upper, lower]), 48, 6
+    """Dots from 0 to ``most`` with a rule at 1, what lies above drawn at the edge, over a line with a rule at 0.
+
+    upper, lower: titles of the two.
+    """
+    width, left, tall, top = 900, 64.0, 48, 18
     last, reach = stretches[-1].end, max([abs(s.lower) for s in stretches if math.isfinite(s.lower)], default=0.0)
-    below, bottom = top + tall + 12, top + 2 * tall + 12
+    below, bottom = top + tall + 32, top + 2 * tall + 32
 
     def x(value: float) -> float:
         return left + value / last * (width - left - 12)
@@ -475,10 +429,11 @@ def timeline_chart(stretches: Sequence[Stretch], upper: str, lower: str, most: f
         if math.isfinite(stretch.lower):
             points.append(f"{middle:.1f},{under(stretch.lower):.1f}")
         start = stretch.end
-    rules = [_line(left, level, width - 12, level, "zero") for level in (y(1.0), under(0.0))]
-    words = [_row_label(left - 8, y(1.0), upper), _row_label(left - 8, under(0.0), lower)]
-    words += [_words(left, bottom + 14, "0"), _words(width - 12, bottom + 14, f"{last:,.0f} {unit}", "end")]
-    if reach:
-        words.append(_words(left + 4, below + 9, f"edges: {PLUS_MINUS}{number(reach, '.2g')}"))
+    rules = [line_at(left, level, width - 12, level, "zero") for level in (y(1.0), under(0.0))]
+    words = [words_at(left, top - 6, upper, class_="ink"), words_at(left, below - 6, lower, class_="ink")]
+    numbers = [(y(0.0), "0"), (y(1.0), "1"), (y(most), f"{most:g} or more"), (under(0.0), "0")]
+    numbers += [(under(side * reach), number(side * reach, "+.2g")) for side in (-1, 1)] if reach else []
+    words += [words_at(left - 6, level + 4, shown, "end") for level, shown in numbers]
+    words += [words_at(left, bottom + 14, "0"), words_at(width - 12, bottom + 14, f"{last:,.0f} {unit}", "end")]
     line = element("polyline", points=" ".join(points), class_="trace")
-    return svg(width, bottom + 20, caption, *shade, *rules, line, *dots, *words)
+    return svg(width, bottom + 20, caption, *shade, *rules, line, *dots, *words, class_="fluid")

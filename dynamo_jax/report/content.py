@@ -32,16 +32,17 @@ class Line(NamedTuple):
 class ReportContent:
     """What a report shows.
 
-    facts: of the model and the plan, in order. rows: the fields of ``evaluation.perplexity.Row``. significance:
-    nats a token predicted when that expert alone is at 2 bits. channel_significance: output energy
-    through each channel block. baseline_bits: of each page, in {2, 3, 4, 8}; apart: whether each
-    projection of a block has a page of its own, those of gate first. adapted_bits: of the datasets
-    that were adapted to. verdicts: nearest known dataset, score, novel or not. dynamics:
-    of the known datasets. timelines: of the evaluated ones.
+    facts: of the model, the plan and the run, in order. expert_weights: of the whole model. rows: the fields of
+    ``evaluation.perplexity.Row``. significance: nats a token predicted when that expert alone is at 2 bits.
+    channel_significance: output energy through each channel block. baseline_bits: of each page, in {2, 3, 4, 8};
+    apart: whether each projection of a block has a page of its own, those of gate first. adapted_bits: of the
+    datasets that were adapted to. verdicts: nearest known dataset, score, novel or not. dynamics: of the known
+    datasets. timelines: of the evaluated ones. command: that made the report; next_steps: commands by what they do.
     """
 
     model: str
     facts: dict[str, str]
+    expert_weights: int
     rows: list[Row]
     significance: dict[str, Float[np.ndarray, "L E"]]
     channel_significance: dict[str, Float[np.ndarray, "L E N"]]
@@ -51,6 +52,7 @@ class ReportContent:
     dynamics: Dynamics | None
     command: str
     apart: bool = False
+    next_steps: dict[str, str] = dataclasses.field(default_factory=dict)
     timelines: dict[str, Line] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

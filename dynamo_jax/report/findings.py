@@ -157,6 +157,13 @@ def _rounding_finding(groups: dict[str, dict[str, Row]]) -> list[Finding]:
         f"Compared with plain rounding: {name} holds {near['device_bits']:.2f} bits a weight, the baseline "
         f"{both[0]['baseline']['device_bits']:.2f}."
     )
+    reads = [
+        [r["bytes_per_token"] for r in (g["baseline"], g[name])]
+        for g in both
+        if name in g and g[name]["bytes_per_token"]
+    ]
+    if reads:
+        words += f" Bytes read a token: {span([a / b - 1 for a, b in reads], '+.1%')} against {name}."
     if costs:
         words += f" Against bf16 {name} changes perplexity by {span(costs, '+.1%')}."
     words += f" By nll the baseline is better than {name} on {len(pairs) - len(beaten)} of {len(pairs)} datasets"
@@ -167,7 +174,8 @@ def _rounding_finding(groups: dict[str, dict[str, Row]]) -> list[Finding]:
 def _adaptation_findings(content: ReportContent, groups: dict[str, dict[str, Row]]) -> list[Finding]:
     kind, steps = kinds(content), {name: paired_auto(group) for name, group in groups.items()}
     changed = dict.fromkeys([*content.adapted_bits, *(n for n, row in steps.items() if row and row["difference"] != 0)])
-    found = [_adapted_finding(name, _why_odd(content, name), groups.get(name, {})) for name in changed]
+    found = [_tally(content, groups)] if content.adapted_bits else []
+    found += [_adapted_finding(name, _why_odd(content, name), groups.get(name, {})) for name in changed]
     missed = [n for n in groups if kind[n] != "known" and n not in changed]
     kept = [n for n in groups if kind[n] == "known" and n not in changed and "auto" in groups[n]]
     if missed:
@@ -188,6 +196,14 @@ def _why_odd(content: ReportContent, name: str) -> str:
     return " (a false alarm: the dataset is a known one)" if kinds(content).get(name) == "known" else ""
 
 
+def _tally(content: ReportContent, groups: dict[str, dict[str, Row]]) -> Finding:
+    marks = [reading(paired_auto(groups.get(name, {})) or {}) for name in content.adapted_bits]
+    rest = len(marks) - marks.count("better") - marks.count("worse")
+    one = "1 dataset" if len(marks) == 1 else f"{len(marks)} datasets"
+    words = f"Adapted to {one}: better on {marks.count('better')}, worse on {marks.count('worse')}"
+    return Finding("plain", f"{words}, and on {rest} there is no sure difference.")
+
+
 def _adapted_finding(name: str, alarm: str, group: dict[str, Row]) -> Finding:
     row = paired_auto(group)
     if row is None:
@@ -196,7 +212,7 @@ def _adapted_finding(name: str, alarm: str, group: dict[str, Row]) -> Finding:
     if "baseline" in group:
         step += f", perplexity {perplexity(group['baseline'])} to {perplexity(row)}"
         read, before = row["bytes_per_token"], group["baseline"]["bytes_per_token"]
-        step += f", {number(read / before - 1, '+.1%')} bytes" if before else ""
+        step += f", {number(read / before - 1, '+.1%')} bytes read a token" if before else ""
     mark = reading(row)
     words = {
         "better": f"Adaptation helped on {name}{alarm}: {step}.",
@@ -206,20 +222,6 @@ def _adapted_finding(name: str, alarm: str, group: dict[str, Row]) -> Finding:
         "unknown": f"Adaptation on {name}{alarm}: {step}; without a finite standard error that shows nothing.",
     }[mark]
     return Finding(mark if mark in ("better", "worse") else "noise", words)
-
-
-def lead(content: ReportContent) -> str:
-    """One sentence."""
-    groups = by_dataset(content.rows)
-    marks = [reading(paired_auto(groups.get(name, {})) or {}) for name in content.adapted_bits]
-    bits = [g["baseline"]["device_bits"] for g in groups.values() if "baseline" in g]
-    start = f"The baseline keeps the experts at {bits[0]:.2f} bits a weight." if bits else "There is no baseline row."
-    if not marks:
-        return f"{start} No dataset was adapted to."
-    tally = [f"better on {marks.count('better')}", f"worse on {marks.count('worse')}"]
-    rest = len(marks) - marks.count("better") - marks.count("worse")
-    one = "1 dataset" if len(marks) == 1 else f"{len(marks)} datasets"
-    return f"{start} Adapted to {one}, it got {', '.join(tally)}, and on {rest} there is no sure difference."
 
 
 def rank_correlations(

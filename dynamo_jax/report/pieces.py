@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from dynamo_jax.report.charts import element, text
 
+HINT = element("p", text("Scroll sideways where it goes on to the right."), class_="hint")
+
 
 def figure(caption: str, *content: str, whole: bool = True) -> str:
     """Content with the words on how to read it; ``whole``: not to be broken over printed pages."""
-    plots = element("div", *content, class_="plot")
+    plots = HINT + element("div", *content, class_="plot")
     return element("figure", plots, element("figcaption", text(caption)), class_="whole" if whole else None)
 
 

@@ -39,9 +39,10 @@ VARIANTS = {
     "rtn4": "all experts rounded to nearest at 4 bits",
     "rtn3": "all experts rounded to nearest at 3 bits",
     "rtn2": "all experts rounded to nearest at 2 bits",
-    "baseline": "one width an expert, chosen on the known datasets under the byte budget",
+    "baseline": "{widths}, chosen on the known datasets under the byte budget",
     "auto": "the baseline where the monitor knows the data, else the plan that was adapted to the data",
 }
+WIDTHS_OF = {False: "one width an expert", True: "two widths an expert, one of gate with up and one of down"}  # apart
 READINGS = {
     "better": "\N{BLACK DOWN-POINTING TRIANGLE} better",
     "worse": "\N{BLACK UP-POINTING TRIANGLE} worse",
@@ -57,61 +58,59 @@ BITS = {
     4: Paint("#4ac16d", 1.0, "4"),
     8: Paint("#fde725", 1.0, "8"),
 }
-WORD_COLUMNS = (0, 8, 9)  # of the table of results
 
 
 def results_section(content: ReportContent) -> str:
     if not content.rows:
         return nothing("No rows were evaluated.")
-    difference = f"difference {PLUS_MINUS} standard error"
-    head = [
-        "variant",
-        "bits a weight",
-        "bytes a token",
-        "of bf16",
-        "tokens",
-        "nll",
-        "perplexity",
-        difference,
-        "from",
-        "reading",
-    ]
-    groups = by_dataset(content.rows)
+    batch = max(row.get("batch", 1) for row in content.rows)
+    head = ["variant", "device bits", "bytes a token", "of bf16"]
+    head += [f"bytes a step of {batch}"] if batch > 1 else []
+    head += ["tokens", "nll", "perplexity", f"difference {PLUS_MINUS} standard error", "from", "reading"]
+    words = (0, len(head) - 2, len(head) - 1)
     bodies = []
-    for dataset, group in groups.items():
-        rows = [r for r in content.rows if r["dataset"] == dataset]
-        title = element("th", text(f"{dataset} ({rows[0]['kind']})"), colspan=len(head), scope="rowgroup")
-        lines = [_row_line(row, group.get("bf16")) for row in rows]
+    for name, group in by_dataset(content.rows).items():
+        kind = next(iter(group.values()))["kind"]
+        title = element("th", text(f"{name} ({kind})"), colspan=len(head), scope="rowgroup")
+        lines = [
+            cells("td", _row_line(row, group.get("bf16"), batch), words, class_=_look(row)) for row in group.values()
+        ]
         bodies.append(element("tbody", element("tr", title, class_="group"), *lines))
-    used = [v for v in VARIANTS if any(r["variant"] == v for r in content.rows)]
+    used = [v for v in VARIANTS if any(row["variant"] == v for row in content.rows)]
+    about = {v: VARIANTS[v].format(widths=WIDTHS_OF[content.apart]) for v in used}
     caption = (
-        "nll: mean negative log-likelihood, nats a token, and perplexity is exp(nll); lower is better. Bytes: expert "
-        "weights, scales included, that one token reads. Difference: nll minus that of the row under from, paired by "
-        f"window. Reading: better or worse past {SIGNIFICANT:g} standard errors, else noise; about one in twenty "
-        "differences that are only noise passes this mark. Variants: "
-        + "; ".join(f"{v}, {VARIANTS[v]}" for v in used)
-        + "."
+        "nll: mean negative log-likelihood, nats a token, and perplexity is exp(nll); lower is better. Device bits: "
+        "what the device holds for a weight of the experts, scales included, and spare slots and page tables of a "
+        "model that switches. Bytes a token: of experts, that one request alone reads; of bf16: as a share of what "
+        "that reads. "
+        + (f"Bytes a step: that a step of {batch} requests reads. " if batch > 1 else "")
+        + "Difference: nll minus that of the row under from, paired by window. Reading: better or worse past "
+        f"{SIGNIFICANT:g} standard errors, else noise; about one in twenty differences that are only noise passes this "
+        "mark. Variants: " + "; ".join(f"{variant}, {what}" for variant, what in about.items()) + "."
     )
-    whole = element("table", element("thead", cells("th", head, WORD_COLUMNS)), *bodies, class_="wide")
+    whole = element("table", element("thead", cells("th", head, words)), *bodies, class_="wide")
     return figure(caption, whole, whole=False)
 
 
-def _row_line(row: Row, bf16: Row | None) -> str:
+def _look(row: Row) -> str:
+    return f"{row['variant']} {reading(row)}"
+
+
+def _row_line(row: Row, bf16: Row | None, batch: int) -> list[str]:
     share = row["bytes_per_token"] / bf16["bytes_per_token"] if bf16 and bf16["bytes_per_token"] else math.nan
-    mark = reading(row)
-    values = [
+    return [
         row["variant"],
         number(row["device_bits"], ".2f"),
         byte_text(row["bytes_per_token"]),
         number(share, ".1%"),
+        *([byte_text(row["bytes_per_step"])] if batch > 1 else []),
         f"{row['tokens']:,}",
         number(row["nll"], ".4f"),
         perplexity(row),
         plus_minus(row),
         row.get("reference") or "",
-        READINGS[mark],
+        READINGS[reading(row)],
     ]
-    return cells("td", values, WORD_COLUMNS, class_=f"{row['variant']} {mark}")
 
 
 def adaptation_section(content: ReportContent) -> str:
@@ -228,31 +227,28 @@ def _widths_of(what: str, bits: Int[np.ndarray, "L E"]) -> str:
     )
     counts = {w: int((bits == w).sum()) for w in WIDTHS}
     bars = [(f"{w} bits", float(n), f"{n} ({n / bits.size:.0%})", BITS[w].fill) for w, n in counts.items()]
+    title = element("h3", text(f"Width of {what}"))
     return figure(
         f"The baseline's width of {what} in bits; a row is a layer, a column an expert. The number to the right is "
         "the layer's mean width, scales not counted.",
+        title,
         legend,
         grid,
-    ) + figure(f"Experts of each width, of {bits.size} in all layers.", charts.bar_chart(bars, "experts by width"))
+    ) + figure(
+        f"{what.capitalize()}: how many of each width, of {bits.size} experts in all layers.",
+        charts.bar_chart(bars, f"{what} by width"),
+    )
 
 
 def adapted_section(content: ReportContent) -> str:
-    return _change_maps(content) + _concentration(content.channel_significance)
-
-
-def _change_maps(content: ReportContent) -> str:
     base = np.asarray(content.baseline_bits, np.float64)
     adapted = {n: np.asarray(a) for n, a in content.adapted_bits.items() if np.size(a)}
     if not adapted:
         return nothing("No dataset was adapted to.")
     means = base.mean(axis=2)
     changes = {n: a.mean(axis=2) - means for n, a in adapted.items()}
-    limit = max(float(np.abs(c).max()) for c in changes.values())
-    ends = (
-        [(charts.diverging(s * limit, limit), f"{number(s * limit, '+.2f')} bits") for s in (-1, -0.5, 0.5, 1)]
-        if limit
-        else []
-    )
+    limit = _round_up(max(float(np.abs(c).max()) for c in changes.values()))
+    ends = [(charts.diverging(s * limit, limit), f"{number(s * limit, '+g')} bits") for s in (-1, -0.5, 0.5, 1)]
     parts = [charts.swatches([*ends[:2], (charts.diverging(0.0, 1.0), "unchanged"), *ends[2:]])]
     for name, change in changes.items():
 
@@ -268,6 +264,11 @@ def _change_maps(content: ReportContent) -> str:
         "with a minus has lost some. The number to the right is the layer's mean change. One colour scale serves all."
     )
     return figure(caption, *parts, whole=False) + _moved_table(base, adapted)
+
+
+def _round_up(value: float) -> float:
+    """The next round number of bits that ends a scale."""
+    return next((end for end in (0.1, 0.2, 0.5, 1.0, 2.0, 4.0) if value <= end), 6.0)
 
 
 def _moved_table(base: np.ndarray, adapted: dict[str, np.ndarray]) -> str:
@@ -287,15 +288,17 @@ def _moved_table(base: np.ndarray, adapted: dict[str, np.ndarray]) -> str:
     return figure(caption, table(head, lines))
 
 
-def _concentration(significance: dict[str, np.ndarray]) -> str:
+def channels_section(content: ReportContent) -> str:
+    """How unevenly significance is spread over the channel blocks of an expert."""
+    significance = content.channel_significance
     blocks = max((np.shape(s)[2] for s in significance.values()), default=0)
     if blocks < 2:
         return nothing("Experts are not divided into channel blocks, so there is no spread over channels to show.")
     rows = [(name, block_concentration(s)) for name, s in significance.items()]
     caption = (
-        f"Do an expert's channel blocks differ? Significance of the largest of its {blocks} blocks over their mean: 1 "
-        f"is all alike, {blocks} is all in one block; the further right, the more widths by block can gain. Dot and "
-        "number: median over experts; box: quartiles; line: 5% to 95%."
+        f"Significance of the largest of an expert's {blocks} channel blocks over their mean: 1 is all alike, {blocks} "
+        "is all in one block; the further right, the more widths by block can gain. Dot and number: median over "
+        "experts; box: quartiles; line: 5% to 95%."
     )
     return figure(caption, charts.range_chart(rows, 1.0, f"largest block {TIMES} the mean block"))
 
@@ -322,7 +325,8 @@ def monitor_section(content: ReportContent) -> str:
             "What the monitor said at the end of the first windows of each dataset. Score: how far the routing of the "
             "last tokens lies beyond that of the nearest known dataset's own windows, over what chance allows: 0 is no "
             "farther than they are on the mean. Data is novel that was above 1 twice in a row. It is adapted to, and "
-            "so is data whose gain on the first windows is sure, whatever the verdict."
+            "so is data whose gain on the first windows is sure, whatever the verdict. Single stretches, which the "
+            "next section shows, can look otherwise."
         )
         parts.append(figure(caption, table(head, lines, words=5)))
     else:
@@ -334,3 +338,14 @@ def facts_section(content: ReportContent) -> str:
     facts = [[name, str(value)] for name, value in content.facts.items()]
     command = element("pre", element("code", text(content.command)))
     return (table(["fact", "value"], facts, 2, "facts") if facts else "") + element("p", "Made by:") + command
+
+
+def next_section(content: ReportContent) -> str:
+    """Commands that go on from here."""
+    if not content.next_steps:
+        return nothing("Nothing was kept to go on with.")
+    steps = [
+        element("p", text(f"{words}:")) + element("pre", element("code", text(command)))
+        for words, command in content.next_steps.items()
+    ]
+    return "".join(steps)

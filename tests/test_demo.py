@@ -1,0 +1,77 @@
+"""The demo from texts to files: what it writes, that the figures do not move, and how it says what was run."""
+
+from __future__ import annotations
+
+import html
+import json
+import sys
+
+import pytest
+
+from dynamo_jax import demo
+from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.commands import app
+from dynamo_jax.demo import Clock, DemoConfig
+from dynamo_jax.evaluation.perplexity import EvalConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SMALL = DemoConfig(
+    quantize=QuantizeConfig(quantizer="rtn", window=64, calibration_windows=4, adaptation_windows=4, bits=3.4),
+    evaluate=EvalConfig(window=64, limit=4, adaptation_windows=4),
+)
+COMMAND = "dynamo-jax demo --out 'some where'"
+
+
+@pytest.fixture
+def small(monkeypatch, narrow_folder, texts):
+    """Some layers and experts of the bundled model, and texts made here, in the place of the demo's."""
+    monkeypatch.setattr(demo, "BUNDLED", narrow_folder)
+    monkeypatch.setattr(demo, "KNOWN", {n: lambda _, n=n: iter(texts[n].split("\n\n")) for n in ("code", "sums")})
+    monkeypatch.setattr(demo, "NOVEL", {"verse": lambda _: iter(texts["verse"].split("\n\n"))})
+
+
+def test_the_demo_writes_its_files_and_the_same_figures_each_time(small, tmp_path):
+    stages = []
+    for name in ("one", "two"):
+        result = demo.run(SMALL, None, tmp_path / name, COMMAND, lambda stage, done, of: stages.append(stage))
+    first, second = ((tmp_path / name / "results.json").read_bytes() for name in ("one", "two"))
+    assert first == second
+    found = json.loads(first)
+    assert found["results"] == [row.to_dict() for row in result.rows]
+    assert {row["dataset"] for row in found["results"]} == {"code", "sums", "verse"}
+    assert found["made_by"].keys() == {"dynamo_jax", "jax"}
+
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert "dynamo-jax demo --out &#x27;some where&#x27;" in page
+    assert f"dynamo-jax inspect --model {tmp_path / 'one' / 'checkpoint'}" in page
+    for fact in ("experts on the device", "on disk", "versions", "date", "peak memory", *set(stages)):
+        assert fact in page
+    assert f"jax {found['made_by']['jax']}" in page
+    assert f'class="lead">{html.escape(result.summary)}</p>' in page and "verse" in result.summary
+
+
+def test_the_clock_gives_each_stage_the_time_until_it_spoke(monkeypatch):
+    times = iter([0.0, 1.0, 3.0, 3.5])
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: next(times))
+    told = []
+    clock = Clock(lambda *words: told.append(words))
+    for words in (("read", 1, 1), ("write", 1, 2), ("write", 2, 2)):
+        clock(*words)
+    assert clock.seconds == {"read": 1.0, "write": 2.5}
+    assert told == [("read", 1, 1), ("write", 1, 2), ("write", 2, 2)]
+
+
+def test_the_command_that_a_report_names_is_the_one_that_was_given(monkeypatch, tmp_path):
+    given = ["demo", "--out", str(tmp_path / "a b"), "--texts", str(tmp_path)]
+    told = []
+
+    def stand_in(settings, texts, out, command, progress):
+        told.append(command)
+        raise ValueError("stop here")
+
+    monkeypatch.setattr(demo, "run", stand_in)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/dynamo-jax", *given])
+    with pytest.raises(SystemExit):
+        app.main()
+    assert told == [f"dynamo-jax demo --out '{tmp_path / 'a b'}' --texts {tmp_path}"]
