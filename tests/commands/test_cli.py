@@ -13,8 +13,11 @@ import scipy.spatial.distance
 import scipy.stats
 
 import dynamo_jax
+from dynamo_jax.calibration import pipeline
+from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.commands import app as cli
 from dynamo_jax.models.bundled import BUNDLED
+from dynamo_jax.storage import checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -85,6 +88,17 @@ def test_eval_says_how_far_a_quantized_model_is_from_its_original(run, folder, s
     assert row["dataset"] == "verse" and row["tokens"] == 256 and 0 < row["divergence"] < 1
     code, _, said = run("eval", "--model", shallow_folder, *given, "--against", shallow_folder)
     assert code == 2 and "is not quantized" in said
+
+
+def test_quantize_asks_for_what_its_settings_would(monkeypatch, files, shallow_folder, tmp_path):
+    """Options that are not given, and the expected share of unseen text where it is."""
+    asked = []
+    monkeypatch.setattr(pipeline, "quantize_folder", lambda *given: asked.append(given[3]))
+    monkeypatch.setattr(checkpoint, "describe", lambda _: {})
+    known = ("--known", f"code={files / 'code.txt'}", "--out", str(tmp_path / "out"))
+    for more in ((), ("--novelty-weight", "0.25")):
+        cli.app(["quantize", "--model", str(shallow_folder), *known, *more], standalone_mode=False)
+    assert asked == [QuantizeConfig(), QuantizeConfig(novelty_weight=0.25)]
 
 
 def test_the_version_is_that_of_the_package(run):
