@@ -163,7 +163,7 @@ def _rounding_finding(groups: dict[str, dict[str, Row]]) -> list[Finding]:
         if name in g and g[name]["bytes_per_token"]
     ]
     if reads:
-        words += f" Bytes read a token: {span([a / b - 1 for a, b in reads], '+.1%')} against {name}."
+        words += f" Bytes read a token: {span([a / b - 1 for a, b in reads], '+z.1%')} against {name}."
     if costs:
         words += f" Against bf16 {name} changes perplexity by {span(costs, '+.1%')}."
     words += f" By nll the baseline is better than {name} on {len(pairs) - len(beaten)} of {len(pairs)} datasets"
@@ -212,7 +212,7 @@ def _adapted_finding(name: str, alarm: str, group: dict[str, Row]) -> Finding:
     if "baseline" in group:
         step += f", perplexity {perplexity(group['baseline'])} to {perplexity(row)}"
         read, before = row["bytes_per_token"], group["baseline"]["bytes_per_token"]
-        step += f", {number(read / before - 1, '+.1%')} bytes read a token" if before else ""
+        step += f", {number(read / before - 1, '+z.1%')} bytes read a token" if before else ""
     mark = reading(row)
     words = {
         "better": f"Adaptation helped on {name}{alarm}: {step}.",

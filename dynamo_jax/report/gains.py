@@ -84,8 +84,8 @@ def switching_words(content: ReportContent) -> str:
 def _whole_words(whole: Gain, on: str) -> str:
     if not whole.loses:
         return (
-            f"The baseline loses nothing for sure {on} ({whole.lost} nats a token above bf16), so there is no loss for "
-            f"switching to remove; it changed it by {whole.change}."
+            f"The baseline shows no sure loss against bf16 {on} ({whole.lost} nats a token), so there is none for "
+            f"switching to remove; it changed that by {whole.change}."
         )
     numbers = f"{whole.change} of {whole.lost} nats a token"
     if not whole.change.sure:
@@ -98,10 +98,12 @@ def _whole_words(whole: Gain, on: str) -> str:
 def _extreme_words(found: Sequence[Gain]) -> str:
     """The best and the worst of the kinds where the baseline loses something."""
     losing = sorted((g for g in found if g.loses), key=lambda g: -g.share)
-    if len(losing) < 2:
+    if not losing or losing[0].share <= 0 or len(found) < 2:
         return ""
-    best, worst = losing[0], losing[-1]
-    return f"Most on {_share_words(best)}, least on {_share_words(worst)}."
+    start = "It removed" if len(losing) == len(found) else "Where there is a loss, switching removed"
+    if len(losing) == 1:
+        return f"{start} on {_share_words(losing[0])}."
+    return f"{start} most on {_share_words(losing[0])}, least on {_share_words(losing[-1])}."
 
 
 def _share_words(gain: Gain) -> str:
@@ -116,7 +118,7 @@ def _exception_words(found: Sequence[Gain]) -> str:
     worse = [f"{g.name} ({g.change})" for g in found if g.change.sure and g.change.value > 0]
     parts = []
     if free and len(found) > 1:
-        parts.append(f"On {listed(free)} the baseline loses nothing for sure.")
+        parts.append(f"On {listed(free)} the baseline shows no sure loss.")
     if worse:
         parts.append(f"Switching made {listed(worse)} worse.")
     return " ".join(parts)

@@ -45,24 +45,30 @@ def test_of_several_kinds_the_mean_counts_and_the_best_and_the_worst_are_named()
     assert f"removed {0.066 / 0.12:.0%} of what the baseline loses against bf16 on the mean of 3 novel kinds" in words
     error = f"{PLUS_MINUS} {0.005 / 3:.4f}"
     assert f"{MINUS}0.0220 {error} of +0.0400 {error} nats a token" in words
-    assert re.search(r"Most on a \(80%: .*\), least on b \(20%, which may be noise: ", words)
+    assert re.search(r"It removed most on a \(80%: .*\), least on b \(20%, which may be noise: ", words)
     more = switching_words(content_of(**kinds | {"a": (0.05, 0.0, -0.06, 0.0)}))
-    assert "Most on a (120%, more than was lost: " in more
+    assert "most on a (120%, more than was lost: " in more
 
 
 def test_where_the_baseline_loses_nothing_that_is_said_and_not_divided_by() -> None:
     kinds = {"a": (0.05, 0.002, -0.04, 0.002), "b": (0.03, 0.002, -0.01, 0.002), "luck": (0.003, 0.002, -0.002, 0.0005)}
     words = switching_words(content_of(**kinds))
-    assert re.search(r"Most on a .*, least on b ", words) and "67%" not in words
-    assert f"On luck (+0.0030 {PLUS_MINUS} 0.0020) the baseline loses nothing for sure." in words
+    assert (
+        re.search(r"Where there is a loss, switching removed most on a .*, least on b ", words) and "67%" not in words
+    )
+    assert f"On luck (+0.0030 {PLUS_MINUS} 0.0020) the baseline shows no sure loss." in words
+    one = switching_words(content_of(**{name: kinds[name] for name in ("b", "luck")}))
+    assert "Where there is a loss, switching removed on b (33%: " in one
     below = switching_words(content_of(luck=(-0.02, 0.002, 0.004, 0.001)))
-    assert below.startswith(f"The baseline loses nothing for sure on luck ({MINUS}0.0200") and "%" not in below
+    assert below.startswith(f"The baseline shows no sure loss against bf16 on luck ({MINUS}0.0200") and "%" not in below
     assert f"Switching made luck (+0.0040 {PLUS_MINUS} 0.0010) worse." in below
 
 
 def test_bad_news_is_told_as_such() -> None:
     worse = switching_words(content_of(a=(0.05, 0.002, 0.01, 0.002)))
     assert worse.startswith("Switching added 20% to what the baseline loses") and "Switching made a (+0.0100" in worse
+    both = switching_words(content_of(a=(0.05, 0.002, 0.01, 0.002), b=(0.05, 0.002, 0.02, 0.002)))
+    assert "removed" not in both and "made a (+0.0100" in both and "and b (+0.0200" in both
     unsure = switching_words(content_of(a=(0.05, 0.002, -0.003, 0.002)))
     assert unsure.startswith("Switching made no sure difference to what") and "%" not in unsure
     unknown = switching_words(content_of(a=(0.05, math.nan, -0.03, 0.002)))
