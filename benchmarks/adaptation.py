@@ -45,6 +45,7 @@ from float_changes import changes, predictions
 from placements import clustered_experts, hot_experts
 from quality import UNIFORM_GRIDS, groups_of
 
+from dynamo_jax.analysis.dynamics import routing_divergence
 from dynamo_jax.calibration import plans
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.knowledge import knowledge_of
@@ -59,7 +60,6 @@ from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.runtime.adapt import adapted_plan, observe_windows, placed_anew
 from dynamo_jax.runtime.memory import device_bits, device_bytes, spare_slots
-from dynamo_jax.runtime.monitor import mean_divergence
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.store import page_counts
 from dynamo_jax.storage.bundles import stacked_planes
@@ -273,7 +273,7 @@ def rows_of(model: Model, own: Deployment, text: Text, what: dict[str, Any]) -> 
     config = model.decoder.config
     counts = own.baseline.model.knowledge.counts
     where = observe_windows(own.baseline.model, text.rest[:8]).counts.sum(axis=0)
-    apart = min(mean_divergence(where, signature) for signature in counts)
+    apart = min(float(routing_divergence(where, signature).mean()) for signature in counts)
     rows: list[dict[str, Any]] = []
     reference: np.ndarray | None = None
     for method in methods_of(model, own, text):

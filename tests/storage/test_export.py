@@ -27,7 +27,7 @@ from dynamo_jax.storage.export import export
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SMALL = QuantizeConfig(bits=5.5, group_size=8, channel_block=8, window=24, calibration_windows=2, batch_size=2)
+SMALL = QuantizeConfig(bits=5.8, group_size=8, channel_block=8, window=24, calibration_windows=2, batch_size=2)
 
 
 FILLED = {"gpt_oss": {"bits": 8.0, "group_size": 24, "channel_block": 10}}  # of its 32 hidden and 24 channels
