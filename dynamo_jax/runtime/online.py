@@ -15,7 +15,7 @@ from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows,
 from dynamo_jax.runtime.monitor import HOP, UNKNOWN
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import Host, Move, State, begin, finish, gain, is_novel, spare, switch
-from dynamo_jax.runtime.standing import MOST, RECENT, Standing
+from dynamo_jax.runtime.standing import MOST, RECENT, Standing, parts
 
 WINDOW = 128  # tokens that are measured at a time
 KEPT = 8192  # tokens of a request that are remembered
@@ -53,7 +53,7 @@ class Follower:
 
     def __post_init__(self) -> None:
         # pages on their way, and what they are for
-        self._move: tuple[Move, np.ndarray, Observation, Standing] | None = None
+        self._move: tuple[Move, np.ndarray, list[Observation], Standing] | None = None
         self._begin(self.state.number.shape[0])
 
     def _begin(self, requests: int) -> None:
@@ -63,7 +63,7 @@ class Follower:
         self._tokens, self._looked = np.zeros(requests, int), np.zeros(requests, int)  # of all texts; hops looked at
         self._current: list[list[int]] = [[] for _ in range(requests)]
         self._text = np.zeros(requests, int)
-        self._standing, self._of = Standing(HOP), ()
+        self._standing = Standing(HOP, known=True)
 
     def __call__(self, state: State, texts: list[list[int]]) -> State:
         assert state.watch is not None
@@ -74,7 +74,7 @@ class Follower:
             self._append(request, text)
             if labels[request] != self._labels[request]:
                 self._note(state, request, "novel" if novel[request] else "known")
-                if novel[request] or self._labels[request] != UNKNOWN:  # else all so far may be of this name
+                if novel[request] or self._labels[request] == len(self.model.knowledge.names):  # else known before, too
                     del self._streams[request][: -2 * HOP - 1]
         self._labels = labels
         meant = self._meant(novel)
@@ -87,11 +87,10 @@ class Follower:
 
     def _meant(self, novel: Bool[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
         """The requests that the variant is for: those whose text is novel, else those whose text has a name. It is
-        left at once when text stops or begins to be novel, or known text becomes text of another name."""
+        left at once when text begins or stops to be novel."""
         known = not novel.any()
-        of = tuple(self._labels) if known else ("novel",)
-        if of != self._of:
-            self._standing, self._of = Standing(HOP, known), of
+        if known != self._standing.known:
+            self._standing = Standing(HOP, known)
         return self._labels != UNKNOWN if known else novel
 
     def _append(self, request: int, text: list[int]) -> None:
@@ -132,10 +131,13 @@ class Follower:
         if not self._standing.due(whole * WINDOW):
             return state
         windows = self._windows(meant)[: MOST // WINDOW]
+        making, judging = parts(windows[::-1], self._standing.known)
         try:
-            seen = observe_windows(self.model, windows)
-            plan = adapted_plan(self.model.plan, self.model.knowledge, seen, spare(self.host, state))
-            self._move = begin(self.host, state, plan), windows, seen, self._standing
+            seen = [observe_windows(self.model, making)]
+            if self._standing.known:
+                seen.append(observe_windows(self.model, judging))
+            plan = adapted_plan(self.model.plan, self.model.knowledge, seen[0], spare(self.host, state))
+            self._move = begin(self.host, state, plan), judging, seen, self._standing
         except (ValueError, RuntimeError) as error:  # damaged pages, no memory: what runs goes on
             self._fail(state, meant, error)
         return state
@@ -143,19 +145,20 @@ class Follower:
     def _take(self, state: State, meant: np.ndarray) -> State:
         """Make the plan whose pages have come the variant, if it is better on the windows that it is for."""
         assert self._move is not None
-        (move, windows, seen, standing), self._move = self._move, None
+        (move, judging, seen, standing), self._move = self._move, None
         try:
             self.host, state = finish(self.host, state, move)
             self._standing.serves = False  # until the plan that is there now has proved itself
             if standing is not self._standing:  # the text that it was for is over
                 return state
-            gains = gain(self.model, state, windows, seen)
+            gains = gain(self.model, state, judging, seen[-1])
         except (ValueError, RuntimeError) as error:
             self._fail(state, meant, error)
             return state
         serves = standing.takes(gains)
-        saves = saved_by(self.host.plans[1], self.host.plans[0], self.model.knowledge, seen)
-        self._standing.begins(serves, saves, seen.counts[::-1], seen.tokens[::-1])  # the last windows come first
+        saves = saved_by(self.host.plans[1], self.host.plans[0], self.model.knowledge, seen[0])
+        counts, tokens = (np.concatenate(each) for each in zip(*((s.counts, s.tokens) for s in seen)))
+        standing.begins(serves, saves, counts, tokens)
         words = ("not sure", "gains") if standing.known else ("not better", "adapted")
         self._note(state, _first(meant), words[serves], gain=float(gains.mean()), moved=move.staged.pages)
         return state
