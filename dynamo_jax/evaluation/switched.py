@@ -18,7 +18,7 @@ from dynamo_jax.runtime.monitor import HOP, UNKNOWN, Watch, scores, start, watch
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import adapted, begin, divergence, finish, init, whole
 from dynamo_jax.runtime.signatures import SPAN, Signatures
-from dynamo_jax.runtime.standing import sure
+from dynamo_jax.runtime.standing import parts, sure
 from dynamo_jax.runtime.switch import switched_step
 from dynamo_jax.texts.reading import digest
 
@@ -51,9 +51,9 @@ class Adaptation(NamedTuple):
     """What the monitor said of a dataset and the plan that its auto variant used.
 
     gain: nats a token by which the adapted plan's predictions on the first windows are nearer than the baseline's to
-    those of 8 bits; sure: whether that is beyond chance. Of novel data a plan that gained was taken, of known data one
-    whose gain was sure. first: what the baseline lost on the first windows. timeline: of the whole text, where both
-    variants were evaluated.
+    those of 8 bits, of known data on the windows that the plan was not made from; sure: whether that is beyond chance.
+    Of novel data a plan that gained was taken, of known data one whose gain was sure. first: what the baseline lost on
+    the first windows. timeline: of the whole text, where both variants were evaluated.
     """
 
     verdict: Verdict
@@ -190,16 +190,19 @@ def choose_plan(device: Device, first: Int[np.ndarray, "S T1"], config: EvalConf
     the gain is sure; else it keeps the baseline.
 
     An adapted plan must prove itself: it is taken only if on these windows its predictions are nearer to those of
-    8 bits than the baseline's are. Errors that are small for each layer can still be harmful together.
+    8 bits than the baseline's are. Errors that are small for each layer can still be harmful together. Of known data
+    one half makes the plan and the other judges it (``standing.parts``).
     """
     model = device.model
     before = run_windows(device.step(model.plan, 0), first, config.batch_size)
     verdict = verdict_of(model, before.counts, first[0, 1:].size)
-    seen = observe_windows(model, first)
-    apart = device.divergence(first, seen, 0)
+    making, judging = parts(first, not verdict.novel)
+    seen = observe_windows(model, making)
+    judged = seen if verdict.novel else observe_windows(model, judging)
+    apart = device.divergence(judging, judged, 0)
     plan = device.adapted(seen, config)
     device.step(plan, 1)
-    gains = (apart - device.divergence(first, seen, 1)) / first[0, 1:].size
+    gains = (apart - device.divergence(judging, judged, 1)) / first[0, 1:].size
     found, certain = float(gains.mean()), sure(gains)
     return Adaptation(verdict, plan if certain or (verdict.novel and found > 0) else model.plan, found, certain, before)
 

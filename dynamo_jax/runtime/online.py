@@ -27,7 +27,7 @@ from dynamo_jax.runtime.serving import (
     switch,
     whole,
 )
-from dynamo_jax.runtime.standing import MOST, RECENT, Limit, Standing
+from dynamo_jax.runtime.standing import MOST, RECENT, Limit, Standing, parts
 
 WINDOW = 128  # tokens that are measured at a time
 KEPT = 8192  # tokens of a request that are remembered
@@ -48,12 +48,13 @@ class Event(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """Pages on their way. windows, seen: what they are for; before: the baseline's divergence on each window; standing:
+    """Pages on their way. judging: windows that say whether their plan is better; seen: of those that it is made from,
+    and of those that judge it where they are others; before: the baseline's divergence on each that judges; standing:
     of the text that they are for."""
 
     move: Move
-    windows: Int[np.ndarray, "S T1"]
-    seen: Observation
+    judging: Int[np.ndarray, "S T1"]
+    seen: list[Observation]
     before: Float[np.ndarray, " S"]
     standing: Standing
 
@@ -90,7 +91,7 @@ class Follower:
         self._tokens, self._looked = np.zeros(requests, int), np.zeros(requests, int)  # of all texts; hops looked at
         self._current: list[list[int]] = [[] for _ in range(requests)]
         self._text = np.zeros(requests, int)
-        self._standing, self._of = Standing(HOP), ()
+        self._standing = Standing(HOP, known=True)
 
     def __call__(self, state: State, texts: list[list[int]]) -> State:
         assert state.watch is not None
@@ -101,7 +102,7 @@ class Follower:
             self._append(request, text)
             if labels[request] != self._labels[request]:
                 self._note(state, request, "novel" if novel[request] else "known")
-                if novel[request] or self._labels[request] != UNKNOWN:  # else all so far may be of this name
+                if novel[request] or self._labels[request] == len(self.model.knowledge.names):  # else known before, too
                     del self._streams[request][: -2 * HOP - 1]
         self._labels = labels
         meant = self._meant(novel)
@@ -126,11 +127,10 @@ class Follower:
 
     def _meant(self, novel: Bool[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
         """The requests that the variant is for: those whose text is novel, else those whose text has a name. It is
-        left at once when text stops or begins to be novel, or known text becomes text of another name."""
+        left at once when text begins or stops to be novel."""
         known = not novel.any()
-        of = tuple(self._labels) if known else ("novel",)
-        if of != self._of:
-            self._standing, self._of = Standing(HOP, known), of
+        if known != self._standing.known:
+            self._standing = Standing(HOP, known)
         return self._labels != UNKNOWN if known else novel
 
     def _append(self, request: int, text: list[int]) -> None:
@@ -173,14 +173,17 @@ class Follower:
         if not self._standing.due(count * WINDOW):
             return state
         windows, lend = self._windows(meant)[: MOST // WINDOW], self._lends and bool(meant.all())
+        making, judging = parts(windows[::-1], self._standing.known)
         try:
             if lent(self.host):  # what the baseline loses is measured with all of its pages
                 self.host, state = whole(self.host, state)
                 self._standing.serves = False
-            seen = observe_windows(self.model, windows)
-            before = divergence(self.model, state, windows, seen, 0)
-            plan = adapted(self.model, self.host, state, seen, 1, self.batch, self.reads, lend)
-            self._move = Sent(begin(self.host, state, plan, lend=lend), windows, seen, before, self._standing)
+            seen = [observe_windows(self.model, making)]
+            if self._standing.known:
+                seen.append(observe_windows(self.model, judging))
+            before = divergence(self.model, state, judging, seen[-1], 0)
+            plan = adapted(self.model, self.host, state, seen[0], 1, self.batch, self.reads, lend)
+            self._move = Sent(begin(self.host, state, plan, lend=lend), judging, seen, before, self._standing)
         except (ValueError, RuntimeError) as error:  # damaged pages, no memory: what runs goes on
             self._fail(state, meant, error)
         return state
@@ -188,21 +191,22 @@ class Follower:
     def _take(self, state: State, meant: np.ndarray) -> State:
         """Make the plan whose pages have come the variant, if it is better on the windows that it is for."""
         assert self._move is not None
-        (move, windows, seen, before, standing), self._move = self._move, None
+        (move, judging, seen, before, standing), self._move = self._move, None
         try:
             self.host, state = finish(self.host, state, move)
             self._standing.serves = False  # until the plan that is there now has proved itself
             if standing is not self._standing:  # the text that it was for is over
                 return state
-            gains = (before - divergence(self.model, state, windows, seen, 1)) / WINDOW
+            gains = (before - divergence(self.model, state, judging, seen[-1], 1)) / WINDOW
         except (ValueError, RuntimeError) as error:
             self._fail(state, meant, error)
             return state
         serves = standing.takes(gains)
         bytes_each = [plan.expert_bytes() for plan in self.host.plans]
         limit = Limit(bytes_each[1], self.reads * bytes_each[0], len(meant) if self.batch is None else self.batch)
-        saves = saved_by(self.host.plans[1], self.host.plans[0], self.model.knowledge, seen)
-        self._standing.begins(serves, saves, seen.counts[::-1], seen.tokens[::-1], limit)  # the last come first
+        saves = saved_by(self.host.plans[1], self.host.plans[0], self.model.knowledge, seen[0])
+        counts, tokens = (np.concatenate(each) for each in zip(*((s.counts, s.tokens) for s in seen)))
+        standing.begins(serves, saves, counts, tokens, limit)
         words = ("not sure", "gains") if standing.known else ("not better", "adapted")
         self._note(state, _first(meant), words[serves], gain=float(gains.mean()), moved=move.staged.pages)
         return state

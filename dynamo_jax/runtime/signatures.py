@@ -9,8 +9,8 @@ text to come is compared in that way.
 
 A dataset may hold odd stretches: a table of contents, pages in another language. They would widen all that is learned
 here until nothing is novel. So it begins with the half of the windows that lie closest together, and takes in others
-as long as they are no farther off than chance has it (``main_kind``): what stays out is odd. Up to nearly half of the
-windows may be.
+as long as they are no farther off than chance has it and are no group of their own (``main_kind``): what stays out is
+odd. Up to nearly half of the windows may be.
 
 Axes: A known datasets, L layers, E experts, S windows, D = L * E shares, K directions.
 """
@@ -27,6 +27,9 @@ from jaxtyping import Array, Bool, Float
 SPAN = 256  # tokens that are looked at together
 FALSE_ALARMS = 1e-5  # a token of unchanged text
 BY_CHANCE = 1e-4  # of windows of the main kind, that may be taken for odd ones
+SELDOM = 1e-2  # of these, that lie where a group of them is looked for that is another kind
+GROUP = 4  # windows that may be another kind
+NEARER, APART = np.log(2), 1.1  # log distances by which each of a group, and half of it, is nearer to the group
 FEWEST = 6  # windows of a dataset in which odd ones are looked for
 DIRECTIONS = 12  # at most
 ROWS = 4  # windows of all datasets, at least, for each direction
@@ -96,14 +99,44 @@ def learn(
 def main_kind(shares: list[Float[np.ndarray, "S D"]]) -> list[Bool[np.ndarray, " S"]]:
     """The windows of each dataset but for odd ones, never fewer than half."""
     kept = [_closest_half(own) for own in shares]
-    for _ in range(20):  # three to five do
+    others = _other_kinds(shares, kept)
+    for _ in range(20):  # two to five do
         found = _left_out(shares, kept)
         place, limit = _limits(found, kept, BY_CHANCE)
-        new = [_within(d, p + reach) for d, p, reach in zip(found, place, limit)]
+        new = [_within(*one) for one in zip(found, place + limit, others)]
         if all(np.array_equal(a, b) for a, b in zip(new, kept)):
             break
         kept = new
     return kept
+
+
+def _other_kinds(
+    shares: list[Float[np.ndarray, "S D"]], kept: list[Bool[np.ndarray, " S"]]
+) -> list[Bool[np.ndarray, " S"]]:
+    """The windows of each dataset that are a kind of their own, by the half that is kept."""
+    found = _left_out(shares, kept)
+    place, limit = _limits(found, kept, SELDOM)
+    fit = _fit([own[main] for own, main in zip(shares, kept)])
+    return [_group(own, d, d > most, fit) for own, d, most in zip(shares, found, place + limit)]
+
+
+def _group(
+    shares: Float[np.ndarray, "S D"], distances: Float[np.ndarray, " S"], outside: Bool[np.ndarray, " S"], fit: _Fit
+) -> Bool[np.ndarray, " S"]:
+    """Those of the windows ``outside`` that lie closer to each other than to the dataset, if that is a group.
+
+    What strays from a kind of text strays in all directions; a foreign stretch is a kind of its own.
+    """
+    found, numbers = np.zeros(len(shares), bool), np.flatnonzero(outside)
+    if len(numbers) < GROUP or len(shares) < FEWEST:
+        return found
+    group = shares[numbers]
+    rest = (group.sum(axis=0) - group) / (len(group) - 1)
+    nearer = distances[numbers] - np.log(np.maximum(squared(group - rest, *fit[1:]), TINY))
+    alike = nearer > NEARER
+    if alike.sum() >= GROUP and np.median(nearer[alike]) > APART:
+        found[numbers[alike]] = True
+    return found
 
 
 def _closest_half(shares: Float[np.ndarray, "S D"]) -> Bool[np.ndarray, " S"]:
@@ -119,10 +152,11 @@ def _closest_half(shares: Float[np.ndarray, "S D"]) -> Bool[np.ndarray, " S"]:
     return kept
 
 
-def _within(distances: Float[np.ndarray, " S"], most: float) -> Bool[np.ndarray, " S"]:
+def _within(distances: Float[np.ndarray, " S"], most: float, others: Bool[np.ndarray, " S"]) -> Bool[np.ndarray, " S"]:
     if len(distances) < FEWEST:
         return np.ones(len(distances), bool)
-    return distances <= max(most, np.sort(distances)[len(distances) // 2])
+    within = (distances <= most) & ~others
+    return within if 2 * within.sum() > len(within) else distances <= np.sort(distances)[len(distances) // 2]
 
 
 def _fit(shares: list[Float[np.ndarray, "S D"]]) -> _Fit:

@@ -1,7 +1,8 @@
 """When a variant is adapted to text, when it serves, and when it is left: the rule, which knows no model.
 
 A variant is adapted after ``FIRST`` tokens of novel text and anew after ``AGAIN`` times as many; it serves if it gains
-on what was seen. Known text is tried as well, after ``TRIED`` tokens, and there the gain must be ``sure``. When a
+on what was seen. Known text is tried as well, after ``TRIED`` tokens, and there the gain must be ``sure``, on text that
+the plan was not made from. When a
 variant would have lost more than the baseline on the last ``RECENT`` tokens, by where the router sent them, it is left
 and another is adapted to these; each time that happens, twice as many tokens are waited for.
 
@@ -15,7 +16,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from dynamo_jax.precision.plan import touched_share
 
@@ -33,6 +34,14 @@ def sure(gains: Float[np.ndarray, " S"]) -> bool:
     if len(gains) < 2:
         return False
     return bool(gains.mean() > SURE * gains.std(ddof=1) / math.sqrt(len(gains)))
+
+
+def parts(windows: Int[np.ndarray, "S T1"], known: bool) -> tuple[Int[np.ndarray, "Z T1"], Int[np.ndarray, "Y T1"]]:
+    """The windows that a plan is made from, and those that judge it: novel text, all both times; of known text the
+    first half and the rest, since a plan gains a little on what it was made from, which is all that is to be gained
+    where the baseline was made for the text."""
+    half = -(-len(windows) // 2)
+    return (windows[:half], windows[half:] if half < len(windows) else windows) if known else (windows, windows)
 
 
 class Limit(NamedTuple):

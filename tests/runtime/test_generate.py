@@ -39,8 +39,8 @@ from dynamo_jax.runtime.generate import (
     generate,
     stream,
 )
-from dynamo_jax.runtime.monitor import UNKNOWN, start
-from dynamo_jax.runtime.standing import AGAIN, FIRST, MOST, OVER, RECENT, TRIED, Limit, Standing, sure
+from dynamo_jax.runtime.monitor import start
+from dynamo_jax.runtime.standing import AGAIN, FIRST, MOST, OVER, RECENT, TRIED, Limit, Standing, parts, sure
 from dynamo_jax.runtime.store import page_counts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -203,7 +203,7 @@ def test_the_follower_adapts_to_the_last_novel_tokens_of_all_texts(quantized, mo
     state = follower(labelled(state, 0), [known])
     with pytest.raises(ZeroDivisionError):
         follower(labelled(state, 1), [known + novel])
-    assert seen[0].shape[0] * online.WINDOW >= FIRST and seen[0][0, -1] == 299
+    assert seen[0].shape[0] * online.WINDOW >= FIRST and seen[0][-1, -1] == 299
     assert seen[0].min() >= 0 and (seen[0] >= 1000).sum() < FIRST
 
     seen.clear()
@@ -214,7 +214,7 @@ def test_the_follower_adapts_to_the_last_novel_tokens_of_all_texts(quantized, mo
     assert seen == []
     with pytest.raises(ZeroDivisionError):
         follower(state, [list(range(200, 300))])
-    np.testing.assert_array_equal(seen[0], [np.arange(171, 300), np.arange(43, 172)])
+    np.testing.assert_array_equal(seen[0], [np.arange(43, 172), np.arange(171, 300)])
 
 
 def test_a_plan_that_could_not_prove_itself_does_not_serve(quantized, monkeypatch):
@@ -225,17 +225,16 @@ def test_a_plan_that_could_not_prove_itself_does_not_serve(quantized, monkeypatc
 
     monkeypatch.setattr(online, "divergence", fails)
     follower, state = follower_of(quantized)
-    state, follower._standing.serves = labelled(state, 1), True
-    follower._of = ("novel",)
+    state, follower._standing = labelled(state, 1), Standing(online.HOP, serves=True)
     move = serving.begin(follower.host, state, quantized.plan)
-    follower._move = online.Sent(move, np.zeros((1, 3), int), None, np.zeros(1), follower._standing)
+    follower._move = online.Sent(move, np.zeros((1, 3), int), [None], np.zeros(1), follower._standing)
     assert follower(state, [[1, 2, 3]]).number.tolist() == [0]
     assert (follower.events[-1].what, follower.events[-1].name) == ("failed", "no memory")
 
 
 def test_known_text_forgets_the_variant_and_other_requests_begin_anew(quantized):
     follower, state = follower_of(quantized)
-    follower._of, follower._standing.serves, follower._standing.wanted = ("novel",), True, 4096
+    follower._standing = Standing(online.HOP, serves=True, wanted=4096)
     assert follower(labelled(state, 1), [[1, 2, 3]]).number.tolist() == [1]
     assert follower(labelled(state, 0), [[1, 2, 3, 4]]).number.tolist() == [0]
     assert follower._standing == Standing(online.HOP, known=True)
@@ -264,7 +263,7 @@ def test_a_variant_is_left_when_the_router_says_that_it_no_longer_pays(quantized
         return follower(labelled(state._replace(watch=watch), 1), [text])
 
     hops = RECENT // online.HOP
-    follower._of, follower._standing.wanted, follower._standing.serves = ("novel",), 10**6, True
+    follower._standing = Standing(online.HOP, serves=True, wanted=10**6)
     follower._standing.saves = saves = np.zeros(shape)
     saves[0, :2] = 1.0, -1.0  # nats a row, in one layer
     for number in range(hops):
@@ -308,30 +307,45 @@ def test_known_text_is_tried_late_and_must_gain_for_sure():
 
 @pytest.mark.parametrize("certain", [True, False])
 def test_known_text_is_served_by_a_variant_where_the_gain_is_sure(quantized, monkeypatch, certain):
-    """And loses it when it becomes text of another name, or novel."""
+    """On the newer half of its windows, from which the plan was not made; and left when the text is novel."""
     follower, state = follower_of(quantized)
     text = [int(t) for t in np.random.default_rng(0).integers(3, 60, TRIED + 1)]
-    windows = []
-    gains = np.full(TRIED // online.WINDOW, 1.0) if certain else np.resize([3.0, -2.0], TRIED // online.WINDOW)
+    made, judged, count = [], [], TRIED // online.WINDOW
+    gains = np.full(count // 2, 1.0) if certain else np.resize([3.0, -2.0], count // 2)
+    observe = online.observe_windows
 
     def divergence(model, state, w, seen, variant):
-        windows.append(w)
+        judged.append((w, seen))
         return np.zeros(len(w)) if variant else gains * online.WINDOW
 
+    monkeypatch.setattr(online, "observe_windows", lambda model, w: made.append(w) or observe(model, w))
     monkeypatch.setattr(online, "divergence", divergence)
     state = follower(labelled(state, 0), [text[:TRIED]])
     assert follower.events[0].what == "known" and follower._move is None
-    for _ in range(20):
+    for _ in range(100):
         state = follower(labelled(state, 0), [text])
         if len(follower.events) > 1:
             break
         time.sleep(0.1)
-    assert windows[0].shape == (TRIED // online.WINDOW, online.WINDOW + 1) and windows[0][0, -1] == text[-1]
+    (windows, _), tokens = judged[0], np.array(text)
+    assert [w.shape for w in (made[0], windows)] == [(count // 2, online.WINDOW + 1)] * 2
+    np.testing.assert_array_equal(np.concatenate([made[0], windows])[:, 1:].reshape(-1), tokens[1:])
+    np.testing.assert_array_equal(made[1], windows)
     event = follower.events[1]
     assert event.what == ("gains" if certain else "not sure") and event.gain == pytest.approx(gains.mean())
     assert state.number.tolist() == [int(certain)]
     assert ("the gain is sure" if certain else "no gain is sure") in describe_event(event)
-    assert follower(labelled(state, UNKNOWN), [text]).number.tolist() == [0]
+    monkeypatch.setattr(online, "divergence", lambda *given: gains * given[-1])
+    assert follower(labelled(state, 1), [text]).number.tolist() == [0]
+
+
+def test_known_text_is_made_into_a_plan_and_judged_by_different_halves():
+    windows = np.arange(10).reshape(5, 2)
+    for known, made, judged in ((True, [0, 1, 2], [3, 4]), (False, range(5), range(5))):
+        for found, want in zip(parts(windows, known), (made, judged)):
+            np.testing.assert_array_equal(found, windows[list(want)])
+    one = parts(windows[:1], True)
+    assert [len(w) for w in one] == [1, 1]  # of which nothing is sure
 
 
 def test_pages_that_come_for_text_that_is_over_serve_nobody(quantized, monkeypatch):
