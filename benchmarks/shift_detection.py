@@ -5,8 +5,9 @@
 Two deployments: one calibrated on English prose (encyclopedic, stories, medical), one on code, sums and encyclopedic
 text; each is met by the demo's other kinds and by those of ``--corpus``, a folder of KIND.heldout.txt. Each is learned
 from 32 calibration windows of each known kind, once as they are and once with a foreign stretch: 12 windows of each
-are a table of contents or text of another kind. No threshold is tuned on the text that is watched. That is done at
-``--places`` places of the known texts, and all the rest of them is watched as known text.
+are a table of contents or text of another kind. Limits come from calibration windows alone; the constants of
+``runtime.signatures`` were chosen on these known texts and most of these kinds. That is done at ``--places``
+places of the known texts, and all the rest of them is watched as known text.
 
 1. False alarms: how often text of a known kind begins to be called novel, per 100,000 tokens; and how often it takes
    another known kind's name, which switches nothing.
