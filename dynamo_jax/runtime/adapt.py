@@ -101,12 +101,12 @@ def _together(config: ModelConfig) -> int:
     return max(n for n in range(1, config.num_experts + 1) if config.num_experts % n == 0 and n <= most)
 
 
-def measuring_bytes(config: ModelConfig, planes: Planes) -> int:
-    """Device memory that ``observe_windows`` takes beside the activations of a window: one layer's planes, and some of
-    its experts in float32 at each width, twice while they are put together."""
+def measuring_bytes(config: ModelConfig, layer_planes: int, widths: int) -> int:
+    """Device memory that ``observe_windows`` takes beside the activations of a window: a layer's planes, of so many
+    bytes, and some of its experts in float32 at each of so many widths, all but one twice while they are put
+    together."""
     weights = 3 * config.intermediate_size * config.hidden_size
-    layer = sum(a.nbytes for a in jax.tree.leaves(planes)) // max(1, config.num_moe_layers)
-    return layer + _together(config) * weights * 4 * (2 * len(planes.widths) - 1)
+    return layer_planes + _together(config) * weights * 4 * (2 * widths - 1)
 
 
 def observe_windows(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> Observation:

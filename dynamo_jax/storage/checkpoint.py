@@ -30,6 +30,7 @@ from dynamo_jax.models.formats.tensor_files import write_tensors
 from dynamo_jax.models.huggingface import TOKENIZER, UNQUANTIZED
 from dynamo_jax.precision.plan import Plan, num_weights
 from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
+from dynamo_jax.runtime.adapt import measuring_bytes
 from dynamo_jax.runtime.memory import device_bytes
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel, blind, odd_words
 from dynamo_jax.runtime.signatures import Signatures
@@ -249,14 +250,17 @@ def _memory(folder: Path, config: ModelConfig, plan: Plan, meta: dict[str, Any])
     held, weights = device_bytes(plan, meta["spare"]), num_weights(plan)
     plan_bits, spare, staged, tables = (8 * n / weights for n in held)
     shapes = plane_shapes(config, plan, meta["max_width"])
-    planes = config.num_moe_layers * sum(math.prod(s) * (2 if n.endswith("scales") else 1) for n, s in shapes.items())
+    layer = sum(math.prod(s) * (2 if n.endswith("scales") else 1) for n, s in shapes.items())
+    widths = sum(n.startswith("planes/codes") for n in shapes)
+    measuring = measuring_bytes(config, layer, widths)
     files = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     parts = f"plan {plan_bits:.3f}, spare slots {spare:.3f}, pages on their way {staged:.3f}, page tables {tables:.3f}"
     largest = f"all planes up to {meta['max_width']} bits"
     return {
         "bits a weight": f"{8 * held.total / weights:.4f} on the device ({parts})",
         "experts on the device": f"{held.total:,} bytes",
-        "experts in host memory": f"{planes:,} bytes ({largest}, which switching takes pages from)",
+        "measuring novel text": f"{measuring:,} bytes beside activations, between two steps",
+        "experts in host memory": f"{config.num_moe_layers * layer:,} bytes ({largest}, for switching)",
         "on disk": f"{sum(files):,} bytes ({largest}, and what is not quantized)",
     }
 
