@@ -263,7 +263,8 @@ def adapted(
     lend: bool = False,
 ) -> Plan:
     """The plan for what was seen that the slots of ``variant`` have room for; arguments as ``adapt`` takes them."""
-    slots = {level: pages.codes.shape[0] for level, pages in state.resident.pages.items()}
+    read = levels_of(host.plans[0])  # which the compiled steps have tables for
+    slots = {level: len(pages.codes) if level in read else 0 for level, pages in state.resident.pages.items()}
     free = None if lend else spare(host, state, variant)
     batch = state.number.shape[0] if batch is None else batch
     return adapted_plan(model.plan, model.knowledge, seen, free, batch, reads, slots)

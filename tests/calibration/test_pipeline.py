@@ -187,10 +187,10 @@ def test_where_nothing_unseen_is_expected_the_known_datasets_alone_decide(bundle
     shape = config.num_moe_layers, config.num_experts
     own = rng.lognormal(0, 2, (2, *shape, 1)) * np.array([1, 0.25, 0.06, 0.0003])
     counts = rng.lognormal(0, 2, (2, *shape))
-    settings = dataclasses.replace(SETTINGS, novelty_weight=0.0)
+    settings = dataclasses.replace(SETTINGS, novelty_weight=0.0, spare=0.0)
     found = plan({n: Losses(*parts) for n, *parts in zip("ab", own, counts)}, config, settings)
     costs = np.tile(found.costs().sum(axis=0), (own[0, ..., 0].size, 1))
-    want = allocate_known(own.reshape(2, -1, len(WIDTHS)), costs, settings.bytes_for(config))
+    want = allocate_known(own.reshape(2, -1, len(WIDTHS)), costs, float(found.stored_bytes()))
     np.testing.assert_array_equal(found.widths[:, :, 0].reshape(-1), want)
 
 
