@@ -15,7 +15,7 @@ BITS = 3.0  # a weight, where no budget is given
 BUDGETS = ("bits", "budget_bytes", "fits_gib")  # fields of which one is given
 GIB = 2**30
 QUANTIZERS = ("gptq", "rtn")
-NOVELTY_WEIGHT = 0.4  # benchmarks/unseen.py
+NOVELTY_WEIGHT = 0.5  # benchmarks/unseen.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
