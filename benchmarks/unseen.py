@@ -1,6 +1,6 @@
 """What a plan loses on text that nobody has seen, and what it costs the known texts to expect some. No switching.
 
-    python benchmarks/unseen.py --corpus FOLDER [--deployment prose] [--budget 4.125] [--weight 0.4] [--json PATH]
+    python benchmarks/unseen.py --corpus FOLDER [--deployment prose] [--budget 4.125] [--weight 0.5] [--json PATH]
 
 FOLDER holds KIND.heldout.txt for each kind of text. A deployment is calibrated on the first windows of its known kinds,
 quantized for each budget and ``novelty_weight`` (planes and plan), and evaluated on later windows of its known kinds
@@ -54,7 +54,7 @@ DEPLOYMENTS = {  # known kinds, far kinds
     "literature": (("wikitext", "c4", "warandpeace"), ("german", "shakespeare", "python", "gsm8k")),
 }
 BUDGETS = (4.125, 3.1, 2.5)
-WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, NOVELTY_WEIGHT, 0.5, 1.0)
+WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, NOVELTY_WEIGHT, 0.6, 1.0)
 WORKING = ("stats-", "layer-", "emphasis")  # what a quantization with other settings makes anew
 
 

@@ -17,7 +17,7 @@ RESERVE = 0.1  # of fits_gib, where no reserve is given
 BUDGETS = ("bits", "budget_bytes", "fits_gib")  # fields of which one is given
 GIB = 2**30
 QUANTIZERS = ("gptq", "rtn")
-NOVELTY_WEIGHT = 0.4  # benchmarks/unseen.py
+NOVELTY_WEIGHT = 0.5  # benchmarks/unseen.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ def quantize(
             help="The share of the text to come, 0 to 1, that may be like none of the known datasets: the plan gives "
             "experts that they hardly use more bits for it. 0: the known datasets alone decide."
         ),
-    ] = 0.4,
+    ] = 0.5,
     per_projection: Annotated[
         bool,
         typer.Option(
