@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.kernels.grouped_matmul import grouped_matmul
 from dynamo_jax.kernels.rows import RowOrder, combine_rows, gather_rows, sort_by_expert
@@ -140,12 +140,15 @@ def routing_counts(routings: list[Routing], batch: int, num_experts: int) -> Flo
     return piece_counts(routings, batch, num_experts, routings[0].experts.shape[0] // batch)[:, 0]
 
 
-def piece_counts(routings: list[Routing], batch: int, num_experts: int, size: int) -> Float[Array, "B K L E"]:
+def piece_counts(
+    routings: list[Routing], batch: int, num_experts: int, size: int, mask: Bool[Array, "B T"] | None = None
+) -> Float[Array, "B K L E"]:
     """Tokens of each of K pieces of each sequence that went to each expert; pieces of ``size`` tokens, the last one of
-    what is left."""
+    what is left. mask: False where a token does not count."""
 
     def layer(chosen: Int[Array, "N k"]) -> Int[Array, "B K E"]:
         own = chosen.reshape(batch, -1, chosen.shape[1])
+        own = own if mask is None else jnp.where(mask[..., None], own, num_experts)
         filled = jnp.pad(own, ((0, 0), (0, -own.shape[1] % size), (0, 0)), constant_values=num_experts)  # of no expert
         pieces = filled.reshape(batch, -1, size * chosen.shape[1])
         return jax.vmap(jax.vmap(lambda e: jnp.bincount(e, length=num_experts)))(pieces)

@@ -32,10 +32,10 @@ from dynamo_jax.models.routing import Routing
 from dynamo_jax.precision.allocate import reallocate
 from dynamo_jax.precision.plan import Plan, touched_share
 from dynamo_jax.quant.planes import Planes, dequantize
+from dynamo_jax.runtime.memory import measured_together
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.store import page_counts
 
-UNPACKED_WEIGHTS = 2**24  # of experts that are measured at a time
 PRIOR_TOKENS = 64  # of the known datasets, in how often each expert is used
 PRIOR_COST_ROWS = 128  # of the known datasets, in what a row costs at each expert; of its layer's experts, in those
 
@@ -74,7 +74,7 @@ def _observe_layer(
 
     def experts(_: int, x: Array, routing: Routing, __: ExpertWeights | None, form: ExpertForm) -> tuple[Array, Any]:
         assert planes is not None
-        size = _together(config)
+        size = measured_together(config)
         parts = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), (planes, form.biases))
 
         def some(out: Array, part: tuple[Array, Any]) -> tuple[Array, Any]:
@@ -93,20 +93,6 @@ def _observe_layer(
 
     out, sums, _ = layer_with_parameters(config, like, parameters)(x, experts, places_of(config, x))
     return out, sums
-
-
-def _together(config: ModelConfig) -> int:
-    """Experts that are unpacked at a time."""
-    most = max(1, UNPACKED_WEIGHTS // (3 * config.intermediate_size * config.hidden_size))
-    return max(n for n in range(1, config.num_experts + 1) if config.num_experts % n == 0 and n <= most)
-
-
-def measuring_bytes(config: ModelConfig, layer_planes: int, widths: int) -> int:
-    """Device memory that ``observe_windows`` takes beside the activations of a window: a layer's planes, of so many
-    bytes, and some of its experts in float32 at each of so many widths, all but one twice while they are put
-    together."""
-    weights = 3 * config.intermediate_size * config.hidden_size
-    return layer_planes + _together(config) * weights * 4 * (2 * widths - 1)
 
 
 def observe_windows(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> Observation:

@@ -14,11 +14,13 @@ import math
 from typing import NamedTuple
 
 from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, WIDTHS, block_bytes
+from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.precision.plan import Plan, num_weights
 from dynamo_jax.runtime.residency import chunk_pages, levels_of
 from dynamo_jax.runtime.store import page_counts
 
 SPARE = 0.05  # of the baseline's pages: slots beside theirs, for those of other variants
+UNPACKED_WEIGHTS = 2**24  # of experts that are measured at a time
 SLOT_BYTES = 4  # of a number in a page table, or of a page on its way
 
 
@@ -42,6 +44,12 @@ def spare_slots(plan: Plan, share: float = SPARE) -> dict[int, int]:
     return {level: min(math.ceil(share * count), of_level - count) for level, count in page_counts(plan).items()}
 
 
+def slots(plan: Plan, share: float = SPARE) -> dict[int, int]:
+    """All slots of each level: the baseline's and the spare ones."""
+    spare = spare_slots(plan, share)
+    return {level: count + spare[level] for level, count in page_counts(plan).items()}
+
+
 def page_bytes(plan: Plan) -> dict[int, int]:
     """Bytes of one page of each level."""
     parts = PROJECTIONS if plan.apart else 1
@@ -51,12 +59,13 @@ def page_bytes(plan: Plan) -> dict[int, int]:
 
 def device_bytes(plan: Plan, share: float = SPARE) -> DeviceBytes:
     """What serving ``plan`` as the baseline takes, with spare slots for a ``share`` of its pages."""
-    spare, pages, counts = spare_slots(plan, share), page_bytes(plan), page_counts(plan)
-    moving = {level: chunk_pages(counts[level] + count) for level, count in spare.items() if counts[level]}
+    pages = page_bytes(plan)
     return DeviceBytes(
         plan=plan.stored_bytes(),
-        spare=sum(count * pages[level] for level, count in spare.items()),
-        staged=sum(count * (pages[level] + SLOT_BYTES) for level, count in moving.items()),
+        spare=sum(count * pages[level] for level, count in spare_slots(plan, share).items()),
+        staged=sum(
+            chunk_pages(count) * (pages[level] + SLOT_BYTES) for level, count in slots(plan, share).items() if count
+        ),
         tables=SLOT_BYTES * 2 * len(levels_of(plan)) * plan.page_widths().size,
     )
 
@@ -64,3 +73,17 @@ def device_bytes(plan: Plan, share: float = SPARE) -> DeviceBytes:
 def device_bits(plan: Plan, share: float = SPARE) -> float:
     """The same, in bits a weight of the experts."""
     return 8 * device_bytes(plan, share).total / num_weights(plan)
+
+
+def measured_together(config: ModelConfig) -> int:
+    """Experts that are unpacked at a time where a text is measured for adaptation."""
+    most = max(1, UNPACKED_WEIGHTS // (PROJECTIONS * config.intermediate_size * config.hidden_size))
+    return max(n for n in range(1, config.num_experts + 1) if config.num_experts % n == 0 and n <= most)
+
+
+def measuring_bytes(config: ModelConfig, layer_planes: int, widths: int) -> int:
+    """Device memory that ``adapt.observe_windows`` takes beside the activations of a window: a layer's planes, of so
+    many bytes, and some of its experts in float32 at each of so many widths, all but one twice while they are put
+    together."""
+    weights = PROJECTIONS * config.intermediate_size * config.hidden_size
+    return layer_planes + measured_together(config) * weights * 4 * (2 * widths - 1)

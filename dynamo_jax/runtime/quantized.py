@@ -93,8 +93,7 @@ class QuantizedModel:
     parameters: all but the expert weights, by dotted name. store: planes of all experts, (L, E, P, F, ..) for P = 3
     projections and F channels, in host memory. plan: the baseline. window: tokens of a calibration window. knowledge:
     what calibration left behind for run time. spare: slots beside the baseline's, as a share of its pages. files: the
-    small files of the model that was quantized, config.json and
-    tokenizer.json among them.
+    small files of the model that was quantized, config.json and tokenizer.json among them.
     """
 
     config: ModelConfig
@@ -110,4 +109,4 @@ class QuantizedModel:
     def device_parameters(self, dtype: Any = None) -> dict[str, Array]:
         """The parameters on the device, as they are or in one dtype. A step computes in the dtype that it is given, so
         that these need no more bytes than they have in the file."""
-        return {name: jnp.asarray(np.asarray(a), dtype) for name, a in self.parameters.items()}
+        return {name: jnp.asarray(a, dtype) for name, a in self.parameters.items()}

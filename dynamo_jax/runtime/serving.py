@@ -27,16 +27,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.kernels.arrangements import AnyResident, arrangement_for
 from dynamo_jax.kernels.layout import PageTable
-from dynamo_jax.models.experts import ExpertsFn
+from dynamo_jax.models.experts import ExpertsFn, piece_counts
 from dynamo_jax.models.routing import Routing
 from dynamo_jax.precision.plan import Plan
+from dynamo_jax.runtime import memory
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows
-from dynamo_jax.runtime.memory import spare_slots
 from dynamo_jax.runtime.monitor import HOP, Watch, start, watch
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.residency import Residency, Staged, commit, levels_of, residency, stage, table_of
 from dynamo_jax.runtime.signatures import Signatures
-from dynamo_jax.runtime.store import HostPages, host_pages, page_counts, pages_of
+from dynamo_jax.runtime.store import HostPages, host_pages, pages_of
 from dynamo_jax.runtime.switch import switched_divergence, switched_experts
 
 
@@ -99,8 +99,7 @@ def init(
     if requests < 1 or variants < 1:
         raise ValueError(f"{requests} requests, {variants} variants: expected one or more")
     if slots is None:
-        counts = page_counts(model.plan)
-        slots = {level: counts[level] + count for level, count in spare_slots(model.plan, model.spare).items()}
+        slots = memory.slots(model.plan, model.spare)
     if arrangement is None:
         arrangement = arrangement_for(model.store.scales.shape[3], model.plan.channel_block, model.plan.group_size)
     pages = host_pages(model.store, model.plan, arrangement)
@@ -145,19 +144,10 @@ def observe(state: State, routings: list[Routing], mask: Bool[Array, "B T"] | No
     if len(routings) != num_layers:
         raise ValueError(f"routings of {len(routings)} layers; the monitor knows {num_layers}")
     tokens = routings[0].experts.shape[0] // requests
+    size = min(HOP, tokens)  # of a piece: one token, where a step decodes
+    counts = piece_counts(routings, requests, num_experts, size, mask)
     real = jnp.ones((requests, tokens)) if mask is None else mask.astype(jnp.float32)
-    pieces = -(-tokens // HOP)
-    more = ((0, 0), (0, pieces * HOP - tokens)) if pieces > 1 else ((0, 0), (0, 0))
-    cut = (requests, pieces, -1)
-
-    def counted(chosen: Int[Array, "N k"]) -> Array:
-        each = jnp.pad(chosen.reshape(requests, tokens, -1), (*more, (0, 0))).reshape(requests, pieces, -1)
-        weight = jnp.repeat(jnp.pad(real, more).reshape(cut), chosen.shape[1], axis=2)
-        add = jax.vmap(jax.vmap(lambda e, w: jnp.zeros(num_experts).at[e].add(w)))
-        return add(each, weight)
-
-    counts = jnp.stack([counted(r.experts) for r in routings], axis=2)
-    seen = jnp.pad(real, more).reshape(cut).sum(axis=2)
+    seen = jnp.pad(real, ((0, 0), (0, -tokens % size))).reshape(requests, -1, size).sum(axis=2)
     return state._replace(watch=watch(state.signatures, state.watch, counts, seen))
 
 

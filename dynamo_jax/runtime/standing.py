@@ -2,9 +2,9 @@
 
 A variant is adapted after ``FIRST`` tokens of novel text and anew after ``AGAIN`` times as many; it serves if it gains
 on what was seen. Known text is tried as well, after ``TRIED`` tokens, and there the gain must be ``sure``, on text that
-the plan was not made from. When a
-variant would have lost more than the baseline on the last ``RECENT`` tokens, by where the router sent them, it is left
-and another is adapted to these; each time that happens, twice as many tokens are waited for.
+the plan was not made from. When a variant would have lost more than the baseline on the last ``RECENT`` tokens, by
+where the router sent them, it is left and another is adapted to these; each time that happens, twice as many tokens are
+waited for. One that reads more than it may on these tokens is adapted anew, and serves on until then.
 
 Axes: L layers, E experts.
 """

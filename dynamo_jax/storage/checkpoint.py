@@ -13,8 +13,8 @@ disk leaves no half checkpoint. Nothing is pickled.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +25,13 @@ import tokenizers
 from jaxtyping import Float
 
 from dynamo_jax.files import read_json, whole_folder, write_text
+from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.formats.tensor_files import write_tensors
 from dynamo_jax.models.huggingface import TOKENIZER, UNQUANTIZED
 from dynamo_jax.precision.plan import Plan, num_weights
 from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
-from dynamo_jax.runtime.adapt import measuring_bytes
-from dynamo_jax.runtime.memory import device_bytes
+from dynamo_jax.runtime.memory import device_bytes, measuring_bytes
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel, blind, odd_words
 from dynamo_jax.runtime.signatures import Signatures
 from dynamo_jax.runtime.store import page_tables
@@ -40,7 +40,6 @@ from dynamo_jax.storage.bundles import (
     Bundle,
     check_planes,
     layer_name,
-    plane_shapes,
     planes_bundle,
     read_bundle,
     stacked_planes,
@@ -249,10 +248,9 @@ def _memory(folder: Path, config: ModelConfig, plan: Plan, meta: dict[str, Any])
     """Bits a weight, and bytes on the device, in host memory and on disk."""
     held, weights = device_bytes(plan, meta["spare"]), num_weights(plan)
     plan_bits, spare, staged, tables = (8 * n / weights for n in held)
-    shapes = plane_shapes(config, plan, meta["max_width"])
-    layer = sum(math.prod(s) * (2 if n.endswith("scales") else 1) for n, s in shapes.items())
-    widths = sum(n.startswith("planes/codes") for n in shapes)
-    measuring = measuring_bytes(config, layer, widths)
+    planes = dataclasses.replace(plan, widths=np.full_like(plan.widths, meta["max_width"])).stored_bytes()
+    widths = sum(width <= meta["max_width"] for width in WIDTHS)
+    measuring = measuring_bytes(config, planes // max(1, config.num_moe_layers), widths)
     files = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     parts = f"plan {plan_bits:.3f}, spare slots {spare:.3f}, pages on their way {staged:.3f}, page tables {tables:.3f}"
     largest = f"all planes up to {meta['max_width']} bits"
@@ -260,7 +258,7 @@ def _memory(folder: Path, config: ModelConfig, plan: Plan, meta: dict[str, Any])
         "bits a weight": f"{8 * held.total / weights:.4f} on the device ({parts})",
         "experts on the device": f"{held.total:,} bytes",
         "measuring novel text": f"{measuring:,} bytes beside activations, between two steps",
-        "experts in host memory": f"{config.num_moe_layers * layer:,} bytes ({largest}, for switching)",
+        "experts in host memory": f"{planes:,} bytes ({largest}, for switching)",
         "on disk": f"{sum(files):,} bytes ({largest}, and what is not quantized)",
     }
 

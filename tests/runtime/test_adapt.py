@@ -15,18 +15,17 @@ from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.experts import ExpertWeights, expert_outputs
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import dequantize
-from dynamo_jax.runtime import adapt as adapt_module
+from dynamo_jax.runtime import memory
 from dynamo_jax.runtime.adapt import (
     PRIOR_COST_ROWS,
     PRIOR_TOKENS,
     Observation,
     adapted_plan,
     expected,
-    measuring_bytes,
     observe_windows,
     saved_by,
 )
-from dynamo_jax.runtime.memory import spare_slots
+from dynamo_jax.runtime.memory import measuring_bytes, spare_slots
 from dynamo_jax.runtime.quantized import Knowledge
 from dynamo_jax.runtime.signatures import learn
 from dynamo_jax.runtime.store import page_counts, pages_of
@@ -97,7 +96,7 @@ def test_experts_measured_in_parts_are_measured_as_all_at_once(apart, novel, mon
     jax.clear_caches()
     layer = sum(a.nbytes for a in jax.tree.leaves(apart.store)) // 2
     whole_bytes = measuring_bytes(apart.config, layer, 4)
-    monkeypatch.setattr(adapt_module, "UNPACKED_WEIGHTS", 8 * 3 * 64 * 256)
+    monkeypatch.setattr(memory, "UNPACKED_WEIGHTS", 8 * 3 * 64 * 256)
     parts = observe_windows(apart, novel.first)
     assert measuring_bytes(apart.config, layer, 4) < whole_bytes / 3
     jax.clear_caches()
