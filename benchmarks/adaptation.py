@@ -30,10 +30,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import functools
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,31 +40,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
+from deployments import Sweeps, at_widths, heldout_windows, kept, uniform_gptq, weights_of
 from float_changes import changes, predictions
 from placements import clustered_experts, hot_experts
-from quality import UNIFORM_GRIDS, groups_of
+from quality import groups_of
 
 from dynamo_jax.analysis.dynamics import routing_divergence
 from dynamo_jax.calibration import plans
+from dynamo_jax.calibration.analyses import Analysis
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.knowledge import knowledge_of
 from dynamo_jax.calibration.pipeline import analyze_layers
 from dynamo_jax.calibration.sources import DecoderSource
 from dynamo_jax.files import write_json
-from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
 from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
-from dynamo_jax.precision.plan import Plan
-from dynamo_jax.quant.planes import dequantize
-from dynamo_jax.runtime.adapt import adapted_plan, observe_windows, placed_anew
-from dynamo_jax.runtime.memory import device_bits, device_bytes, spare_slots
+from dynamo_jax.precision.plan import Plan, touched_share
+from dynamo_jax.runtime import memory
+from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows, placed_anew
+from dynamo_jax.runtime.memory import device_bits
 from dynamo_jax.runtime.quantized import QuantizedModel
-from dynamo_jax.runtime.store import page_counts
 from dynamo_jax.storage.bundles import stacked_planes
 from dynamo_jax.storage.work import MemoryWork
-from dynamo_jax.texts.reading import read_text
-from dynamo_jax.texts.windows import token_windows
 
 DEPLOYMENTS = {
     "prose": ("encyclopedic", "stories", "medical"),
@@ -81,8 +78,6 @@ FAR_BITS = 0.1
 MORE_MEMORY = 1.15
 READS = (1.15, 1.3)
 BATCH = 16
-GRIDS = [grid for grid in UNIFORM_GRIDS if not grid.symmetric and not grid.clip]
-SHARES = {"adapted": (0.45, 0.6), "adapted-batch16": (0.6, 0.75), "adapted-reads1.3": (0.7, 0.9)}  # kl, loss: wanted
 
 
 class Text(NamedTuple):
@@ -106,45 +101,26 @@ class Model(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """Planes and the plan that they favour. options: weights (L, E, P, F, D) at each width."""
+    """Planes and the plan that they favour. options: weights (L, E, P, F, D) at each width; analyses: of the known
+    kinds."""
 
     model: QuantizedModel
     options: list[np.ndarray]
+    analyses: dict[str, Analysis]
 
     def weights(self, plan: Plan) -> np.ndarray:
-        layers, experts, projections, channels, _ = self.options[0].shape
-        widths = plan.page_widths().reshape(layers, experts, -1, plan.blocks)
-        each = np.broadcast_to(widths, (layers, experts, projections, plan.blocks))
-        at = np.searchsorted(WIDTHS, np.repeat(each, plan.channel_block, axis=3)[..., :channels])[..., None]
-        out = self.options[0]
-        for index, option in enumerate(self.options[1:], 1):
-            out = np.where(at == index, option, out)
-        return out
+        return weights_of(self.options, plan)
 
 
 @dataclasses.dataclass
 class Deployment:
     """A model calibrated on some kinds. uniform: weights and bits of uniform GPTQ."""
 
-    known: dict[str, np.ndarray]
     baseline: Quantized  # the product's
     only_known: Quantized  # of the same budget, without slots and without a thought of other text
     more_memory: Quantized
     uniform: tuple[np.ndarray, float]
     significance: np.ndarray  # (A, L, E): of the experts on each known dataset, at 2 bits
-
-
-class Sweeps(MemoryWork):
-    """Work that is never dropped, so that the sweeps of one budget serve another: all but what a plan decides."""
-
-    def drop(self, name: str) -> None:
-        pass
-
-    def again(self) -> Sweeps:
-        other = Sweeps()
-        decided = ("layer-", "stats-", "emphasis")
-        other._bundles = {name: bundle for name, bundle in self._bundles.items() if not name.startswith(decided)}
-        return other
 
 
 def quantized_on(model: Model, known: dict[str, np.ndarray], settings: QuantizeConfig, work: MemoryWork) -> Quantized:
@@ -164,38 +140,27 @@ def quantized_on(model: Model, known: dict[str, np.ndarray], settings: QuantizeC
         files={},
         spare=settings.spare,
     )
-    sizes = np.s_[..., : decoder.config.intermediate_size, : decoder.config.hidden_size]
-    options = [np.asarray(dequantize(store, width).astype(jnp.bfloat16))[sizes] for width in WIDTHS]
-    return Quantized(found, options)
+    return Quantized(found, at_widths(decoder.config, store), analyses)
 
 
-def uniform_weights(model: Model, known: np.ndarray, bits: float) -> tuple[np.ndarray, float]:
-    """GPTQ weights of one width, of the grid nearest to ``bits``, and its bits a weight."""
-    weights = peers.expert_weights(model.decoder)
-    config = model.decoder.config
-    sums = peers.sums_of(config, weights, peers.observed(config, model.params, known))
-    fits = [grid for grid in GRIDS if grid.group_size in groups_of(config)]
-    grid = min(fits, key=lambda g: abs(peers.bits_of(g, weights) - bits))
-    return peers.gptq_weights(weights, sums, grid), peers.bits_of(grid, weights)
-
-
-def deployment_of(model: Model, known: dict[str, np.ndarray], settings: QuantizeConfig, work: Sweeps) -> Deployment:
-    """All that is calibrated on the known windows, at the budget of ``settings``."""
+def calibrated(
+    model: Model,
+    known: dict[str, np.ndarray],
+    uniform: Callable[[float], tuple[np.ndarray, float]],
+    settings: QuantizeConfig,
+    work: Sweeps,
+) -> Deployment:
+    """All that is calibrated on the known windows, at the budget of ``settings``; ``work`` keeps the sweeps."""
     bits = settings.bits
     assert bits is not None
-    baseline = quantized_on(model, known, settings, work)
+    own = work.again()
+    baseline = quantized_on(model, known, settings, own)
+    work.keep(own)
     alone = dataclasses.replace(settings, spare=0.0, novelty_weight=0.0)
     only_known = quantized_on(model, known, alone, work.again())
     more = quantized_on(model, known, dataclasses.replace(alone, bits=MORE_MEMORY * bits), work.again())
-    analyses = analyze_layers(DecoderSource(model.decoder), known, settings, work)
-    return Deployment(
-        known,
-        baseline,
-        only_known,
-        more,
-        uniform_weights(model, np.concatenate(list(known.values())), bits),
-        np.stack([a.expert_significance()[..., 0] for a in analyses.values()]),
-    )
+    significance = np.stack([a.expert_significance()[..., 0] for a in baseline.analyses.values()])
+    return Deployment(baseline, only_known, more, uniform(bits), significance)
 
 
 class Method(NamedTuple):
@@ -212,12 +177,11 @@ def read_bytes(plan: Plan, use: np.ndarray) -> tuple[float, float]:
     return plan.bytes_per_step(use, 1), plan.bytes_per_step(use, BATCH)
 
 
-def methods_of(model: Model, own: Deployment, text: Text) -> Iterator[Method]:
-    """All methods on one text."""
+def methods_of(model: Model, own: Deployment, text: Text, truth: Observation) -> Iterator[Method]:
+    """All methods on one text. truth: what the windows that are evaluated show."""
     quantized, plan, known = own.baseline.model, own.baseline.model.plan, own.baseline.model.knowledge
     share = quantized.spare
     seen = observe_windows(quantized, text.first)
-    truth = observe_windows(quantized, text.rest)
     use = truth.counts.sum(axis=0) / truth.tokens.sum()
 
     def of(name: str, among: Quantized, plan: Plan, share: float, **more: Any) -> Method:
@@ -230,12 +194,12 @@ def methods_of(model: Model, own: Deployment, text: Text) -> Iterator[Method]:
     weights, bits = own.uniform
     config = model.decoder.config
     whole = bits / 8 * config.num_expert_weights / use.size  # bytes of an expert
-    uniform_read = (whole * use.sum(), whole * (1 - (1 - use) ** BATCH).sum())
+    uniform_read = tuple(whole * touched_share(use, batch).sum() for batch in (1, BATCH))
     yield Method("uniform", weights, bits, uniform_read)
     errors, often = only.knowledge.block_errors, only.knowledge.counts.sum(axis=0) / only.knowledge.tokens
     yield of("static-channel", own.only_known, placed_anew(only.plan, errors, often), 0)
 
-    stored = device_bytes(only.plan, 0).plan
+    stored = only.plan.stored_bytes()
     for prefix, found in (("", seen), ("oracle-", truth)):
         counts, tokens = found.counts.sum(axis=0), float(found.tokens.sum())
         yield of(f"{prefix}hotness", own.only_known, hot_experts(only.plan, counts, tokens, stored), 0)
@@ -245,8 +209,7 @@ def methods_of(model: Model, own: Deployment, text: Text) -> Iterator[Method]:
         )
         yield of(f"{prefix}paper", own.only_known, clustered_experts(only.plan, significance, moved, stored), 0)
 
-    slots = {level: count + spare_slots(plan, share)[level] for level, count in page_counts(plan).items()}
-    held = device_bits(plan, share)
+    slots, held = memory.slots(plan, share), device_bits(plan, share)
     nearly = predictions(config, model.with_weights(own.baseline.options[-1]), text.first)
 
     def apart(plan: Plan) -> float:
@@ -268,15 +231,18 @@ def methods_of(model: Model, own: Deployment, text: Text) -> Iterator[Method]:
             yield Method(prefix + name, taken, held, read_bytes(found, use), {} if prefix else more)
 
 
-def rows_of(model: Model, own: Deployment, text: Text, what: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each method on a text. what: entries of all rows."""
-    config = model.decoder.config
+def rows_of(
+    model: Model, once: Callable[[], Deployment], text_of: Callable[[str], Text], what: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """A row for each method on a text. once: calibrates, the first time; what: entries of all rows."""
+    own, text, config = once(), text_of(what["novel"]), model.decoder.config
     counts = own.baseline.model.knowledge.counts
-    where = observe_windows(own.baseline.model, text.rest[:8]).counts.sum(axis=0)
+    truth = observe_windows(own.baseline.model, text.rest)
+    where = truth.counts.sum(axis=0)
     apart = min(float(routing_divergence(where, signature).mean()) for signature in counts)
     rows: list[dict[str, Any]] = []
     reference: np.ndarray | None = None
-    for method in methods_of(model, own, text):
+    for method in methods_of(model, own, text, truth):
         found = changes(config, model.with_weights(method.weights), text.rest, text.reference)
         excess = found[0] - text.exact[0]
         reference = excess if reference is None else reference
@@ -349,55 +315,33 @@ def main() -> None:
     )
 
     def windows_of(kind: str) -> np.ndarray:
-        return token_windows(read_text(arguments.corpus / f"{kind}.heldout.txt"), tokenizer, settings.window, kind)
+        return heldout_windows(arguments.corpus, kind, tokenizer, settings.window)
 
-    texts: dict[str, Text] = {}
-
+    @functools.cache
     def text_of(kind: str) -> Text:
-        if kind not in texts:
-            first, rest = np.split(windows_of(kind), [arguments.seen])
-            rest = rest[: arguments.limit]
-            reference = predictions(decoder.config, params, rest)
-            texts[kind] = Text(first, rest, reference, changes(decoder.config, params, rest, reference))
-        return texts[kind]
+        first, rest = np.split(windows_of(kind), [arguments.seen])
+        rest = rest[: arguments.limit]
+        reference = predictions(decoder.config, params, rest)
+        return Text(first, rest, reference, changes(decoder.config, params, rest, reference))
 
     job = {"limit": arguments.limit, "seen": arguments.seen, "calibration_windows": settings.calibration_windows}
     rows: list[dict[str, Any]] = []
-    start = time.time()
     for name in arguments.deployment or DEPLOYMENTS:
         known = {kind: windows_of(kind)[: settings.calibration_windows] for kind in DEPLOYMENTS[name]}
         novel = arguments.novel or [kind for kind in KINDS if kind not in known]
-        work = Sweeps()
+        work, uniform = Sweeps(), uniform_gptq(decoder, params, np.concatenate(list(known.values())))
         for budget in arguments.budget or BUDGETS:
-            own: Deployment | None = None
+            what = {"model": model.name, "deployment": name, "budget": budget}
+            at = dataclasses.replace(settings, bits=budget)
+            once = functools.cache(functools.partial(calibrated, model, known, uniform, at, work))
             for kind in novel:
-                what = {"model": model.name, "deployment": name, "novel": kind, "budget": budget}
                 path = arguments.keep and arguments.keep / f"{model.name}-{name}-{budget:g}-{kind}.json"
-                found = kept(path, job)
-                if found is None:
-                    if own is None:
-                        work = work.again()
-                        own = deployment_of(model, known, dataclasses.replace(settings, bits=budget), work)
-                        print(f"{name}, {budget:g} bits: calibrated after {time.time() - start:.0f} s", flush=True)
-                    found = rows_of(model, own, text_of(kind), what)
-                    if path:
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        write_json(path, {"job": job, "rows": found})
-                rows += found
+                run = functools.partial(rows_of, model, once, text_of, what | {"novel": kind})
+                rows += kept(path, job, run)
                 if arguments.json:  # a run that is stopped leaves the kinds that it ended
                     write_json(arguments.json, {"results": rows, "marks": marks(rows), "jax": jax.__version__})
     for what, value in marks(rows).items():
         print(f"{what}: {value:+.1%}")
-
-
-def kept(path: Path | None, job: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The rows of a finished kind, if there are any."""
-    if not (path and path.exists()):
-        return None
-    found = json.loads(path.read_text())
-    if found["job"] != job:
-        raise SystemExit(f"{path}: of another job: {found['job']}, expected {job}")
-    return found["rows"]
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.precision.plan import Plan
+from dynamo_jax.runtime import memory
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows, saved_by
-from dynamo_jax.runtime.memory import spare_slots
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.standing import MOST, RECENT, Standing
 from dynamo_jax.texts.demo import collect
@@ -62,8 +62,8 @@ def saved(model: QuantizedModel, plan: Plan, seen: Observation) -> float:
 
 
 def followed(model: QuantizedModel, windows: list[Observation], size: int, leaves: bool) -> Followed:
-    """``Follower`` on one request, window after window of ``size`` tokens."""
-    spare, standing = spare_slots(model.plan), Standing(size)
+    """``Follower`` on one request, window after window of ``size`` tokens: all slots serve it."""
+    slots, standing = memory.slots(model.plan, model.spare), Standing(size)
     plan, adaptations = model.plan, 0
     stream: list[Observation] = []
     found: list[float] = []
@@ -78,7 +78,7 @@ def followed(model: QuantizedModel, windows: list[Observation], size: int, leave
                 stream = stream[-RECENT // size :]
         if standing.due(len(stream) * size):
             seen = part_of(stream[-MOST // size :])
-            plan, adaptations = adapted_plan(model.plan, model.knowledge, seen, spare), adaptations + 1
+            plan, adaptations = adapted_plan(model.plan, model.knowledge, seen, slots=slots), adaptations + 1
             saves = saved_by(plan, model.plan, model.knowledge, seen)
             standing.begins(saved(model, plan, seen) > 0, saves, seen.counts, seen.tokens)
     return Followed(found, adaptations, agree)

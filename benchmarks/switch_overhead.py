@@ -35,7 +35,7 @@ from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import new_cache
 from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
 from dynamo_jax.runtime import serving
-from dynamo_jax.runtime.adapt import adapted_plan, observe_windows
+from dynamo_jax.runtime.adapt import observe_windows
 from dynamo_jax.runtime.generate import Sampling, decode
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.store import page_counts
@@ -126,8 +126,7 @@ def moved(language: Any, model: QuantizedModel, host: serving.Host, state: servi
                 token, cache, watch = decode(*fixed, state, token, alive, cache, sampling)
                 state = state._replace(watch=watch)
             seen = observe_windows(model, text())
-            plan = adapted_plan(model.plan, model.knowledge, seen, serving.spare(host, state))
-            move = serving.begin(host, state, plan)
+            move = serving.begin(host, state, serving.adapted(model, host, state, seen))
             host, state = serving.finish(host, state, move)
             token, cache, watch = decode(*fixed, serving.switch(state, 1), token, alive, cache, sampling)
             jax.block_until_ready(token)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -27,25 +26,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
+from deployments import Sweeps, at_widths, heldout_windows, kept, uniform_gptq, weights_of
 from float_changes import changes, predictions
-from quality import groups_of
 
 from dynamo_jax.calibration import plans
 from dynamo_jax.calibration.config import NOVELTY_WEIGHT, QuantizeConfig
 from dynamo_jax.calibration.pipeline import analyze_layers
 from dynamo_jax.calibration.sources import DecoderSource
 from dynamo_jax.files import write_json
-from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import Decoder, parameters
 from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
-from dynamo_jax.precision.plan import Plan
-from dynamo_jax.quant.grids import GridSpec
-from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.storage.bundles import stacked_planes
-from dynamo_jax.storage.work import MemoryWork
-from dynamo_jax.texts.reading import read_text
-from dynamo_jax.texts.windows import token_windows
 
 FAR = ("german", "french", "russian", "spanish", "drama", "scripture", "c", "rust", "latex", "sql")
 DEPLOYMENTS = {  # known kinds, far kinds
@@ -55,22 +47,6 @@ DEPLOYMENTS = {  # known kinds, far kinds
 }
 BUDGETS = (4.125, 3.1, 2.5)
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, NOVELTY_WEIGHT, 0.6, 1.0)
-WORKING = ("stats-", "layer-", "emphasis")  # what a quantization with other settings makes anew
-
-
-class Sweeps(MemoryWork):
-    """Work that keeps what the sweeps over a model found, for quantizations that differ in budget or weight."""
-
-    def drop(self, name: str) -> None:
-        """Nothing: the next quantization needs it."""
-
-    def again(self) -> Sweeps:
-        other = Sweeps()
-        other.keep(self)
-        return other
-
-    def keep(self, work: Sweeps) -> None:
-        self._bundles |= {name: b for name, b in work._bundles.items() if not name.startswith(WORKING)}
 
 
 class Bench(NamedTuple):
@@ -94,10 +70,7 @@ class Bench(NamedTuple):
 def bench_of(model: Decoder, tokenizer: Any, corpus: Path, name: str, settings: QuantizeConfig, limit: int) -> Bench:
     known, far = DEPLOYMENTS[name]
     count = settings.calibration_windows
-    every = {
-        kind: token_windows(read_text(corpus / f"{kind}.heldout.txt"), tokenizer, settings.window, kind)
-        for kind in (*known, *far)
-    }
+    every = {kind: heldout_windows(corpus, kind, tokenizer, settings.window) for kind in (*known, *far)}
     parts = {kind: w[count:][:limit] for kind, w in every.items()}
     if short := [kind for kind, part in parts.items() if len(part) < 2]:
         raise SystemExit(f"{short[0]}: fewer than two windows after the first {count}")
@@ -109,60 +82,14 @@ def bench_of(model: Decoder, tokenizer: Any, corpus: Path, name: str, settings: 
     return Bench(model, params, {kind: every[kind][:count] for kind in known}, windows, kinds, reference, exact)
 
 
-def planned(model: Decoder, work: MemoryWork, plan: Plan) -> np.ndarray:
-    """Weights (L, E, P, F, D) of all experts at the plan's widths."""
-    store, config = stacked_planes(work.get, model.config), model.config
-    layers, experts = plan.widths.shape[:2]
-    each = plan.page_widths().reshape(layers, experts, -1, plan.blocks)
-    each = np.repeat(np.broadcast_to(each, (layers, experts, 3, plan.blocks)), plan.channel_block, axis=3)
-    widths = each[..., : config.intermediate_size, None]
-    out = np.zeros((*widths.shape[:-1], config.hidden_size), np.float32)
-    for width in WIDTHS:
-        part = np.asarray(dequantize(store, width).astype(jnp.bfloat16), np.float32)
-        np.copyto(out, part[..., : config.intermediate_size, : config.hidden_size], where=widths == width)
-    return out
-
-
-def uniform_of(bench: Bench) -> Callable[[float], tuple[np.ndarray, float]]:
-    """A function of a budget: what uniform GPTQ of the grid nearest to it does, and its bits a weight."""
-    config, weights = bench.model.config, peers.expert_weights(bench.model)
-    grids = [GridSpec(bits, group, False, False) for bits in WIDTHS[:3] for group in groups_of(config)]
-
-    @functools.cache
-    def sums() -> peers.Sums:
-        inputs = peers.observed(config, bench.params, np.concatenate(list(bench.calibration.values())))
-        return peers.sums_of(config, weights, inputs)
-
-    def uniform(budget: float) -> tuple[np.ndarray, float]:
-        grid = min(grids, key=lambda g: abs(peers.bits_of(g, weights) - budget))
-        return bench.run(peers.gptq_weights(weights, sums(), grid)), peers.bits_of(grid, weights)
-
-    return uniform
-
-
 def quantized(bench: Bench, sweeps: Sweeps, settings: QuantizeConfig) -> tuple[np.ndarray, float]:
     """What the model does when it is quantized with the settings, and its bits a weight."""
     work = sweeps.again()
     analyses = analyze_layers(DecoderSource(bench.model), bench.calibration, settings, work)
     sweeps.keep(work)
     plan = plans.plan(analyses, bench.model, settings)
-    return bench.run(planned(bench.model, work, plan)), plan.bits_per_weight()
-
-
-def kept(
-    path: Path | None, job: dict[str, Any], run: Callable[[], tuple[np.ndarray, float]]
-) -> tuple[np.ndarray, float]:
-    """What ``run`` returns, from the file of a run before if there is one."""
-    if path and path.exists():
-        before = json.loads(path.read_text())
-        if before["job"] != job:
-            raise SystemExit(f"{path}: of another job: {before['job']}, expected {job}")
-        return np.array(before["found"]), before["bits"]
-    found, bits = run()
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"job": job, "found": found.tolist(), "bits": bits})
-    return found, bits
+    options = at_widths(bench.model.config, stacked_planes(work.get, bench.model.config))
+    return bench.run(weights_of(options, plan)), plan.bits_per_weight()
 
 
 def rows_of(bench: Bench, what: dict[str, Any], found: np.ndarray, base: np.ndarray | None) -> list[dict[str, Any]]:
@@ -231,25 +158,35 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     model, tokenizer = load_decoder(arguments.model), load_tokenizer(arguments.model)
-    base = QuantizeConfig(calibration_windows=arguments.calibration_windows)
+    base = QuantizeConfig(calibration_windows=arguments.calibration_windows, spare=0.0)  # nothing switches
     job = {"limit": arguments.limit, "calibration_windows": base.calibration_windows}
     weights = list(dict.fromkeys([0.0, *(arguments.weight or WEIGHTS)]))
     rows: list[dict[str, Any]] = []
     print("deployment  budget method   bits   kinds   excess  kl  accuracy  loss above weight 0  kl above weight 0")
     for name in arguments.deployment or DEPLOYMENTS:
         bench, sweeps = bench_of(model, tokenizer, arguments.corpus, name, base, arguments.limit), Sweeps()
-        uniform = uniform_of(bench)
+        uniform = uniform_gptq(model, bench.params, np.concatenate(list(bench.calibration.values())))
         for budget in arguments.budget or BUDGETS:
 
             def found_by(method: str, run: Callable, name: str = name, budget: float = budget) -> Any:
                 path = arguments.keep and arguments.keep / f"{arguments.model.name}-{name}-{budget:g}-{method}.json"
-                return kept(path, job, run)
+
+                def plain() -> tuple[list, float]:
+                    found, bits = run()
+                    return found.tolist(), bits
+
+                found, bits = kept(path, job, plain)
+                return np.array(found), bits
+
+            def uniform_run(uniform: Callable = uniform, bench: Bench = bench, budget: float = budget) -> Any:
+                weights, bits = uniform(budget)
+                return bench.run(weights), bits
 
             def settings_of(weight: float, budget: float = budget) -> QuantizeConfig:
                 return dataclasses.replace(base, bits=budget, novelty_weight=weight)
 
             what = {"model": arguments.model.name, "deployment": name, "budget": budget}
-            found, bits = found_by("uniform", functools.partial(uniform, budget))
+            found, bits = found_by("uniform", uniform_run)
             rows += rows_of(bench, what | {"method": "uniform", "bits": bits}, found, None)
             none = None
             for weight in weights:
