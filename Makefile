@@ -19,7 +19,7 @@ $(VENV)/test.stamp: $(BIN)/python pyproject.toml
 	touch $@
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/dynamo-jax demo
+	$(BIN)/dynamo-jax demo --overwrite
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(PYTEST)

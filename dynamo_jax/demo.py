@@ -84,16 +84,25 @@ def compute(config: DemoConfig, texts: Path | None, progress: Progress = no_prog
 
 
 def run(
-    config: DemoConfig, texts: Path | None, out: Path, command: str, progress: Progress = no_progress
+    config: DemoConfig,
+    texts: Path | None,
+    out: Path,
+    command: str,
+    progress: Progress = no_progress,
+    *,
+    overwrite: bool = False,
 ) -> DemoResult:
-    """The demo with its files: ``out``/checkpoint, report.html and results.json."""
-    if out.is_dir() and (other := {p.name for p in out.iterdir()} - {"checkpoint", "report.html", "results.json"}):
+    """The demo with its files: ``out``/checkpoint, report.html and results.json. ValueError: ``out`` holds anything,
+    but, with ``overwrite``, the files of an earlier demo."""
+    found = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    if other := found - {"checkpoint", "report.html", "results.json"}:
         raise ValueError(f"{out}: exists and holds something else ({min(other)}); choose another --out")
-    checkpoint.check_free(out / "checkpoint")
+    if found and not overwrite:
+        raise ValueError(f"{out}: holds an earlier demo; --overwrite replaces it, or choose another --out")
     clock = Clock(progress)
     result, model = compute(config, texts, clock)
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(out / "checkpoint", result.model)
+    checkpoint.save(out / "checkpoint", result.model, overwrite)
     clock("save", 1, 1)
     write_json(out / "results.json", {"made_by": versions(), "results": [r.to_dict() for r in result.rows]})
     described = checkpoint.describe(out / "checkpoint")

@@ -1,28 +1,73 @@
-"""Files and folders that are whole or absent: made under a temporary name and renamed when they are done.
+"""Files that are whole or absent: made under a temporary name, and renamed when the disk has them.
 
-A killed process or a full disk leaves the old file or none, never a half of one.
+A killed process or a full disk leaves the old file or none, never a half of one. Folders of results are
+``storage/results.py``'s.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str, errors: str = "strict") -> None:
-    """Write UTF-8; ``errors`` as ``str.encode`` takes it."""
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A temporary name in the folder of ``path``, to write; it becomes ``path`` when the block has ended and the disk
+    has the bytes. Its mode is that of any new file, whatever a library gave it. What a killed process left of an
+    earlier try goes."""
+    for left in path.parent.glob(f".{path.name}.partial-*"):
+        if not _runs(left.name.rpartition("-")[2]):
+            left.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8", errors=errors)
+        partial.touch()
+        mode = partial.stat().st_mode
+        yield partial
+        partial.chmod(mode)
+        sync(partial)
         partial.replace(path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _runs(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of file systems that cannot
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write UTF-8; ``errors`` as ``str.encode`` takes it."""
+    with written(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors=errors)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with written(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -49,26 +94,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return value
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which gets the name ``folder`` if nothing fails meanwhile; else nothing of it stays."""
-    folder = folder.absolute()
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that had this number before
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        put_in_place(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def put_in_place(partial: Path, folder: Path) -> None:
-    """Give the whole folder ``partial`` its name; an earlier result of that name goes."""
-    old = folder.parent / f".{folder.name}.old-{os.getpid()}"
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

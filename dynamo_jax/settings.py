@@ -49,6 +49,8 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value is of a field's type; a whole number may stand for a float."""
     origin = typing.get_origin(hint)
+    if hint is Any:
+        return True
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, choice) for choice in typing.get_args(hint))
     if origin is dict:

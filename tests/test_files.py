@@ -1,13 +1,19 @@
-"""Files and folders are whole or absent, whatever fails meanwhile."""
+"""Files are whole or absent, whatever fails meanwhile."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dynamo_jax.files import read_json, whole_folder, write_json, write_text
+from dynamo_jax.files import read_json, write_json, write_text
+from dynamo_jax.models.formats.tensor_files import write_tensors
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -32,19 +38,30 @@ def test_what_is_no_json_object_is_an_error_that_names_the_file(tmp_path, conten
         read_json(tmp_path / "a.json")
 
 
-def test_a_folder_appears_when_it_is_whole(tmp_path):
-    out = tmp_path / "out"
-    with whole_folder(out) as partial:
-        (partial / "a").write_text("a")
-        assert not out.exists()
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "a"]
+def test_modes_follow_the_umask_whatever_wrote_the_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "text", "a")
+        write_tensors(tmp_path / "a.safetensors", {"a": np.zeros(3)})
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o640}
 
 
-def test_a_folder_that_fails_leaves_the_old_one(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("old")
-    with pytest.raises(RuntimeError), whole_folder(out) as partial:
-        (partial / "new").write_text("new")
-        raise RuntimeError
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "old"]
+def test_what_a_killed_process_left_of_a_file_goes_with_the_next_try(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f".a.partial-{ended.pid}").write_text("half")
+    running = tmp_path / f".a.partial-{os.getppid()}"
+    running.write_text("somebody else's")
+    write_text(tmp_path / "a", "whole")
+    assert {p.name for p in tmp_path.iterdir()} == {"a", running.name}
+
+
+def test_bytes_are_on_the_disk_before_the_file_has_its_name(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr("os.fsync", lambda handle: steps.append(os.readlink(f"/proc/self/fd/{handle}")))
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, to: steps.append("renamed") or replace(self, to))
+    write_text(tmp_path / "a", "whole")
+    assert [Path(s).name for s in steps] == [f".a.partial-{os.getpid()}", "renamed", tmp_path.name]

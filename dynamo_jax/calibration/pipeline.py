@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,14 @@ from dynamo_jax.calibration.knowledge import knowledge_of
 from dynamo_jax.calibration.plans import favoured, plan
 from dynamo_jax.calibration.sources import DecoderSource, LayerSource
 from dynamo_jax.calibration.sweeps import Calibration, calibrate, statistics_of
-from dynamo_jax.files import put_in_place
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
 from dynamo_jax.models.huggingface import Source, load_tokenizer, side_files, side_files_of
 from dynamo_jax.precision.plan import Plan
-from dynamo_jax.progress import Progress, no_progress
+from dynamo_jax.progress import Log, Progress, no_log, no_progress
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.storage import checkpoint
 from dynamo_jax.storage.bundles import stacked_planes
+from dynamo_jax.storage.results import Making, is_done
 from dynamo_jax.storage.work import FolderWork, MemoryWork, Work
 from dynamo_jax.texts.reading import digest
 
@@ -174,32 +176,47 @@ def quantize_folder(
     known: dict[str, str],
     config: QuantizeConfig | None = None,
     progress: Progress = no_progress,
+    *,
+    overwrite: bool = False,
+    log: Log = no_log,
 ) -> Plan:
-    """As ``quantize``, for a Hugging Face folder that memory need not hold; the result is the folder ``out``.
+    """As ``quantize``, for a Hugging Face folder that memory need not hold; the result is the folder ``out``, which is
+    missing or empty, or with ``overwrite`` an earlier result.
 
-    Unfinished work lies in a hidden folder beside ``out``. The same call resumes it at its last finished layer,
-    and the result is the same bits. ValueError: as ``quantize``, and a folder that is not whole, or is not free.
+    Unfinished work lies in ``out``/unfinished. The same call goes on there at the last finished layer, and the result
+    is the same bits; if ``out`` has the result of the same call, nothing is done. ``log`` is told either.
+    ValueError: as ``quantize``, and a folder that is not whole, or is not free.
     """
-    folder, out, config = Path(folder), Path(out), config or QuantizeConfig()
+    folder, out, config = Path(folder), Path(out).resolve(), config or QuantizeConfig()
     source = Source(folder)
     config = settled(config, source.config, source.other_bytes(), list(known))
-    checkpoint.check_free(out)
-    tokenizer = load_tokenizer(folder, source.config.vocab_size)
-    windows = known_windows(known, tokenizer, config)
-    out = out.absolute()
-    job = {
-        "format": WORK_FORMAT,
+    files = side_files(folder)
+    job: dict[str, Any] = {
+        "command": "quantize",
+        "format": [WORK_FORMAT, checkpoint.FORMAT],
         "settings": dataclasses.asdict(config),
         "texts": [[name, digest(text)] for name, text in known.items()],  # in order: windows have that of the texts
-        "model": source.fingerprint(),
+        "model": digest(
+            json.dumps(
+                [source.fingerprint(), {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}]
+            )
+        ),
     }
-    with FolderWork(out.parent / f".{out.name}.partial", job) as work:
-        chosen, knowledge, _ = _plan_and_knowledge(source, windows, known, config, work, progress)
-        sizes = checkpoint.Sizes(config.window, config.spare, config.max_width)
-        checkpoint.describe_to(work.folder, source.config, chosen, sizes, knowledge, side_files(folder))
-        for layer in source.config.moe_layers:
-            for name in ("stats", "sensitivity"):
-                work.drop(f"{name}-{layer:03d}")
-        work.finish()
-        put_in_place(work.folder, out)
+    if is_done(out, checkpoint.META, job):
+        log(f"{out}: done already, by the same command")
+        return checkpoint.read_description(out).plan
+    tokenizer = load_tokenizer(folder, source.config.vocab_size)
+    windows = known_windows(known, tokenizer, config)
+    with Making(out, checkpoint.META, job, overwrite=overwrite) as making:
+        work = FolderWork(making.folder)
+        if steps := work.names():
+            log(f"goes on in {making.folder}, where {len(steps)} steps are finished, the last one {steps[-1]}")
+        try:
+            chosen, knowledge, _ = _plan_and_knowledge(source, windows, known, config, work, progress)
+            facts = checkpoint.Facts(config.window, config.spare, config.max_width, tuple(source.unread), job)
+            checkpoint.publish(making, work, source.config, chosen, facts, knowledge, files)
+        except (KeyboardInterrupt, OSError) as error:
+            if work.names():
+                error.add_note(f"what is finished is kept in {making.folder}; the same command goes on there")
+            raise
     return chosen

@@ -46,6 +46,11 @@ def progress_bar() -> Iterator[Progress]:
             bars.stop()
 
 
+def say(line: str) -> None:
+    """A line of progress."""
+    print(line, file=sys.stderr)
+
+
 def print_rows(rows: list[Row]) -> None:
     batch = rows[0].batch if rows else 1
     step = "bytes/token" if batch == 1 else f"bytes/step of {batch}"

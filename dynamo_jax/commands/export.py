@@ -7,16 +7,18 @@ from typing import Annotated
 
 import typer
 
-from dynamo_jax.commands.console import progress_bar
+from dynamo_jax.commands.console import progress_bar, say
+from dynamo_jax.commands.options import OverwriteOption
 
 
 def export(
     model: Annotated[Path, typer.Option(help="A folder that quantize wrote.")],
     out: Annotated[Path, typer.Option(help="The Hugging Face folder to write; missing or empty.")],
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Write a quantized model as a Hugging Face folder with dequantized bfloat16 experts."""
     from dynamo_jax.storage.export import export as run
 
     with progress_bar() as progress:
-        run(model, out, progress)
+        run(model, out, progress, overwrite=overwrite, log=say)
     print(f"checkpoint  {out}")

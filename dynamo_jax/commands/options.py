@@ -32,6 +32,12 @@ BatchOption = Annotated[
     ),
 ]
 ReadsOption = Annotated[float, typer.Option(help="How many times the baseline's bytes a step may read once adapted.")]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace an earlier result in --out, or give up an unfinished one. Other files stay."
+    ),
+]
 WindowOption = Annotated[int, typer.Option(min=8, help="Tokens a window.")]
 
 

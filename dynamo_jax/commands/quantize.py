@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from dynamo_jax.commands.console import print_facts, progress_bar
+from dynamo_jax.commands.console import print_facts, progress_bar, say
 from dynamo_jax.commands.options import (
     KnownOption,
     ModelOption,
+    OverwriteOption,
     WindowOption,
     float_folder,
     read_datasets,
@@ -86,10 +87,11 @@ def quantize(
     ] = "gptq",
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows a dataset.")] = 32,
     window: WindowOption = 256,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Calibrate on the known datasets, choose the experts' widths under the budget, and write the model.
 
-    One layer's weights are in memory at a time. A run that was stopped resumes when it is called again.
+    One layer's weights are in memory at a time. A run that was stopped goes on when it is called again.
     """
     from dynamo_jax.calibration.config import QuantizeConfig
     from dynamo_jax.calibration.pipeline import quantize_folder
@@ -115,6 +117,6 @@ def quantize(
         calibration_windows=windows,
     )
     with progress_bar() as progress:
-        quantize_folder(folder, out, texts["known"], settings, progress)
+        quantize_folder(folder, out, texts["known"], settings, progress, overwrite=overwrite, log=say)
     print_facts(checkpoint.describe(out))
     print(f"checkpoint  {out}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 import tokenizers
 from flax import nnx
 
-from dynamo_jax.files import read_json
+from dynamo_jax.files import read_json, write_bytes, write_text
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, Layer, parameters, with_parameters
 from dynamo_jax.models.families.names import expert_names, layer_tensor_names, tensor_names
@@ -38,10 +37,12 @@ from dynamo_jax.models.formats.tensor_files import FLOATS, INDEX, SINGLE, Tensor
 
 TOKENIZER = "tokenizer.json"
 UNQUANTIZED = "embeddings, attention, norms, routers, shared experts, dense layers and biases keep their dtype"
-SIDE_FILES = (  # what a folder has beside weights and config.json, as far as text generation needs it
+SIDE_FILES = (  # what a folder has beside weights, as far as text generation and who publishes need it
     *("config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
-    *("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"),
+    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md"),
 )
+SIDE_BYTES = 2**28
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -73,6 +74,15 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> tokeniz
     if vocab_size is not None and largest >= vocab_size:
         raise ValueError(f"{path}: token ids go up to {largest}, past the model's vocabulary of {vocab_size}")
     return tokenizer
+
+
+def tokenizer_from(content: bytes | None, where: Path) -> tokenizers.Tokenizer:
+    if content is None:
+        raise ValueError(f"{where}: no such file")
+    try:
+        return tokenizers.Tokenizer.from_str(content.decode())
+    except Exception as error:
+        raise ValueError(f"{where}: not a tokenizer: {error}") from error
 
 
 class Source:
@@ -136,13 +146,18 @@ class Source:
         """Of all that is read but the routed experts' weights."""
         return sum(self.files.headers[n].nbytes for n in self.expected.keys() - self.quantized_tensors())
 
+    @property
+    def unread(self) -> list[str]:
+        """Tensors that the decoder has no use for."""
+        return sorted(self.files.headers.keys() - self.expected.keys())
+
     def release(self) -> None:
         self.files.release()
 
     def fingerprint(self) -> dict[str, list[int]]:
-        """Size and time of change of every file, by which another state of the folder is told."""
+        """Size and time of change of every file by its name, by which another state of the folder is told."""
         files = sorted({header.file for header in self.files.headers.values()} | {self.folder / "config.json"})
-        return {str(f.absolute()): [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
+        return {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
 
 
 def _shapes(module: Any) -> Shapes:
@@ -151,11 +166,15 @@ def _shapes(module: Any) -> Shapes:
 
 def parameter_shapes(config: ModelConfig) -> Shapes:
     """Shapes of all parameters but the routed experts' weights, by name, from one layer of each kind."""
-    shapes = _top_shapes(config)
+    shapes = top_shapes(config)
     for layer in range(config.num_hidden_layers):
-        own = _layer_shapes(config, layer in config.dense_layers)
-        shapes |= {f"layers.{layer}.{name}": shape for name, shape in own.items()}
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in layer_shapes(config, layer).items()}
     return shapes
+
+
+def layer_shapes(config: ModelConfig, layer: int) -> Shapes:
+    """Those of one layer, without the layer's prefix."""
+    return _layer_shapes(config, layer in config.dense_layers)
 
 
 @functools.lru_cache(maxsize=8)
@@ -164,7 +183,8 @@ def _layer_shapes(config: ModelConfig, dense: bool) -> Shapes:
     return _shapes(nnx.eval_shape(lambda: Layer(config, layer, rngs=nnx.Rngs(0), with_experts=False)))
 
 
-def _top_shapes(config: ModelConfig) -> Shapes:
+def top_shapes(config: ModelConfig) -> Shapes:
+    """Of embeddings, last norm and head."""
     small = dataclasses.replace(config, num_hidden_layers=1, dense_layers=(), windows=())
     shapes = _shapes(nnx.eval_shape(lambda: Decoder(small, rngs=nnx.Rngs(0), with_experts=False)))
     return {name: shape for name, shape in shapes.items() if not name.startswith("layers.")}
@@ -194,7 +214,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "dtypes": source.files.dtypes(),
         "quantized": f"{weights} of {len(experts):,} expert tensors, {expert_bytes:,} bytes",
         "not quantized": f"{source.other_bytes():,} bytes: {UNQUANTIZED}",
-        "not read": f"{len(headers.keys() - source.expected.keys()):,} tensors that the decoder has no use for",
+        "not read": f"{len(source.unread):,} tensors that the decoder has no use for",
     }
 
 
@@ -232,9 +252,9 @@ def save_checkpoint(folder: Path, model: Decoder, tokenizer: Path, dtype: Any = 
         tensors |= expert_tensors(expert_names(config, layer), list(zip(*parts)), {})
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / SINGLE, tensors)
-    (folder / "config.json").write_text(json.dumps(_olmoe_json(config, np.dtype(dtype).name), indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(_olmoe_json(config, np.dtype(dtype).name), indent=2) + "\n")
     if tokenizer != folder / TOKENIZER:
-        shutil.copyfile(tokenizer, folder / TOKENIZER)
+        write_bytes(folder / TOKENIZER, tokenizer.read_bytes())
 
 
 def _olmoe_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -265,12 +285,26 @@ def write_shards(folder: Path, shards: Iterator[dict[str, np.ndarray]], count: i
         places |= dict.fromkeys(tensors, file)
         total += sum(a.nbytes for a in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def side_files(folder: Path) -> dict[str, bytes]:
-    """Configuration, tokenizer, chat template and generation settings, as far as the folder has them."""
-    return {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
+    """Configuration, tokenizer, chat templates, generation settings and licence, as far as the folder has them.
+
+    ValueError: one is too large for what it is, or a link that leads away from where config.json is kept.
+    """
+    files = {}
+    homes = {folder.resolve(), (folder / "config.json").resolve().parent}
+    found = [folder / name for name in SIDE_FILES] + sorted(folder.glob("additional_chat_templates/*.jinja"))
+    for path in found:
+        if not path.is_file():
+            continue
+        if not homes & set(path.resolve().parents):
+            raise ValueError(f"{path}: a link that leads away from the model's folder, to {path.resolve()}")
+        if path.stat().st_size > SIDE_BYTES:
+            raise ValueError(f"{path}: {path.stat().st_size:,} bytes, more than such a file has ({SIDE_BYTES:,})")
+        files[path.relative_to(folder).as_posix()] = path.read_bytes()
+    return files
 
 
 def side_files_of(config: ModelConfig, tokenizer: tokenizers.Tokenizer) -> dict[str, bytes]:

@@ -37,6 +37,14 @@ class Plan:
         unknown = set(np.unique(self.widths)) - set(WIDTHS)
         if unknown:
             raise ValueError(f"plan holds widths {sorted(map(int, unknown))}; known are {WIDTHS}")
+        for name in ("channel_block", "group_size", "hidden_size"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} {value!r} is no positive whole number")
+        if np.ndim(self.widths) != 3:
+            raise ValueError(
+                f"plan has widths of the shape {np.shape(self.widths)}, expected (layers, experts, blocks)"
+            )
         if self.apart and np.shape(self.widths)[-1] % 2:
             raise ValueError(f"plan has {np.shape(self.widths)[-1]} widths an expert, expected two for each block")
         if self.group_size % 8 or not 8 <= self.group_size <= self.hidden_size:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
 from dynamo_jax.kernels.layout import PLANE_BITS, PROJECTIONS, WIDTHS, filled
 from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.huggingface import layer_shapes
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import Planes
 
@@ -33,25 +35,45 @@ def planes_bundle(planes: Planes) -> Bundle:
     return {f"planes/codes{b}": a for b, a in planes.codes.items()} | {"planes/scales": planes.scales} | ratios
 
 
-def plane_shapes(config: ModelConfig, plan: Plan, max_width: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of one layer's planes up to ``max_width``."""
+class Expected(NamedTuple):
+    """Of an array in a file. kind: "float", which must be finite, "any float", or the name of a dtype."""
+
+    shape: tuple[int, ...]
+    kind: str = "float"
+
+
+def check_arrays(path: Path, bundle: Bundle, expected: dict[str, Expected]) -> None:
+    """ValueError, which names the file and an array, if ``path`` does not hold just what it should."""
+    for name in sorted(bundle.keys() | expected.keys()):
+        if name not in bundle:
+            raise ValueError(f"{path}: {name} is missing")
+        if name not in expected:
+            raise ValueError(f"{path}: {name} is not expected in it")
+        array, (shape, kind) = bundle[name], expected[name]
+        if array.shape != shape:
+            raise ValueError(f"{path}: {name} is {array.shape}, expected {shape}")
+        if not (jnp.issubdtype(array.dtype, jnp.floating) if "float" in kind else array.dtype == kind):
+            raise ValueError(f"{path}: {name} is {array.dtype}, expected {kind}")
+        if kind == "float" and not np.isfinite(array).all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity")
+
+
+def planes_expected(config: ModelConfig, plan: Plan, max_width: int) -> dict[str, Expected]:
+    """One layer's planes up to ``max_width``."""
     shape = (config.num_experts, PROJECTIONS, plan.blocks * plan.channel_block)
     hidden = filled(config.hidden_size, plan.group_size)
-    codes: dict[str, tuple[int, ...]] = {
-        f"planes/codes{b}": (*shape, hidden * PLANE_BITS[b] // 8) for b in WIDTHS if b <= max_width
+    groups = (*shape, hidden // plan.group_size)
+    codes = {
+        f"planes/codes{b}": Expected((*shape, hidden * PLANE_BITS[b] // 8), "uint8") for b in WIDTHS if b <= max_width
     }
-    steps = ("scales", "ratios") if max_width == WIDTHS[-1] else ("scales",)
-    return codes | {f"planes/{name}": (*shape, hidden // plan.group_size) for name in steps}
+    ratios = {"planes/ratios": Expected(groups, "uint8")} if max_width == WIDTHS[-1] else {}
+    return codes | {"planes/scales": Expected(groups)} | ratios
 
 
-def check_planes(path: Path, bundle: Bundle, config: ModelConfig, plan: Plan, max_width: int) -> None:
-    """ValueError if what ``path`` held are not the planes of the layer that the file is named after."""
-    found = {name: a.shape for name, a in bundle.items() if name.startswith("planes/")}
-    dense = int(path.stem.removeprefix("layer-")) in config.dense_layers
-    expected = {} if dense else plane_shapes(config, plan, max_width)
-    if wrong := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
-        name = wrong[0]
-        raise ValueError(f"{path}: {name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}")
+def layer_expected(config: ModelConfig, plan: Plan, max_width: int, layer: int) -> dict[str, Expected]:
+    """A layer's file: its parameters but the experts' weights and, if it has experts, their planes."""
+    own = {f"parameters/{name}": Expected(shape) for name, shape in layer_shapes(config, layer).items()}
+    return own if layer in config.dense_layers else own | planes_expected(config, plan, max_width)
 
 
 def layer_planes(bundle: Bundle) -> Planes:

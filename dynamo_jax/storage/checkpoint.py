@@ -1,34 +1,35 @@
 """A quantized model on disk: a folder of safetensors files and JSON, a file a layer.
 
-    dynamo_jax.json          format version, configuration, names, sizes
+    SHA256SUMS               the files of the result and their digests
+    dynamo_jax.json          format version, configuration, names, sizes, the job that made it
     plan.safetensors         plan, page tables, and what calibration knew
     top.safetensors          embeddings, last norm, head
     layer-000.safetensors    a layer's planes and its unquantized parameters
     source/                  config.json, tokenizer and chat template of the model that was quantized
 
-A file a layer, so that a model larger than memory can be written and read in parts. The folder is
-written under a temporary name beside its place and renamed when whole: a killed process or a full
-disk leaves no half checkpoint. Nothing is pickled.
+A file a layer, so that a model larger than memory can be written and read in parts. How the folder
+becomes a result, whole or not at all, is ``results.py``'s. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 from jaxtyping import Float
 
-from dynamo_jax.files import read_json, whole_folder, write_text
-from dynamo_jax.kernels.layout import WIDTHS
+from dynamo_jax.files import read_json, write_bytes, write_text
+from dynamo_jax.kernels.layout import WIDTHS, num_blocks
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.formats.tensor_files import write_tensors
-from dynamo_jax.models.huggingface import TOKENIZER, UNQUANTIZED
+from dynamo_jax.models.huggingface import TOKENIZER, UNQUANTIZED, tokenizer_from, top_shapes
 from dynamo_jax.precision.plan import Plan, num_weights
 from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
 from dynamo_jax.runtime.memory import device_bytes, measuring_bytes
@@ -38,14 +39,18 @@ from dynamo_jax.runtime.store import page_tables
 from dynamo_jax.settings import from_dict
 from dynamo_jax.storage.bundles import (
     Bundle,
-    check_planes,
+    Expected,
+    check_arrays,
+    layer_expected,
     layer_name,
     planes_bundle,
     read_bundle,
     stacked_planes,
 )
+from dynamo_jax.storage.results import Making, Result, digest_of, located
+from dynamo_jax.storage.work import FolderWork
 
-FORMAT = 6
+FORMAT = 7
 NAME = "dynamo_jax quantized model"
 META, PLAN, TOP, SOURCE = "dynamo_jax.json", "plan.safetensors", "top.safetensors", "source"
 KNOWLEDGE = ("counts", "loss_per_error", "block_errors", "correction")
@@ -53,32 +58,24 @@ MONITOR = "monitor/"  # before the names of the signatures' arrays
 
 
 def is_checkpoint(folder: Path) -> bool:
-    return (folder / META).is_file()
+    return located(folder, META).is_file()
 
 
-def check_free(folder: Path) -> None:
-    """An output folder may be missing, empty, or an earlier result of ours."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: exists and is not a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not is_checkpoint(folder):
-        raise ValueError(f"{folder}: exists and holds something else; choose another folder")
-
-
-def save(folder: str | Path, model: QuantizedModel) -> None:
-    """Write the checkpoint; an earlier checkpoint of that name is replaced when the new one is whole.
+def save(folder: str | Path, model: QuantizedModel, overwrite: bool = False) -> None:
+    """Write the checkpoint into ``folder``, which is missing or empty, or with ``overwrite`` an earlier checkpoint.
 
     What the folder holds: docs/checkpoints.md. It is larger than the plan's bytes, since all planes up to 8 bits are
-    kept for switching. ValueError: ``folder`` exists and is something else. OSError: it cannot be written.
+    kept for switching. ValueError: ``folder`` holds something else. OSError: it cannot be written.
     """
-    folder = Path(folder).absolute()
-    check_free(folder)
-    with whole_folder(folder) as partial:
+    job = {"command": "save"}
+    with Making(Path(folder).resolve(), META, job, overwrite=overwrite, resumes=False) as making:
+        work = FolderWork(making.folder)
         arrays = {name: np.asarray(a) for name, a in model.parameters.items()}
-        write_tensors(partial / TOP, {name: a for name, a in arrays.items() if not name.startswith("layers.")})
+        work.put(Path(TOP).stem, {name: a for name, a in arrays.items() if not name.startswith("layers.")})
         for layer in range(model.config.num_hidden_layers):
-            write_tensors(partial / f"{layer_name(layer)}.safetensors", _layer_bundle(model, arrays, layer))
-        sizes = Sizes(model.window, model.spare, model.store.widths[-1])
-        describe_to(partial, model.config, model.plan, sizes, model.knowledge, model.files)
+            work.put(layer_name(layer), _layer_bundle(model, arrays, layer))
+        facts = Facts(model.window, model.spare, model.store.widths[-1])
+        publish(making, work, model.config, model.plan, facts, model.knowledge, model.files)
 
 
 def _layer_bundle(model: QuantizedModel, arrays: Bundle, layer: int) -> Bundle:
@@ -90,33 +87,42 @@ def _layer_bundle(model: QuantizedModel, arrays: Bundle, layer: int) -> Bundle:
     return own | planes_bundle(jax.tree.map(lambda a: a[index], model.store))
 
 
-class Sizes(NamedTuple):
+class Facts(NamedTuple):
     """Of a quantized model. window: tokens of a calibration window; spare: slots beside the baseline's, as a share of
-    its pages; max_width: of the planes."""
+    its pages; max_width: of the planes; not_read: tensors of the model that the decoder has no use for; job: what
+    made it, None where that cannot be made again."""
 
     window: int
     spare: float
     max_width: int
+    not_read: tuple[str, ...] = ()
+    job: dict[str, Any] | None = None
 
 
-def describe_to(
-    folder: Path, config: ModelConfig, plan: Plan, sizes: Sizes, knowledge: Knowledge, files: dict[str, bytes]
+def publish(
+    making: Making,
+    work: FolderWork,
+    config: ModelConfig,
+    plan: Plan,
+    facts: Facts,
+    knowledge: Knowledge,
+    files: dict[str, bytes],
 ) -> None:
-    """Write all but the layers and the top; the JSON comes last, and makes the folder a checkpoint."""
-    known = knowledge
+    """Write what goes beside the layers and the top, which ``work`` has, and make all of it the result."""
+    known, folder = knowledge, making.folder
     arrays = {name: np.asarray(getattr(known, name)) for name in KNOWLEDGE}
     arrays |= {MONITOR + name: np.asarray(a) for name, a in known.signatures._asdict().items()}
     tables = {f"page_table{level}": table for level, table in page_tables(plan).items()}
     write_tensors(folder / PLAN, arrays | tables | {"widths": plan.widths})
-    (folder / SOURCE).mkdir(exist_ok=True)
     for name, content in files.items():
-        (folder / SOURCE / name).write_bytes(content)
+        (folder / SOURCE / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / SOURCE / name, content)
     meta = {
         "name": NAME,
         "format": FORMAT,
         "config": config.to_dict(),
         "unquantized": UNQUANTIZED,
-        **sizes._asdict(),
+        **facts._asdict(),
         "channel_block": plan.channel_block,
         "group_size": plan.group_size,
         "per_projection": plan.apart,
@@ -126,62 +132,51 @@ def describe_to(
         "odd": {name: list(v) for name, v in known.odd.items()},
     }
     write_text(folder / META, json.dumps(meta, indent=2) + "\n")
+    sums = work.sums([Path(TOP).stem, *map(layer_name, range(config.num_hidden_layers))])
+    others = [PLAN, META, *(f"{SOURCE}/{name}" for name in files)]
+    making.publish(sums | {name: digest_of(folder / name) for name in others})
 
 
-def load(folder: str | Path) -> QuantizedModel:
-    """The quantized model in ``folder``, planes in host memory.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Meta:
+    """What dynamo_jax.json holds beside the configuration."""
 
-    ValueError, which names the file: something is missing, damaged, or of another format.
-    """
-    folder = Path(folder).absolute()
-    meta, config, plan, arrays = read_description(folder)
-    try:
-        for level, table in page_tables(plan).items():
-            if not np.array_equal(table, arrays[f"page_table{level}"]):
-                raise ValueError(f"the page table of level {level} does not fit the plan")
-        knowledge = Knowledge(
-            names=tuple(meta["names"]),
-            signatures=Signatures(*(jnp.asarray(arrays[MONITOR + name]) for name in Signatures._fields)),
-            odd={name: tuple(v) for name, v in meta["odd"].items()},
-            calibrated={name: (v[0], v[1]) for name, v in meta["calibrated"].items()},
-            tokens=meta["tokens"],
-            **{name: arrays[name] for name in KNOWLEDGE},
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / PLAN}: does not fit {META}: {error}") from error
-    files = {p.name: p.read_bytes() for p in sorted((folder / SOURCE).glob("*"))}
-    if TOKENIZER not in files:
-        raise ValueError(f"{folder / SOURCE / TOKENIZER}: no such file")
-    kept: Bundle = dict(read_bundle(folder / TOP))
+    name: str
+    format: int
+    unquantized: str
+    window: int
+    spare: float
+    max_width: int
+    not_read: tuple[str, ...]
+    job: dict[str, Any] | None
+    channel_block: int
+    group_size: int
+    per_projection: bool
+    names: tuple[str, ...]
+    tokens: int
+    calibrated: dict[str, tuple[str, int]]
+    odd: dict[str, tuple[int, ...]]
 
-    def layer_bundle(name: str) -> Bundle:
-        bundle = read_bundle(folder / f"{name}.safetensors")
-        check_planes(folder / f"{name}.safetensors", bundle, config, plan, meta["max_width"])
-        prefix = f"layers.{int(name.removeprefix('layer-'))}."
-        for key in [k for k in bundle if k.startswith("parameters/")]:
-            kept[prefix + key.removeprefix("parameters/")] = bundle.pop(key)
-        return bundle
-
-    for layer in config.dense_layers:
-        layer_bundle(layer_name(layer))
-    store = stacked_planes(layer_bundle, config)
-    return QuantizedModel(
-        config=config,
-        parameters={name: jnp.asarray(a) for name, a in kept.items()},
-        tokenizer=tokenizers.Tokenizer.from_str(files[TOKENIZER].decode()),
-        store=store,
-        plan=plan,
-        window=meta["window"],
-        knowledge=knowledge,
-        files=files,
-        spare=meta["spare"],
-    )
+    def __post_init__(self) -> None:
+        for name in ("window", "tokens", "channel_block", "group_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not positive")
+        if self.max_width not in WIDTHS:
+            raise ValueError(f"max_width {self.max_width} is none of {WIDTHS}")
+        if not (math.isfinite(self.spare) and self.spare >= 0):
+            raise ValueError(f"spare {self.spare} is no share")
+        if not self.names or not all(isinstance(name, str) for name in self.names):
+            raise ValueError(f"names {self.names} are not those of datasets")
+        for key, found in (("calibrated", self.calibrated), ("odd", self.odd)):
+            if set(found) != set(self.names):
+                raise ValueError(f"{key} is not of the datasets {', '.join(self.names)}")
 
 
 class Description(NamedTuple):
     """All of a checkpoint but its layers."""
 
-    meta: dict[str, Any]
+    result: Result
+    meta: Meta
     config: ModelConfig
     plan: Plan
     arrays: Bundle
@@ -193,32 +188,149 @@ def read_description(folder: Path) -> Description:
         raise ValueError(f"{folder}: no such folder")
     if not is_checkpoint(folder):
         raise ValueError(f"{folder}: not a {NAME} (no {META})")
-    meta = read_json(folder / META)
-    if meta.get("name") != NAME or meta.get("format") != FORMAT:
-        found = f"format {meta.get('format')!r} of {meta.get('name')!r}"
+    raw = read_json(located(folder, META))
+    if raw.get("name") != NAME or raw.get("format") != FORMAT:
+        found = f"format {raw.get('format')!r} of {raw.get('name')!r}"
         raise ValueError(f"{folder / META}: {found}; this version reads format {FORMAT} of {NAME!r}")
-    arrays = read_bundle(folder / PLAN)
+    result = Result(folder)
+    result.path(META)
+    path = result.path(PLAN)
+    arrays = read_bundle(path)
     try:
-        config = from_dict(ModelConfig, meta["config"], "config")
+        config = from_dict(ModelConfig, raw.pop("config", {}), "config")
+        meta = from_dict(Meta, _tuples(raw), META)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / META}: damaged: {error}") from error
+    units = num_blocks(config.intermediate_size, meta.channel_block) * (2 if meta.per_projection else 1)
+    widths = Expected((config.num_moe_layers, config.num_experts, units), "int8")
+    check_arrays(path, {name: a for name, a in arrays.items() if name == "widths"}, {"widths": widths})
+    try:
         plan = Plan(
             widths=arrays["widths"],
-            channel_block=meta["channel_block"],
-            group_size=meta["group_size"],
+            channel_block=meta.channel_block,
+            group_size=meta.group_size,
             hidden_size=config.hidden_size,
-            apart=meta["per_projection"],
+            apart=meta.per_projection,
             channels=config.intermediate_size,
         )
-        units = plan.blocks * (2 if plan.apart else 1)
-        if plan.widths.shape != (config.num_moe_layers, config.num_experts, units):
-            raise ValueError(f"the plan has the shape {plan.widths.shape}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / META}: damaged: {error}") from error
-    return Description(meta, config, plan, arrays)
+    except ValueError as error:
+        raise ValueError(f"{path}: does not fit {META}: {error}") from error
+    check_arrays(path, arrays, _plan_expected(config, plan, meta, arrays))
+    for level, table in page_tables(plan).items():
+        if not np.array_equal(table, arrays[f"page_table{level}"]):
+            raise ValueError(f"{path}: the page table of level {level} does not fit the widths")
+    return Description(result, meta, config, plan, arrays)
+
+
+def _tuples(raw: dict[str, Any]) -> dict[str, Any]:
+    """Lists inside of the objects "calibrated" and "odd" as tuples, as the fields have them."""
+    inner = {key: raw.get(key) for key in ("calibrated", "odd")}
+    return raw | {
+        key: {n: tuple(v) if isinstance(v, list) else v for n, v in value.items()}
+        for key, value in inner.items()
+        if isinstance(value, dict)
+    }
+
+
+def _plan_expected(config: ModelConfig, plan: Plan, meta: Meta, arrays: Bundle) -> dict[str, Expected]:
+    names, layers, experts = len(meta.names), config.num_moe_layers, config.num_experts
+    pages = {f"page_table{level}": Expected(table.shape, "int32") for level, table in page_tables(plan).items()}
+    directions = arrays[MONITOR + "damping"].size if MONITOR + "damping" in arrays else 0
+    monitor = Signatures(
+        shares=Expected((names, layers, experts)),  # type: ignore[arg-type]
+        weight=Expected((layers, experts)),  # type: ignore[arg-type]
+        directions=Expected((directions, layers, experts)),  # type: ignore[arg-type]
+        damping=Expected((directions,)),  # type: ignore[arg-type]
+        place=Expected((names,)),  # type: ignore[arg-type]
+        limit=Expected((names,), "any float"),  # type: ignore[arg-type]
+    )
+    return {
+        "widths": Expected(plan.widths.shape, "int8"),
+        **pages,
+        "counts": Expected((names, layers, experts)),
+        "loss_per_error": Expected((layers,)),
+        "block_errors": Expected((*plan.widths.shape, len(WIDTHS))),
+        "correction": Expected((layers, experts, len(WIDTHS))),
+        **{MONITOR + name: expected for name, expected in monitor._asdict().items()},
+    }
+
+
+def load(folder: str | Path) -> QuantizedModel:
+    """The quantized model in ``folder``, planes in host memory.
+
+    Every file is compared with its digest, every array with what the description asks for. ValueError, which names the
+    file: something is missing, damaged, or of another format.
+    """
+    folder = Path(folder).absolute()
+    result, meta, config, plan, arrays = read_description(folder)
+    files = {
+        name.removeprefix(f"{SOURCE}/"): result.path(name).read_bytes()
+        for name in result.sums
+        if name.startswith(f"{SOURCE}/")
+    }
+    tokenizer = tokenizer_from(files.get(TOKENIZER), folder / SOURCE / TOKENIZER)
+    kept: Bundle = dict(top_bundle(result, config))
+
+    def planes(name: str) -> Bundle:
+        layer = int(name.removeprefix("layer-"))
+        bundle = layer_bundle(result, config, plan, meta.max_width, layer)
+        for key in [k for k in bundle if k.startswith("parameters/")]:
+            kept[f"layers.{layer}.{key.removeprefix('parameters/')}"] = bundle.pop(key)
+        return bundle
+
+    for layer in config.dense_layers:
+        planes(layer_name(layer))
+    store = stacked_planes(planes, config)
+    return QuantizedModel(
+        config=config,
+        parameters={name: jnp.asarray(a) for name, a in kept.items()},
+        tokenizer=tokenizer,
+        store=store,
+        plan=plan,
+        window=meta.window,
+        knowledge=Knowledge(
+            names=meta.names,
+            signatures=Signatures(*(jnp.asarray(arrays[MONITOR + name]) for name in Signatures._fields)),
+            odd=meta.odd,
+            calibrated=meta.calibrated,
+            tokens=meta.tokens,
+            **{name: arrays[name] for name in KNOWLEDGE},
+        ),
+        files=files,
+        spare=meta.spare,
+    )
+
+
+def top_bundle(result: Result, config: ModelConfig) -> Bundle:
+    """Embeddings, last norm and head. ValueError: the file is missing, damaged or of another model."""
+    path = result.path(TOP)
+    bundle = read_bundle(path)
+    check_arrays(path, bundle, {name: Expected(shape) for name, shape in top_shapes(config).items()})
+    return bundle
+
+
+def layer_bundle(result: Result, config: ModelConfig, plan: Plan, max_width: int, layer: int) -> Bundle:
+    """A layer's planes and parameters. ValueError: the file is missing, damaged or of another layer or model."""
+    path = result.path(f"{layer_name(layer)}.safetensors")
+    bundle = read_bundle(path)
+    check_arrays(path, bundle, layer_expected(config, plan, max_width, layer))
+    return bundle
+
+
+def check(folder: Path) -> int:
+    """Read every file of the quantized model in ``folder``; the bytes read. ValueError: one is missing or damaged."""
+    result, meta, config, plan, _ = read_description(folder)
+    for name in result.sums:
+        result.path(name)
+    top_bundle(result, config)
+    for layer in range(config.num_hidden_layers):
+        layer_bundle(result, config, plan, meta.max_width, layer)
+    return result.size()
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """What ``dynamo-jax inspect`` shows of a quantized model, without reading its layers."""
-    meta, config, plan, arrays = read_description(folder)
+    result, meta, config, plan, arrays = read_description(folder)
     names = ("gate and up blocks by width", "down blocks by width") if plan.apart else ("blocks by width",)
     blocks = {}
     for name, part in zip(names, np.split(plan.widths, len(names), axis=2)):
@@ -231,39 +343,38 @@ def describe(folder: Path) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "positions": config.max_position_embeddings,
         "experts": f"{config.num_moe_layers} layers x {config.num_experts}, top {config.num_experts_per_tok}",
-        **_memory(folder, config, plan, meta),
+        **_memory(result, config, plan, meta),
         "channel_block": plan.channel_block,
         "group_size": plan.group_size,
         **blocks,
-        "known": {name: v[1] for name, v in meta["calibrated"].items()},
+        "known": {name: v[1] for name, v in meta.calibrated.items()},
         f"fewer than {PRIOR_ROWS} calibration tokens": hardly_reached(config, arrays["counts"]),
-        "monitor": monitor_words(meta["names"], arrays[f"{MONITOR}limit"], meta["tokens"]),
-        "not of one kind": "; ".join(odd_words(meta["odd"], {n: v[1] for n, v in meta["calibrated"].items()}))
-        or "none",
-        "not quantized": meta["unquantized"],
+        "monitor": monitor_words(meta.names, arrays[f"{MONITOR}limit"], meta.tokens),
+        "not of one kind": "; ".join(odd_words(meta.odd, {n: v[1] for n, v in meta.calibrated.items()})) or "none",
+        "not quantized": meta.unquantized,
+        "not read": f"{len(meta.not_read):,} tensors that the decoder has no use for",
     }
 
 
-def _memory(folder: Path, config: ModelConfig, plan: Plan, meta: dict[str, Any]) -> dict[str, str]:
+def _memory(result: Result, config: ModelConfig, plan: Plan, meta: Meta) -> dict[str, str]:
     """Bits a weight, and bytes on the device, in host memory and on disk."""
-    held, weights = device_bytes(plan, meta["spare"]), num_weights(plan)
+    held, weights = device_bytes(plan, meta.spare), num_weights(plan)
     plan_bits, spare, staged, tables = (8 * n / weights for n in held)
-    planes = dataclasses.replace(plan, widths=np.full_like(plan.widths, meta["max_width"])).stored_bytes()
-    widths = sum(width <= meta["max_width"] for width in WIDTHS)
+    planes = dataclasses.replace(plan, widths=np.full_like(plan.widths, meta.max_width)).stored_bytes()
+    widths = sum(width <= meta.max_width for width in WIDTHS)
     measuring = measuring_bytes(config, planes // max(1, config.num_moe_layers), widths)
-    files = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     parts = f"plan {plan_bits:.3f}, spare slots {spare:.3f}, pages on their way {staged:.3f}, page tables {tables:.3f}"
-    largest = f"all planes up to {meta['max_width']} bits"
+    largest = f"all planes up to {meta.max_width} bits"
     return {
         "bits a weight": f"{8 * held.total / weights:.4f} on the device ({parts})",
         "experts on the device": f"{held.total:,} bytes",
         "measuring novel text": f"{measuring:,} bytes beside activations, between two steps",
         "experts in host memory": f"{planes:,} bytes ({largest}, for switching)",
-        "on disk": f"{sum(files):,} bytes ({largest}, and what is not quantized)",
+        "on disk": f"{result.size():,} bytes ({largest}, and what is not quantized)",
     }
 
 
-def monitor_words(names: list[str], limit: Float[np.ndarray, " S"], tokens: int) -> str:
+def monitor_words(names: Sequence[str], limit: Float[np.ndarray, " S"], tokens: int) -> str:
     """Where novel text begins, or why nowhere; ``limit``: of log distances, ``tokens``: of calibration."""
     if why := blind(limit, tokens):
         return why

@@ -6,65 +6,101 @@ weights are the planes' sum rounded to bfloat16. A layer is in memory at a time.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int
 
-from dynamo_jax.files import whole_folder, write_text
+from dynamo_jax.files import read_json, write_bytes, write_json
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.families.names import expert_names, layer_tensor_names, tensor_names
 from dynamo_jax.models.formats.expert_files import Triple, expert_tensors
 from dynamo_jax.models.huggingface import write_shards
 from dynamo_jax.precision.plan import Plan
-from dynamo_jax.progress import Progress, no_progress
+from dynamo_jax.progress import Log, Progress, no_log, no_progress
 from dynamo_jax.quant.planes import Planes, dequantize
 from dynamo_jax.storage import checkpoint
-from dynamo_jax.storage.bundles import Bundle, check_planes, layer_name, layer_planes, read_bundle
+from dynamo_jax.storage.bundles import Bundle, layer_planes
+from dynamo_jax.storage.results import JOB, LOCK, SUMS, Making, digest_of, is_done, located
+
+EXPORT_FORMAT = 1  # raised when the same model is exported otherwise
+MARKER = "dynamo_jax_export.json"  # what made the folder
 
 
-def export(folder: str | Path, out: str | Path, progress: Progress = no_progress) -> None:
-    """Write the quantized model in ``folder`` as the Hugging Face folder ``out``, which must be missing or empty.
+def export(
+    folder: str | Path,
+    out: str | Path,
+    progress: Progress = no_progress,
+    *,
+    overwrite: bool = False,
+    log: Log = no_log,
+) -> None:
+    """Write the quantized model in ``folder`` as the Hugging Face folder ``out``, which is missing or empty, or with
+    ``overwrite`` an earlier export.
 
     Experts are bfloat16 there, at the widths of the baseline: as many bytes as before quantization. A layer is in
-    memory at a time. ValueError: ``out`` is not free, or ``folder`` is not a whole quantized model.
+    memory at a time. What config.json promises and the export does not have is taken out, and ``log`` is told: Python
+    files of the model's own (``auto_map``) and layers that predict further tokens. ValueError: ``out`` is not free, or
+    ``folder`` is not a whole quantized model.
     """
-    folder, out = Path(folder), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists and is not an empty folder; choose another folder")
+    folder, out = Path(folder), Path(out).resolve()
     description = checkpoint.read_description(folder)
-    source = folder / checkpoint.SOURCE
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{source / 'config.json'}: no such file; this model did not come from a checkpoint folder")
-    with whole_folder(out) as partial:
-        config = description.config
-        write_shards(partial, _shards(folder, description, progress), config.num_hidden_layers + 1)
-        for path in source.iterdir():
-            shutil.copyfile(path, partial / path.name)
-        raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        raw.pop("quantization_config", None)  # MXFP4 experts are bfloat16 now
-        write_text(partial / "config.json", json.dumps(raw | {"dtype": "bfloat16"}, indent=2) + "\n")
+    result, config = description.result, description.config
+    if f"{checkpoint.SOURCE}/config.json" not in result.sums:
+        raise ValueError(
+            f"{folder / checkpoint.SOURCE / 'config.json'}: no such file; "
+            "this model did not come from a checkpoint folder"
+        )
+    job = {"command": "export", "format": EXPORT_FORMAT, "model": digest_of(located(folder, SUMS))}
+    if is_done(out, MARKER, job):
+        log(f"{out}: done already, by the same command")
+        return
+    with Making(out, MARKER, job, overwrite=overwrite, resumes=False) as making:
+        write_shards(making.folder, _shards(description, progress), config.num_hidden_layers + 1)
+        for name in result.sums:
+            if name.startswith(f"{checkpoint.SOURCE}/"):
+                own = making.folder / name.removeprefix(f"{checkpoint.SOURCE}/")
+                own.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(own, result.path(name).read_bytes())
+        raw = read_json(making.folder / "config.json")
+        write_json(making.folder / "config.json", _config_of(raw, log))
+        settings = making.folder / "tokenizer_config.json"
+        if settings.is_file() and "auto_map" in (raw := read_json(settings)):
+            raw.pop("auto_map")
+            write_json(settings, raw)
+        write_json(making.folder / MARKER, {"name": "dynamo_jax export", "job": job})
+        files = [p for p in making.folder.rglob("*") if p.is_file() and p.name not in (JOB, LOCK)]
+        making.publish({p.relative_to(making.folder).as_posix(): digest_of(p) for p in files})
 
 
-def _shards(folder: Path, description: checkpoint.Description, progress: Progress) -> Iterator[Bundle]:
+def _config_of(raw: dict[str, Any], log: Log) -> dict[str, Any]:
+    """config.json of the export from that of the model."""
+    raw = raw | {"dtype": "bfloat16"} | ({"torch_dtype": "bfloat16"} if "torch_dtype" in raw else {})
+    raw.pop("quantization_config", None)  # MXFP4 experts are bfloat16 now
+    if raw.pop("auto_map", None) is not None:
+        log("config.json: auto_map is left out, since the model's own Python files are not copied")
+    if raw.get("num_nextn_predict_layers"):
+        raw["num_nextn_predict_layers"] = 0
+        log("config.json: num_nextn_predict_layers is 0 now, since layers that predict further tokens are not kept")
+    return raw
+
+
+def _shards(description: checkpoint.Description, progress: Progress) -> Iterator[Bundle]:
     config = description.config
     for layer in range(config.num_hidden_layers):
-        yield _layer_tensors(folder, description, layer)
+        yield _layer_tensors(description, layer)
         progress("export layers", layer + 1, config.num_hidden_layers)
-    top = read_bundle(folder / checkpoint.TOP)
+    top = checkpoint.top_bundle(description.result, config)
     yield {theirs: top[ours] for ours, theirs, _ in tensor_names(config) if not ours.startswith("layers.")}
 
 
-def _layer_tensors(folder: Path, description: checkpoint.Description, layer: int) -> Bundle:
-    meta, config, plan, _ = description
-    path = folder / f"{layer_name(layer)}.safetensors"
-    bundle = read_bundle(path)
-    check_planes(path, bundle, config, plan, meta["max_width"])
+def _layer_tensors(description: checkpoint.Description, layer: int) -> Bundle:
+    result, meta, config, plan, _ = description
+    bundle = checkpoint.layer_bundle(result, config, plan, meta.max_width, layer)
     own = {k.removeprefix("parameters/"): a for k, a in bundle.items() if k.startswith("parameters/")}
     tensors = {}
     for ours, theirs, turned in layer_tensor_names(config, layer):

@@ -6,15 +6,15 @@ is whole or absent at any moment. A job whose process was killed finds its bundl
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from dynamo_jax.files import write_text
 from dynamo_jax.models.formats.tensor_files import write_tensors
 from dynamo_jax.storage.bundles import Bundle, read_bundle
+from dynamo_jax.storage.results import JOB, LINE, LOCK, Sums, digest_of, sums_text
 
 
 class Work(Protocol):
@@ -51,60 +51,63 @@ class MemoryWork:
 
 
 class FolderWork:
-    """Bundles as files in ``folder``, which belongs to one job: ``job`` says which, and a folder that another
-    job began, or that another one works in, is an error. A context manager, which lets go of the folder."""
+    """Bundles as files in ``folder`` (``results.Making``), and ``digests``, a line for each, written after its file: a
+    bundle without a line is taken for absent. ValueError, from ``get`` and ``sums``: one that an earlier process
+    finished is not what it was."""
 
-    def __init__(self, folder: Path, job: dict[str, Any]):
+    def __init__(self, folder: Path):
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._check(job)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise ValueError(f"{folder}: another run is working here") from error
-        except ValueError:
-            os.close(self._lock)
-            raise
+        self._journal = folder / "digests"
+        self._digests = self._read_journal()
+        self._checked: set[str] = set()
+        for path in folder.iterdir():  # of a process that was killed while it wrote
+            if path.name not in (JOB, LOCK, self._journal.name) and path.stem not in self._digests:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _check(self, job: dict[str, Any]) -> None:
-        path = self.folder / "job.json"
-        job = json.loads(json.dumps(job))  # tuples become lists, as they do in the file
-        if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            if changed := [key for key in job.keys() | before.keys() if job.get(key) != before.get(key)]:
-                raise ValueError(
-                    f"{self.folder}: an unfinished run with another {', '.join(sorted(changed))} lies here; "
-                    "delete it, finish it, or choose another --out"
-                )
-            return
-        for leftover in self.folder.glob("*.safetensors"):  # of a job that had ended but for its last rename
-            leftover.unlink()
-        write_text(path, json.dumps(job, indent=2) + "\n")
+    def _read_journal(self) -> Sums:
+        if not self._journal.exists():
+            return {}
+        content = self._journal.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        os.truncate(self._journal, len(whole))  # of a process that was killed as it wrote a line
+        lines = whole.decode("utf-8", errors="replace").splitlines(keepends=True)
+        return {found[2]: found[1] for found in map(LINE.fullmatch, lines) if found}
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
     def has(self, name: str) -> bool:
-        return self._path(name).exists()
+        return name in self._digests and self._path(name).exists()
+
+    def names(self) -> list[str]:
+        """Of all finished bundles."""
+        return [name for name in self._digests if self._path(name).exists()]
 
     def put(self, name: str, bundle: Bundle) -> None:
-        write_tensors(self._path(name), bundle)
+        path = self._path(name)
+        write_tensors(path, bundle)
+        self._digests[name] = digest_of(path)
+        self._checked.add(name)
+        with self._journal.open("ab") as file:
+            file.write(sums_text({name: self._digests[name]}).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _check(self, name: str) -> Path:
+        path = self._path(name)
+        if name not in self._checked and path.is_file() and digest_of(path) != self._digests.get(name):
+            raise ValueError(
+                f"{path}: damaged since it was finished (its SHA-256 is another); delete {self.folder} to begin anew"
+            )
+        self._checked.add(name)
+        return path
 
     def get(self, name: str) -> Bundle:
-        return read_bundle(self._path(name))
+        return read_bundle(self._check(name))
 
     def drop(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)
 
-    def finish(self) -> None:
-        """Remove what only the job needed: what is left is its result."""
-        for path in (self.folder / "job.json", self.folder / "lock", *self.folder.glob("*.partial*")):
-            path.unlink(missing_ok=True)
-
-    def __enter__(self) -> FolderWork:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
+    def sums(self, names: Iterable[str]) -> Sums:
+        """Digests of the files of bundles, by file name."""
+        return {self._check(name).name: self._digests[name] for name in names}

@@ -165,7 +165,7 @@ def test_a_quantization_killed_three_times_ends_with_the_same_bits(small_folder,
     subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
     seed = random.SystemRandom().randrange(10**6)
     rng = random.Random(seed)
-    work = tmp_path / ".killed.partial"
+    work = tmp_path / "killed" / "unfinished"
     up, down = [f"hidden-{i:03d}" for i in range(1, 6)], [f"sensitivity-{i:03d}" for i in range(4, 0, -1)]
     steps = [*up, *down, "emphasis", *(f"stats-{i:03d}" for i in range(5))]
     chosen = rng.sample(steps, 3)
@@ -178,7 +178,7 @@ def test_a_quantization_killed_three_times_ends_with_the_same_bits(small_folder,
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert not (tmp_path / "killed").exists(), f"seed {seed}"
+        assert [p.name for p in (tmp_path / "killed").iterdir()] == ["unfinished"], f"seed {seed}"
     subprocess.run([*command, str(tmp_path / "killed")], env=environment, check=True, capture_output=True)
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole"), f"seed {seed}"
     assert not work.exists()
@@ -196,22 +196,51 @@ def test_a_full_disk_is_one_line_and_the_run_resumes_after_it(small_folder, word
     failed = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     errors = [line for line in failed.stderr.splitlines() if "error" in line]
     assert failed.returncode == 2 and len(errors) == 1 and "top.safetensors: cannot be written" in errors[0]
-    assert not (tmp_path / "out").exists()
-    assert not list((tmp_path / ".out.partial").glob("*.partial"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["words.txt"]  # nothing was finished
     subprocess.run([sys.executable, "-m", "dynamo_jax", *arguments], env=environment, check=True, capture_output=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "words.txt"]
 
 
-def test_an_unfinished_run_of_another_job_is_named_and_left(tmp_path):
-    job = {"settings": {"bits": 3.0}, "texts": {}}
-    with FolderWork(tmp_path / "w", job):
-        with pytest.raises(ValueError, match="another run is working here"):
-            FolderWork(tmp_path / "w", job)
-    with pytest.raises(ValueError, match="another settings lies here"):
-        FolderWork(tmp_path / "w", job | {"settings": {"bits": 4.0}})
-    with FolderWork(tmp_path / "w", job) as work:
-        work.finish()
-    assert not list((tmp_path / "w").iterdir())
+def test_the_same_call_again_is_done_already_and_another_one_needs_to_say_so(small_folder, words, tmp_path):
+    settings = QuantizeConfig(calibration_windows=1, window=32, bits=3.5, quantizer="rtn")
+    known, said = {"some": words(0)}, []
+    plan = quantize_folder(small_folder, tmp_path / "out", known, settings, log=said.append)
+    before = digests(tmp_path / "out")
+    again = quantize_folder(small_folder, tmp_path / "out", known, settings, log=said.append)
+    np.testing.assert_array_equal(plan.widths, again.widths)
+    assert said == [f"{tmp_path / 'out'}: done already, by the same command"] and digests(tmp_path / "out") == before
+    other = dataclasses.replace(settings, bits=4.5)
+    with pytest.raises(ValueError, match=r"finished result \(bits 3.5 there, 4.5 here\); --overwrite"):
+        quantize_folder(small_folder, tmp_path / "out", known, other)
+    with pytest.raises(ValueError, match=r"finished result \(other texts\); --overwrite"):
+        quantize_folder(small_folder, tmp_path / "out", {"some": words(1)}, settings)
+    assert digests(tmp_path / "out") == before
+    quantize_folder(small_folder, tmp_path / "out", known, other, overwrite=True)
+    quantize_folder(small_folder, tmp_path / "new", known, other)
+    assert digests(tmp_path / "out") == digests(tmp_path / "new")
+
+
+def test_finished_bundles_are_what_was_written_or_an_error(tmp_path):
+    bundle = {"a": np.arange(1000.0)}
+    work = FolderWork(tmp_path)
+    work.put("one", bundle)
+    work.put("two", bundle)
+    (tmp_path / ".tmpABC").write_bytes(b"of a process that was killed in a write")
+    (tmp_path / "three.safetensors").write_bytes((tmp_path / "one.safetensors").read_bytes())
+    with (tmp_path / "digests").open("a") as file:
+        file.write("0123")  # and one that was killed before the end of its line
+    work = FolderWork(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["digests", "one.safetensors", "two.safetensors"]
+    assert work.has("one") and not work.has("three")
+    work.put("three", bundle)
+    np.testing.assert_array_equal(FolderWork(tmp_path).get("three")["a"], bundle["a"])
+    content = bytearray((tmp_path / "two.safetensors").read_bytes())
+    content[-5] ^= 16
+    (tmp_path / "two.safetensors").write_bytes(content)
+    work = FolderWork(tmp_path)
+    for use in (lambda: work.get("two"), lambda: work.sums(["one", "two"])):
+        with pytest.raises(ValueError, match=r"two.safetensors: damaged since it was finished"):
+            use()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 32, 33, 48, 49, 1000, 12345])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from dynamo_jax.models.huggingface import load_decoder
 from dynamo_jax.progress import no_progress
 from dynamo_jax.runtime.generate import GenerateConfig, generate
 from dynamo_jax.runtime.serving import experts
-from dynamo_jax.storage import checkpoint
+from dynamo_jax.storage import checkpoint, results
 from dynamo_jax.storage.export import export
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -89,9 +90,41 @@ def test_an_export_is_a_whole_folder_with_a_tokenizer(exported, small_folder):
 
 def test_an_export_goes_to_an_empty_place_only(exported, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not an empty folder"):
-        export(exported / "quantized", tmp_path, no_progress)
+    with pytest.raises(ValueError, match=r"holds something else \(mine.txt\)"):
+        export(exported / "quantized", tmp_path, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_same_export_is_done_already_and_another_one_needs_to_say_so(exported, tmp_path, small_folder, words):
+    said = []
+    before = results.read_sums(exported / "out" / "SHA256SUMS")
+    export(exported / "quantized", exported / "out", log=said.append)
+    assert "done already" in said[0] and results.read_sums(exported / "out" / "SHA256SUMS") == before
+    settings = QuantizeConfig(calibration_windows=1, window=32, bits=4.5, quantizer="rtn")
+    quantize_folder(small_folder, tmp_path / "other", {"words": words(0)}, settings)
+    shutil.copytree(exported / "out", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"a finished result .*--overwrite"):
+        export(tmp_path / "other", tmp_path / "out")
+    export(tmp_path / "other", tmp_path / "out", overwrite=True)
+    after = results.read_sums(tmp_path / "out" / "SHA256SUMS")
+    assert after.keys() == before.keys() and after != before
+
+
+def test_what_config_json_promises_and_an_export_does_not_have_is_taken_out(exported, tmp_path):
+    """The source named Python files of its own, layers that predict further tokens, and float16 in the older key."""
+    folder = tmp_path / "quantized"
+    shutil.copytree(exported / "quantized", folder)
+    own = folder / "source" / "config.json"
+    more = {"auto_map": {"AutoConfig": "a.B"}, "num_nextn_predict_layers": 1, "torch_dtype": "float16"}
+    own.write_text(json.dumps(json.loads(own.read_text()) | more))
+    sums = results.read_sums(folder / "SHA256SUMS") | {"source/config.json": results.digest_of(own)}
+    (folder / "SHA256SUMS").write_text(results.sums_text(sums))
+    said = []
+    export(folder, tmp_path / "out", log=said.append)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "auto_map" not in config and config["num_nextn_predict_layers"] == 0
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    assert len(said) == 2 and "auto_map" in said[0] and "num_nextn_predict_layers" in said[1]
 
 
 def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from dynamo_jax.files import read_json
+from dynamo_jax.files import read_json, written
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
@@ -94,15 +94,12 @@ class TensorFiles:
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """One safetensors file, whole or absent. The library writes memory as it lies, hence the contiguous copies."""
-    partial = path.with_suffix(".partial")
+    whole = {name: np.ascontiguousarray(a) for name, a in tensors.items()}
     try:
-        whole = {name: np.ascontiguousarray(a) for name, a in tensors.items()}
-        safetensors.numpy.save_file(whole, partial, metadata={"format": "pt"})
-        partial.replace(path)
+        with written(path) as partial:
+            safetensors.numpy.save_file(whole, partial, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:  # what the library makes of a full disk
         raise OSError(f"{path}: cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _files(folder: Path) -> dict[Path, list[str] | None]:

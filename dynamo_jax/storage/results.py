@@ -1,0 +1,291 @@
+"""The folder of a result: it is whole or absent, and files that are not its own are left alone.
+
+    OUT/SHA256SUMS     the result's files and their digests, as ``sha256sum --check`` reads them
+    OUT/..             these files
+    OUT/unfinished/    what a job that runs, or was killed, has made so far; gone when the result is whole
+
+A job makes its whole result in ``unfinished``. That is inside of OUT, so that moving it needs neither
+another disk nor a right to write beside OUT, whether OUT is a mount point, a link or the current folder.
+SHA256SUMS is written there last, and from that moment the new result is the result: ``located`` finds
+its files, moved or not, and the next job in OUT moves what a killed one did not. Until then an earlier
+result stays what it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dynamo_jax.files import read_json, sync, write_text
+
+SUMS, UNFINISHED, JOB, LOCK = "SHA256SUMS", "unfinished", "job.json", "lock"
+NOT_OURS = (UNFINISHED, "lost+found")  # in a folder that counts as empty; the second is a new disk's
+LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9_.-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.-]*)*)\n", re.ASCII)
+
+Sums = dict[str, str]  # SHA-256 of each file by its name in the folder
+Job = dict[str, Any]  # what tells a job from another one, as JSON has it; "command": what makes such results
+
+
+def digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sums_text(sums: Sums) -> str:
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+
+
+def read_sums(path: Path) -> Sums:
+    """ValueError, which names the file: it is missing, or not one that ``sums_text`` wrote."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    sums: Sums = {}
+    for line in text.splitlines(keepends=True):
+        found = LINE.fullmatch(line)
+        if not found or found[2] in sums:
+            raise ValueError(f"{path}: damaged: a line is {line[:100]!r}")
+        sums[found[2]] = found[1]
+    return sums
+
+
+def located(folder: Path, name: str) -> Path:
+    """Where the file ``name`` of the result in ``folder`` is: a run that was killed may have left it to be moved."""
+    waiting = folder / UNFINISHED
+    return waiting / name if (waiting / SUMS).is_file() and (waiting / name).is_file() else folder / name
+
+
+class Result:
+    """A finished result to read. ValueError: ``folder`` has no SHA256SUMS, or a damaged one."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.sums = read_sums(located(folder, SUMS))
+
+    def path(self, name: str) -> Path:
+        """The file, after its digest was compared. ValueError: it is missing, or not what was written."""
+        if name not in self.sums:
+            raise ValueError(f"{self.folder / name}: no file of this result ({SUMS} does not name it)")
+        path = located(self.folder, name)
+        if not path.is_file():
+            raise ValueError(f"{self.folder / name}: no such file")
+        if digest_of(path) != self.sums[name]:
+            raise ValueError(f"{path}: damaged: its SHA-256 is not that of {SUMS}")
+        return path
+
+    def size(self) -> int:
+        """Bytes of all files. ValueError: one is missing."""
+        found = {name: located(self.folder, name) for name in self.sums}
+        if missing := [name for name, path in found.items() if not path.is_file()]:
+            raise ValueError(f"{self.folder / missing[0]}: no such file")
+        return sum(path.stat().st_size for path in found.values()) + located(self.folder, SUMS).stat().st_size
+
+
+def is_done(out: Path, marker: str, job: Job) -> bool:
+    """Whether ``out`` holds the finished result of just this job. marker: the result's JSON file, which holds its job
+    under the key "job". What a killed run left to be moved is moved."""
+    if _job_of(located(out, marker), "job") != _as_json(job):
+        return False
+    folder = out / UNFINISHED
+    if folder.is_dir() and ((folder / SUMS).is_file() or _job_of(folder / JOB) == _as_json(job)):
+        with _locked(folder):
+            _move(out)
+            shutil.rmtree(folder)
+    return True
+
+
+def check_free(out: Path, marker: str, job: Job, overwrite: bool, compare: bool = True) -> Sums:
+    """The files that a new result may replace: none in a folder that is missing or empty, with ``overwrite`` those of
+    an earlier result, which must be as they were written (``compare``: their digests are). ValueError: the folder holds
+    anything else."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: exists and is not a folder")
+    entries = sorted(p.name for p in out.iterdir() if p.name not in NOT_OURS) if out.exists() else []
+    if not entries:
+        return {}
+    try:
+        earlier = read_sums(located(out, SUMS))
+    except ValueError:
+        earlier = {}
+    if marker not in earlier:
+        raise ValueError(f"{out}: exists and holds something else ({entries[0]}); choose an empty or a new folder")
+    if not overwrite:
+        differs = _differences(_job_of(located(out, marker), "job"), _as_json(job))
+        raise ValueError(
+            f"{out}: holds a finished result ({differs}); --overwrite replaces it, or choose another --out"
+        )
+    for name, digest in earlier.items():
+        path = located(out, name)
+        if compare and path.is_file() and digest_of(path) != digest:
+            raise ValueError(
+                f"{path}: not as it was written, so it is not replaced; move it away or delete it yourself"
+            )
+    return earlier
+
+
+class Making:
+    """The place where a job makes its result, ``folder``, and how it becomes the result. A context manager.
+
+    resumes: whether an unfinished job goes on there, which a killed one's files then stay for; else they go.
+    ValueError: OUT is not free (``check_free``), another run works there, or an unfinished one of another job lies
+    there, which only ``overwrite`` gives up.
+    """
+
+    def __init__(self, out: Path, marker: str, job: Job, *, overwrite: bool = False, resumes: bool = True):
+        self.out, self.folder = out, out / UNFINISHED
+        self._marker, self._job, self._overwrite, self._resumes = marker, job, overwrite, resumes
+        self._made = not out.exists()
+
+    def __enter__(self) -> Making:
+        check_free(self.out, self._marker, self._job, self._overwrite, compare=False)  # before anything is made there
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_locked(self.folder))
+            stack.callback(self._tidy)
+            _move(self.out)
+            check_free(self.out, self._marker, self._job, self._overwrite)
+            self._begin()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _begin(self) -> None:
+        path, job = self.folder / JOB, _as_json(self._job)
+        before = _job_of(path) if path.exists() else None
+        if path.exists() and before != job and not self._overwrite:
+            if self._resumes or before is None or before.get("command") != job["command"]:
+                raise ValueError(
+                    f"{self.folder}: an unfinished run lies here ({_differences(before, job)}); go on with it, delete "
+                    "it, give it up with --overwrite, or choose another --out"
+                )
+        if before != job or not self._resumes:
+            self._clear()
+            write_text(path, json.dumps(job, indent=2) + "\n")
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def _tidy(self) -> None:
+        """A job that failed before it had finished anything, or that does not resume, leaves nothing."""
+        if self.folder.is_dir() and not (self.folder / SUMS).is_file():
+            if not (self._resumes and any(self.folder.glob("*.safetensors"))):
+                shutil.rmtree(self.folder, ignore_errors=True)
+        if self._made:
+            with contextlib.suppress(OSError):
+                self.out.rmdir()
+
+    def publish(self, files: Sums) -> None:
+        """Make ``files``, which lie in ``folder``, the result. ValueError: OUT holds something else by now;
+        where the job resumes, the finished files wait until that is moved away."""
+        try:
+            earlier = check_free(self.out, self._marker, self._job, self._overwrite)
+            taken = sorted({p for name in files if name not in earlier for p in _places(self.out, name)})
+            if taken:
+                raise ValueError(f"{taken[0]}: exists and is not of an earlier result; move it away")
+        except ValueError as error:
+            waits = f" (what is finished waits in {self.folder})" if self._resumes else ""
+            raise ValueError(f"{error}{waits}") from error
+        write_text(self.folder / SUMS, sums_text(files))
+        _move(self.out)
+        shutil.rmtree(self.folder)
+
+
+def _places(out: Path, name: str) -> list[Path]:
+    """What lies where the file ``name``, or a folder on the way to it, is to be."""
+    folders = [out / parent for parent in Path(name).parents if parent != Path(".")]
+    return [p for p in folders if p.is_symlink() or (p.exists() and not p.is_dir())] + (
+        [out / name] if os.path.lexists(out / name) else []
+    )
+
+
+def _move(out: Path) -> None:
+    """Move the files of a result that is whole in ``unfinished`` to their places, in any number of tries."""
+    waiting = out / UNFINISHED
+    if not (waiting / SUMS).is_file():
+        return
+    new = read_sums(waiting / SUMS)
+    old = read_sums(out / SUMS) if (out / SUMS).is_file() else {}
+    for name in new:
+        if (waiting / name).is_file():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (waiting / name).replace(out / name)
+    for name in old.keys() - new.keys():
+        (out / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty, or OUT itself, which holds ``unfinished``
+            (out / name).parent.rmdir()
+    for folder in {(out / name).parent for name in new}:
+        sync(folder)
+    (waiting / SUMS).replace(out / SUMS)
+    sync(out)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Nobody else works in ``folder``, which is made. ValueError: somebody does."""
+    handle = -1
+    while handle < 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(handle), os.stat(folder / LOCK))
+        except BlockingIOError as error:
+            os.close(handle)
+            raise ValueError(f"{folder}: another run is working here") from error
+        except FileNotFoundError:  # another run has just ended, and its lock with it
+            mine = False
+        if not mine:
+            os.close(handle)
+            handle = -1
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _as_json(job: Job) -> Job:
+    return json.loads(json.dumps(job))  # tuples become lists, as they do in a file
+
+
+def _job_of(path: Path, key: str | None = None) -> Job | None:
+    try:
+        value: Any = read_json(path)
+    except (ValueError, OSError):
+        return None
+    value = value if key is None else value.get(key)
+    return value if isinstance(value, dict) else None
+
+
+def _differences(before: Job | None, now: Job) -> str:
+    """In words, what makes another job of it."""
+    if before is None:
+        return "of no known job"
+    if before.get("command") != now.get("command"):
+        return f"of {before.get('command')}"
+    words = []
+    for key in sorted(before.keys() | now.keys()):
+        one, two = before.get(key), now.get(key)
+        if one == two:
+            continue
+        if isinstance(one, dict) and isinstance(two, dict):
+            changed = sorted(k for k in one.keys() | two.keys() if one.get(k) != two.get(k))
+            words += [f"{k} {_short(one.get(k))} there, {_short(two.get(k))} here" for k in changed]
+        else:
+            words.append(f"other {key}")
+    return "; ".join(words[:4]) + ("; .." if len(words) > 4 else "") if words else "of the same job"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
