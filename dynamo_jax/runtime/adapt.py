@@ -95,11 +95,26 @@ def _observe_layer(
     return out, sums
 
 
+def checked_windows(config: ModelConfig, windows: Int[np.ndarray, "S T1"]) -> Int[np.ndarray, "S T1"]:
+    """The windows, as numpy's. ValueError: no such array, no tokens, ids or positions that the model does not have."""
+    windows = np.asarray(windows)
+    if windows.ndim != 2 or not np.issubdtype(windows.dtype, np.integer):
+        raise ValueError(f"windows are {windows.dtype} of the shape {windows.shape}: expected token ids (S, T + 1)")
+    if windows.shape[0] == 0 or windows.shape[1] < 2:
+        raise ValueError(f"no tokens to adapt to: {windows.shape[0]} windows of {windows.shape[1]} tokens")
+    if windows.min() < 0 or windows.max() >= config.vocab_size:
+        raise ValueError(f"token ids {windows.min()} to {windows.max()}: the model has 0 to {config.vocab_size - 1}")
+    if windows.shape[1] - 1 > config.max_position_embeddings:
+        raise ValueError(
+            f"windows of {windows.shape[1] - 1} tokens: the model has {config.max_position_embeddings} positions"
+        )
+    return windows
+
+
 def observe_windows(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> Observation:
     """Measure the planes on windows of tokens: layer after layer and some experts after others, so that few are
     unpacked at a time, and window after window, so that one program serves any number."""
-    if windows.shape[0] == 0 or windows.shape[1] < 2:
-        raise ValueError(f"no tokens to adapt to: {windows.shape[0]} windows of {windows.shape[1]} tokens")
+    windows = checked_windows(model.config, windows)
     config, params = model.config, model.device_parameters()
     rest = {name: a for name, a in params.items() if not name.startswith("layers.")}
     states = [embedded(config, rest, jnp.asarray(window[None, :-1])) for window in windows]

@@ -17,7 +17,7 @@ Axes: B requests, T tokens, k experts a token, L layers, E experts.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dynamo_jax.kernels.arrangements import AnyResident, arrangement_for
+from dynamo_jax.kernels.arrangements import ARRANGEMENTS, AnyResident, arrangement_for
 from dynamo_jax.kernels.layout import PageTable
 from dynamo_jax.models.experts import ExpertsFn, piece_counts
 from dynamo_jax.models.routing import Routing
@@ -93,9 +93,11 @@ def init(
     slots: the page budget of each refinement level, at least the baseline's pages; by default those and the
     spare ones that the model's budget counts.
     arrangement: of the planes on the device, "planes", "tiles" (of the TPU kernel) or "fragments" (of the GPU kernels);
-    by default that of the fastest kernel that takes them there. ValueError: no request or variant, or fewer slots than
-    the baseline has pages.
+    by default that of the fastest kernel that takes them there. ValueError: no request or variant, no such arrangement,
+    or fewer slots than the baseline has pages.
     """
+    if arrangement is not None and arrangement not in ARRANGEMENTS:
+        raise ValueError(f"arrangement {arrangement!r}: known are {', '.join(ARRANGEMENTS)}")
     if requests < 1 or variants < 1:
         raise ValueError(f"{requests} requests, {variants} variants: expected one or more")
     if slots is None:
@@ -114,7 +116,9 @@ def init(
 
 def for_requests(state: State, requests: int) -> State:
     """The state for as many requests: as it is if it is of as many, so that monitors go on from one text of a client to
-    the next; else all at the baseline, with new monitors."""
+    the next; else all at the baseline, with new monitors. ValueError: no request."""
+    if requests < 1:
+        raise ValueError(f"{requests} requests: expected one or more")
     if state.number.shape[0] == requests:
         return state
     fresh = None if state.watch is None else start(state.signatures, requests)
@@ -154,10 +158,20 @@ def observe(state: State, routings: list[Routing], mask: Bool[Array, "B T"] | No
 def switch(state: State, number: Int[ArrayLike, "*B"]) -> State:
     """All requests at one variant, or each at its own; for use inside jit and outside, where it compiles nothing.
 
-    A number out of range is clipped to the nearest variant, since a jitted step cannot look at it.
+    ValueError: no whole number or one for each of B requests, or no such variant. In an array of JAX's a number out of
+    range is clipped to the nearest variant instead, since a jitted step cannot look at it.
     """
-    xp = jnp if isinstance(number, jax.Array) else np
-    clipped = xp.clip(xp.broadcast_to(number, state.number.shape), 0, len(state.tables) - 1)
+    on_device, last = isinstance(number, jax.Array), len(state.tables) - 1
+    given: Any = number if on_device else np.asarray(number)
+    if not np.issubdtype(given.dtype, np.integer) or given.shape not in ((), state.number.shape):
+        raise ValueError(
+            f"variants are {given.dtype} of the shape {given.shape}: expected a whole number, or one for each of "
+            f"{state.number.shape[0]} requests"
+        )
+    if not on_device and not ((given >= 0) & (given <= last)).all():
+        raise ValueError(f"variant {given}: there are 0..{last}")
+    xp = jnp if on_device else np
+    clipped = xp.clip(xp.broadcast_to(given, state.number.shape), 0, last)
     return state._replace(number=jnp.asarray(clipped.astype(np.int32)))
 
 
@@ -184,8 +198,13 @@ def begin(host: Host, state: State, plan: Plan, variant: int = 1, lend: bool = F
     ``finish`` on, at lower precision, until ``whole`` brings it back: for when no request needs them.
 
     ValueError: too few free slots, a page that is damaged in host memory, a level that the baseline's program does not
-    read, no such variant, or another plan for the baseline.
+    read, a plan of another model or of other blocks, no such variant, or another plan for the baseline.
     """
+    for name in ("channel_block", "group_size", "hidden_size", "channels", "apart"):
+        if (here := getattr(plan, name)) != (there := getattr(host.plans[0], name)):
+            raise ValueError(f"the plan has {name} {here}, the model's baseline {there}")
+    if plan.widths.shape != host.plans[0].widths.shape:
+        raise ValueError(f"the plan has widths {plan.widths.shape}, the model's baseline {host.plans[0].widths.shape}")
     if not 0 <= variant < len(host.plans) or (variant == 0 and plan is not host.plans[0]):
         raise ValueError(f"variant {variant}: those that can change are 1..{len(host.plans) - 1}")
     if more := set(levels_of(plan)) - set(levels_of(host.plans[0])):
@@ -275,8 +294,8 @@ def adapt(
     windows: token ids, each predicting T of them; 512 tokens in all do, 2,048 do better. batch: requests that a decode
     step serves together, by default those of the state; reads: how many times the baseline's bytes a step may read.
     lend: the baseline's slots may serve too (``begin``): for when no request needs the baseline. The given state's
-    pages are given up. ValueError: no tokens, no such variant, the baseline itself, a damaged page, a batch below 1,
-    reads that no plan meets. Source: docs/design.md, "Adaptation".
+    pages are given up. ValueError: no tokens, ids or positions that the model does not have, no such variant, the
+    baseline itself, a damaged page, a batch below 1, reads that no plan meets. Source: docs/design.md, "Adaptation".
     """
     seen = observe_windows(model, windows)
     if not lend:

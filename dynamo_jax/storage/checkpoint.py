@@ -47,7 +47,7 @@ from dynamo_jax.storage.bundles import (
     read_bundle,
     stacked_planes,
 )
-from dynamo_jax.storage.results import Making, Result, digest_of, located
+from dynamo_jax.storage.results import SUMS, Making, Result, digest_of, located
 from dynamo_jax.storage.work import FolderWork
 
 FORMAT = 7
@@ -201,6 +201,12 @@ def read_description(folder: Path) -> Description:
         meta = from_dict(Meta, _tuples(raw), META)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / META}: damaged: {error}") from error
+    known = {META, PLAN, TOP, *(f"{layer_name(layer)}.safetensors" for layer in range(config.num_hidden_layers))}
+    own = {name for name in result.sums if not name.startswith(f"{SOURCE}/")}
+    if wrong := sorted(own ^ known):
+        raise ValueError(
+            f"{folder / SUMS}: damaged: {wrong[0]} is {'no' if wrong[0] in own else 'a'} file of this model"
+        )
     units = num_blocks(config.intermediate_size, meta.channel_block) * (2 if meta.per_projection else 1)
     widths = Expected((config.num_moe_layers, config.num_experts, units), "int8")
     check_arrays(path, {name: a for name, a in arrays.items() if name == "widths"}, {"widths": widths})

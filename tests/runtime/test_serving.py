@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -218,7 +219,49 @@ def test_bad_input_is_named(model):
         serving.observe(state, [])
     host, state = serving.adapt(model, host, state, np.full((1, 17), 7))  # 16 tokens, all the same
     assert host.plans[1].stored_bytes() <= model.plan.stored_bytes()
-    assert serving.switch(state, 9).number.tolist() == [1]
+    assert serving.switch(state, jnp.asarray(9)).number.tolist() == [1]  # a jitted step cannot look at it
+    with pytest.raises(ValueError, match="arrangement 'x': known are"):
+        serving.init(model, arrangement="x")
+    with pytest.raises(ValueError, match="0 requests"):
+        serving.for_requests(state, 0)
+
+
+@pytest.mark.parametrize(
+    ("windows", "said"),
+    [
+        (np.full((1, 9), 61), "token ids 61 to 61: the model has 0 to 60"),
+        (np.full((1, 9), -1), "token ids -1 to -1"),
+        (np.full((1, 9), 2**40), "token ids"),
+        (np.full((1, 9), 7.0), "windows are float64"),
+        (np.full((1, 9), True), "windows are bool"),
+        (np.full(9, 7), r"of the shape \(9,\)"),
+        (np.full((1, 2, 9), 7), r"of the shape \(1, 2, 9\)"),
+        (np.full((1, 514), 7), "windows of 513 tokens: the model has 512 positions"),
+        ([], "windows are"),
+        ([[1, 2], [3]], "windows|inhomogeneous"),
+        (None, "windows are object"),
+    ],
+)
+def test_windows_that_cannot_be_are_named(model, windows, said):
+    host, state = serving.init(model)
+    with pytest.raises(ValueError, match=said):
+        serving.adapt(model, host, state, windows)
+
+
+@pytest.mark.parametrize("number", [2, -1, [0, 2], [0], [0, 0, 0], 0.5, float("nan"), [0.0, 1.0], True, None, "1", []])
+def test_variants_that_cannot_be_are_named(model, number):
+    _, state = serving.init(model, requests=2)
+    with pytest.raises(ValueError, match="variant"):
+        serving.switch(state, number)
+
+
+def test_a_plan_of_another_model_is_refused(model):
+    host, state = serving.init(model)
+    fewer = dataclasses.replace(model.plan, widths=model.plan.widths[:1])
+    coarser = dataclasses.replace(model.plan, group_size=16)
+    for plan, said in ((fewer, "widths"), (coarser, "group_size 16, the model's baseline 32")):
+        with pytest.raises(ValueError, match=said):
+            serving.begin(host, state, plan)
 
 
 def test_variants_share_the_spare_slots_and_moves_do_not_cross(model):
@@ -315,3 +358,59 @@ def test_a_damaged_page_is_found_before_the_baseline_has_lent_anything(model):
     with pytest.raises(ValueError, match=f"the {level}-bit page of layer {place[0]}, expert {place[1]}"):
         serving.begin(broken, state, plan, lend=True)
     assert not serving.lent(host)
+
+
+@pytest.mark.slow
+def test_a_soak_of_switches_and_adaptations_on_damaged_memory(model, compilations):
+    """100,000 switches and 300 adaptations of one state, while bits of random pages are wrong in host memory: what it
+    computes is what a fresh state computes, it takes no more memory, and nothing compiles."""
+    served = dataclasses.replace(model, store=jax.tree.map(np.array, model.store))
+    rng = np.random.default_rng(seed := np.random.SeedSequence().entropy)
+    host, state = serving.init(served, requests=2)
+    tokens, windows = tokens_of(0), [np.asarray(tokens_of(n, 2, 33, *sorted(rng.choice(58, 2) + 3))) for n in range(9)]
+    refused = lends = 0
+
+    def adapt(host, state):
+        nonlocal refused, lends
+        codes = served.store.codes[int(rng.choice(LEVELS))].reshape(-1)
+        at, bit = rng.choice(codes.size, rng.integers(1, 20), replace=False), np.uint8(1 << rng.integers(8))
+        codes[at] ^= bit
+        lend = bool(rng.integers(2))
+        try:
+            host, state = serving.adapt(served, host, state, windows[rng.integers(9)], lend=lend)
+            lends += serving.lent(host)
+        except ValueError as error:
+            assert "is damaged in host memory" in str(error)
+            refused += 1
+        codes[at] ^= bit
+        return serving.whole(host, state)
+
+    def compare(host, state):
+        fresh_host, fresh = serving.init(model, requests=2)
+        if all((host.slots[level] >= 0)[has].all() for level, has in pages_of(host.plans[1]).items()):
+            fresh_host, fresh = serving.finish(fresh_host, fresh, serving.begin(fresh_host, fresh, host.plans[1]))
+        else:  # what the variant gave back to the baseline it is read without
+            fresh = serving.switch(fresh, 0)
+            state = serving.switch(state, 0)
+        ours, theirs = run(model, state, tokens)[0], run(model, fresh._replace(number=state.number), tokens)[0]
+        np.testing.assert_array_equal(ours, theirs, err_msg=f"seed {seed}")
+        return serving.switch(state, 0)
+
+    for _ in range(10):
+        host, state = adapt(host, state)
+    state = compare(host, state)
+    run(model, state, tokens)
+    arrays, memory = len(jax.live_arrays()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with compilations() as count:
+        for number in range(1, 100_001):
+            state = serving.switch(state, rng.integers(2, size=2) if number % 3 else int(rng.integers(2)))
+            if number % 333 == 0:
+                host, state = adapt(host, state)
+            if number % 100 == 0:
+                state = compare(host, state)
+    assert count.compiled == 0
+    assert refused > 10 and lends > 10, (
+        f"seed {seed}: {refused} damaged pages were met, the baseline lent {lends} times"
+    )
+    assert len(jax.live_arrays()) == arrays
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < memory + 64 * 1024
