@@ -25,7 +25,7 @@ from dynamo_jax.report.page import write_report
 from dynamo_jax.report.results import report_content
 from dynamo_jax.report.run import Run, versions
 from dynamo_jax.runtime.quantized import QuantizedModel
-from dynamo_jax.storage import checkpoint
+from dynamo_jax.storage import checkpoint, facts
 from dynamo_jax.texts.demo import KNOWN, NOVEL, collect
 
 
@@ -105,7 +105,7 @@ def run(
     checkpoint.save(out / "checkpoint", result.model, overwrite)
     clock("save", 1, 1)
     write_json(out / "results.json", {"made_by": versions(), "results": [r.to_dict() for r in result.rows]})
-    described = checkpoint.describe(out / "checkpoint")
+    described = facts.describe(out / "checkpoint")
     of_run = Run(command, clock.seconds, out / "checkpoint", {name: described[name] for name in MEMORY})
     parts = (result.model, result.analyses, result.rows, result.adaptations)
     content = report_content(BUNDLED_NAME, model, *parts, of_run)

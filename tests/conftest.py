@@ -128,13 +128,13 @@ def apart(shallow, texts, tmp_path_factory):
     from quantized_runs import SETTINGS
 
     from dynamo_jax.calibration.pipeline import quantize
-    from dynamo_jax.storage import checkpoint
+    from dynamo_jax.storage import checkpoint, facts
 
     settings = dataclasses.replace(SETTINGS, per_projection=True)
     here = quantize(*shallow, {"code": texts["code"], "sums": texts["sums"]}, settings)[0]
     folder = tmp_path_factory.mktemp("apart") / "model"
     checkpoint.save(folder, here)
-    assert "down blocks by width" in checkpoint.describe(folder)
+    assert "down blocks by width" in facts.describe(folder)
     loaded = checkpoint.load(folder)
     assert (loaded.plan.widths == here.plan.widths).all()
     return loaded

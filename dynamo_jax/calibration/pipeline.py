@@ -213,7 +213,8 @@ def quantize_folder(
             log(f"goes on in {making.folder}, where {len(steps)} steps are finished, the last one {steps[-1]}")
         try:
             chosen, knowledge, _ = _plan_and_knowledge(source, windows, known, config, work, progress)
-            facts = checkpoint.Facts(config.window, config.spare, config.max_width, tuple(source.unread), job)
+            sizes = config.window, config.spare, config.max_width, source.expert_bytes(), source.other_bytes()
+            facts = checkpoint.Facts(*sizes, tuple(source.unread), job)
             checkpoint.publish(making, work, source.config, chosen, facts, knowledge, files)
         except (KeyboardInterrupt, OSError) as error:
             if work.names():

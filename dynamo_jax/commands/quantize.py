@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -95,7 +97,7 @@ def quantize(
     """
     from dynamo_jax.calibration.config import QuantizeConfig
     from dynamo_jax.calibration.pipeline import quantize_folder
-    from dynamo_jax.storage import checkpoint
+    from dynamo_jax.storage import facts
 
     texts = read_datasets(known, [])
     folder = float_folder(model)
@@ -116,7 +118,9 @@ def quantize(
         window=window,
         calibration_windows=windows,
     )
+    begin = time.monotonic()
     with progress_bar() as progress:
         quantize_folder(folder, out, texts["known"], settings, progress, overwrite=overwrite, log=say)
-    print_facts(checkpoint.describe(out))
-    print(f"checkpoint  {out}")
+    print_facts(facts.summary(out))
+    print_facts({"time": f"{time.monotonic() - begin:,.0f} seconds", "checkpoint": str(out)})
+    print(f"next: dynamo-jax generate --model {shlex.quote(str(out))} --prompt TEXT, or eval with the texts given here")

@@ -142,6 +142,10 @@ class Source:
         names = {n for layer in c.moe_layers for n in expert_shapes(c, expert_names(c, layer), self.mxfp4)}
         return {n for n in names if not n.endswith("_bias")}
 
+    def expert_bytes(self) -> int:
+        """Of the routed experts' weights."""
+        return sum(self.files.headers[n].nbytes for n in self.quantized_tensors())
+
     def other_bytes(self) -> int:
         """Of all that is read but the routed experts' weights."""
         return sum(self.files.headers[n].nbytes for n in self.expected.keys() - self.quantized_tensors())
@@ -195,7 +199,6 @@ def describe(folder: Path) -> dict[str, Any]:
     source = Source(folder)
     config, headers = source.config, source.files.headers
     experts = source.quantized_tensors()
-    expert_bytes = sum(headers[n].nbytes for n in experts)
     dense, shared = len(config.dense_layers), config.shared_intermediate_size
     latent, heads = config.kv_lora_rank, config.num_key_value_heads
     keys = f"keys and values from {latent} latent numbers" if latent else f"{heads} of keys and values"
@@ -212,7 +215,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "files": len({header.file for header in headers.values()}),
         "bytes": f"{source.files.nbytes():,}",
         "dtypes": source.files.dtypes(),
-        "quantized": f"{weights} of {len(experts):,} expert tensors, {expert_bytes:,} bytes",
+        "quantized": f"{weights} of {len(experts):,} expert tensors, {source.expert_bytes():,} bytes",
         "not quantized": f"{source.other_bytes():,} bytes: {UNQUANTIZED}",
         "not read": f"{len(source.unread):,} tensors that the decoder has no use for",
     }

@@ -15,7 +15,7 @@ import jax
 
 class Run(NamedTuple):
     """A run that made a result. command: as it was given; seconds: of each stage; out: where the model was saved;
-    memory: what ``storage.checkpoint.describe`` says of its bytes."""
+    memory: what ``storage.facts.describe`` says of its bytes."""
 
     command: str
     seconds: dict[str, float]

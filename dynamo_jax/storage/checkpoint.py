@@ -16,24 +16,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from dynamo_jax.files import read_json, write_bytes, write_text
 from dynamo_jax.kernels.layout import WIDTHS, num_blocks
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.formats.tensor_files import write_tensors
 from dynamo_jax.models.huggingface import TOKENIZER, UNQUANTIZED, tokenizer_from, top_shapes
-from dynamo_jax.precision.plan import Plan, num_weights
-from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
-from dynamo_jax.runtime.memory import device_bytes, measuring_bytes
-from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel, blind, odd_words
+from dynamo_jax.precision.plan import Plan
+from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.signatures import Signatures
 from dynamo_jax.runtime.store import page_tables
 from dynamo_jax.settings import from_dict
@@ -89,12 +85,15 @@ def _layer_bundle(model: QuantizedModel, arrays: Bundle, layer: int) -> Bundle:
 
 class Facts(NamedTuple):
     """Of a quantized model. window: tokens of a calibration window; spare: slots beside the baseline's, as a share of
-    its pages; max_width: of the planes; not_read: tensors of the model that the decoder has no use for; job: what
-    made it, None where that cannot be made again."""
+    its pages; max_width: of the planes; expert_bytes, other_bytes: of what was quantized and of all else that was read,
+    0 where that is not known; not_read: tensors of the model that the decoder has no use for; job: what made it, None
+    where that cannot be made again."""
 
     window: int
     spare: float
     max_width: int
+    expert_bytes: int = 0
+    other_bytes: int = 0
     not_read: tuple[str, ...] = ()
     job: dict[str, Any] | None = None
 
@@ -147,6 +146,8 @@ class Meta:
     window: int
     spare: float
     max_width: int
+    expert_bytes: int
+    other_bytes: int
     not_read: tuple[str, ...]
     job: dict[str, Any] | None
     channel_block: int
@@ -332,65 +333,3 @@ def check(folder: Path) -> int:
     for layer in range(config.num_hidden_layers):
         layer_bundle(result, config, plan, meta.max_width, layer)
     return result.size()
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    """What ``dynamo-jax inspect`` shows of a quantized model, without reading its layers."""
-    result, meta, config, plan, arrays = read_description(folder)
-    names = ("gate and up blocks by width", "down blocks by width") if plan.apart else ("blocks by width",)
-    blocks = {}
-    for name, part in zip(names, np.split(plan.widths, len(names), axis=2)):
-        widths, counts = np.unique(part, return_counts=True)
-        blocks[name] = ", ".join(f"{w} bits: {c:,}" for w, c in zip(widths, counts))
-    return {
-        "family": config.family,
-        "layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "vocabulary": config.vocab_size,
-        "positions": config.max_position_embeddings,
-        "experts": f"{config.num_moe_layers} layers x {config.num_experts}, top {config.num_experts_per_tok}",
-        **_memory(result, config, plan, meta),
-        "channel_block": plan.channel_block,
-        "group_size": plan.group_size,
-        **blocks,
-        "known": {name: v[1] for name, v in meta.calibrated.items()},
-        f"fewer than {PRIOR_ROWS} calibration tokens": hardly_reached(config, arrays["counts"]),
-        "monitor": monitor_words(meta.names, arrays[f"{MONITOR}limit"], meta.tokens),
-        "not of one kind": "; ".join(odd_words(meta.odd, {n: v[1] for n, v in meta.calibrated.items()})) or "none",
-        "not quantized": meta.unquantized,
-        "not read": f"{len(meta.not_read):,} tensors that the decoder has no use for",
-    }
-
-
-def _memory(result: Result, config: ModelConfig, plan: Plan, meta: Meta) -> dict[str, str]:
-    """Bits a weight, and bytes on the device, in host memory and on disk."""
-    held, weights = device_bytes(plan, meta.spare), num_weights(plan)
-    plan_bits, spare, staged, tables = (8 * n / weights for n in held)
-    planes = dataclasses.replace(plan, widths=np.full_like(plan.widths, meta.max_width)).stored_bytes()
-    widths = sum(width <= meta.max_width for width in WIDTHS)
-    measuring = measuring_bytes(config, planes // max(1, config.num_moe_layers), widths)
-    parts = f"plan {plan_bits:.3f}, spare slots {spare:.3f}, pages on their way {staged:.3f}, page tables {tables:.3f}"
-    largest = f"all planes up to {meta.max_width} bits"
-    return {
-        "bits a weight": f"{8 * held.total / weights:.4f} on the device ({parts})",
-        "experts on the device": f"{held.total:,} bytes",
-        "measuring novel text": f"{measuring:,} bytes beside activations, between two steps",
-        "experts in host memory": f"{planes:,} bytes ({largest}, for switching)",
-        "on disk": f"{result.size():,} bytes ({largest}, and what is not quantized)",
-    }
-
-
-def monitor_words(names: Sequence[str], limit: Float[np.ndarray, " S"], tokens: int) -> str:
-    """Where novel text begins, or why nowhere; ``limit``: of log distances, ``tokens``: of calibration."""
-    if why := blind(limit, tokens):
-        return why
-    times = ", ".join(f"{np.exp(value / 2):.2g} ({name})" for name, value in zip(names, limit))
-    return f"novel is what lies farther off than a dataset's own windows on the mean, times {times}"
-
-
-def hardly_reached(config: ModelConfig, counts: Float[np.ndarray, "S L E"]) -> str:
-    """The experts that were quantized by their layer's inputs more than by their own, named layer by layer."""
-    few = counts.sum(axis=0) < PRIOR_ROWS
-    layers = [f"layer {n}: {', '.join(map(str, np.flatnonzero(row)))}" for n, row in zip(config.moe_layers, few)]
-    named = [words for words, row in zip(layers, few) if row.any()]
-    return f"{int(few.sum())} of {few.size} experts" + (f" ({'; '.join(named)})" if named else "")

@@ -20,7 +20,7 @@ from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.precision.allocate import allocate_known
 from dynamo_jax.runtime import serving
 from dynamo_jax.runtime.memory import device_bits, device_bytes
-from dynamo_jax.storage import checkpoint
+from dynamo_jax.storage import checkpoint, facts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -114,7 +114,7 @@ def test_planes_that_nobody_will_read_are_left_out(shallow, texts, novel, tmp_pa
     checkpoint.save(tmp_path / "narrow", found)
     loaded = checkpoint.load(tmp_path / "narrow")
     np.testing.assert_array_equal(loaded.store.codes[width], found.store.codes[width])
-    assert f"up to {width} bits" in checkpoint.describe(tmp_path / "narrow")["experts in host memory"]
+    assert f"up to {width} bits" in facts.describe(tmp_path / "narrow")["experts in host memory"]
     host, _ = serving.adapt(loaded, *serving.init(loaded), novel.first)
     assert host.plans[1].widths.max() <= width
 

@@ -13,7 +13,7 @@ from quantized_runs import EVAL
 from dynamo_jax.evaluation.switched import evaluate_quantized
 from dynamo_jax.models.formats.tensor_files import write_tensors
 from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
-from dynamo_jax.storage import checkpoint, results
+from dynamo_jax.storage import checkpoint, facts, results
 from dynamo_jax.storage.bundles import read_bundle
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -87,7 +87,7 @@ def test_damage_is_an_error_that_names_the_file(saved, tmp_path):
                 checkpoint.load(folder)
             if name in ("dynamo_jax.json", "plan.safetensors", "SHA256SUMS") or damaged is None:
                 with pytest.raises(ValueError, match=str(folder)):
-                    checkpoint.describe(folder)
+                    facts.describe(folder)
             shutil.rmtree(folder)
     shutil.copytree(saved, folder)
     shutil.copyfile(folder / "layer-000.safetensors", folder / "layer-001.safetensors")
@@ -166,7 +166,7 @@ def test_a_description_that_cannot_be_is_named(saved, tmp_path, change):
     meta = json.loads((folder / "dynamo_jax.json").read_text())
     (folder / "dynamo_jax.json").write_text(json.dumps(meta | change))
     signed(folder, "dynamo_jax.json")
-    for read in (checkpoint.load, checkpoint.describe):
+    for read in (checkpoint.load, facts.describe):
         with pytest.raises(ValueError, match=f"{folder}/(dynamo_jax.json|plan.safetensors)"):
             read(folder)
 
@@ -184,22 +184,22 @@ def test_what_else_lies_in_the_folder_is_not_read(saved, tmp_path):
 def test_experts_that_calibration_hardly_reached_are_named_by_layer(bundled):
     config = bundled[0].config
     counts = np.full((2, config.num_moe_layers, config.num_experts), PRIOR_ROWS / 2)
-    assert checkpoint.hardly_reached(config, counts) == "0 of 288 experts"
+    assert facts.hardly_reached(config, counts) == "0 of 288 experts"
     counts[1, 2, [7, 40]] -= 1
     counts[0, 5, 0] = 0
-    assert checkpoint.hardly_reached(config, counts) == "3 of 288 experts (layer 2: 7, 40; layer 5: 0)"
+    assert facts.hardly_reached(config, counts) == "3 of 288 experts (layer 2: 7, 40; layer 5: 0)"
 
 
 def test_a_monitor_that_can_call_nothing_novel_says_so():
-    words = checkpoint.monitor_words(["a", "b"], 2 * np.log([3.0, 2.5]), 9000)
+    words = facts.monitor_words(["a", "b"], 2 * np.log([3.0, 2.5]), 9000)
     assert words.endswith("times 3 (a), 2.5 (b)")
-    words = checkpoint.monitor_words(["a", "b"], np.array([np.inf, np.inf]), 512)
+    words = facts.monitor_words(["a", "b"], np.array([np.inf, np.inf]), 512)
     assert "nothing can be called novel" in words and "512 tokens" in words and "needs 2,560" in words
 
 
 def test_what_is_not_of_one_kind_is_named_with_its_windows(quantized, tmp_path):
     odd = dataclasses.replace(quantized.knowledge, odd={"code": (1, 2, 3, 5), "sums": ()})
     checkpoint.save(tmp_path / "model", dataclasses.replace(quantized, knowledge=odd))
-    facts = checkpoint.describe(tmp_path / "model")
+    described = facts.describe(tmp_path / "model")
     words = "code: 4 of 4 windows (1-3, 5) are unlike the rest; the monitor leaves them out"
-    assert facts["not of one kind"] == words
+    assert described["not of one kind"] == words
