@@ -1,10 +1,11 @@
-# make demo: environment, install, the main job. make test: environment, test extra, tests.
+# make demo: environment, install, the main job. make test: environment, test extra, tests. make faults: killed
+# processes, full disks and the like, minutes.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test slow lint
+.PHONY: demo test slow faults lint
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +27,9 @@ test: $(VENV)/test.stamp
 
 slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(PYTEST)
+
+faults: $(VENV)/test.stamp
+	$(BIN)/python -m pytest tests/faults $(PYTEST)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
