@@ -24,7 +24,7 @@ import tokenizers
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dynamo_jax.files import write_text
+from dynamo_jax.files import write_text, written
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, parameters, with_parameters
 from dynamo_jax.models.experts import float_experts
@@ -64,9 +64,8 @@ def token_files(config: TrainConfig, corpus: Path, run: Path) -> list[np.ndarray
     if missing := [str(p) for p in texts.values() if not p.is_file()]:
         raise ValueError(f"no such file: {', '.join(missing)}")
     if not (run / "tokenizer.json").exists():
-        partial = run / "tokenizer.partial"
-        tokenizer_from_texts(list(texts.values()), config.model.vocab_size).save(str(partial))
-        partial.rename(run / "tokenizer.json")
+        with written(run / "tokenizer.json") as partial:
+            tokenizer_from_texts(list(texts.values()), config.model.vocab_size).save(str(partial))
     tokenizer = load_tokenizer(run)
     tokens = []
     for kind, path in texts.items():
@@ -74,9 +73,8 @@ def token_files(config: TrainConfig, corpus: Path, run: Path) -> list[np.ndarray
         if not file.exists():
             documents = path.read_text(encoding="utf-8").split("\n\n")
             chunks = tokenizer.encode_batch(["\n\n".join(documents[i : i + 64]) for i in range(0, len(documents), 64)])
-            partial = run / "tokens.partial.npy"
-            np.save(partial, np.concatenate([np.asarray(c.ids, np.uint16) for c in chunks]))
-            partial.rename(file)  # a killed process leaves no half file under the final name
+            with written(file) as partial, partial.open("wb") as out:
+                np.save(out, np.concatenate([np.asarray(c.ids, np.uint16) for c in chunks]))
         tokens.append(np.load(file, mmap_mode="r"))
     return tokens
 

@@ -35,6 +35,8 @@ def test_the_demo_writes_its_files_and_the_same_figures_each_time(small, tmp_pat
     stages = []
     for name in ("one", "two"):
         result = demo.run(SMALL, None, tmp_path / name, COMMAND, lambda stage, done, of: stages.append(stage))
+    with pytest.raises(ValueError, match=r"two: holds an earlier demo; --overwrite replaces it"):
+        demo.run(SMALL, None, tmp_path / "two", COMMAND)
     first, second = ((tmp_path / name / "results.json").read_bytes() for name in ("one", "two"))
     assert first == second
     found = json.loads(first)
@@ -49,6 +51,20 @@ def test_the_demo_writes_its_files_and_the_same_figures_each_time(small, tmp_pat
         assert fact in page
     assert f"jax {found['made_by']['jax']}" in page
     assert f'class="lead">{html.escape(result.summary)}</p>' in page and "verse" in result.summary
+
+
+def test_an_earlier_demo_is_replaced_when_asked_and_other_files_are_not(small, tmp_path, monkeypatch):
+    result = demo.compute(SMALL, None)
+    monkeypatch.setattr(demo, "compute", lambda *_: result)
+    demo.run(SMALL, None, tmp_path / "out", COMMAND)
+    demo.run(SMALL, None, tmp_path / "out", COMMAND, overwrite=True)
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"holds something else \(thesis.txt\)"):
+            demo.run(SMALL, None, tmp_path / "out", COMMAND, overwrite=overwrite)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "checkpoint", "report.html", "results.json", "thesis.txt"
+    ]  # fmt: skip
 
 
 def test_the_clock_gives_each_stage_the_time_until_it_spoke(monkeypatch):
@@ -66,7 +82,7 @@ def test_the_command_that_a_report_names_is_the_one_that_was_given(monkeypatch, 
     given = ["demo", "--out", str(tmp_path / "a b"), "--texts", str(tmp_path)]
     told = []
 
-    def stand_in(settings, texts, out, command, progress):
+    def stand_in(settings, texts, out, command, progress, overwrite):
         told.append(command)
         raise ValueError("stop here")
 

@@ -47,7 +47,13 @@ def summary(folder: Path) -> dict[str, str]:
         + (f"; {_remedy(description)}" if few else ""),
         "monitor": monitor_words(meta.names, arrays[f"{MONITOR}limit"], meta.tokens),
         "odd text": _odd(meta),
+        "not read": _not_read(meta),
     }
+
+
+def _not_read(meta: Meta) -> str:
+    first = f", the first is {meta.not_read[0]}" if meta.not_read else ""
+    return f"{len(meta.not_read):,} tensors that the decoder has no use for{first}"
 
 
 def _size(number: float) -> str:
@@ -103,7 +109,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "monitor": monitor_words(meta.names, arrays[f"{MONITOR}limit"], meta.tokens),
         "not of one kind": _odd(meta),
         "not quantized": meta.unquantized,
-        "not read": f"{len(meta.not_read):,} tensors that the decoder has no use for",
+        "not read": _not_read(meta),
     }
 
 
