@@ -99,12 +99,14 @@ def calibrate(job: Calibration) -> None:
     if not all(job.work.has(_sensitivity(layer)) for layer in moe):
         _sweep_up(job)
         _sweep_down(job)
-    emphasis = _emphasis(job)
+    left = [layer for layer in moe if not job.work.has(stats_name(layer))]
+    emphasis = _emphasis(job) if left else None  # drafts may be gone already
     for layer in range(config.num_hidden_layers):
         if layer in config.dense_layers:
             if not job.work.has(layer_name(layer)):
                 job.work.put(layer_name(layer), _parameters(job.source.layer(layer)))
-        elif not job.work.has(stats_name(layer)):
+        elif layer in left:
+            assert emphasis is not None
             _quantize_layer(job, layer, emphasis[moe.index(layer)])
         job.work.drop(_hidden(layer))
         job.source.release()
