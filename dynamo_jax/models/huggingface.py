@@ -35,8 +35,9 @@ from dynamo_jax.models.formats.expert_files import (
     read_expert,
 )
 from dynamo_jax.models.formats.tensor_files import FLOATS, INDEX, SINGLE, TensorFiles, write_tensors
+from dynamo_jax.models.tokenizer import TOKENIZER
+from dynamo_jax.models.tokenizer import load_tokenizer as load_tokenizer
 
-TOKENIZER = "tokenizer.json"
 UNQUANTIZED = "embeddings, attention, norms, routers, shared experts, dense layers and biases keep their dtype"
 SIDE_FILES = (  # what a folder has beside weights and config.json, as far as text generation needs it
     *("config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
@@ -54,25 +55,6 @@ def load_config(folder: Path) -> ModelConfig:
         return config_from(raw)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> tokenizers.Tokenizer:
-    """The tokenizer.json in ``folder``.
-
-    It may know fewer tokens than ``vocab_size`` (padded embeddings), not more. ValueError: that, or no such file, or
-    a damaged one.
-    """
-    path = Path(folder) / TOKENIZER
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception on any damage
-        raise ValueError(f"{path}: not a tokenizer: {error}") from error
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if vocab_size is not None and largest >= vocab_size:
-        raise ValueError(f"{path}: token ids go up to {largest}, past the model's vocabulary of {vocab_size}")
-    return tokenizer
 
 
 class Source:
