@@ -159,6 +159,13 @@ def of_one_word(text):
     return tokenizer
 
 
+def likely_pieces(text):
+    pieces = {text[i : i + n].replace(" ", "\u2581"): -n / 3 for i in range(0, 500, 7) for n in (1, 2, 4, 6)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram([("[UNK]", 0.0), *pieces.items()], 0))
+    tokenizer.pre_tokenizer = pre.Metaspace()
+    return tokenizer
+
+
 pre = tokenizers.pre_tokenizers
 SPACES = tokenizers.normalizers.Sequence(
     [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
@@ -166,7 +173,7 @@ SPACES = tokenizers.normalizers.Sequence(
 KINDS = {
     "bytes": lambda text: trained("BPE", text, pre.ByteLevel()),
     "bytes and ends": with_ends,
-    "metaspace": lambda text: trained("Unigram", text, pre.Metaspace()),
+    "metaspace": likely_pieces,
     "no words": lambda text: trained("BPE", text, None, SPACES),
     "a word each": lambda text: trained("WordLevel", text, pre.WhitespaceSplit(), unk_token="[UNK]"),
     "a line each": lambda text: trained("BPE", text, pre.Split("\n", "isolated")),
