@@ -7,13 +7,13 @@ is quick.
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from dynamo_jax import __version__
 from dynamo_jax.commands import analyze, demo, evaluate, export, generate, inspect, quantize, train
+from dynamo_jax.commands.stopping import Commands, run
 
 
 def show_version(asked: bool) -> None:
@@ -23,6 +23,7 @@ def show_version(asked: bool) -> None:
 
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -51,9 +52,4 @@ app.command()(inspect.inspect)
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"dynamo-jax: error: {message}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run(app)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dynamo_jax.commands.console import progress_bar
+from dynamo_jax.commands.steps import progress_bar
 
 
 def export(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dynamo_jax.commands.console import print_facts, progress_bar
+from dynamo_jax.commands.console import print_facts
 from dynamo_jax.commands.options import (
     KnownOption,
     ModelOption,
@@ -16,6 +16,7 @@ from dynamo_jax.commands.options import (
     read_datasets,
     read_weights,
 )
+from dynamo_jax.commands.steps import progress_bar
 
 
 def quantize(
