@@ -20,6 +20,7 @@ BUDGETS = ("bits", "budget_bytes", "fits_gib")  # fields of which one is given
 GIB = 2**30
 LARGEST_GIB = 2**20
 LARGEST_SPARE = 100
+LARGEST_WEIGHT = 1e9
 QUANTIZERS = ("gptq", "rtn")
 NOVELTY_WEIGHT = 0.5  # benchmarks/unseen.py
 
@@ -196,8 +197,8 @@ def check_weights(config: QuantizeConfig, names: list[str]) -> None:
     for name, value in (config.weights or {}).items():
         if name not in names:
             raise ValueError(f"weights: {name} is none of the known datasets, {', '.join(names)}")
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"weights: {name} = {value}, expected a number of 0 or more")
+        if not 0 <= value <= LARGEST_WEIGHT:
+            raise ValueError(f"weights: {name} = {value}, expected a number of 0 to {LARGEST_WEIGHT:g}")
     if config.weights and not any(config.weights.get(name, 1.0) for name in names):
         raise ValueError("weights: no known dataset counts for anything")
     if config.objective == "worst" and any(v != 1 for v in (config.weights or {}).values()):

@@ -7,13 +7,15 @@ is quick.
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
 
 from dynamo_jax import __version__
 from dynamo_jax.commands import analyze, demo, evaluate, export, generate, inspect, quantize, train
-from dynamo_jax.commands.stopping import Commands, run
+from dynamo_jax.commands.stopping import STOPPED, Commands, run
 
 
 def show_version(asked: bool) -> None:
@@ -53,3 +55,17 @@ app.command()(inspect.inspect)
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     run(app)
+
+
+def script() -> None:
+    """``main`` as a process of its own, which Ctrl-C ends at once.
+
+    Python's own end would have XLA take down what it was compiling, which crashes (seen with jax 0.10.2).
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if end.code == STOPPED:
+            sys.stderr.flush()
+            os._exit(STOPPED)
+        raise

@@ -40,6 +40,8 @@ def model_folder(model: str) -> Path:
     """The folder that ``--model`` means. ValueError, which says what is taken: it is none."""
     from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME
 
+    if not model:
+        raise ValueError("--model is empty")
     if model == BUNDLED_NAME:
         return BUNDLED
     folder = Path(model)
@@ -112,6 +114,8 @@ def read_weights(items: list[str]) -> dict[str, float]:
 def check_json(path: Path | None) -> None:
     if path and path.is_dir():
         raise ValueError(f"--json {path}: a folder; expected the name of a file to write")
+    if path and path.exists() and not path.is_file():
+        raise ValueError(f"--json {path}: exists and is no regular file")
     if path and not path.absolute().parent.is_dir():
         raise ValueError(f"--json {path}: no such folder {path.absolute().parent}")
 

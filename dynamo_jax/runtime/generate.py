@@ -28,6 +28,7 @@ from dynamo_jax.runtime.monitor import Watch
 from dynamo_jax.runtime.serving import State, experts, for_requests, observe
 
 Between = Callable[[State, list[list[int]]], State]
+HOTTEST = 1e30  # a temperature past which float32 ends
 SMALLEST_BUCKET = 16
 SMALLEST_CAPACITY = 1024  # slots of the cache, unless the caller or a longer text asks for others
 
@@ -66,7 +67,7 @@ class GenerateConfig:
             raise ValueError(f"seed {self.seed}: expected 0 to {2**32 - 1}")
         for name, value, fits in (
             ("max_tokens", self.max_tokens, self.max_tokens >= 1),
-            ("temperature", self.temperature, 0 <= self.temperature < float("inf")),
+            ("temperature", self.temperature, 0 <= self.temperature <= HOTTEST),
             ("top_k", self.top_k, self.top_k >= 0),
             ("top_p", self.top_p, 0 < self.top_p <= 1),
         ):

@@ -30,6 +30,8 @@ def read_text(path: str | Path) -> str:
         text = path.read_text(encoding="utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     if path.suffix.lower() in JSON_SUFFIXES:
         fields = _array(path, text) if path.suffix.lower() == ".json" else None
         text = whole_characters("\n\n".join(_lines(path, text) if fields is None else fields))
