@@ -7,6 +7,8 @@ switched off. What the library cannot do ends in bare exceptions or in panics; h
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -38,11 +40,28 @@ def tokenizer_from(content: bytes, where: str | Path) -> tokenizers.Tokenizer:
         text = content.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 at byte {error.start}") from error
+    _check_prefix(text, where)
     with named_errors(f"{where}: not a tokenizer"):
         tokenizer = tokenizers.Tokenizer.from_str(text)
         tokenizer.no_truncation()
         tokenizer.no_padding()
     return tokenizer
+
+
+def _check_prefix(text: str, where: str | Path) -> None:
+    """ValueError for merges without the prefix that they should have: the library takes the prefix off unseen, which
+    may abort the whole process (tokenizers 0.23)."""
+    if not re.search(r'"continuing_subword_prefix"\s*:\s*"[^"]', text):
+        return
+    try:
+        model = json.loads(text)["model"]
+        prefix, merges = model["continuing_subword_prefix"], model.get("merges") or []
+        seconds = [(merge.split(" ") if isinstance(merge, str) else merge)[1] for merge in merges]
+        fits = all(second.startswith(prefix) for second in seconds)
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
+        return  # the library says what is wrong
+    if not fits:
+        raise ValueError(f"{where}: not a tokenizer: a merge without the prefix {prefix[:50]!r} of its model")
 
 
 @contextlib.contextmanager

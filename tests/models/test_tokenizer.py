@@ -54,6 +54,9 @@ DAMAGES = {
     "a panic": changed(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
 }
 
+model = json.loads((BUNDLED / "tokenizer.json").read_text())["model"]
+DAMAGES["a merge without its prefix"] = changed(model=model | {"continuing_subword_prefix": "x"})  # aborts the process
+
 
 @pytest.mark.parametrize("case", DAMAGES)
 def test_a_damaged_tokenizer_is_an_error_that_names_the_file(case, tmp_path):
