@@ -178,8 +178,8 @@ def _filling(config: QuantizeConfig, model: ModelConfig) -> str:
 
 
 def _check_most(config: QuantizeConfig, model: ModelConfig) -> None:
-    """ValueError if ``bits`` are more than the widest planes and their slots can use."""
-    if config.bits is None:
+    """ValueError if ``bits`` are more than the widest planes and their slots can use, and not the default."""
+    if config.bits is None or config.bits <= BITS:
         return
     shape = (model.num_moe_layers, model.num_experts, 2 if config.per_projection else 1)
     sizes = (model.intermediate_size, config.channel_block, config.group(model.hidden_size), model.hidden_size)

@@ -18,7 +18,9 @@ ModelOption = Annotated[
 KnownOption = Annotated[
     list[str],
     typer.Option(
-        "--known", metavar="NAME=FILE", help="A dataset to calibrate on: UTF-8 .txt or .jsonl (field text). Repeatable."
+        "--known",
+        metavar="NAME=FILE",
+        help="A dataset of calibration: UTF-8 text, or .jsonl or .json (field text). Repeatable.",
     ),
 ]
 NovelOption = Annotated[

@@ -15,6 +15,7 @@ from pathlib import Path
 import tokenizers
 
 TOKENIZER = "tokenizer.json"
+LFS_POINTER = b"version https://git-lfs"
 LONGEST_ERROR = 500  # characters of the library's own words
 
 
@@ -27,7 +28,9 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> tokeniz
     """
     path = Path(folder) / TOKENIZER
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(
+            f"{path}: no such file; with transformers AutoTokenizer.from_pretrained(..).save_pretrained(..) makes one"
+        )
     return tokenizer_from(path.read_bytes(), path)
 
 
@@ -36,6 +39,8 @@ def tokenizer_from(content: bytes, where: str | Path) -> tokenizers.Tokenizer:
 
     ValueError: damaged.
     """
+    if content.startswith(LFS_POINTER):
+        raise ValueError(f"{where}: not a tokenizer: a pointer of git-lfs in its place; git lfs pull fetches the file")
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
