@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dynamo_jax.evaluation.perplexity import Row
     from dynamo_jax.runtime.online import Event
 
+FEW, LONGEST_FACT = re.compile("fewer than .* calibration tokens"), 400
 FACTS = {"known": "windows of known texts", "positions": "longest text, tokens"}  # names that need more words
 
 
@@ -95,7 +96,13 @@ def fact_words(name: str, value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         value = f"{value:,}"
     words = f"{value} bytes" if name == "bytes" else str(value)
-    return re.sub(r"\b(\d[\d,]{6,}) bytes", lambda found: f"{found[0]} ({size_words(found[1])})", words)
+    words = re.sub(
+        r"\b(\d[\d,]{6,}) bytes( \()?",
+        lambda found: f"{found[1]} bytes ({size_words(found[1])}" + ("; " if found[2] else ")"),
+        words,
+    )
+    words = words if len(words) <= LONGEST_FACT else f"{words[:LONGEST_FACT]} .."
+    return f"{words}; more --windows reach more" if FEW.match(name) and not words.startswith("0 of") else words
 
 
 def size_words(number: str) -> str:

@@ -76,7 +76,8 @@ def float_folder(model: str) -> Path:
 
 
 def load_float(model: str) -> Any:
-    from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
+    from dynamo_jax.models.huggingface import load_decoder
+    from dynamo_jax.models.tokenizer import load_tokenizer
 
     folder = float_folder(model)
     decoder = load_decoder(folder)

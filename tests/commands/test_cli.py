@@ -16,6 +16,7 @@ import dynamo_jax
 from dynamo_jax.calibration import pipeline
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.commands import app as cli
+from dynamo_jax.commands.console import fact_words
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.storage import checkpoint
 
@@ -366,6 +367,24 @@ def test_facts_are_for_people(run, folder):
     names = [line.split("  ")[0] for line in printed.splitlines()]
     assert code == 0 and all(name == name.lower() and "_" not in name for name in names)
     assert "8,192" in printed and "MiB)" in printed and "windows of known texts" in names
+    few = next(line for line in printed.splitlines() if line.startswith("fewer than"))
+    assert few.endswith("more --windows reach more") and max(map(len, printed.splitlines())) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("vocab", 8192, "8,192"),
+        ("bytes", "35,023,872", "35,023,872 bytes (33.4 MiB)"),
+        ("x", "14,487,552 bytes (all planes)", "14,487,552 bytes (13.8 MiB; all planes)"),
+        ("x", "95,000,000,000 bytes: a, 200 bytes", "95,000,000,000 bytes (88.5 GiB): a, 200 bytes"),
+        ("x", {"a": 12_345}, "a=12,345"),
+        ("fewer than 256 calibration tokens", "0 of 8 experts", "0 of 8 experts"),
+        ("x", "y" * 1000, "y" * 400 + " .."),
+    ],
+)
+def test_a_fact_has_units_and_an_end(name, value, words):
+    assert fact_words(name, value) == words
 
 
 def test_generate_prints_the_continuation_alone(run, shallow_folder):
