@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dynamo_jax.evaluation.perplexity import Row
     from dynamo_jax.runtime.online import Event
 
-FEW, LONGEST_FACT = re.compile("fewer than .* calibration tokens"), 400
+FEW, LONGEST_FACT = re.compile("fewer than .* calibration tokens"), 1000
 FACTS = {"known": "windows of known texts", "positions": "longest text, tokens"}  # names that need more words
 
 
