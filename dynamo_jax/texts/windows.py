@@ -30,7 +30,10 @@ def token_windows(
     is left out. vocab_size: of the model that they are for. ValueError, which has ``name``: fewer tokens than one
     window, an id past the vocabulary, a text that the tokenizer fails on.
     """
-    ids = encode(tokenizer, text) if limit is None else first_ids(text, tokenizer, limit * window + 1)
+    try:
+        ids = encode(tokenizer, text) if limit is None else first_ids(text, tokenizer, limit * window + 1)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     count = (len(ids) - 1) // window
     if count < 1:
         raise ValueError(f"{name}: {len(ids)} tokens, fewer than one window of {window + 1}")

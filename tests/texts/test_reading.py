@@ -216,3 +216,12 @@ def test_an_id_past_the_models_vocabulary_is_named(bundled, texts):
     with pytest.raises(ValueError, match=r"^verse has the token id \d+ \(of tokenizer.json\), outside .* of 61"):
         token_windows(texts["verse"], bundled[1], 50, "verse", 3, 61)
     assert len(token_windows(texts["verse"], bundled[1], 50, "verse", 3, 8192)) == 3
+
+
+def test_a_text_that_the_tokenizer_fails_on_is_named(bundled):
+    class Failing:
+        def encode(self, text, **_):
+            raise Exception("unk token not found")
+
+    with pytest.raises(ValueError, match=r"^note: tokenizer\.json: it fails on a text: unk token not found"):
+        token_windows("a", Failing(), 50, "note", 3)
