@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from dynamo_jax.models.bundled import BUNDLED
     from dynamo_jax.models.config import ModelConfig
     from dynamo_jax.models.decoder import Decoder, with_parameters
-    from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
+    from dynamo_jax.models.huggingface import load_decoder
+    from dynamo_jax.models.tokenizer import load_tokenizer
     from dynamo_jax.precision.plan import Plan
     from dynamo_jax.runtime.generate import GenerateConfig
     from dynamo_jax.runtime.online import Follower
@@ -123,7 +124,8 @@ _MODULES = {
     "models.bundled": ("BUNDLED",),
     "models.config": ("ModelConfig",),
     "models.decoder": ("Decoder", "with_parameters"),
-    "models.huggingface": ("load_decoder", "load_tokenizer"),
+    "models.huggingface": ("load_decoder",),
+    "models.tokenizer": ("load_tokenizer",),
     "precision.plan": ("Plan",),
     "runtime.generate": ("GenerateConfig",),
     "runtime.online": ("Follower",),

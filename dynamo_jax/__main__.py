@@ -1,5 +1,5 @@
 """``python -m dynamo_jax``: the command line."""
 
-from dynamo_jax.commands.app import main
+from dynamo_jax.commands.app import script
 
-main()
+script()

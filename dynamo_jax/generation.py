@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import tokenizers
 
 from dynamo_jax.kernels.layout import Resident
-from dynamo_jax.models.chat import Files, chat_prompt, stop_tokens
+from dynamo_jax.models.chat import Files, chat_prompts, stop_tokens
 from dynamo_jax.models.decoder import parameters
-from dynamo_jax.models.huggingface import load_decoder, load_tokenizer, side_files
+from dynamo_jax.models.huggingface import load_decoder, side_files
 from dynamo_jax.models.stacked import stacked
+from dynamo_jax.models.tokenizer import decode, encode, load_tokenizer, whole_characters
 from dynamo_jax.runtime.generate import Between, GenerateConfig, LanguageModel, check_prompts
 from dynamo_jax.runtime.generate import stream as token_stream
 from dynamo_jax.runtime.online import Follower
@@ -133,17 +134,21 @@ def prompts_tokens(model: TextModel, prompts: Sequence[str], chat: bool) -> list
     """The ids of all prompts, which are checked; ValueError that names the first that the model cannot take."""
     if isinstance(prompts, str):
         raise ValueError("prompts: expected a list of texts, got one text")
-    tokens = [prompt_tokens(model.tokenizer, model.files, prompt, chat) for prompt in prompts]
+    asked = _asked(model.files, prompts) if chat else None
+    tokens = [encode(model.tokenizer, text, special=asked is None) for text in asked or prompts]
     check_prompts(model.model.config, tokens)
     return tokens
 
 
+def _asked(files: Files, prompts: Sequence[str]) -> list[str] | None:
+    """The prompts in the model's chat template, where it has one."""
+    return chat_prompts(files, [whole_characters(prompt) for prompt in prompts])
+
+
 def prompt_tokens(tokenizer: tokenizers.Tokenizer, files: Files, text: str, chat: bool) -> list[int]:
     """The prompt's ids: in the model's chat template where it has one and ``chat`` is set, else as it stands."""
-    asked = chat_prompt(files, text) if chat else None
-    if asked is not None:
-        return tokenizer.encode(asked, add_special_tokens=False).ids
-    return tokenizer.encode(text).ids
+    asked = _asked(files, [text]) if chat else None
+    return encode(tokenizer, asked[0] if asked else text, special=asked is None)
 
 
 def continuations(
@@ -155,17 +160,17 @@ def continuations(
 ) -> Iterator[list[str]]:
     """At each step the text that each prompt's continuation has grown by; whole characters only."""
     tokens = [list(p) for p in prompts]
-    shown = [tokenizer.decode(p) for p in prompts]
+    shown = [decode(tokenizer, p) for p in prompts]
     for step in token_stream(model, prompts, config, between=between):
         pieces = []
         for row, token in enumerate(step):
             tokens[row] += [] if token is None else [token]
-            text = tokenizer.decode(tokens[row])
+            text = decode(tokenizer, tokens[row])
             whole = text.rstrip(REPLACEMENT)
             pieces.append(whole[len(shown[row]) :])
             shown[row] = max(shown[row], whole, key=len)
         yield pieces
-    yield [tokenizer.decode(t)[len(s) :] for t, s in zip(tokens, shown)]
+    yield [decode(tokenizer, t)[len(s) :] for t, s in zip(tokens, shown)]
 
 
 def continued(model: LanguageModel, follower: Follower) -> LanguageModel:

@@ -80,6 +80,6 @@ def find_preset(name: str, kind: str = "") -> Path:
 def load_toml(cls: type[T], path: str | Path) -> T:
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, nesting past Python's limits
         raise ValueError(f"{path}: not a TOML file: {error}") from error
     return from_dict(cls, values, str(path))

@@ -53,12 +53,16 @@ class Analysis(NamedTuple):
 
 
 def known_windows(
-    known: dict[str, str], tokenizer: tokenizers.Tokenizer, config: QuantizeConfig
+    known: dict[str, str], tokenizer: tokenizers.Tokenizer, config: QuantizeConfig, vocab_size: int | None = None
 ) -> dict[str, Int[np.ndarray, "S T1"]]:
+    """The first windows of each text, as many as calibration takes. vocab_size: of the model, which ids are checked by.
+
+    ValueError: no text, one of less than a window, an id that the model does not know.
+    """
     if not known:
         raise ValueError("no known dataset: calibration needs at least one")
     return {
-        name: token_windows(text, tokenizer, config.window, name, config.calibration_windows)
+        name: token_windows(text, tokenizer, config.window, name, config.calibration_windows, vocab_size)
         for name, text in known.items()
     }
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
+
 from dynamo_jax.kernels.layout import WIDTHS, num_blocks
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.precision.allocate import OBJECTIVES
-from dynamo_jax.precision.plan import block_costs
+from dynamo_jax.precision.plan import block_costs, expert_plan
 from dynamo_jax.quant.nested_gptq import EMPHASIS
-from dynamo_jax.runtime.memory import SPARE
+from dynamo_jax.runtime.memory import SPARE, device_bytes
 
 BITS = 3.0  # a weight, where no budget is given
 RESERVE = 0.1  # of fits_gib, where no reserve is given
 BUDGETS = ("bits", "budget_bytes", "fits_gib")  # fields of which one is given
 GIB = 2**30
+LARGEST_GIB = 2**20
+LARGEST_SPARE = 100
+LARGEST_WEIGHT = 1e9
 QUANTIZERS = ("gptq", "rtn")
 NOVELTY_WEIGHT = 0.5  # benchmarks/unseen.py
 
@@ -76,8 +81,10 @@ class QuantizeConfig:
             object.__setattr__(self, "bits", BITS)
         elif not (math.isfinite(value := getattr(self, given[0])) and value > 0):
             raise ValueError(f"{given[0]} {value}: expected a positive number")
-        if not (math.isfinite(self.spare) and self.spare >= 0):
+        if not 0 <= self.spare <= LARGEST_SPARE:
             raise ValueError(f"spare {self.spare}: expected a share of the baseline's pages, 0 for none")
+        if self.fits_gib is not None and self.fits_gib > LARGEST_GIB:
+            raise ValueError(f"fits_gib {self.fits_gib:g}: expected at most {LARGEST_GIB:,}")
         if self.max_width not in WIDTHS:
             raise ValueError(f"max_width {self.max_width}: known are {', '.join(map(str, WIDTHS))}")
         if self.reserve_gib is not None and self.fits_gib is None:
@@ -150,10 +157,39 @@ def settled(config: QuantizeConfig, model: ModelConfig, others: int, names: list
             f"(2 bits, a scale for each group of {group_size}, whole groups and blocks), {least:,} bytes, "
             f"or {(least + others) / GIB + config.reserve:.4g} GiB with the {others:,} bytes that are not quantized"
             + (f" and a reserve of {config.reserve:g} GiB" if config.reserve else "")
+            + _filling(config, model)
         )
+    _check_most(config, model)
     if config.fits_gib is None:
         return config
     return dataclasses.replace(config, fits_gib=None, reserve_gib=None, budget_bytes=int(budget))
+
+
+def _filling(config: QuantizeConfig, model: ModelConfig) -> str:
+    """What filling experts up to whole blocks and groups adds to them, in words; none where nothing is added."""
+    words = []
+    for name, size, unit, what in (
+        ("channel_block", model.intermediate_size, config.channel_block, "channels of an expert"),
+        ("group_size", model.hidden_size, config.group(model.hidden_size), "inputs of the hidden size"),
+    ):
+        if (whole := -(-size // unit) * unit) != size:
+            words.append(f"{name} {unit} fills the {size:,} {what} up to {whole:,}")
+    return f"; {', and '.join(words)}: choose one that divides them for less" if words else ""
+
+
+def _check_most(config: QuantizeConfig, model: ModelConfig) -> None:
+    """ValueError if ``bits`` are more than the widest planes and their slots can use, and not the default."""
+    if config.bits is None or config.bits <= BITS:
+        return
+    shape = (model.num_moe_layers, model.num_experts, 2 if config.per_projection else 1)
+    sizes = (model.intermediate_size, config.channel_block, config.group(model.hidden_size), model.hidden_size)
+    widest = expert_plan(np.full(shape, config.max_width), *sizes)
+    most = 8 * device_bytes(widest, config.spare).total / model.num_expert_weights
+    if config.bits > most:
+        raise ValueError(
+            f"bits {config.bits:g}: more than there are; all planes of the experts up to {config.max_width} bits, with "
+            f"their slots, are {most:.4f} bits a weight"
+        )
 
 
 def check_weights(config: QuantizeConfig, names: list[str]) -> None:
@@ -161,8 +197,8 @@ def check_weights(config: QuantizeConfig, names: list[str]) -> None:
     for name, value in (config.weights or {}).items():
         if name not in names:
             raise ValueError(f"weights: {name} is none of the known datasets, {', '.join(names)}")
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"weights: {name} = {value}, expected a number of 0 or more")
+        if not 0 <= value <= LARGEST_WEIGHT:
+            raise ValueError(f"weights: {name} = {value}, expected a number of 0 to {LARGEST_WEIGHT:g}")
     if config.weights and not any(config.weights.get(name, 1.0) for name in names):
         raise ValueError("weights: no known dataset counts for anything")
     if config.objective == "worst" and any(v != 1 for v in (config.weights or {}).values()):

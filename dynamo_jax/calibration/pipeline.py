@@ -72,7 +72,7 @@ def _analyze_only(
     progress: Progress,
 ) -> dict[str, Analysis]:
     check_shapes(source.config, config)
-    windows = known_windows(known, tokenizer, config)
+    windows = known_windows(known, tokenizer, config, source.config.vocab_size)
     return analyze_layers(source, windows, config, MemoryWork(unwanted=("layer-", "top")), progress)
 
 
@@ -153,7 +153,7 @@ def quantize(
     source = DecoderSource(model)
     config = settled(config, model.config, source.other_bytes(), list(known))
     work = MemoryWork()
-    windows = known_windows(known, tokenizer, config)
+    windows = known_windows(known, tokenizer, config, model.config.vocab_size)
     chosen, knowledge, analyses = _plan_and_knowledge(source, windows, known, config, work, progress)
     experts = set(expert_parameter_names(model.config))
     quantized = QuantizedModel(
@@ -206,7 +206,7 @@ def quantize_folder(
         log(f"{out}: done already, by the same command")
         return checkpoint.read_description(out).plan
     tokenizer = load_tokenizer(folder, source.config.vocab_size)
-    windows = known_windows(known, tokenizer, config)
+    windows = known_windows(known, tokenizer, config, source.config.vocab_size)
     with Making(out, checkpoint.META, job, overwrite=overwrite) as making:
         work = FolderWork(making.folder)
         if steps := work.names():

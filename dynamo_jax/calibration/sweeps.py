@@ -38,6 +38,7 @@ from dynamo_jax.calibration.sources import LayerSource
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.layerwise import Outer, dense, dense_vjp, first_alike, loss_gradient_of, outer_of, outer_vjp
+from dynamo_jax.models.tokenizer import check_ids
 from dynamo_jax.progress import Progress
 from dynamo_jax.quant.planes import Planes, filled_up, narrowed, quantize
 from dynamo_jax.runtime.signatures import SPAN
@@ -91,8 +92,12 @@ class Calibration:
 
 
 def calibrate(job: Calibration) -> None:
-    """Fill ``job.work`` with layer-NNN (planes and other parameters), stats-NNN and sensitivity-NNN."""
+    """Fill ``job.work`` with layer-NNN (planes and other parameters), stats-NNN and sensitivity-NNN.
+
+    ValueError: token ids that the model does not know.
+    """
     config, moe = job.source.config, job.source.config.moe_layers
+    check_ids([int(job.tokens.min()), int(job.tokens.max())], config.vocab_size, "a known text")
     if not job.work.has("top"):
         job.work.put("top", job.source.top())
         job.source.release()

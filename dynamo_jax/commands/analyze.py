@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from dynamo_jax.commands.console import progress_bar
 from dynamo_jax.commands.options import (
     JsonOption,
     KnownOption,
@@ -16,6 +15,7 @@ from dynamo_jax.commands.options import (
     float_folder,
     read_datasets,
 )
+from dynamo_jax.commands.steps import progress_bar
 
 
 def analyze(

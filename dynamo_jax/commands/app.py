@@ -7,6 +7,7 @@ is quick.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -14,6 +15,7 @@ import typer
 
 from dynamo_jax import __version__
 from dynamo_jax.commands import analyze, demo, evaluate, export, generate, inspect, quantize, train
+from dynamo_jax.commands.stopping import STOPPED, Commands, run
 
 
 def show_version(asked: bool) -> None:
@@ -23,6 +25,7 @@ def show_version(asked: bool) -> None:
 
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -51,9 +54,18 @@ app.command()(inspect.inspect)
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
+    run(app)
+
+
+def script() -> None:
+    """``main`` as a process of its own, which Ctrl-C ends at once.
+
+    Python's own end would have XLA take down what it was compiling, which crashes (seen with jax 0.10.2).
+    """
     try:
-        app()
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"dynamo-jax: error: {message}", file=sys.stderr)
-        raise SystemExit(2) from None
+        main()
+    except SystemExit as end:
+        if end.code == STOPPED:
+            sys.stderr.flush()
+            os._exit(STOPPED)
+        raise

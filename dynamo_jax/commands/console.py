@@ -1,49 +1,21 @@
-"""What commands show: results on standard output, progress on standard error."""
+"""What commands show of their results, on standard output."""
 
 from __future__ import annotations
 
-import contextlib
+import re
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import rich.console
-import rich.progress
 import rich.table
 
 if TYPE_CHECKING:
     from dynamo_jax.evaluation.divergence import Divergence
     from dynamo_jax.evaluation.perplexity import Row
-    from dynamo_jax.progress import Progress
     from dynamo_jax.runtime.online import Event
 
-
-@contextlib.contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """One bar a stage on standard error."""
-    console = rich.console.Console(stderr=True)
-    columns = (
-        rich.progress.TextColumn("{task.description:28}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TimeRemainingColumn(),
-    )
-    bars = rich.progress.Progress(*columns, console=console)
-    stages: dict[str, rich.progress.TaskID] = {}
-
-    def progress(stage: str, done: float, of: int) -> None:
-        if not stages:  # until there is work, a mistake in the input is one line
-            bars.start()
-        if stage not in stages:
-            stages[stage] = bars.add_task(stage, total=of)
-        bars.update(stages[stage], completed=done)
-
-    try:
-        yield progress
-    finally:
-        if stages:
-            bars.stop()
+FEW, LONGEST_FACT = re.compile("fewer than .* calibration tokens"), 1000
+FACTS = {"known": "windows of known texts", "positions": "longest text, tokens"}  # names that need more words
 
 
 def say(line: str) -> None:
@@ -116,10 +88,34 @@ def plain_signs(words: str) -> str:
 
 
 def print_facts(facts: dict[str, Any]) -> None:
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{k}={v}" for k, v in value.items())
-        print(f"{name:23} {value}")
+    """What a folder holds, a line each: names in plain words, numbers with separators, bytes in larger units too."""
+    named = {FACTS.get(name, name.replace("_", " ")): fact_words(name, value) for name, value in facts.items()}
+    width = max(map(len, named), default=0)
+    for name, words in named.items():
+        print(f"{name:{width}}  {words}")
+
+
+def fact_words(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={fact_words('', v)}" for k, v in value.items())
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = f"{value:,}"
+    words = f"{value} bytes" if name == "bytes" else str(value)
+    words = re.sub(
+        r"\b(\d[\d,]{6,}) bytes( \()?",
+        lambda found: f"{found[1]} bytes ({size_words(found[1])}" + ("; " if found[2] else ")"),
+        words,
+    )
+    words = words if len(words) <= LONGEST_FACT else f"{words[:LONGEST_FACT]} .."
+    return f"{words}; more --windows reach more" if FEW.match(name) and not words.startswith("0 of") else words
+
+
+def size_words(number: str) -> str:
+    size, unit = int(number.replace(",", "")) / 2**20, "MiB"
+    for larger in ("GiB", "TiB"):
+        if size >= 1024:
+            size, unit = size / 1024, larger
+    return f"{size:.3g} {unit}" if size < 1000 else f"{size:,.0f} {unit}"
 
 
 def describe_event(event: Event) -> str:

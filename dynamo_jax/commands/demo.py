@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from dynamo_jax.commands.console import describe_verdict, plain_signs, print_rows, progress_bar
+from dynamo_jax.commands.console import describe_verdict, plain_signs, print_rows
 from dynamo_jax.commands.options import OverwriteOption
+from dynamo_jax.commands.steps import progress_bar
 
 
 def demo(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dynamo_jax.commands.console import describe_verdict, print_divergences, print_rows, progress_bar
+from dynamo_jax.commands.console import describe_verdict, print_divergences, print_rows
 from dynamo_jax.commands.options import (
     BatchOption,
     JsonOption,
@@ -22,6 +22,7 @@ from dynamo_jax.commands.options import (
     load_float,
     read_datasets,
 )
+from dynamo_jax.commands.steps import progress_bar
 
 
 def evaluate(

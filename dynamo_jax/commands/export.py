@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from dynamo_jax.commands.console import progress_bar, say
+from dynamo_jax.commands.console import say
 from dynamo_jax.commands.options import OverwriteOption
+from dynamo_jax.commands.steps import progress_bar
 
 
 def export(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dynamo_jax.commands.console import describe_event
 from dynamo_jax.commands.options import BatchOption, ModelOption, ReadsOption, model_folder
+from dynamo_jax.commands.stopping import stops_soon
+
+if TYPE_CHECKING:
+    from dynamo_jax.runtime.generate import GenerateConfig
 
 
 def generate(
@@ -35,17 +39,32 @@ def generate(
     With --adapt prompts run one after the other, as one client's; at the end standard error says what the monitor saw
     and what was switched. It takes 256 tokens, of prompts and continuations together, before it says anything.
     """
-    from dynamo_jax.generation import load_text_model, prompts_tokens, stream
-    from dynamo_jax.runtime.generate import GenerateConfig
-
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"--dtype {dtype}: known are bfloat16, float32")
     if any(not p for p in prompt):
         raise ValueError("--prompt is empty")
+    from dynamo_jax.runtime.generate import GenerateConfig
+
+    settings = GenerateConfig(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    with stops_soon():
+        _continue(prompt, model, settings, dtype, raw, adapt, batch, reads)
+
+
+def _continue(
+    prompt: list[str],
+    model: str,
+    settings: GenerateConfig,
+    dtype: str,
+    raw: bool,
+    adapt: bool,
+    batch: int,
+    reads: float,
+) -> None:
     import jax.numpy as jnp
 
+    from dynamo_jax.generation import load_text_model, prompts_tokens, stream
+
     loaded = load_text_model(model_folder(model), jnp.dtype(dtype), adapt, batch, reads)
-    settings = GenerateConfig(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if loaded.follower:  # one client's texts, one after the other
         if why := loaded.follower.model.knowledge.blind():
             print(why, file=sys.stderr)

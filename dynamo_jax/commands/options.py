@@ -5,6 +5,7 @@ A mistake is a ``ValueError`` that names the option. Heavy imports happen inside
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,9 @@ ModelOption = Annotated[
 KnownOption = Annotated[
     list[str],
     typer.Option(
-        "--known", metavar="NAME=FILE", help="A dataset to calibrate on: UTF-8 .txt or .jsonl (field text). Repeatable."
+        "--known",
+        metavar="NAME=FILE",
+        help="A dataset of calibration: UTF-8 text, or .jsonl or .json (field text). Repeatable.",
     ),
 ]
 NovelOption = Annotated[
@@ -42,11 +45,30 @@ WindowOption = Annotated[int, typer.Option(min=8, help="Tokens a window.")]
 
 
 def model_folder(model: str) -> Path:
+    """The folder that ``--model`` means. ValueError, which says what is taken: it is none."""
     from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME
 
-    folder = BUNDLED if model == BUNDLED_NAME else Path(model)
+    if not model:
+        raise ValueError("--model is empty")
+    if model == BUNDLED_NAME:
+        return BUNDLED
+    folder = Path(model)
+    taken = (
+        f"--model takes {BUNDLED_NAME} (bundled), a Hugging Face folder (config.json, tokenizer.json, "
+        "model.safetensors or shards with model.safetensors.index.json), or a folder that quantize wrote"
+    )
     if not folder.is_dir():
-        raise ValueError(f"{model}: no such model folder; the bundled model is called {BUNDLED_NAME}")
+        if folder.exists():
+            raise ValueError(f"{model}: a file, not a model folder; {taken}")
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII):
+            taken = (
+                f"a model of the Hugging Face hub has to be downloaded first, hf download {model} --local-dir "
+                f"{folder.name}, and then --model {folder.name}; {taken}"
+            )
+        raise ValueError(f"{model}: no such model folder; {taken}")
+    if not ((folder / "config.json").is_file() or (folder / "dynamo_jax.json").is_file()):
+        inside = sorted(p.parent for p in folder.glob("snapshots/*/config.json"))
+        raise ValueError(f"{model}: holds no config.json; " + (f"{inside[-1]} does" if inside else taken))
     return folder
 
 
@@ -60,7 +82,8 @@ def float_folder(model: str) -> Path:
 
 
 def load_float(model: str) -> Any:
-    from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
+    from dynamo_jax.models.huggingface import load_decoder
+    from dynamo_jax.models.tokenizer import load_tokenizer
 
     folder = float_folder(model)
     decoder = load_decoder(folder)
@@ -98,6 +121,10 @@ def read_weights(items: list[str]) -> dict[str, float]:
 
 
 def check_json(path: Path | None) -> None:
+    if path and path.is_dir():
+        raise ValueError(f"--json {path}: a folder; expected the name of a file to write")
+    if path and path.exists() and not path.is_file():
+        raise ValueError(f"--json {path}: exists and is no regular file")
     if path and not path.absolute().parent.is_dir():
         raise ValueError(f"--json {path}: no such folder {path.absolute().parent}")
 

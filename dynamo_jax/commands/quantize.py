@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dynamo_jax.commands.console import print_facts, progress_bar, say
+from dynamo_jax.commands.console import print_facts, say
 from dynamo_jax.commands.options import (
     KnownOption,
     ModelOption,
@@ -19,6 +19,7 @@ from dynamo_jax.commands.options import (
     read_datasets,
     read_weights,
 )
+from dynamo_jax.commands.steps import progress_bar
 
 
 def quantize(

@@ -79,7 +79,9 @@ def divergence(
     rows = []
     for index, (name, text) in enumerate(texts.items()):
         used = calibrated_windows(quantized, name, text, config)
-        windows = token_windows(text, quantized.tokenizer, config.window, name)[used:][: config.limit]
+        most = None if config.limit is None else used + config.limit
+        vocabulary = model.config.vocab_size
+        windows = token_windows(text, quantized.tokenizer, config.window, name, most, vocabulary)[used:]
         if not len(windows):
             raise ValueError(f"{name}: no window of {config.window} tokens is left after {used} used in calibration")
         found = []

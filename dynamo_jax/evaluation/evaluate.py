@@ -43,13 +43,14 @@ def evaluate(
         raise ValueError(f"{min(twice)}: a text of that name is known, and one is novel")
     config = config or EvalConfig()
     config.check(model.config)
+    vocabulary = model.config.vocab_size
     there = VARIANTS if isinstance(model, QuantizedModel) else tuple(UNIFORM)
     names = tuple(dict.fromkeys(variants)) or (VARIANTS if isinstance(model, QuantizedModel) else ("bf16",))
     if unknown := [name for name in names if name not in there]:
         raise ValueError(f"variant {unknown[0]}: the model has {', '.join(there)}")
     if isinstance(model, QuantizedModel):
         data = [
-            make_dataset(n, kind, t, model.tokenizer, config, calibrated_windows(model, n, t, config))
+            make_dataset(n, kind, t, model.tokenizer, config, calibrated_windows(model, n, t, config), vocabulary)
             for n, kind, t in texts
         ]
         if against is None:
@@ -62,6 +63,6 @@ def evaluate(
         return sorted(first + rows, key=lambda row: order[row.dataset]), adaptations
     if tokenizer is None:
         raise ValueError("tokenizer: an unquantized model does not bring its own, so one has to be given")
-    data = [make_dataset(n, kind, t, tokenizer, config) for n, kind, t in texts]
+    data = [make_dataset(n, kind, t, tokenizer, config, vocab_size=vocabulary) for n, kind, t in texts]
     rows, _ = evaluate_uniform(model, data, config, names=names, progress=progress)
     return rows, {}

@@ -143,12 +143,23 @@ def make_row(
     )
 
 
-def make_dataset(name: str, kind: str, text: str, tokenizer: Any, config: EvalConfig, calibrated: int = 0) -> Dataset:
+def make_dataset(
+    name: str,
+    kind: str,
+    text: str,
+    tokenizer: Any,
+    config: EvalConfig,
+    calibrated: int = 0,
+    vocab_size: int | None = None,
+) -> Dataset:
     """Windows of a text: ``calibrated`` ones left out, then those for adaptation, then those that rows count.
 
-    A text with few windows gives half of them to adaptation.
+    A text with few windows gives half of them to adaptation. vocab_size: of the model, which ids are checked by.
     """
-    windows = token_windows(text, tokenizer, config.window, name)[calibrated:]
+    most = None
+    if config.limit is not None:
+        most = calibrated + config.adaptation_windows + max(config.adaptation_windows, config.limit)
+    windows = token_windows(text, tokenizer, config.window, name, most, vocab_size)[calibrated:]
     if len(windows) < 2:
         raise ValueError(
             f"{name}: {len(windows)} windows of {config.window} tokens are left after {calibrated} used in "

@@ -1,18 +1,23 @@
-"""What a model folder says about text: its chat template and its stop tokens.
-
-Templates are Jinja programs from a file that is not trusted, so they run in Jinja's sandbox.
-"""
+"""What a model folder says about text: its chat template and its stop tokens."""
 
 from __future__ import annotations
 
-import datetime
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.sandbox
+from dynamo_jax.models import template
 
 Files = dict[str, bytes]  # small files of a model folder, by name
+TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # tokens that a tokenizer_config.json may name
+LARGEST_ID = 2**31 - 1
+
+
+class Template(NamedTuple):
+    """A template's source, and the file that it is from."""
+
+    source: str
+    file: str
 
 
 def _json(files: Files, name: str) -> dict[str, Any]:
@@ -20,7 +25,7 @@ def _json(files: Files, name: str) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(files[name])
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{name}: expected a JSON object")
@@ -28,49 +33,83 @@ def _json(files: Files, name: str) -> dict[str, Any]:
 
 
 def stop_tokens(files: Files) -> tuple[int, ...]:
-    """The ids that end a text: of generation_config.json, or else of config.json."""
-    found = _json(files, "generation_config.json").get("eos_token_id")
-    if found is None:
-        found = _json(files, "config.json").get("eos_token_id")
-    if found is None:
-        return ()
-    return tuple(found) if isinstance(found, list) else (found,)
+    """The ids that end a text: of generation_config.json, or else of config.json.
+
+    ValueError, which names file and key: something else than an id or a list of ids.
+    """
+    for name in ("generation_config.json", "config.json"):
+        found = _json(files, name).get("eos_token_id")
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        if not all(type(i) is int and 0 <= i <= LARGEST_ID for i in ids):
+            raise ValueError(f"{name}: eos_token_id is {_short(found)}, expected a token id or a list of them")
+        return tuple(ids)
+    return ()
 
 
-def chat_template(files: Files) -> str | None:
-    """The source of the template; of several named ones the default."""
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode()
-    template = _json(files, "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default", next(iter(named.values()), None))
-    return template
+def _short(value: Any) -> str:
+    words = repr(value)
+    return words if len(words) <= 100 else f"{words[:100]} .."
+
+
+def chat_template(files: Files) -> Template | None:
+    """The template; of several named ones the default. ValueError, which names the file: it is not one."""
+    if TEMPLATE in files:
+        try:
+            return Template(files[TEMPLATE].decode(), TEMPLATE)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{TEMPLATE}: not UTF-8 at byte {error.start}") from error
+    found = _json(files, TOKENIZER_CONFIG).get("chat_template")
+    if isinstance(found, list):
+        if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in found):
+            raise ValueError(f"{TOKENIZER_CONFIG}: chat_template is a list of something else than names and templates")
+        found = {entry["name"]: entry.get("template") for entry in found}
+    if isinstance(found, dict):
+        found = _chosen(found)
+    if not (found is None or isinstance(found, str)):
+        raise ValueError(f"{TOKENIZER_CONFIG}: chat_template is {_short(found)}, expected a text")
+    return None if found is None else Template(found, TOKENIZER_CONFIG)
+
+
+def _chosen(named: dict[str, Any]) -> Any:
+    """The default, or the only one, of templates by name."""
+    if not named:
+        return None
+    if "default" not in named and len(named) > 1:
+        names = _short(", ".join(named))
+        raise ValueError(f"{TOKENIZER_CONFIG}: chat_template has none that is called default, only {names}")
+    return named.get("default", next(iter(named.values())))
+
+
+def special_tokens(files: Files) -> dict[str, str]:
+    """The tokens that a template may ask for, by name. ValueError, which names file and key: one that is no text."""
+    tokens = {}
+    for name, value in _json(files, TOKENIZER_CONFIG).items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str) and name.endswith("_token"):
+            tokens[name] = text
+        elif value is not None and name.removesuffix("_token") in SPECIAL and name.endswith("_token"):
+            raise ValueError(f"{TOKENIZER_CONFIG}: {name} is {_short(value)}, expected a text or its content")
+    return tokens
+
+
+def chat_prompts(files: Files, messages: list[str]) -> list[str] | None:
+    """The texts that ask the model to answer each message; None where the model has no chat template.
+
+    ValueError, which names the file: it holds no template, or one that fails, does not end or takes too much memory.
+    """
+    found = chat_template(files)
+    if found is None:
+        return None
+    special = special_tokens(files)
+    try:
+        return template.run(found.source, messages, special)
+    except ValueError as error:
+        raise ValueError(f"{found.file}: {error} (generate --raw leaves the template out)") from error
 
 
 def chat_prompt(files: Files, message: str) -> str | None:
-    """The text that asks the model to answer ``message``; None where the model has no chat template."""
-    template = chat_template(files)
-    if template is None:
-        return None
-    settings = _json(files, "tokenizer_config.json")
-    special = {
-        name: value["content"] if isinstance(value, dict) else value
-        for name, value in settings.items()
-        if name.endswith("_token") and value is not None
-    }
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    messages = [{"role": "user", "content": message}]
-    try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise ValueError(f"the chat template fails: {error}") from error
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    """As ``chat_prompts``, of one message."""
+    found = chat_prompts(files, [message])
+    return None if found is None else found[0]

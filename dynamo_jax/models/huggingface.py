@@ -34,8 +34,9 @@ from dynamo_jax.models.formats.expert_files import (
     read_expert,
 )
 from dynamo_jax.models.formats.tensor_files import FLOATS, INDEX, SINGLE, TensorFiles, write_tensors
+from dynamo_jax.models.tokenizer import TOKENIZER
+from dynamo_jax.models.tokenizer import load_tokenizer as load_tokenizer
 
-TOKENIZER = "tokenizer.json"
 UNQUANTIZED = "embeddings, attention, norms, routers, shared experts, dense layers and biases keep their dtype"
 SIDE_FILES = (  # what a folder has beside weights, as far as text generation and who publishes need it
     *("config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
@@ -55,34 +56,6 @@ def load_config(folder: Path) -> ModelConfig:
         return config_from(raw)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> tokenizers.Tokenizer:
-    """The tokenizer.json in ``folder``.
-
-    It may know fewer tokens than ``vocab_size`` (padded embeddings), not more. ValueError: that, or no such file, or
-    a damaged one.
-    """
-    path = Path(folder) / TOKENIZER
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception on any damage
-        raise ValueError(f"{path}: not a tokenizer: {error}") from error
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if vocab_size is not None and largest >= vocab_size:
-        raise ValueError(f"{path}: token ids go up to {largest}, past the model's vocabulary of {vocab_size}")
-    return tokenizer
-
-
-def tokenizer_from(content: bytes | None, where: Path) -> tokenizers.Tokenizer:
-    if content is None:
-        raise ValueError(f"{where}: no such file")
-    try:
-        return tokenizers.Tokenizer.from_str(content.decode())
-    except Exception as error:
-        raise ValueError(f"{where}: not a tokenizer: {error}") from error
 
 
 class Source:

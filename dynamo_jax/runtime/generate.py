@@ -23,10 +23,12 @@ from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Cache, new_cache
 from dynamo_jax.models.experts import float_experts
 from dynamo_jax.models.stacked import any_decoder, is_stacked, new_stacked_cache
+from dynamo_jax.models.tokenizer import check_ids
 from dynamo_jax.runtime.monitor import Watch
 from dynamo_jax.runtime.serving import State, experts, for_requests, observe
 
 Between = Callable[[State, list[list[int]]], State]
+HOTTEST = 1e30  # a temperature past which float32 ends
 SMALLEST_BUCKET = 16
 SMALLEST_CAPACITY = 1024  # slots of the cache, unless the caller or a longer text asks for others
 
@@ -46,7 +48,8 @@ class LanguageModel:
 class GenerateConfig:
     """How to continue. temperature 0 takes the likeliest token; top_k 0 and top_p 1 leave all tokens in.
 
-    max_tokens: new ones at most; stop: ids that end a text; seed: of the samples. ValueError: a value out of range.
+    max_tokens: new ones at most; stop: ids that end a text; seed: of the samples, below 2^32. ValueError: a value that
+    is out of range.
     """
 
     max_tokens: int = 128
@@ -57,9 +60,14 @@ class GenerateConfig:
     stop: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed"):
+            if not isinstance(value := getattr(self, name), (int, np.integer)) or isinstance(value, bool):
+                raise ValueError(f"{name} {value}: expected a whole number")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed {self.seed}: expected 0 to {2**32 - 1}")
         for name, value, fits in (
             ("max_tokens", self.max_tokens, self.max_tokens >= 1),
-            ("temperature", self.temperature, 0 <= self.temperature < float("inf")),
+            ("temperature", self.temperature, 0 <= self.temperature <= HOTTEST),
             ("top_k", self.top_k, self.top_k >= 0),
             ("top_p", self.top_p, 0 < self.top_p <= 1),
         ):
@@ -143,8 +151,7 @@ def check_prompts(config: ModelConfig, prompts: list[list[int]]) -> None:
             raise ValueError(f"prompt {number} has no tokens")
         if len(prompt) >= limit:
             raise ValueError(f"prompt {number} has {len(prompt)} tokens; the model has {limit} positions")
-        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise ValueError(f"prompt {number} has tokens outside the vocabulary of {config.vocab_size}")
+        check_ids(prompt, config.vocab_size, f"prompt {number}")
 
 
 def stream(
@@ -178,7 +185,10 @@ def stream(
         tokens[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = True
     sampling = Sampling(
-        jnp.float32(config.temperature), jnp.int32(config.top_k), jnp.float32(config.top_p), jax.random.key(config.seed)
+        jnp.float32(config.temperature),
+        jnp.int32(min(config.top_k, model.config.vocab_size)),
+        jnp.float32(config.top_p),
+        jax.random.key(np.uint32(config.seed)),
     )
     fixed = (model.config, model.dtype, model.parameters)
     state = model.state and for_requests(model.state, len(prompts))

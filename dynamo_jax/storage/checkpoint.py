@@ -27,7 +27,8 @@ from dynamo_jax.files import read_json, write_bytes, write_text
 from dynamo_jax.kernels.layout import WIDTHS, num_blocks
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.formats.tensor_files import write_tensors
-from dynamo_jax.models.huggingface import TOKENIZER, UNQUANTIZED, tokenizer_from, top_shapes
+from dynamo_jax.models.huggingface import UNQUANTIZED, top_shapes
+from dynamo_jax.models.tokenizer import TOKENIZER, tokenizer_from
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.signatures import Signatures
@@ -275,7 +276,9 @@ def load(folder: str | Path) -> QuantizedModel:
         for name in result.sums
         if name.startswith(f"{SOURCE}/")
     }
-    tokenizer = tokenizer_from(files.get(TOKENIZER), folder / SOURCE / TOKENIZER)
+    if TOKENIZER not in files:
+        raise ValueError(f"{folder / SOURCE / TOKENIZER}: no such file")
+    tokenizer = tokenizer_from(files[TOKENIZER], folder / SOURCE / TOKENIZER)
     kept: Bundle = dict(top_bundle(result, config))
 
     def planes(name: str) -> Bundle:

@@ -16,6 +16,7 @@ import dynamo_jax
 from dynamo_jax.calibration import pipeline
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.commands import app as cli
+from dynamo_jax.commands.console import fact_words
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.storage import checkpoint
 
@@ -144,6 +145,36 @@ def test_inspect_names_the_sizes(run, folder, model):
     assert code == 0 and "48" in printed
 
 
+def with_tokenizer(change):
+    def changed(folder):
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer | change))
+
+    return changed
+
+
+def into_a_cache(folder):
+    (folder / "snapshots" / "0").mkdir(parents=True)
+    (folder / "config.json").rename(folder / "snapshots" / "0" / "config.json")
+
+
+FOREIGN = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [9999], "tokens": ["<s>"]}},
+}
+BROKEN = {
+    "deep": lambda folder: (folder / "config.json").write_text("[" * 100_000),
+    "panic": with_tokenizer({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}),
+    "pointer": lambda folder: (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n"),
+    "foreign": with_tokenizer({"post_processor": FOREIGN}),
+    "template": lambda folder: (folder / "chat_template.jinja").write_text("{{ 1 / 0 }}"),
+    "stop": lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}'),
+    "cache": into_a_cache,
+}
+
+
 def bad_inputs(files, folder, tmp_path):
     empty, latin, short = tmp_path / "empty.txt", tmp_path / "latin.txt", tmp_path / "short.txt"
     empty.write_text("")
@@ -158,7 +189,58 @@ def bad_inputs(files, folder, tmp_path):
     weights.write_bytes(weights.read_bytes()[:100_000])
     code = files / "code.txt"
     out = ("--out", tmp_path / "result")
+    rows, deep = tmp_path / "rows.txt", tmp_path / "deep"
+    rows.write_text('[{"text": "a"}]')
+    for name, change in BROKEN.items():
+        shutil.copytree(BUNDLED, tmp_path / name)
+        change(tmp_path / name)
+    given = ("quantize", "--known", f"a={code}", *FAST, *out)
+    generate = ("generate", "--prompt", "a")
     return {
+        "JSON as text": (("quantize", "--known", f"a={rows}", *out), "rows.txt: it holds JSON"),
+        "a folder as text": (("quantize", "--known", f"a={tmp_path}", *out), "a folder, not a file"),
+        "deep JSON": (("inspect", "--model", deep), "config.json: not JSON"),
+        "a tokenizer that panics": ((*given, "--model", tmp_path / "panic"), "tokenizer.json: not a tokenizer"),
+        "a pointer": (
+            (*generate, "--model", tmp_path / "pointer"),
+            "tokenizer.json: not a tokenizer: a pointer of git",
+        ),
+        "an id past the vocabulary": (
+            ("eval", "--model", tmp_path / "foreign", "--known", f"a={code}", "--window", "64"),
+            "a has the token id 9999 (of tokenizer.json), outside the model's vocabulary of 8192",
+        ),
+        "the same in a prompt": ((*generate, "--model", tmp_path / "foreign"), "prompt 0 has the token id 9999"),
+        "a template that fails": (
+            (*generate, "--model", tmp_path / "template"),
+            "chat_template.jinja: the chat template fails: division by zero (generate --raw leaves",
+        ),
+        "a stop token": ((*generate, "--model", tmp_path / "stop"), "generation_config.json: eos_token_id is '</s>'"),
+        "hub name": (("inspect", "--model", "org/some-model"), "hf download org/some-model --local-dir some-model"),
+        "empty folder": (("inspect", "--model", taken), "holds no config.json; --model takes tiny-moe"),
+        "a cache of the hub": (
+            ("inspect", "--model", tmp_path / "cache"),
+            f"{tmp_path / 'cache' / 'snapshots' / '0'} does",
+        ),
+        "no model name": (("inspect", "--model", ""), "--model is empty"),
+        "a file as model": (("inspect", "--model", code), "a file, not a model folder"),
+        "json folder": (("eval", "--model", folder, "--known", f"a={code}", "--json", tmp_path), "a folder; expected"),
+        "json device": (("eval", "--model", folder, "--known", f"a={code}", "--json", "/dev/null"), "no regular file"),
+        "too many bits": ((*given, "--bits", "9"), "bits 9: more than there are; all planes of the experts up to 8"),
+        "filling": (
+            (*given, "--bits", "3", "--channel-block", "60"),
+            "channel_block 60 fills the 64 channels of an expert up to 120: choose one that divides them",
+        ),
+        "too large": ((*given, "--fits-gib", "1e308"), "fits_gib 1e+308: expected at most 1,048,576"),
+        "too much spare": ((*given, "--spare", "1e300"), "spare 1e+300: expected"),
+        "a huge weight": ((*given, "--weight", "a=1e308"), "weights: a = 1e+308, expected a number of 0 to 1e+09"),
+        "seed": ((*generate, "--seed", "9" * 20), f"seed {'9' * 20}: expected 0 to 4294967295"),
+        "negative seed": ((*generate, "--seed", "-1"), "seed -1: expected 0 to"),
+        "temperature": ((*generate, "--temperature", "nan"), "temperature nan cannot be"),
+        "max tokens": ((*generate, "--max-tokens", "0"), "--max-tokens"),
+        "no number": ((*generate, "--seed", "x"), "Invalid value for '--seed'"),
+        "no option": (("eval", "--modle", "x"), "No such option: --modle"),
+        "a missing option": (("quantize",), "Missing option '--known'. (options: dynamo-jax quantize --help)"),
+        "no command": (("quantise",), "No such command 'quantise'"),
         "no such file": (("quantize", "--known", f"a={tmp_path / 'none.txt'}", *out), "none.txt: no such file"),
         "empty": (("quantize", "--known", f"a={empty}", *out), "empty.txt: the file is empty"),
         "not UTF-8": (("quantize", "--known", f"a={latin}", *out), "latin.txt: not UTF-8"),
@@ -194,6 +276,20 @@ def bad_inputs(files, folder, tmp_path):
 
 
 CASES = [
+    *("JSON as text", "a folder as text", "deep JSON", "a tokenizer that panics", "a pointer", "a stop token"),
+    *("an id past the vocabulary", "the same in a prompt", "a template that fails", "hub name"),
+    *("empty folder", "a cache of the hub", "no model name", "a file as model", "json folder", "json device"),
+    *(
+        "too many bits",
+        "filling",
+        "too large",
+        "too much spare",
+        "a huge weight",
+        "seed",
+        "negative seed",
+        "temperature",
+    ),
+    *("max tokens", "no number", "no option", "a missing option", "no command"),
     *(
         "no such file",
         "empty",
@@ -227,6 +323,68 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(run, files, fo
 
 
 GREEDY = ("--max-tokens", "12", "--dtype", "float32")
+
+
+def test_calibration_takes_no_ids_that_the_model_does_not_know(run, files, tmp_path):
+    shutil.copytree(BUNDLED, tmp_path / "foreign")
+    BROKEN["foreign"](tmp_path / "foreign")
+    given = ("--known", f"a={files / 'code.txt'}", "--out", tmp_path / "result", *FAST)
+    code, _, err = run("quantize", "--model", tmp_path / "foreign", *given)
+    assert code == 2 and "has the token id 9999 (of tokenizer.json), outside the model's vocabulary of 8192" in err
+
+
+def test_text_that_is_no_unicode_is_read_all_the_same(run, shallow_folder, files, tmp_path):
+    """A cut emoji in JSON, and an argument of a terminal that is not UTF-8."""
+    generate = ("generate", "--model", shallow_folder, *GREEDY)
+    code, printed, err = run(*generate, "--prompt", "caf\udce9")
+    assert (code, err) == (0, "") and printed == run(*generate, "--prompt", "caf\ufffd")[1]
+    lines = [json.dumps({"text": part + " \ud83d"}) for part in (files / "code.txt").read_text().split("\n\n")]
+    (tmp_path / "cut.JSONL").write_text("\n".join(lines))
+    code, *_ = run("eval", "--model", shallow_folder, "--known", f"a={tmp_path / 'cut.JSONL'}", *("--limit", "2"))
+    assert code == 0
+
+
+def test_a_file_that_cuts_and_pads_texts_changes_nothing(run, shallow_folder, files, tmp_path):
+    shutil.copytree(shallow_folder, tmp_path / "cutting")
+    truncation = {"direction": "Right", "max_length": 130, "strategy": "LongestFirst", "stride": 0}
+    padding = {"strategy": {"Fixed": 600}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+    padding |= {"pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    with_tokenizer({"truncation": truncation, "padding": padding})(tmp_path / "cutting")
+    given = ("--known", f"a={files / 'code.txt'}", "--window", "64", "--limit", "8", "--json", tmp_path / "out.json")
+    rows = []
+    for model in (shallow_folder, tmp_path / "cutting"):
+        assert run("eval", "--model", model, *given)[0] == 0
+        rows.append(json.loads((tmp_path / "out.json").read_text())["results"])
+    assert rows[0] == rows[1] and rows[0][0]["tokens"] == 512
+    asked = [
+        run("generate", "--model", m, "--prompt", "def f(", *GREEDY)[1] for m in (shallow_folder, tmp_path / "cutting")
+    ]
+    assert asked[0] == asked[1]
+
+
+def test_facts_are_for_people(run, folder):
+    code, printed, _ = run("inspect", "--model", folder)
+    names = [line.split("  ")[0] for line in printed.splitlines()]
+    assert code == 0 and all(name == name.lower() and "_" not in name for name in names)
+    assert "8,192" in printed and "MiB)" in printed and "windows of known texts" in names
+    few = next(line for line in printed.splitlines() if line.startswith("fewer than"))
+    assert few.endswith("more --windows reach more") and max(map(len, printed.splitlines())) < 1100
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("vocab", 8192, "8,192"),
+        ("bytes", "35,023,872", "35,023,872 bytes (33.4 MiB)"),
+        ("x", "14,487,552 bytes (all planes)", "14,487,552 bytes (13.8 MiB; all planes)"),
+        ("x", "95,000,000,000 bytes: a, 200 bytes", "95,000,000,000 bytes (88.5 GiB): a, 200 bytes"),
+        ("x", {"a": 12_345}, "a=12,345"),
+        ("fewer than 256 calibration tokens", "0 of 8 experts", "0 of 8 experts"),
+        ("x", "y" * 10_000, "y" * 1000 + " .."),
+    ],
+)
+def test_a_fact_has_units_and_an_end(name, value, words):
+    assert fact_words(name, value) == words
 
 
 def test_generate_prints_the_continuation_alone(run, shallow_folder):

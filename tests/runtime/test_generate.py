@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 
 import jax
@@ -428,7 +429,11 @@ def test_generation_ends_at_the_last_position(tiny):
 
 @pytest.mark.parametrize(
     ("prompts", "message"),
-    [([[]], "prompt 0 has no tokens"), ([[1], [9999]], "prompt 1 has tokens outside"), ([[1] * 256], "256 positions")],
+    [
+        ([[]], "prompt 0 has no tokens"),
+        ([[1], [9999]], "prompt 1 has the token id 9999 .* outside the model's vocabulary"),
+        ([[1] * 256], "256 positions"),
+    ],
 )
 def test_a_prompt_that_cannot_be_run_is_named(tiny, prompts, message):
     with pytest.raises(ValueError, match=message):
@@ -439,7 +444,20 @@ def test_no_prompt_gives_nothing(tiny):
     assert generate(tiny, [], GenerateConfig()) == []
 
 
-@pytest.mark.parametrize("change", [{"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"max_tokens": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            {"temperature": -1},
+            {"temperature": math.nan},
+            {"top_p": 0},
+            {"top_p": math.nan},
+            {"top_k": -1},
+            {"top_k": 1.5},
+        ),
+        *({"max_tokens": 0}, {"max_tokens": math.inf}, {"seed": -1}, {"seed": 10**20}, {"seed": 0.5}),
+    ],
+)
 def test_settings_that_cannot_be_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         GenerateConfig(**change)
