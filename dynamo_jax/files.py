@@ -53,10 +53,10 @@ def shown(value: Any, limit: int = 200) -> str:
 
 
 def shortened(text: str, limit: int = 200) -> str:
-    """A text for an error: that can be encoded, and has at most ``limit`` characters, the middle left out."""
+    """A text for an error: one line that can be encoded, of at most ``limit`` characters, the middle left out."""
     if len(text) > limit:
         text = f"{text[: limit // 2 - 3]} ... {text[len(text) - limit // 2 + 2 :]}"
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").splitlines())
 
 
 def check_readable(path: Path) -> None:

@@ -21,7 +21,7 @@ import tokenizers
 from flax import nnx
 
 from dynamo_jax.files import read_json, shortened, shown
-from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.config import ModelConfig, RopeScaling
 from dynamo_jax.models.decoder import Decoder, Layer, parameters, with_parameters
 from dynamo_jax.models.families.names import (
     EMBED,
@@ -227,11 +227,20 @@ def _shapes(module: Any) -> Shapes:
     return {".".join(map(str, p)): v.shape for p, v in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
 
+# What no shape depends on, as it is where a configuration says nothing: configurations that differ in it share shapes.
+_CONSTANTS: dict[str, Any] = {
+    **{f.name: f.default for f in dataclasses.fields(ModelConfig) if str(f.type).startswith("float")},
+    **{"rope_scaling": RopeScaling(), "max_position_embeddings": 1, "windows": ()},
+}
+
+
 def parameter_shapes(config: ModelConfig) -> Shapes:
     """Shapes of all parameters but the routed experts' weights, by name, from one layer of each kind."""
-    shapes = _top_shapes(config)
+    plain = dataclasses.replace(config, **_CONSTANTS)
+    shapes = dict(_top_shapes(dataclasses.replace(plain, num_hidden_layers=1, dense_layers=())))
+    dense = set(config.dense_layers)
     for layer in range(config.num_hidden_layers):
-        own = _layer_shapes(config, layer in config.dense_layers)
+        own = _layer_shapes(plain, layer in dense)
         shapes |= {f"layers.{layer}.{name}": shape for name, shape in own.items()}
     return shapes
 
@@ -242,9 +251,9 @@ def _layer_shapes(config: ModelConfig, dense: bool) -> Shapes:
     return _shapes(nnx.eval_shape(lambda: Layer(config, layer, rngs=nnx.Rngs(0), with_experts=False)))
 
 
+@functools.lru_cache(maxsize=8)
 def _top_shapes(config: ModelConfig) -> Shapes:
-    small = dataclasses.replace(config, num_hidden_layers=1, dense_layers=(), windows=())
-    shapes = _shapes(nnx.eval_shape(lambda: Decoder(small, rngs=nnx.Rngs(0), with_experts=False)))
+    shapes = _shapes(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), with_experts=False)))
     return {name: shape for name, shape in shapes.items() if not name.startswith("layers.")}
 
 
