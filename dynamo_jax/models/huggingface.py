@@ -157,12 +157,13 @@ class Source:
         if head.shape != embed.shape or head.dtype not in FLOATS:
             said = f"{HEAD} is {head.shape} in {head.dtype}, config.json asks for {embed.shape}, a float"
             raise ValueError(f"{head.file}: {said}")
-        rows = max(1, COMPARED // embed.shape[1])
+        count, rows = embed.shape[0], max(1, COMPARED // embed.shape[1])
         same = True
-        for at in range(0, embed.shape[0], rows):
-            ours, theirs = (self.files.read(name, slice(at, at + rows)).astype(np.float32) for name in (HEAD, EMBED))
-            same = same and np.array_equal(ours, theirs)
+        for part in (slice(at, min(at + rows, count)) for at in range(0, count, rows)):
+            ours, theirs = (self.files.read(name, part).astype(np.float32) for name in (HEAD, EMBED))
             self.release()
+            if not (same := np.array_equal(ours, theirs)):
+                break
         return same
 
     def _check_unread(self, extra: int) -> None:

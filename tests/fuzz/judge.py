@@ -77,7 +77,7 @@ def outcome(call: Callable[[Path], Any], folder: Path, seconds: float = SECONDS)
             return "wrong", f"names no file: {message[:300]}"
         if len(message) > LONGEST:
             return "wrong", f"a message of {len(message)} characters: {message[:300]}"
-        if "\n" in message or not message.isascii() and message.encode("utf-8", "ignore").decode() != message:
+        if "\n" in message or (not message.isascii() and message.encode("utf-8", "ignore").decode() != message):
             return "wrong", f"not one line that can be printed: {message[:300]!r}"
         return "error", message
     except BaseException as error:

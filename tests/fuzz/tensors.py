@@ -108,9 +108,10 @@ def tensor_cases(name: str) -> Iterator[Case]:
     chance = seeded("tensors", name)
     for _ in range(count(60)):
         yield bit_flip(chance.random(), chance.randrange(8))
+    values = [*ODD, [0, 0], [2**63, 0], [0, 2**64], "F32", "F16", "BF16", "F4"]
     for _ in range(count(30)):
-        yield header_edit(chance.randrange(1000), chance.choice(["dtype", "shape", "data_offsets", "x"]),
-                          chance.choice([*ODD, [0, 0], [2**63, 0], [0, 2**64], "F32", "F16", "BF16", "F4"]))  # fmt: skip
+        key = chance.choice(["dtype", "shape", "data_offsets", "x"])
+        yield header_edit(chance.randrange(1000), key, chance.choice(values))
     for _ in range(count(20)):
         yield truncated(chance.random() ** 3)
     for _ in range(count(60)):

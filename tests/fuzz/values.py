@@ -34,7 +34,7 @@ def near(value: Any, chance: random.Random) -> Any:
     if isinstance(value, str):
         return chance.choice([value.upper(), value + " ", value[:-1], [value], value * 50])
     if isinstance(value, list):
-        return chance.choice([value[:-1], value * 2, value[::-1], [str(v) for v in value], value + [None], [value]])
+        return chance.choice([value[:-1], value * 2, value[::-1], [str(v) for v in value], [*value, None], [value]])
     return chance.choice([list(value), dict.fromkeys(value), {"type": value}, str(value)])
 
 
