@@ -17,6 +17,7 @@ from fuzz.tensors import INDEX, SINGLE, index_cases, odd_file_cases, tensor_case
 from dynamo_jax.models.huggingface import describe, load_config, load_decoder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+SHARE = 3  # cases of each kind with a pass
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +87,12 @@ def both(cases: list[Case], good: Path, work: Path, kind: str, share: int) -> No
 
 @pytest.mark.parametrize("name", GOOD)
 def test_any_field_of_a_config(good, name, tmp_path):
-    both(list(config_cases(good(name), name)), good(name), tmp_path, f"config {name}", 3)
+    both(list(config_cases(good(name), name)), good(name), tmp_path, f"config {name}", SHARE)
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_any_rotary_scaling(good, name, tmp_path):
-    both(list(rope_cases(name, ROPE_KINDS[name])), good(name), tmp_path, f"rope {name}", 3)
+    both(list(rope_cases(name, ROPE_KINDS[name])), good(name), tmp_path, f"rope {name}", SHARE)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])

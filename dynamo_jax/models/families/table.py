@@ -106,7 +106,10 @@ def _rope(raw: Raw, known: Family) -> tuple[Any, RopeScaling]:
     values = {key: rope[key] for key in (*needed, *others, "mscale_all_dim") if key in rope}
     if "attention_factor" in values:
         number(values, "attention_factor")  # 0 would mean that there is none
-    original = raw.get("original_max_position_embeddings", values.get("original_max_position_embeddings"))
+    inner, outer = (d.get("original_max_position_embeddings") for d in (rope, raw))
+    if None not in (inner, outer) and inner != outer:
+        raise ValueError(f"original_max_position_embeddings={shown(outer)} and {shown(inner)} contradict each other")
+    original = inner if outer is None else outer
     if original is not None:
         values["original_max_position_embeddings"] = original
         whole(values, "original_max_position_embeddings")
