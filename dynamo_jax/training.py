@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dynamo_jax.files import shown, write_text
-from dynamo_jax.models.config import NUMBER_LIMIT, TINY, ModelConfig, check_number
+from dynamo_jax.models.config import NUMBER_LIMIT, ModelConfig, check_number
 from dynamo_jax.models.decoder import Decoder, parameters, with_parameters
 from dynamo_jax.models.experts import float_experts
 from dynamo_jax.models.huggingface import TOKENIZER, load_decoder, load_tokenizer, save_checkpoint
@@ -62,7 +63,7 @@ class TrainConfig:
         for name in ("warmup_steps", "seed"):
             check_number(name, getattr(self, name))
         for name in ("learning_rate", "adam_learning_rate", "final_learning_rate"):
-            check_number(name, getattr(self, name), TINY, NUMBER_LIMIT, whole=False)
+            check_number(name, getattr(self, name), sys.float_info.min, NUMBER_LIMIT, whole=False)
         for name in ("weight_decay", "balance_loss", "z_loss"):
             check_number(name, getattr(self, name), 0, NUMBER_LIMIT, whole=False)
         for kind, share in self.corpus.items():

@@ -44,10 +44,10 @@ def check_number(name: str, value: Any, low: float = 0, high: float = WHOLE_LIMI
     kind = "whole number" if whole else "number"
     if number and value > high:
         expected = f"a {kind} of at most {high:,}"
-    elif low in (0, TINY, 1):
-        expected = f"a {kind}, 0 or more" if low == 0 else f"a positive {kind}"
+    elif low == 0:
+        expected = f"a {kind}, 0 or more"
     else:
-        expected = f"a {kind} of {low:g} or more"
+        expected = f"a {kind} of {low:g} or more" if number and value > 0 else f"a positive {kind}"
     raise ValueError(f"{name}={shown(value)}: expected {expected}")
 
 
