@@ -26,7 +26,7 @@ _AT_LEAST_ONE = (
 _MOST = {"num_hidden_layers": LAYERS_LIMIT}  # other whole numbers: what an int32 holds
 _RANGES = {  # of float fields; others are not negative and at most NUMBER_LIMIT
     "rms_norm_eps": (TINY, 1.0),
-    "rope_theta": (1.0 + TINY, 1e30),
+    "rope_theta": (1.001, 1e30),  # 1 has no logarithm to divide by
     "clip_qkv": (TINY, NUMBER_LIMIT),
     "router_jitter_noise": (0.0, 1.0),
     **dict.fromkeys(("routed_scaling_factor", "swiglu_alpha"), (TINY, NUMBER_LIMIT)),

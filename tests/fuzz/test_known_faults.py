@@ -99,7 +99,7 @@ CONFIG = {  # good folder -> (change, what is said)
         (setting({"vocab_size": MANY_DIGITS}), "config.json: not JSON: Exceeds the limit"),
         (setting({"use_cache": DEEP}), "config.json: not JSON that can be read: nested too deeply"),
         (setting({"num_experts": 5}), "contradict each other"),
-        (setting({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}), "of their own for 'full_attention'"),
+        (setting({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}), "of their own for full_attention"),
         (setting({"rope_parameters": [1]}), r"rope_parameters=\[1\]: expected an object"),
         (rope("linear", {"short_factor": [1.0] * 4}), RIGHT),
         (rope("llama3", {"short_factor": [1.0] * 4, "long_factor": "x"}), RIGHT),

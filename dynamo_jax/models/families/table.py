@@ -11,7 +11,18 @@ from typing import Any
 from dynamo_jax.files import shown
 from dynamo_jax.models.config import ModelConfig, RopeScaling
 from dynamo_jax.models.families import deepseek, gpt_oss, granite, mixtral, olmoe, phimoe, qwen
-from dynamo_jax.models.families.family import COMMON, Family, Raw, flag, layers_of, number, whole, whole_or_none
+from dynamo_jax.models.families.family import (
+    COMMON,
+    FULL,
+    SLIDING,
+    Family,
+    Raw,
+    flag,
+    layers_of,
+    number,
+    whole,
+    whole_or_none,
+)
 
 LINEAGES = (mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe)
 FAMILIES: dict[str, Family] = {name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()}
@@ -96,8 +107,8 @@ def _rope(raw: Raw, known: Family) -> tuple[Any, RopeScaling]:
         raise ValueError(f"rope_type {shown(kind)} is not supported; known: {', '.join(known.rope_types)}")
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("partial_rotary_factor is not supported")
-    if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
-        raise ValueError(f"rotary parameters of their own for {shown(nested[0])} are not supported")
+    if own := [key for key in (FULL, SLIDING) if key in rope]:
+        raise ValueError(f"rotary parameters of their own for {own[0]} are not supported")
     if kind == "default":
         return theta, RopeScaling()
     needed, others = _ROPE_KEYS[kind]
