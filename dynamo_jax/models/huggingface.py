@@ -137,7 +137,7 @@ class Source:
                 raise ValueError(f"{self.folder / 'config.json'}: {said}, but {self.files.listing} has {held} tensors")
         embed = self.files.headers.get(EMBED)
         if embed and embed.shape != (want := (config.vocab_size, config.hidden_size)):
-            raise ValueError(f"{embed.file}: {EMBED} is {embed.shape}, config.json asks for {want}")
+            raise ValueError(f"{embed.file}: {EMBED} is {shown(embed.shape)}, config.json asks for {want}")
 
     def _check(self) -> None:
         expected = self.expected
@@ -146,7 +146,7 @@ class Source:
         for name, shape in expected.items():
             header = self.files.headers[name]
             if header.shape != shape:
-                raise ValueError(f"{header.file}: {name} is {header.shape}, config.json asks for {shape}")
+                raise ValueError(f"{header.file}: {name} is {shown(header.shape)}, config.json asks for {shape}")
             packed = self.mxfp4 and name.endswith(("_blocks", "_scales"))
             if header.dtype != "U8" if packed else header.dtype not in FLOATS:
                 raise ValueError(f"{header.file}: {name} is {header.dtype}, expected {'U8' if packed else 'a float'}")
@@ -155,7 +155,7 @@ class Source:
         """Whether the head that is in the files holds the embeddings' values, compared some rows at a time."""
         head, embed = self.files.headers[HEAD], self.files.headers[EMBED]
         if head.shape != embed.shape or head.dtype not in FLOATS:
-            said = f"{HEAD} is {head.shape} in {head.dtype}, config.json asks for {embed.shape}, a float"
+            said = f"{HEAD} is {shown(head.shape)} in {head.dtype}, config.json asks for {embed.shape}, a float"
             raise ValueError(f"{head.file}: {said}")
         count, rows = embed.shape[0], max(1, COMPARED // embed.shape[1])
         same = True

@@ -16,7 +16,7 @@ import safetensors.numpy
 from fuzz.configs import ROPES, rope, setting
 from fuzz.folders import Made
 from fuzz.judge import Case, outcome
-from fuzz.tensors import INDEX, ODD_FILES, SINGLE, with_tensors
+from fuzz.tensors import INDEX, ODD_FILES, SINGLE, join, split, with_tensors
 from fuzz.values import ABSENT, DEEP, MANY_DIGITS
 
 from dynamo_jax.models.huggingface import Source, describe, load_config
@@ -76,6 +76,14 @@ def hub_cache(folder: Path) -> None:
     inner.mkdir(parents=True)
     for file in files:
         file.rename(inner / file.name)
+
+
+def many_axes(folder: Path) -> None:
+    """A tensor's size is what it was, its shape a hundred thousand ones more."""
+    header, data = split(folder / SINGLE)
+    tensor = header["model.layers.1.self_attn.q_proj.weight"]
+    tensor["shape"] = [1] * 100_000 + tensor["shape"]
+    join(folder / SINGLE, json.dumps(header), data)
 
 
 def without_index(folder: Path) -> None:
@@ -138,6 +146,7 @@ FILES = {
         (added("lm_head.bias"), r"\(lm_head_bias\)"),
         (added("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.k_scale", "x"), RIGHT),
         (added("model.layers.7.eh_proj.weight", "model.layers.2.enorm.weight"), RIGHT),
+        (Case("a shape of many axes", many_axes), r"\.weight is \(1, 1, .*\.\.\.\), config\.json asks for"),
         (Case("an index without its shards", stale_index), RIGHT),
         (Case("an index with other shards", stale_shards), RIGHT),
         (Case("a hub cache", hub_cache), r"config\.json: no such file; .* is a cache of the hub: .*0123abcd$"),
