@@ -47,7 +47,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
     try:
         return cls(**filled)
     except ValueError as error:  # of a dataclass that checks its own values
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {shortened(str(error), 500)}") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:

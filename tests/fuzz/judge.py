@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 SCALE = float(os.environ.get("FUZZ_SCALE", "1"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 ONLY = os.environ.get("FUZZ_ONLY", "")
-SECONDS = 20.0  # for one case; the slowest takes one or two where nothing else runs
+SECONDS = 20.0  # for one case that compiles nothing; the slowest takes one or two where nothing else runs
 LONGEST = 2000  # characters of a message
 MORE_MEMORY = 1 << 30  # bytes that all cases together may add to the peak
 
@@ -87,8 +87,14 @@ def outcome(call: Callable[[Path], Any], folder: Path, seconds: float = SECONDS)
     return "right", ""
 
 
-def judge(cases: Iterable[Case], good: Path, work: Path, call: Callable[[Path], Any]) -> Counter[str]:
-    """How many cases ended well and how many in an error; AssertionError that lists those that did neither."""
+def judge(
+    cases: Iterable[Case], good: Path, work: Path, call: Callable[[Path], Any], seconds: float = SECONDS
+) -> Counter[str]:
+    """How many cases ended well and how many in an error; AssertionError that lists those that did neither.
+
+    good: a folder that is copied for each case. call: what is tried on the copy, for ``seconds`` at most; it raises
+    AssertionError where what it finds is not right.
+    """
     found: Counter[str] = Counter()
     wrong = []
     before = peak_bytes()
@@ -97,7 +103,7 @@ def judge(cases: Iterable[Case], good: Path, work: Path, call: Callable[[Path], 
         shutil.copytree(good, folder)
         try:
             case.change(folder)
-            kind, words = outcome(call, folder)
+            kind, words = outcome(call, folder, seconds)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         found[kind] += 1
