@@ -33,7 +33,8 @@ from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.demo import DemoConfig
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
-from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder
+from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime import memory
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows, saved_by

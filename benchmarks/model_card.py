@@ -25,7 +25,8 @@ from dynamo_jax.evaluation.perplexity import Dataset, EvalConfig, Reference, Row
 from dynamo_jax.evaluation.uniform import evaluate_uniform
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
-from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder
+from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.texts.reading import read_text
 from dynamo_jax.texts.windows import token_windows
 

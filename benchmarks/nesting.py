@@ -28,7 +28,8 @@ from dynamo_jax.files import write_json
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import expert_parameter_names, parameters
-from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder
+from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.texts.demo import collect
 from dynamo_jax.texts.windows import token_windows

@@ -53,7 +53,8 @@ from dynamo_jax.files import write_json
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME
 from dynamo_jax.models.decoder import parameters
-from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder
+from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.precision.plan import APART, Plan, block_costs
 from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.planes import dequantize

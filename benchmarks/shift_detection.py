@@ -36,7 +36,8 @@ from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import parameters, with_parameters
 from dynamo_jax.models.experts import routing_counts
-from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder
+from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.runtime.monitor import HOP, start, watch
 from dynamo_jax.runtime.signatures import Signatures, learn, spans
 from dynamo_jax.texts.demo import collect

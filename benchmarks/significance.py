@@ -48,8 +48,9 @@ from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import expert_parameter_names, parameters, with_parameters
 from dynamo_jax.models.experts import activation_of, expert_outputs
-from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder
 from dynamo_jax.models.loss import next_token_nll
+from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.texts.demo import collect
 from dynamo_jax.texts.windows import token_windows

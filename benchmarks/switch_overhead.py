@@ -33,7 +33,8 @@ from dynamo_jax.files import write_json
 from dynamo_jax.generation import quantized_language_model
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import new_cache
-from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder
+from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.runtime import serving
 from dynamo_jax.runtime.adapt import observe_windows
 from dynamo_jax.runtime.generate import Sampling, decode

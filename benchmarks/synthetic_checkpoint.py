@@ -22,7 +22,8 @@ from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.families.names import expert_names, tensor_names
 from dynamo_jax.models.families.table import FAMILIES, config_from
 from dynamo_jax.models.formats.expert_files import expert_tensors
-from dynamo_jax.models.huggingface import TOKENIZER, parameter_shapes, write_shards
+from dynamo_jax.models.huggingface import parameter_shapes, write_shards
+from dynamo_jax.models.tokenizer import TOKENIZER
 
 SHAPES = {
     "olmoe-1b-7b": {

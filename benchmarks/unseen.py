@@ -36,7 +36,8 @@ from dynamo_jax.calibration.sources import DecoderSource
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import Decoder, parameters
-from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder
+from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.storage.bundles import stacked_planes
 
 FAR = ("german", "french", "russian", "spanish", "drama", "scripture", "c", "rust", "latex", "sql")

@@ -18,7 +18,8 @@ from dynamo_jax.evaluation.uniform import evaluate_uniform
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME
 from dynamo_jax.models.decoder import Decoder
-from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
+from dynamo_jax.models.huggingface import load_decoder
+from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.progress import Progress, no_progress
 from dynamo_jax.report.gains import switching_words
 from dynamo_jax.report.page import write_report

@@ -100,7 +100,7 @@ def load_text_model(
     decoder = load_decoder(folder)
     arrays = {name: a.astype(dtype) for name, a in parameters(decoder).items()}
     model = LanguageModel(config=decoder.config, parameters=arrays, dtype=dtype)
-    return TextModel(model, load_tokenizer(folder, decoder.config.vocab_size), side_files(folder))
+    return TextModel(model, load_tokenizer(folder), side_files(folder))
 
 
 def stream(

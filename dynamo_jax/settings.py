@@ -11,21 +11,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dynamo_jax import configs
+from dynamo_jax.files import read_whole, shortened, shown
 
 T = TypeVar("T")
 PRESETS = Path(configs.__file__).parent
+TOML_LIMIT, LINE_LIMIT = 1 << 16, 2000  # bytes and characters; a key of many parts takes time by their square
+WHOLE_LIMIT = 2**63  # what arrays and seeds take
+FLOAT_LIMIT = 1e300  # a finite number, with room to calculate
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
     """Fill the dataclass ``cls``, nested dataclasses included; ``where`` names the source in errors."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected a table of keys, got {values!r}")
+        raise ValueError(f"{where}: expected a table of keys, got {shown(values)}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            raise ValueError(f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+            near = difflib.get_close_matches(key[:100], fields, n=1)
+            raise ValueError(f"{where}: unknown key {shown(key)}" + (f", did you mean {near[0]!r}?" if near else ""))
     required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [n for n in required if n not in values]:
         raise ValueError(f"{where}: missing key {', '.join(missing)}")
@@ -33,21 +37,21 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
     for key, value in values.items():
         if dataclasses.is_dataclass(hints[key]):
             filled[key] = from_dict(hints[key], value, f"{where} [{key}]")  # type: ignore[arg-type]
-        elif typing.get_origin(hints[key]) is tuple and isinstance(value, list):
-            filled[key] = tuple(value)
-        elif _fits(value, hints[key]):
-            filled[key] = value
-        else:
+            continue
+        if typing.get_origin(hints[key]) is tuple and isinstance(value, list):
+            value = tuple(value)
+        if not _fits(value, hints[key]):
             expected = hints[key].__name__ if type(hints[key]) is type else hints[key]
-            raise ValueError(f"{where}: {key} = {value!r}, expected {expected}")
+            raise ValueError(f"{where}: {key} = {shown(value)}, expected {expected}")
+        filled[key] = value
     try:
         return cls(**filled)
     except ValueError as error:  # of a dataclass that checks its own values
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {shortened(str(error), 500)}") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's type; a whole number may stand for a float."""
+    """Whether a value is of a field's type; a whole number may stand for a float, NaN and infinity for nothing."""
     origin = typing.get_origin(hint)
     if hint is Any:
         return True
@@ -56,10 +60,17 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(_fits(v, typing.get_args(hint)[1]) for v in value.values())
     if origin is tuple:
-        return isinstance(value, tuple)
+        kinds = typing.get_args(hint)
+        if kinds[-1] is ...:
+            return isinstance(value, tuple) and all(_fits(v, kinds[0]) for v in value)
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
     if isinstance(value, bool):  # a bool is an int in Python, not in TOML
         return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+    if hint is int:
+        return isinstance(value, int) and abs(value) < WHOLE_LIMIT
+    if hint is float:
+        return isinstance(value, (int, float)) and abs(value) < FLOAT_LIMIT  # which NaN is not
+    return isinstance(value, hint)
 
 
 def find_preset(name: str, kind: str = "") -> Path:
@@ -78,8 +89,14 @@ def find_preset(name: str, kind: str = "") -> Path:
 
 
 def load_toml(cls: type[T], path: str | Path) -> T:
+    """Fill the dataclass ``cls`` from a file; ValueError, which names it: unreadable, no TOML, or as ``from_dict``."""
+    text = read_whole(Path(path), TOML_LIMIT)
+    if (longest := max(map(len, text.splitlines()), default=0)) > LINE_LIMIT:
+        raise ValueError(f"{path}: a line of {longest:,} characters; {LINE_LIMIT:,} are the most in a TOML file")
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, nesting past Python's limits
-        raise ValueError(f"{path}: not a TOML file: {error}") from error
+        values = tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{path}: not a TOML file that can be read: nested too deeply") from error
+    except ValueError as error:  # damaged, or a number of thousands of digits
+        raise ValueError(f"{path}: not a TOML file: {shortened(str(error))}") from error
     return from_dict(cls, values, str(path))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,20 +25,22 @@ import tokenizers
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dynamo_jax.files import write_text, written
-from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.files import shown, write_text, written
+from dynamo_jax.models.config import NUMBER_LIMIT, ModelConfig, check_number
 from dynamo_jax.models.decoder import Decoder, parameters, with_parameters
 from dynamo_jax.models.experts import float_experts
-from dynamo_jax.models.huggingface import TOKENIZER, load_config, load_decoder, load_tokenizer, save_checkpoint
+from dynamo_jax.models.huggingface import load_decoder, save_checkpoint
 from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.models.routing import Routing
+from dynamo_jax.models.tokenizer import TOKENIZER, load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run. Learning rates are peaks; ``steps`` is the cosine's end."""
+    """One training run. Learning rates are peaks; ``steps`` is the cosine's end. ValueError: a number out of its range,
+    shares of the batch that are no shares, windows longer than the model can be given."""
 
     model: ModelConfig
     corpus: dict[str, float]  # kind of text -> share of the batch, in any unit
@@ -54,6 +57,24 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 20
     checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "window", "log_every", "checkpoint_every"):
+            check_number(name, getattr(self, name), low=1)
+        for name in ("warmup_steps", "seed"):
+            check_number(name, getattr(self, name))
+        for name in ("learning_rate", "adam_learning_rate", "final_learning_rate"):
+            check_number(name, getattr(self, name), sys.float_info.min, NUMBER_LIMIT, whole=False)
+        for name in ("weight_decay", "balance_loss", "z_loss"):
+            check_number(name, getattr(self, name), 0, NUMBER_LIMIT, whole=False)
+        for kind, share in self.corpus.items():
+            check_number(f"corpus: {shown(kind)}", share, 0, NUMBER_LIMIT, whole=False)
+        if not sum(self.corpus.values()) > 0:
+            raise ValueError("corpus: no kind of text has a share of the batch")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps}: expected fewer than the {self.steps} steps")
+        if self.window > self.model.max_position_embeddings:
+            raise ValueError(f"window={self.window} is past the model's {self.model.max_position_embeddings} positions")
 
 
 def token_files(config: TrainConfig, corpus: Path, run: Path) -> list[np.ndarray]:
@@ -132,10 +153,11 @@ def first_parameters(config: TrainConfig, start: Path | None) -> dict[str, Array
     """Random parameters, or those of the checkpoint folder ``start`` in the float32 that training works in."""
     if start is None:
         return parameters(Decoder(config.model, rngs=nnx.Rngs(config.seed)))
-    if (found := load_config(start)) != config.model:
+    decoder = load_decoder(start)
+    if (found := decoder.config) != config.model:
         wrong = {f.name for f in dataclasses.fields(found) if getattr(found, f.name) != getattr(config.model, f.name)}
         raise ValueError(f"{start}: the model differs from the preset's [model] in {', '.join(sorted(wrong))}")
-    return {name: a.astype(jnp.float32) for name, a in parameters(load_decoder(start)).items()}
+    return {name: a.astype(jnp.float32) for name, a in parameters(decoder).items()}
 
 
 def keep_tokenizer(start: Path, run: Path) -> None:

@@ -36,7 +36,8 @@ import pytest
 def bundled():
     """The bundled model and its tokenizer."""
     from dynamo_jax.models.bundled import BUNDLED
-    from dynamo_jax.models.huggingface import load_decoder, load_tokenizer
+    from dynamo_jax.models.huggingface import load_decoder
+    from dynamo_jax.models.tokenizer import load_tokenizer
 
     return load_decoder(BUNDLED), load_tokenizer(BUNDLED)
 

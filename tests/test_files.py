@@ -65,3 +65,15 @@ def test_bytes_are_on_the_disk_before_the_file_has_its_name(tmp_path, monkeypatc
     monkeypatch.setattr(Path, "replace", lambda self, to: steps.append("renamed") or replace(self, to))
     write_text(tmp_path / "a", "whole")
     assert [Path(s).name for s in steps] == [f".a.partial-{os.getpid()}", "renamed", tmp_path.name]
+
+
+def test_a_link_is_written_through_and_a_device_is_left_alone(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other" / "a")
+    write_text(tmp_path / "link", "whole")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "other" / "a").read_text() == "whole"
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path / "other"):
+        with pytest.raises(OSError, match=f"{path}: exists and is no regular file"):
+            write_text(path, "whole")
+    assert (tmp_path / "pipe").is_fifo()

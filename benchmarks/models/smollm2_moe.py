@@ -55,9 +55,9 @@ from dynamo_jax.models.families.names import expert_names, tensor_names
 from dynamo_jax.models.families.table import FAMILIES, config_from
 from dynamo_jax.models.formats.expert_files import expert_tensors
 from dynamo_jax.models.formats.tensor_files import SINGLE, write_tensors
-from dynamo_jax.models.huggingface import TOKENIZER
 from dynamo_jax.models.norms import rms_norm
 from dynamo_jax.models.rotary import angles
+from dynamo_jax.models.tokenizer import TOKENIZER
 from dynamo_jax.texts.demo import KINDS, collect
 from dynamo_jax.texts.reading import read_text
 from dynamo_jax.texts.windows import token_windows

@@ -69,7 +69,7 @@ class QuantizeConfig:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("window", "calibration_windows", "adaptation_windows", "batch_size"):
+        for name in ("window", "calibration_windows", "adaptation_windows", "batch_size", "channel_block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more")
         if not 0 <= self.novelty_weight <= 1:
@@ -85,6 +85,16 @@ class QuantizeConfig:
             raise ValueError(f"spare {self.spare}: expected a share of the baseline's pages, 0 for none")
         if self.fits_gib is not None and self.fits_gib > LARGEST_GIB:
             raise ValueError(f"fits_gib {self.fits_gib:g}: expected at most {LARGEST_GIB:,}")
+        if self.quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer {self.quantizer!r}: known are {', '.join(QUANTIZERS)}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective {self.objective!r}: known are {', '.join(OBJECTIVES)}")
+        if len(self.emphasis) != 3 or not all(math.isfinite(e) and e > 0 for e in self.emphasis):
+            raise ValueError(f"emphasis {self.emphasis}: expected three positive numbers, for 2, 3 and 4 bits")
+        if not (math.isfinite(self.favour) and self.favour > 0):
+            raise ValueError(f"favour {self.favour}: expected a positive number, 1 for none")
+        if self.group_size is not None and (self.group_size < 8 or self.group_size % 8):
+            raise ValueError(f"group_size {self.group_size}: expected a positive multiple of 8")
         if self.max_width not in WIDTHS:
             raise ValueError(f"max_width {self.max_width}: known are {', '.join(map(str, WIDTHS))}")
         if self.reserve_gib is not None and self.fits_gib is None:
@@ -121,14 +131,6 @@ class QuantizeConfig:
 
 
 def check_shapes(model: ModelConfig, config: QuantizeConfig) -> None:
-    if config.quantizer not in QUANTIZERS:
-        raise ValueError(f"quantizer {config.quantizer!r}: known are {', '.join(QUANTIZERS)}")
-    if config.objective not in OBJECTIVES:
-        raise ValueError(f"objective {config.objective!r}: known are {', '.join(OBJECTIVES)}")
-    if len(config.emphasis) != 3 or not all(math.isfinite(e) and e > 0 for e in config.emphasis):
-        raise ValueError(f"emphasis {config.emphasis}: expected three positive numbers, for 2, 3 and 4 bits")
-    if not (math.isfinite(config.favour) and config.favour > 0):
-        raise ValueError(f"favour {config.favour}: expected a positive number, 1 for none")
     if not 1 <= config.channel_block <= model.intermediate_size:
         raise ValueError(f"channel_block {config.channel_block} is not in 1..{model.intermediate_size}, the channels")
     group_size = config.group(model.hidden_size)

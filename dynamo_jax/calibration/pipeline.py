@@ -25,7 +25,8 @@ from dynamo_jax.calibration.plans import favoured, plan
 from dynamo_jax.calibration.sources import DecoderSource, LayerSource
 from dynamo_jax.calibration.sweeps import Calibration, calibrate, statistics_of
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
-from dynamo_jax.models.huggingface import Source, load_tokenizer, side_files, side_files_of
+from dynamo_jax.models.huggingface import Source, side_files, side_files_of
+from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.progress import Log, Progress, no_log, no_progress
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
@@ -60,7 +61,7 @@ def analyze_folder(
 ) -> dict[str, Analysis]:
     """As ``analyze``, for a Hugging Face folder that memory need not hold."""
     source = Source(Path(folder))
-    tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
+    tokenizer = load_tokenizer(source.folder)
     return _analyze_only(source, tokenizer, known, config or QuantizeConfig(), progress)
 
 
@@ -205,7 +206,7 @@ def quantize_folder(
     if is_done(out, checkpoint.META, job):
         log(f"{out}: done already, by the same command")
         return checkpoint.read_description(out).plan
-    tokenizer = load_tokenizer(folder, source.config.vocab_size)
+    tokenizer = load_tokenizer(folder)
     windows = known_windows(known, tokenizer, config, source.config.vocab_size)
     with Making(out, checkpoint.META, job, overwrite=overwrite) as making:
         work = FolderWork(making.folder)

@@ -87,7 +87,7 @@ def load_float(model: str) -> Any:
 
     folder = float_folder(model)
     decoder = load_decoder(folder)
-    return decoder, load_tokenizer(folder, decoder.config.vocab_size)
+    return decoder, load_tokenizer(folder)
 
 
 def read_datasets(known: list[str], novel: list[str]) -> dict[str, dict[str, str]]:

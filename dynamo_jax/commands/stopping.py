@@ -52,7 +52,7 @@ def fail(words: str) -> NoReturn:
 
 
 def interrupt_again(lost: Any) -> None:
-    """``sys.unraisablehook``: Ctrl-C that came where Python can raise nothing, as in JAX's own callbacks, comes again."""
+    """``sys.unraisablehook``: Ctrl-C that came where Python cannot raise it, as in callbacks of JAX, comes again."""
     if issubclass(lost.exc_type, KeyboardInterrupt):
         again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
         again.daemon = True

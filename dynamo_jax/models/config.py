@@ -9,8 +9,76 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from dynamo_jax.files import shown
+
 ROUTINGS = ("softmax", "topk_softmax", "sigmoid", "sparsemixer")
 QK_NORMS = ("none", "vector", "head")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+WHOLE_LIMIT = 2**31 - 1
+LAYERS_LIMIT = 10_000
+TINY, NUMBER_LIMIT = 1e-12, 1e6  # a constant outside of these is a mistake; products of a few stay finite in float32
+
+
+_AT_LEAST_ONE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "num_experts", "num_experts_per_tok", "max_position_embeddings"),
+)
+_MOST = {"num_hidden_layers": LAYERS_LIMIT}  # other whole numbers: what an int32 holds
+_RANGES = {  # of float fields; others are not negative and at most NUMBER_LIMIT
+    "rms_norm_eps": (TINY, 1.0),
+    "rope_theta": (1.001, 1e30),  # 1 has no logarithm to divide by
+    "clip_qkv": (TINY, NUMBER_LIMIT),
+    "router_jitter_noise": (0.0, 1.0),
+    **dict.fromkeys(("routed_scaling_factor", "swiglu_alpha"), (TINY, NUMBER_LIMIT)),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), (TINY, NUMBER_LIMIT)),
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), (TINY, NUMBER_LIMIT)),
+    **dict.fromkeys(("beta_fast", "beta_slow"), (TINY, NUMBER_LIMIT)),
+}
+
+
+def check_number(name: str, value: Any, low: float = 0, high: float = WHOLE_LIMIT, whole: bool = True) -> None:
+    """ValueError that names the key unless ``value`` is a number from ``low`` to ``high``, which NaN is not."""
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if number and low <= value <= high:
+        return
+    kind = "whole number" if whole else "number"
+    if number and value > high:
+        expected = f"a {kind} of at most {high:,}"
+    elif low == 0:
+        expected = f"a {kind}, 0 or more"
+    else:
+        expected = f"a {kind} of {low:g} or more" if number and value > 0 else f"a positive {kind}"
+    raise ValueError(f"{name}={shown(value)}: expected {expected}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """ValueError that names the key unless ``value`` is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={shown(value)}: expected true or false")
+
+
+def _check_fields(config: Any) -> None:
+    """Each field of a dataclass by its annotation, and numbers by their range."""
+    for field in dataclasses.fields(config):
+        name, value, kind = field.name, getattr(config, field.name), str(field.type)
+        low, high = _RANGES.get(name, (0.0, NUMBER_LIMIT))
+        if kind == "int":
+            check_number(name, value, low=int(name in _AT_LEAST_ONE), high=_MOST.get(name, WHOLE_LIMIT))
+        elif kind == "bool":
+            check_flag(name, value)
+        elif kind == "float" or (kind == "float | None" and value is not None):
+            check_number(name, value, low, high, whole=False)
+        elif kind.startswith("tuple["):
+            if not isinstance(value, tuple):
+                raise ValueError(f"{name}={shown(value)}: expected a list of numbers")
+            of_floats = kind == "tuple[float, ...]"
+            for member in value:
+                if of_floats:
+                    check_number(f"{name}: a member", member, TINY, NUMBER_LIMIT, whole=False)
+                else:
+                    check_number(f"{name}: a member", member)
+        elif kind in ("str", "RopeScaling") and not isinstance(value, {"str": str}.get(kind, RopeScaling)):
+            raise ValueError(f"{name}={shown(value)}: expected {kind}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +97,17 @@ class RopeScaling:
     mscale_all_dim: float = 0.0
     attention_factor: float = 0.0  # multiplies cosines and sines; 0: as the type derives it
     short_factor: tuple[float, ...] = ()  # longrope: one divisor a frequency
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if self.rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_type {shown(self.rope_type)} is not supported; known: {', '.join(ROPE_TYPES)}")
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor} is not below {self.high_freq_factor}, the high one"
+            )
+        if self.rope_type == "yarn" and self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast={self.beta_fast} is below {self.beta_slow}, beta_slow")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +173,7 @@ class ModelConfig:
     logits_scaling: float = 1.0  # logits are divided by it
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        _check_fields(self)
         if not self.head_dim:
             _check_divides("num_attention_heads", self.num_attention_heads, self.hidden_size)
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
@@ -103,7 +182,7 @@ class ModelConfig:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} is not in 1..{self.num_experts}")
         for name, value, known in (("routing", self.routing, ROUTINGS), ("qk_norm", self.qk_norm, QK_NORMS)):
             if value not in known:
-                raise ValueError(f"{name}={value!r}; known: {', '.join(known)}")
+                raise ValueError(f"{name}={shown(value)}; known: {', '.join(known)}")
         if self.n_group:
             _check_divides("n_group", self.n_group, self.num_experts)
             if not 1 <= self.topk_group <= self.n_group:
@@ -115,14 +194,36 @@ class ModelConfig:
         if self.windows and len(self.windows) != self.num_hidden_layers:
             raise ValueError(f"windows has {len(self.windows)} entries for {self.num_hidden_layers} layers")
         if any(not 0 <= i < self.num_hidden_layers for i in self.dense_layers):
-            raise ValueError(f"dense_layers {self.dense_layers} are not all in 0..{self.num_hidden_layers - 1}")
+            raise ValueError(f"dense_layers {shown(self.dense_layers)} are not all in 0..{self.num_hidden_layers - 1}")
         if len(set(self.dense_layers)) == self.num_hidden_layers:
             raise ValueError("every layer is dense: there is no expert to quantize")
+        self._check_heads()
+        self._check_rope()
+
+    def _check_heads(self) -> None:
+        if self.kv_lora_rank:
+            for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+                check_number(name, getattr(self, name), low=1)
+        if self.rotary_dim % 2:
+            name = "qk_rope_head_dim" if self.kv_lora_rank else "head_dim"
+            raise ValueError(f"{name}={self.rotary_dim}: expected an even number, since rotary positions turn pairs")
+
+    def _check_rope(self) -> None:
+        scaling, length = self.rope_scaling, self.max_position_embeddings
+        if scaling.rope_type != "longrope":
+            return
+        if len(scaling.short_factor) != self.rotary_dim // 2:
+            raise ValueError(
+                f"short_factor has {len(scaling.short_factor)} entries for {self.rotary_dim // 2} frequencies"
+            )
+        if (scaling.original_max_position_embeddings or length) < 2:
+            raise ValueError("original_max_position_embeddings=1: expected 2 or more for longrope")
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers that have experts."""
-        return tuple(i for i in range(self.num_hidden_layers) if i not in self.dense_layers)
+        dense = set(self.dense_layers)
+        return tuple(i for i in range(self.num_hidden_layers) if i not in dense)
 
     @property
     def num_moe_layers(self) -> int:
@@ -142,31 +243,6 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-# annotation -> what a value may be; JSON writes 10000 for 10000.0
-_KINDS: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "bool": (bool,),
-    "str": (str,),
-    "float": (int, float),
-    "float | None": (int, float, type(None)),
-    "tuple[int, ...]": (tuple,),
-    "RopeScaling": (RopeScaling,),
-}
-_AT_LEAST_ONE = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "num_experts", "num_experts_per_tok", "max_position_embeddings"),
-)
-
-
-def _check_types(config: ModelConfig) -> None:
-    for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), str(field.type)
-        wrong_kind = not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind != "bool")
-        if wrong_kind or (kind == "int" and value < (field.name in _AT_LEAST_ONE)):
-            expected = {"int": "a positive whole number"}.get(kind, kind)
-            raise ValueError(f"{field.name}={value!r}: expected {expected}")
 
 
 def _check_divides(name: str, value: int, whole: int) -> None:

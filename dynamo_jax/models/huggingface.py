@@ -19,10 +19,18 @@ import numpy as np
 import tokenizers
 from flax import nnx
 
-from dynamo_jax.files import read_json, write_bytes, write_text
-from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.files import read_json, shortened, shown, write_bytes, write_text
+from dynamo_jax.models.config import ModelConfig, RopeScaling
 from dynamo_jax.models.decoder import Decoder, Layer, parameters, with_parameters
-from dynamo_jax.models.families.names import expert_names, layer_tensor_names, tensor_names
+from dynamo_jax.models.families.names import (
+    EMBED,
+    HEAD,
+    expert_names,
+    extra_layers,
+    key_that_would_read,
+    layer_tensor_names,
+    tensor_names,
+)
 from dynamo_jax.models.families.table import FAMILIES, config_from
 from dynamo_jax.models.formats.expert_files import (
     Shapes,
@@ -35,8 +43,8 @@ from dynamo_jax.models.formats.expert_files import (
 )
 from dynamo_jax.models.formats.tensor_files import FLOATS, INDEX, SINGLE, TensorFiles, write_tensors
 from dynamo_jax.models.tokenizer import TOKENIZER
-from dynamo_jax.models.tokenizer import load_tokenizer as load_tokenizer
 
+COMPARED = 1 << 22  # numbers of a head that are compared with the embeddings at a time
 UNQUANTIZED = "embeddings, attention, norms, routers, shared experts, dense layers and biases keep their dtype"
 SIDE_FILES = (  # what a folder has beside weights, as far as text generation and who publishes need it
     *("config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
@@ -47,39 +55,109 @@ SIDE_BYTES = 2**28
 
 
 def load_config(folder: Path) -> ModelConfig:
-    path = Path(folder) / "config.json"
-    raw = read_json(path)
+    """What config.json says; ValueError, which names the file and the key, if the decoder cannot compute that.
+
+    A tied head is what it says as well, though the tensor files may have another (``Source``).
+    """
+    return _config(Path(folder), _read_config(Path(folder)))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.exists() and (inner := sorted(folder.glob("snapshots/*/config.json"))):
+        raise ValueError(f"{path}: no such file; {folder} is a cache of the hub: the model is in {inner[-1].parent}")
+    return read_json(path)
+
+
+def _config(folder: Path, raw: dict[str, Any]) -> ModelConfig:
     try:
-        method = (raw.get("quantization_config") or {}).get("quant_method")
-        if method and (method, raw.get("model_type")) != ("mxfp4", "gpt_oss"):
-            raise ValueError(f"weights quantized by another tool ({method}) are not read; only gpt_oss in mxfp4 is")
+        quantized = raw.get("quantization_config") or {}
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        if quantized and (method, raw.get("model_type")) != ("mxfp4", "gpt_oss"):
+            name = method if isinstance(method, str) else shown(method)
+            said = f"weights quantized by another tool ({shortened(name)}) are not read; only gpt_oss in mxfp4 is"
+            raise ValueError(said)
         return config_from(raw)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {shortened(str(error), 500)}") from error
 
 
 class Source:
-    """A checkpoint folder whose tensors are all there, with the shapes that its config.json asks for."""
+    """A checkpoint folder whose tensors are all there, with the shapes that its config.json asks for.
+
+    config: with a head of its own where the files have one that differs from the embeddings, tied or not by
+    config.json. ValueError, which names file, tensor and key: a tensor is missing or has another shape or dtype, or is
+    there though config.json asks for a model without it.
+    """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.config = load_config(self.folder)
+        raw = _read_config(self.folder)
+        self.config = _config(self.folder, raw)
         self.files = TensorFiles(self.folder)
+        self._check_counts()
         self.mxfp4 = is_mxfp4(self.files, expert_names(self.config, self.config.moe_layers[0]))
+        self.expected = self._expected()
         self._check()
+        if self.config.tie_word_embeddings and HEAD in self.files and not self._head_is_tied():
+            self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
+            self.expected = self._expected()
+        self._check_unread(extra_layers(raw, self.files.headers))
+
+    def _check_counts(self) -> None:
+        """Before anything is as large as config.json says: the files hold a tensor for each layer and expert."""
+        config, held = self.config, len(self.files.headers)
+        of_experts = config.num_experts if expert_names(config, config.moe_layers[0]).kind == "split" else 1
+        for said, least in (
+            (f"num_hidden_layers={config.num_hidden_layers}", config.num_hidden_layers),
+            (
+                f"{config.num_experts} experts in each of {config.num_moe_layers} layers",
+                config.num_moe_layers * of_experts,
+            ),
+        ):
+            if least > held:
+                raise ValueError(f"{self.folder / 'config.json'}: {said}, but {self.files.listing} has {held} tensors")
+        embed = self.files.headers.get(EMBED)
+        if embed and embed.shape != (want := (config.vocab_size, config.hidden_size)):
+            raise ValueError(f"{embed.file}: {EMBED} is {shown(embed.shape)}, config.json asks for {want}")
 
     def _check(self) -> None:
-        self.expected = expected = self._expected()
-        where = self.folder / (INDEX if (self.folder / INDEX).exists() else SINGLE)
+        expected = self.expected
         if missing := [name for name in expected if name not in self.files]:
-            raise ValueError(f"{where}: {len(missing)} tensors missing, the first is {missing[0]}")
+            raise ValueError(f"{self.files.listing}: {len(missing)} tensors missing, the first is {missing[0]}")
         for name, shape in expected.items():
             header = self.files.headers[name]
             if header.shape != shape:
-                raise ValueError(f"{header.file}: {name} is {header.shape}, config.json asks for {shape}")
+                raise ValueError(f"{header.file}: {name} is {shown(header.shape)}, config.json asks for {shape}")
             packed = self.mxfp4 and name.endswith(("_blocks", "_scales"))
             if header.dtype != "U8" if packed else header.dtype not in FLOATS:
                 raise ValueError(f"{header.file}: {name} is {header.dtype}, expected {'U8' if packed else 'a float'}")
+
+    def _head_is_tied(self) -> bool:
+        """Whether the head that is in the files holds the embeddings' values, compared some rows at a time."""
+        head, embed = self.files.headers[HEAD], self.files.headers[EMBED]
+        if head.shape != embed.shape or head.dtype not in FLOATS:
+            said = f"{HEAD} is {shown(head.shape)} in {head.dtype}, config.json asks for {embed.shape}, a float"
+            raise ValueError(f"{head.file}: {said}")
+        count, rows = embed.shape[0], max(1, COMPARED // embed.shape[1])
+        same = True
+        for part in (slice(at, min(at + rows, count)) for at in range(0, count, rows)):
+            ours, theirs = (self.files.read(name, part).astype(np.float32) for name in (HEAD, EMBED))
+            self.release()
+            if not (same := np.array_equal(ours, theirs)):
+                break
+        return same
+
+    def _check_unread(self, extra: int) -> None:
+        for name in self.unread:
+            if key := key_that_would_read(self.config, name, extra):
+                file = self.files.headers[name].file
+                raise ValueError(f"{file}: holds {shortened(name)}, which config.json does not ask for ({key})")
+
+    @property
+    def unread(self) -> list[str]:
+        """Names of the tensors that the decoder has no use for, sorted."""
+        return sorted(self.files.headers.keys() - self.expected.keys())
 
     def _expected(self) -> Shapes:
         config, shapes = self.config, parameter_shapes(self.config)
@@ -123,11 +201,6 @@ class Source:
         """Of all that is read but the routed experts' weights."""
         return sum(self.files.headers[n].nbytes for n in self.expected.keys() - self.quantized_tensors())
 
-    @property
-    def unread(self) -> list[str]:
-        """Tensors that the decoder has no use for."""
-        return sorted(self.files.headers.keys() - self.expected.keys())
-
     def release(self) -> None:
         self.files.release()
 
@@ -141,9 +214,16 @@ def _shapes(module: Any) -> Shapes:
     return {".".join(map(str, p)): v.shape for p, v in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
 
+# What no shape depends on, as it is where a configuration says nothing: configurations that differ in it share shapes.
+_CONSTANTS: dict[str, Any] = {
+    **{f.name: f.default for f in dataclasses.fields(ModelConfig) if str(f.type).startswith("float")},
+    **{"rope_scaling": RopeScaling(), "max_position_embeddings": 1, "windows": ()},
+}
+
+
 def parameter_shapes(config: ModelConfig) -> Shapes:
     """Shapes of all parameters but the routed experts' weights, by name, from one layer of each kind."""
-    shapes = top_shapes(config)
+    shapes = dict(top_shapes(config))
     for layer in range(config.num_hidden_layers):
         shapes |= {f"layers.{layer}.{name}": shape for name, shape in layer_shapes(config, layer).items()}
     return shapes
@@ -151,7 +231,7 @@ def parameter_shapes(config: ModelConfig) -> Shapes:
 
 def layer_shapes(config: ModelConfig, layer: int) -> Shapes:
     """Those of one layer, without the layer's prefix."""
-    return _layer_shapes(config, layer in config.dense_layers)
+    return _layer_shapes(dataclasses.replace(config, **_CONSTANTS), layer in config.dense_layers)
 
 
 @functools.lru_cache(maxsize=8)
@@ -162,8 +242,12 @@ def _layer_shapes(config: ModelConfig, dense: bool) -> Shapes:
 
 def top_shapes(config: ModelConfig) -> Shapes:
     """Of embeddings, last norm and head."""
-    small = dataclasses.replace(config, num_hidden_layers=1, dense_layers=(), windows=())
-    shapes = _shapes(nnx.eval_shape(lambda: Decoder(small, rngs=nnx.Rngs(0), with_experts=False)))
+    return _top_shapes(dataclasses.replace(config, **_CONSTANTS, num_hidden_layers=1, dense_layers=()))
+
+
+@functools.lru_cache(maxsize=8)
+def _top_shapes(config: ModelConfig) -> Shapes:
+    shapes = _shapes(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), with_experts=False)))
     return {name: shape for name, shape in shapes.items() if not name.startswith("layers.")}
 
 

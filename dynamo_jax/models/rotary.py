@@ -17,8 +17,6 @@ from jaxtyping import Array, Float, Int
 
 from dynamo_jax.models.config import ModelConfig
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
-
 
 class Angles(NamedTuple):
     """Cosines and sines of each position, float32, (B, T, K), scaled as the rope type asks for."""
@@ -31,7 +29,7 @@ def frequencies(config: ModelConfig) -> tuple[Float[np.ndarray, " K"], float]:
     """Radians a position for each pair of dimensions, and the factor of cosines and sines."""
     scaling = config.rope_scaling
     dim = config.rotary_dim
-    plain = config.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    plain = float(config.rope_theta) ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     length = scaling.original_max_position_embeddings or config.max_position_embeddings
     if scaling.rope_type == "default":
         return plain, 1.0
@@ -44,12 +42,8 @@ def frequencies(config: ModelConfig) -> tuple[Float[np.ndarray, " K"], float]:
         return plain * (smooth + (1 - smooth) / scaling.factor), 1.0
     if scaling.rope_type == "yarn":
         return _yarn(config, plain, length)
-    if scaling.rope_type == "longrope":
-        if len(scaling.short_factor) != len(plain):
-            raise ValueError(f"short_factor has {len(scaling.short_factor)} entries for {len(plain)} frequencies")
-        longer = math.sqrt(1 + math.log(scaling.factor) / math.log(length)) if scaling.factor > 1 else 1.0
-        return plain / np.asarray(scaling.short_factor), scaling.attention_factor or longer
-    raise ValueError(f"rope_type {scaling.rope_type!r}; known: {', '.join(ROPE_TYPES)}")
+    longer = math.sqrt(1 + math.log(scaling.factor) / math.log(length)) if scaling.factor > 1 else 1.0
+    return plain / np.asarray(scaling.short_factor), scaling.attention_factor or longer
 
 
 def _yarn(config: ModelConfig, plain: np.ndarray, length: int) -> tuple[np.ndarray, float]:

@@ -14,23 +14,24 @@ from pathlib import Path
 
 import tokenizers
 
+from dynamo_jax.files import LFS_POINTER, check_readable
+
 TOKENIZER = "tokenizer.json"
-LFS_POINTER = b"version https://git-lfs"
 LONGEST_ERROR = 500  # characters of the library's own words
 
 
-def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> tokenizers.Tokenizer:
+def load_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
     """The tokenizer.json in ``folder``, without the truncation and the padding that it may ask for.
 
     It may know fewer tokens than the model (padded embeddings), and more: an id past the model's vocabulary is an error
-    where a text has it (``check_ids``), so that ``vocab_size`` decides nothing here. ValueError: no such file, or a
-    damaged one.
+    where a text has it (``check_ids``). ValueError: no such file, an unreadable or a damaged one.
     """
     path = Path(folder) / TOKENIZER
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file; with transformers AutoTokenizer.from_pretrained(..).save_pretrained(..) makes one"
         )
+    check_readable(path)
     return tokenizer_from(path.read_bytes(), path)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from dynamo_jax.files import check_readable
 from dynamo_jax.kernels.layout import PLANE_BITS, PROJECTIONS, WIDTHS, filled
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.huggingface import layer_shapes
@@ -95,9 +96,8 @@ def stacked_planes(get: Callable[[str], Bundle], config: ModelConfig) -> Planes:
 
 
 def read_bundle(path: Path) -> Bundle:
-    """The arrays of one file; ValueError if it is missing or damaged."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    """The arrays of one file; ValueError if it is missing, unreadable or damaged."""
+    check_readable(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 
 from dynamo_jax.files import read_json, write_bytes, write_json
 from dynamo_jax.kernels.layout import WIDTHS
+from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.families.names import expert_names, layer_tensor_names, tensor_names
 from dynamo_jax.models.formats.expert_files import Triple, expert_tensors
 from dynamo_jax.models.huggingface import write_shards
@@ -67,7 +68,7 @@ def export(
                 own.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(own, result.path(name).read_bytes())
         raw = read_json(making.folder / "config.json")
-        write_json(making.folder / "config.json", _config_of(raw, log))
+        write_json(making.folder / "config.json", _config_of(raw, config, log))
         settings = making.folder / "tokenizer_config.json"
         if settings.is_file() and "auto_map" in (raw := read_json(settings)):
             raw.pop("auto_map")
@@ -77,9 +78,13 @@ def export(
         making.publish({p.relative_to(making.folder).as_posix(): digest_of(p) for p in files})
 
 
-def _config_of(raw: dict[str, Any], log: Log) -> dict[str, Any]:
+def _config_of(raw: dict[str, Any], config: ModelConfig, log: Log) -> dict[str, Any]:
     """config.json of the export from that of the model."""
-    raw = raw | {"dtype": "bfloat16"} | ({"torch_dtype": "bfloat16"} if "torch_dtype" in raw else {})
+    raw = (
+        raw
+        | {"dtype": "bfloat16", "tie_word_embeddings": config.tie_word_embeddings}
+        | ({"torch_dtype": "bfloat16"} if "torch_dtype" in raw else {})
+    )
     raw.pop("quantization_config", None)  # MXFP4 experts are bfloat16 now
     if raw.pop("auto_map", None) is not None:
         log("config.json: auto_map is left out, since the model's own Python files are not copied")

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dynamo_jax.files import read_json, sync, write_text
+from dynamo_jax.files import check_readable, read_json, shown, sync, write_text
 
 SUMS, UNFINISHED, JOB, LOCK = "SHA256SUMS", "unfinished", "job.json", "lock"
 NOT_OURS = (UNFINISHED, "lost+found")  # in a folder that counts as empty; the second is a new disk's
@@ -45,14 +45,13 @@ def sums_text(sums: Sums) -> str:
 
 def read_sums(path: Path) -> Sums:
     """ValueError, which names the file: it is missing, or not one that ``sums_text`` wrote."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    check_readable(path)
     text = path.read_bytes().decode("utf-8", errors="replace")
     sums: Sums = {}
     for line in text.splitlines(keepends=True):
         found = LINE.fullmatch(line)
         if not found or found[2] in sums:
-            raise ValueError(f"{path}: damaged: a line is {line[:100]!r}")
+            raise ValueError(f"{path}: damaged: a line is {shown(line, 100)}")
         sums[found[2]] = found[1]
     return sums
 
@@ -75,8 +74,7 @@ class Result:
         if name not in self.sums:
             raise ValueError(f"{self.folder / name}: no file of this result ({SUMS} does not name it)")
         path = located(self.folder, name)
-        if not path.is_file():
-            raise ValueError(f"{self.folder / name}: no such file")
+        check_readable(path)
         if digest_of(path) != self.sums[name]:
             raise ValueError(f"{path}: damaged: its SHA-256 is not that of {SUMS}")
         return path
@@ -280,12 +278,7 @@ def _differences(before: Job | None, now: Job) -> str:
             continue
         if isinstance(one, dict) and isinstance(two, dict):
             changed = sorted(k for k in one.keys() | two.keys() if one.get(k) != two.get(k))
-            words += [f"{k} {_short(one.get(k))} there, {_short(two.get(k))} here" for k in changed]
+            words += [f"{k} {shown(one.get(k), 40)} there, {shown(two.get(k), 40)} here" for k in changed]
         else:
             words.append(f"other {key}")
     return "; ".join(words[:4]) + ("; .." if len(words) > 4 else "") if words else "of the same job"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -28,7 +28,8 @@ from dynamo_jax.calibration.sources import layer_weights
 from dynamo_jax.calibration.sweeps import Draft
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.experts import ExpertWeights
-from dynamo_jax.models.huggingface import Source, load_decoder, load_tokenizer
+from dynamo_jax.models.huggingface import Source, load_decoder
+from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.quant.planes import quantize as quantize_planes
 from dynamo_jax.runtime.quantized import odd_words, ranges

@@ -36,8 +36,8 @@ from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, with_parameters
 from dynamo_jax.models.experts import silu_gated
-from dynamo_jax.models.huggingface import load_tokenizer
 from dynamo_jax.models.stacked import is_stacked
+from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.runtime import serving
 from dynamo_jax.runtime.generate import GenerateConfig, generate
 

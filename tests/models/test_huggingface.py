@@ -155,6 +155,11 @@ def shard(folder, places):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def index_of_nothing(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
 def not_a_number(tensors):
     tensors["model.layers.1.mlp.experts.2.up_proj.weight"][3, 4] = np.nan
 
@@ -173,7 +178,7 @@ DAMAGES |= {
         lambda f: shard(f, {"model.x": "a.safetensors"}),
         r"a\.safetensors: holds no tensor model\.x, which .*index\.json places there",
     ),
-    "index of nothing": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "index.json: weight_map"),
+    "index of nothing": (index_of_nothing, "index.json: weight_map"),
     "index outside": (lambda f: shard(f, {"x": "../secret.safetensors"}), "index.json: weight_map"),
     "shape in words": (
         lambda f: damage_config(f, intermediate_size=8),

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-from dynamo_jax.models.families.family import EPS6, Family, Raw, biased
+from dynamo_jax.files import shown
+from dynamo_jax.models.families.family import Family, Raw, biased, flag, layers_of, number, whole, whole_or_none
 
 
 def _deepseek(raw: Raw) -> Raw:
-    dense = tuple(range(raw.get("first_k_dense_replace") or 0))
+    channels, layers = whole(raw, "moe_intermediate_size"), layers_of(raw)
+    first = whole_or_none(raw, "first_k_dense_replace", 0)
+    if first >= layers:
+        raise ValueError(f"first_k_dense_replace={first}: of {layers} layers none would have experts to quantize")
+    latent = {name: whole(raw, name) for name in _LATENT}
     return {
-        "intermediate_size": raw.get("moe_intermediate_size"),
-        "num_experts": raw.get("n_routed_experts"),
-        "dense_layers": dense,
-        "dense_intermediate_size": raw.get("intermediate_size", 0) if dense else 0,
-        "shared_intermediate_size": (raw.get("n_shared_experts") or 0) * (raw.get("moe_intermediate_size") or 0),
-        "routed_scaling_factor": raw.get("routed_scaling_factor", 1.0),
-        "head_dim": (raw.get("qk_nope_head_dim") or 0) + (raw.get("qk_rope_head_dim") or 0),
-        "num_key_value_heads": raw.get("num_attention_heads"),
-        **{name: raw.get(name) or 0 for name in _LATENT},
+        "intermediate_size": channels,
+        "dense_layers": tuple(range(first)),
+        "dense_intermediate_size": whole(raw, "intermediate_size") if first else 0,
+        "shared_intermediate_size": whole_or_none(raw, "n_shared_experts", 0) * channels,
+        "routed_scaling_factor": number(raw, "routed_scaling_factor"),
+        "head_dim": latent["qk_nope_head_dim"] + latent["qk_rope_head_dim"],
+        "num_key_value_heads": whole(raw, "num_attention_heads"),
+        "q_lora_rank": whole_or_none(raw, "q_lora_rank"),
+        **latent,
         **biased(raw),
     }
 
 
-_LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 def _deepseek_v2(raw: Raw) -> Raw:
-    method = raw.get("topk_method", "greedy")
+    method = raw["topk_method"]
     if method not in ("greedy", "group_limited_greedy"):
-        raise ValueError(f"topk_method {method!r} is not supported; known: greedy, group_limited_greedy")
-    if raw.get("norm_topk_prob") or raw.get("mlp_bias"):
+        raise ValueError(f"topk_method {shown(method)} is not supported; known: greedy, group_limited_greedy")
+    if flag(raw, "norm_topk_prob") or flag(raw, "mlp_bias"):
         raise ValueError("norm_topk_prob and mlp_bias are not supported for deepseek_v2")
     limited = method == "group_limited_greedy"
-    groups = {"n_group": raw.get("n_group") or 0, "topk_group": raw.get("topk_group") or 0} if limited else {}
+    groups = {name: whole(raw, name) for name in ("n_group", "topk_group")} if limited else {}
     return {**_deepseek(raw), **groups, "rope_interleave": True}
 
 
@@ -39,14 +44,44 @@ def _deepseek_v3(raw: Raw) -> Raw:
     return {
         **_deepseek(raw),
         "routing": "sigmoid",
-        "norm_topk_prob": raw.get("norm_topk_prob", True),
-        "n_group": raw.get("n_group") or 0,
-        "topk_group": raw.get("topk_group") or 0,
-        "rope_interleave": raw.get("rope_interleave", True),
+        "norm_topk_prob": flag(raw, "norm_topk_prob"),
+        "n_group": whole_or_none(raw, "n_group"),
+        "topk_group": whole_or_none(raw, "topk_group"),
+        "rope_interleave": flag(raw, "rope_interleave"),
     }
 
 
+_BOTH: Raw = {
+    "rms_norm_eps": 1e-6,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+_V2: Raw = {
+    "intermediate_size": 11008,
+    "first_k_dense_replace": 0,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.0,
+    "n_group": None,
+    "topk_group": None,
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "mlp_bias": False,
+}
+_V3: Raw = {
+    "intermediate_size": 18432,
+    "first_k_dense_replace": 3,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "rope_interleave": True,
+}
+_EXPERTS = "n_routed_experts"
 FAMILIES = {
-    "deepseek_v2": Family("DeepseekV2ForCausalLM", _deepseek_v2, defaults=EPS6),
-    "deepseek_v3": Family("DeepseekV3ForCausalLM", _deepseek_v3, defaults=EPS6),
+    "deepseek_v2": Family("DeepseekV2ForCausalLM", _deepseek_v2, experts_key=_EXPERTS, defaults=_BOTH | _V2),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", _deepseek_v3, experts_key=_EXPERTS, defaults=_BOTH | _V3),
 }

@@ -6,17 +6,31 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from dynamo_jax.files import shown
+from dynamo_jax.models.config import LAYERS_LIMIT, NUMBER_LIMIT, ROPE_TYPES, TINY, WHOLE_LIMIT, check_flag, check_number
+
 Raw = dict[str, Any]  # what a config.json holds
-EPS5: Raw = {"rms_norm_eps": 1e-5}
-EPS6: Raw = {"rms_norm_eps": 1e-6}
 SPARSE = "block_sparse_moe"
 W123 = "w1 w3 w2"  # gate, up and down
+SLIDING, FULL = "sliding_attention", "full_attention"
+COMMON: Raw = {  # keys that are left out mean the same in every family
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "head_dim": None,
+    "num_key_value_heads": None,
+    "attention_bias": False,
+    "rope_theta": 10000.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What sets a family apart. moe: its name for the mixture module. experts: how expert weights lie in the
-    file (``formats/expert_files.py``). fields: what its config.json means beyond the keys that all families share."""
+    file (``formats/expert_files.py``). fields: what its config.json means beyond the keys that all families share.
+    defaults: what a key means that its config.json leaves out, where that is not ``COMMON``'s; they are those of
+    ``transformers``, and sizes have none. rope: the rotary scaling of a config.json that names none. short_mscale:
+    whether that key of the rotary scaling is the factor of cosines and sines."""
 
     architecture: str
     fields: Callable[[Raw], Raw]
@@ -24,17 +38,66 @@ class Family:
     router: str = "gate"
     experts: str = "gate_proj up_proj down_proj"
     shared: str = "shared_experts"
+    experts_key: str = "num_experts"
     defaults: Raw = dataclasses.field(default_factory=dict)
+    rope: Raw = dataclasses.field(default_factory=dict)
+    rope_types: tuple[str, ...] = ROPE_TYPES
+    short_mscale: bool = False
+
+
+def whole(raw: Raw, key: str, low: int = 1, high: int = WHOLE_LIMIT) -> int:
+    """The whole number under ``key``; ValueError that names the key where there is none."""
+    _check_there(raw, key)
+    check_number(key, raw[key], low, high)
+    return raw[key]
+
+
+def whole_or_none(raw: Raw, key: str, low: int = 1) -> int:
+    """The same, and 0 where there is null."""
+    return 0 if raw.get(key) is None else whole(raw, key, low)
+
+
+def number(raw: Raw, key: str, low: float = TINY, high: float = NUMBER_LIMIT) -> float:
+    _check_there(raw, key)
+    check_number(key, raw[key], low, high, whole=False)
+    return raw[key]
+
+
+def layers_of(raw: Raw) -> int:
+    return whole(raw, "num_hidden_layers", high=LAYERS_LIMIT)
+
+
+def flag(raw: Raw, key: str) -> bool:
+    """Whether the key says true; null says false."""
+    if raw.get(key) is None:
+        return False
+    check_flag(key, raw[key])
+    return raw[key]
+
+
+def _check_there(raw: Raw, key: str) -> None:
+    if raw.get(key) is None:
+        raise ValueError(f"missing key {key}")
 
 
 def biased(raw: Raw) -> Raw:
     """Attention's biases, which one key says for all of its projections."""
-    return {"qkv_bias": raw.get("attention_bias", False), "output_bias": raw.get("attention_bias", False)}
+    return dict.fromkeys(("qkv_bias", "output_bias"), flag(raw, "attention_bias"))
 
 
-def windows_of(raw: Raw, window: int | None, slides: list[bool] | None = None) -> tuple[int, ...]:
-    """The window of each layer, 0 where attention sees all; slides: in which layers there is one, all by default."""
-    if not window:
+def layer_types(raw: Raw, default: list[str]) -> list[str]:
+    """What each layer's attention sees, from ``layer_types`` or else ``default``."""
+    types = raw.get("layer_types")
+    if types is None:
+        return default
+    if not isinstance(types, list) or any(t not in (SLIDING, FULL) for t in types) or len(types) != len(default):
+        raise ValueError(f"layer_types={shown(types)}: expected {SLIDING} or {FULL} for each of {len(default)} layers")
+    return types
+
+
+def windows_of(raw: Raw, types: list[str] | None = None) -> tuple[int, ...]:
+    """The window of each layer, 0 where attention sees all; types: of each layer, all sliding by default."""
+    if raw.get("sliding_window") is None or (types is not None and SLIDING not in types):
         return ()
-    slides = slides or [True] * raw.get("num_hidden_layers", 0)
-    return tuple(window if s else 0 for s in slides) if any(slides) else ()
+    window = whole(raw, "sliding_window")
+    return tuple(window if t == SLIDING else 0 for t in types or [SLIDING] * layers_of(raw))

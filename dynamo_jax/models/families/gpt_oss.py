@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
-from dynamo_jax.models.families.family import EPS5, Family, Raw, windows_of
+from dynamo_jax.models.families.family import (
+    FULL,
+    SLIDING,
+    Family,
+    Raw,
+    biased,
+    layer_types,
+    layers_of,
+    number,
+    windows_of,
+)
 
 
 def _gpt_oss(raw: Raw) -> Raw:
-    layers = range(raw.get("num_hidden_layers", 0))
-    types = raw.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in layers]
-    biased = raw.get("attention_bias", True)
+    types = layer_types(raw, [FULL if i % 2 else SLIDING for i in range(layers_of(raw))])
+    if SLIDING in types and raw["sliding_window"] is None:
+        raise ValueError("sliding_window=None: expected a positive whole number, since layers slide")
     return {
         "routing": "topk_softmax",
         "router_bias": True,
         "expert_bias": True,
-        "swiglu_limit": raw.get("swiglu_limit", 7.0),
-        "swiglu_alpha": raw.get("swiglu_alpha", 1.702),
+        "swiglu_limit": number(raw, "swiglu_limit"),
+        "swiglu_alpha": number(raw, "swiglu_alpha"),
         "attention_sinks": True,
-        "qkv_bias": biased,
-        "output_bias": biased,
-        "head_dim": raw.get("head_dim") or 64,
-        "windows": windows_of(raw, raw.get("sliding_window", 128), [t == "sliding_attention" for t in types]),
+        **biased(raw),
+        "windows": windows_of(raw, types),
     }
 
 
+_DEFAULTS: Raw = {
+    "head_dim": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000.0,
+    "sliding_window": 128,
+    "attention_bias": True,
+    "swiglu_limit": 7.0,
+    "swiglu_alpha": 1.702,
+}
+_ROPE: Raw = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
 FAMILIES = {
-    "gpt_oss": Family("GptOssForCausalLM", _gpt_oss, router="router", experts="interleaved", defaults=EPS5),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        _gpt_oss,
+        router="router",
+        experts="interleaved",
+        experts_key="num_local_experts",
+        defaults=_DEFAULTS,
+        rope=_ROPE,
+    ),
 }

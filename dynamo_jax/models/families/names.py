@@ -2,22 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.families.table import FAMILIES
 from dynamo_jax.models.formats.expert_files import ExpertTensors
 
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_MOE = r"(mlp|block_sparse_moe)\."
+# Tensors of one layer of any family, by the part of the name that follows the layer's number, and the keys of
+# config.json by which a model has them.
+_KEYS = {
+    r"self_attn\.(q|k|v|o|q_a|kv_a)_proj(_with_mqa)?\.bias": "attention_bias or qkv_bias",
+    r"self_attn\.(q_a_proj|q_a_layernorm|q_b_proj)\.weight": "q_lora_rank",
+    r"self_attn\.(kv_a_proj_with_mqa|kv_a_layernorm|kv_b_proj)\.weight": "kv_lora_rank",
+    r"self_attn\.q_proj\.weight": "q_lora_rank",
+    r"self_attn\.(sinks|[qkvo]_proj\.weight|[qk]_norm\.(weight|bias))": "model_type",
+    r"(input|post_attention)_layernorm\.bias": "model_type",
+    _MOE + r"shared_experts\..*": "n_shared_experts",
+    _MOE + r"shared_expert(_gate)?\..*": "shared_expert_intermediate_size",
+    _MOE + r"experts\.\d+\.\w+\.weight": "the number of experts, or which layers are dense",
+    _MOE + r"experts\..*": "model_type",
+    _MOE + r"((input|output)_linear|gate|router(\.layer)?)\.(weight|bias|e_score_correction_bias)": (
+        "model_type, or which layers are dense"
+    ),
+    _MOE + r"(gate|up|down)_proj\.(weight|bias)": "which layers are dense",
+}
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(.*)", re.DOTALL)
+
+
+def extra_layers(raw: dict[str, Any], tensors: Iterable[str]) -> int:
+    """How many layers there are beyond the decoder's, for the prediction of further tokens: those that config.json
+    promises, or that have the projection which only these have."""
+    counts = [raw.get(key) for key in ("num_nextn_predict_layers", "num_mtp_layers")]
+    found = sum(name.endswith(".eh_proj.weight") for name in tensors)
+    return max([found, *(n for n in counts if isinstance(n, int))])
+
+
+def key_that_would_read(config: ModelConfig, name: str, extra: int) -> str:
+    """What in config.json would have to be otherwise for the decoder to read a tensor that it does not read.
+
+    Empty for tensors that no decoder reads. extra: layers beyond the decoder's that may be there.
+    """
+    if name == "lm_head.bias":
+        return "lm_head_bias"
+    if name == "model.norm.bias":
+        return "model_type"
+    if not (match := _LAYER.fullmatch(name)):
+        return ""
+    layer, rest = int(match[1]), match[2]
+    key = next((key for pattern, key in _KEYS.items() if re.fullmatch(pattern, rest, re.DOTALL)), "")
+    if not key or config.num_hidden_layers <= layer < config.num_hidden_layers + extra:
+        return ""
+    return "num_hidden_layers" if layer >= config.num_hidden_layers else key
+
 
 def tensor_names(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
     """(our name, the file's name, transposed) of every parameter but the routed experts' weights and biases."""
-    yield "embed", "model.embed_tokens.weight", False
+    yield "embed", EMBED, False
     for layer in range(config.num_hidden_layers):
         for ours, theirs, transposed in layer_tensor_names(config, layer):
             yield f"layers.{layer}.{ours}", f"model.layers.{layer}.{theirs}", transposed
     yield from ((f"norm.{a}", f"model.norm.{b}", False) for a, b in _norm(config))
     if not config.tie_word_embeddings:
-        yield "head", "lm_head.weight", False
+        yield "head", HEAD, False
     if config.head_bias:
         yield "head_bias", "lm_head.bias", False
 

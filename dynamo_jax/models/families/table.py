@@ -6,69 +6,130 @@ decoder cannot is an error, not ignored.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
+from dynamo_jax.files import shown
 from dynamo_jax.models.config import ModelConfig, RopeScaling
 from dynamo_jax.models.families import deepseek, gpt_oss, granite, mixtral, olmoe, phimoe, qwen
-from dynamo_jax.models.families.family import Family, Raw
-from dynamo_jax.models.rotary import ROPE_TYPES
+from dynamo_jax.models.families.family import (
+    COMMON,
+    FULL,
+    SLIDING,
+    Family,
+    Raw,
+    flag,
+    layers_of,
+    number,
+    whole,
+    whole_or_none,
+)
 
 LINEAGES = (mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe)
 FAMILIES: dict[str, Family] = {name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()}
-_SHARED_KEYS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
-    *("num_key_value_heads", "num_experts", "num_experts_per_tok", "max_position_embeddings", "rms_norm_eps"),
-    *("tie_word_embeddings", "initializer_range", "norm_topk_prob"),
-)
+_SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "num_experts_per_tok", "max_position_embeddings")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of one number; a family writes one of them
+_NULL_IS_A_VALUE = {  # elsewhere null is as good as no key
+    *("head_dim", "num_key_value_heads", "sliding_window", "clip_qkv", "q_lora_rank", "n_group", "topk_group"),
+    *("n_shared_experts", "first_k_dense_replace", "mlp_only_layers", "norm_topk_prob", "rope_interleave"),
+}
+_ROPE_KEYS = {  # type -> keys that it needs, and others that it knows
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "yarn": (
+        ("factor",),
+        ("original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "mscale", "attention_factor"),
+    ),
+    "longrope": (("short_factor",), ("factor", "original_max_position_embeddings", "attention_factor")),
+}
 
 
 def config_from(raw: Raw) -> ModelConfig:
-    """The decoder's configuration from the contents of a config.json; ValueError for what it cannot compute."""
+    """The decoder's configuration from the contents of a config.json.
+
+    A key that is left out means what it means in ``transformers``. ValueError, which names the key: a size that is
+    missing, a value of another kind or out of its range, what the decoder cannot compute.
+    """
     family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"unknown model_type {family!r}; known: {', '.join(FAMILIES)}")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported; only 'silu'")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ValueError(f"unknown model_type {shown(family)}; known: {', '.join(FAMILIES)}")
     known = FAMILIES[family]
-    values = {k: raw[k] for k in _SHARED_KEYS if raw.get(k) is not None}
-    values.setdefault("num_experts", raw.get("num_local_experts"))
-    values.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
-    values = known.defaults | {"qk_norm": "none", "family": family} | values | known.fields(raw)
-    theta, scaling = _rope(raw, family)
-    values["rope_scaling"] = scaling
-    if theta is not None:
-        values["rope_theta"] = theta
+    given = {key: value for key, value in raw.items() if value is not None or key in _NULL_IS_A_VALUE}
+    raw = COMMON | known.defaults | given
+    if raw["hidden_act"] != "silu":
+        raise ValueError(f"hidden_act {shown(raw['hidden_act'])} is not supported; only 'silu'")
+    theta, scaling = _rope(raw, known)
+    own = known.fields(raw)
+    sizes = {name: whole(raw, name) for name in _SIZES}
+    values: Raw = {
+        **sizes,
+        "family": family,
+        "num_hidden_layers": layers_of(raw),
+        "num_experts": _experts(given, known),
+        "num_key_value_heads": whole_or_none(raw, "num_key_value_heads") or sizes["num_attention_heads"],
+        "head_dim": whole_or_none(raw, "head_dim"),
+        "rms_norm_eps": number(raw, "rms_norm_eps", high=1.0),
+        "initializer_range": number(raw, "initializer_range", 0.0),
+        "tie_word_embeddings": flag(raw, "tie_word_embeddings"),
+        "qk_norm": "none",
+        "rope_scaling": scaling,
+        "rope_theta": theta,
+        **own,
+    }
+    if "intermediate_size" not in values:
+        values["intermediate_size"] = whole(raw, "intermediate_size")
     if scaling.rope_type == "longrope":  # past it other frequencies would hold for the whole sequence
         limit = scaling.original_max_position_embeddings or values["max_position_embeddings"]
         values["max_position_embeddings"] = min(limit, values["max_position_embeddings"])
-    missing = [f.name for f in dataclasses.fields(ModelConfig) if f.default is f.default_factory]
-    if absent := [name for name in missing if values.get(name) is None]:
-        raise ValueError(f"missing key {', '.join(absent)}")
     return ModelConfig(**values)
 
 
-def _rope(raw: Raw, family: str) -> tuple[float | None, RopeScaling]:
-    """The base and the scaling, from ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``."""
-    rope = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
-    if not rope and family == "gpt_oss":
-        rope = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
-    theta = rope.get("rope_theta", raw.get("rope_theta"))
+def _experts(given: Raw, known: Family) -> int:
+    """How many experts a layer has, by whichever of its names."""
+    names = [name for name in _EXPERTS if name in given]
+    for name in names[1:]:
+        if given[name] != given[names[0]]:
+            raise ValueError(
+                f"{names[0]}={shown(given[names[0]])} and {name}={shown(given[name])} contradict each other"
+            )
+    return whole(given, known.experts_key if known.experts_key in names or not names else names[0])
+
+
+def _rope(raw: Raw, known: Family) -> tuple[Any, RopeScaling]:
+    """The base and the scaling, from the older ``rope_scaling`` with ``rope_theta``, or ``rope_parameters``."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(key, {}), dict):
+            raise ValueError(f"{key}={shown(raw[key])}: expected an object")
+    rope: Raw = raw.get("rope_scaling") or raw.get("rope_parameters", known.rope)
+    rope = {key: value for key, value in rope.items() if value is not None}
+    theta = rope.get("rope_theta", raw["rope_theta"])
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise ValueError(f"rope_type {kind!r} is not supported; known: {', '.join(ROPE_TYPES)}")
+    if kind not in known.rope_types:
+        raise ValueError(f"rope_type {shown(kind)} is not supported; known: {', '.join(known.rope_types)}")
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("partial_rotary_factor is not supported")
+    if own := [key for key in (FULL, SLIDING) if key in rope]:
+        raise ValueError(f"rotary parameters of their own for {own[0]} are not supported")
     if kind == "default":
         return theta, RopeScaling()
-    fields = {f.name for f in dataclasses.fields(RopeScaling)}
-    values = {k: v for k, v in rope.items() if k in fields and v is not None} | {"rope_type": kind}
-    original = raw.get("original_max_position_embeddings") or values.get("original_max_position_embeddings")
-    if original:
+    needed, others = _ROPE_KEYS[kind]
+    if absent := [key for key in needed if key not in rope]:
+        raise ValueError(f"rope_type {kind!r}: missing key {', '.join(absent)}")
+    values = {key: rope[key] for key in (*needed, *others, "mscale_all_dim") if key in rope}
+    if "attention_factor" in values:
+        number(values, "attention_factor")  # 0 would mean that there is none
+    inner, outer = (d.get("original_max_position_embeddings") for d in (rope, raw))
+    if None not in (inner, outer) and inner != outer:
+        raise ValueError(f"original_max_position_embeddings={shown(outer)} and {shown(inner)} contradict each other")
+    original = inner if outer is None else outer
+    if original is not None:
         values["original_max_position_embeddings"] = original
+        whole(values, "original_max_position_embeddings")
     if kind == "longrope":
-        values["short_factor"] = tuple(rope.get("short_factor") or ())
+        if not isinstance(values["short_factor"], list):
+            raise ValueError(f"short_factor={shown(values['short_factor'])}: expected a list of numbers")
+        values["short_factor"] = tuple(values["short_factor"])
         if "factor" not in values and original:
-            values["factor"] = raw.get("max_position_embeddings", original) / original
-        if short := rope.get("short_mscale"):
-            values["attention_factor"] = short
-    return theta, RopeScaling(**values)
+            values["factor"] = whole(raw, "max_position_embeddings") / original
+        if known.short_mscale:
+            values["attention_factor"] = number(rope, "short_mscale")
+    return theta, RopeScaling(rope_type=kind, **values)

@@ -1,0 +1,87 @@
+"""A key that a config.json leaves out, or sets to null, means what it means in transformers, family by family."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from dynamo_jax.models.families.table import FAMILIES, config_from
+
+transformers = pytest.importorskip("transformers")
+
+# Keys that training, generation or the library's own outputs read, and no forward pass without gradients.
+UNREAD = {
+    *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout", "output_router_logits"),
+    *("router_aux_loss_coef", "input_jitter_noise", "pretraining_tp", "num_mtp_layers"),
+}
+# What the classes leave open, and what makes them read a key that they else do not.
+VARIANTS = {
+    "deepseek_v2": [{"num_experts_per_tok": 6}],
+    "qwen2_moe": [{}, {"use_sliding_window": True}],
+    "qwen3_moe": [{}, {"use_sliding_window": True, "decoder_sparse_step": 2}],
+    "mixtral": [{}, {"sliding_window": 7}],
+    "olmoe": [{}, {"tie_word_embeddings": True}],
+}
+
+
+def theirs(family, **values):
+    """The configuration class's own dictionary, as transformers writes it."""
+    return transformers.AutoConfig.for_model(family, **values).to_dict()
+
+
+def fields_of(family):
+    cls = type(transformers.AutoConfig.for_model(family))
+    base = {f.name for f in dataclasses.fields(transformers.PreTrainedConfig)}
+    return [f for f in dataclasses.fields(cls) if f.name not in base | UNREAD or f.name == "tie_word_embeddings"]
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def test_a_missing_key_is_the_classs_default_or_an_error_that_names_it(family):
+    checked = 0
+    for variant in VARIANTS.get(family, [{}]):
+        whole = theirs(family, **variant)
+        want = config_from(whole)
+        for field in fields_of(family):
+            if field.name in variant:
+                continue
+            raw = {key: value for key, value in whole.items() if key != field.name}
+            try:
+                assert config_from(raw) == want, field.name
+            except ValueError as error:
+                assert str(error) == f"missing key {field.name}", field.name
+            checked += 1
+    assert checked > 15
+
+
+SIZES = {
+    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_experts_per_tok", "max_position_embeddings"),
+    *("num_experts", "num_local_experts", "n_routed_experts"),
+}
+
+
+def test_only_sizes_have_no_default(family):
+    whole = theirs(family, **VARIANTS.get(family, [{}])[0])
+    without = set()
+    for field in fields_of(family):
+        try:
+            config_from({key: value for key, value in whole.items() if key != field.name})
+        except ValueError:
+            without.add(field.name)
+    assert without <= SIZES
+
+
+def test_null_is_what_the_class_makes_of_none_or_an_error(family):
+    for variant in VARIANTS.get(family, [{}]):
+        whole = theirs(family, **variant)
+        for field in fields_of(family):
+            try:
+                want = config_from(theirs(family, **(variant | {field.name: None})))
+            except Exception:  # None is no value of this key, there or here
+                continue
+            assert config_from(whole | {field.name: None}) == want, field.name
