@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from dynamo_jax.files import check_readable
+from dynamo_jax.files import check_readable, shortened
 from dynamo_jax.kernels.layout import PLANE_BITS, PROJECTIONS, WIDTHS, filled
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.huggingface import layer_shapes
@@ -49,7 +49,7 @@ def check_arrays(path: Path, bundle: Bundle, expected: dict[str, Expected]) -> N
         if name not in bundle:
             raise ValueError(f"{path}: {name} is missing")
         if name not in expected:
-            raise ValueError(f"{path}: {name} is not expected in it")
+            raise ValueError(f"{path}: {shortened(name)} is not expected in it")
         array, (shape, kind) = bundle[name], expected[name]
         if array.shape != shape:
             raise ValueError(f"{path}: {name} is {array.shape}, expected {shape}")

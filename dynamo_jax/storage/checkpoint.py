@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynamo_jax.files import read_json, write_bytes, write_text
+from dynamo_jax.files import check_readable, read_json, shortened, shown, write_bytes, write_text
 from dynamo_jax.kernels.layout import WIDTHS, num_blocks
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.formats.tensor_files import write_tensors
@@ -117,6 +117,8 @@ def publish(
     for name, content in files.items():
         (folder / SOURCE / name).parent.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / SOURCE / name, content)
+    sums = work.sums([Path(TOP).stem, *map(layer_name, range(config.num_hidden_layers))])
+    sums |= {name: digest_of(folder / name) for name in (PLAN, *(f"{SOURCE}/{name}" for name in files))}
     meta = {
         "name": NAME,
         "format": FORMAT,
@@ -130,11 +132,10 @@ def publish(
         "tokens": known.tokens,
         "calibrated": {name: list(v) for name, v in known.calibrated.items()},
         "odd": {name: list(v) for name, v in known.odd.items()},
+        "sizes": {name: (folder / name).stat().st_size for name in sorted(sums)},
     }
     write_text(folder / META, json.dumps(meta, indent=2) + "\n")
-    sums = work.sums([Path(TOP).stem, *map(layer_name, range(config.num_hidden_layers))])
-    others = [PLAN, META, *(f"{SOURCE}/{name}" for name in files)]
-    making.publish(sums | {name: digest_of(folder / name) for name in others})
+    making.publish(sums | {META: digest_of(folder / META)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +159,7 @@ class Meta:
     tokens: int
     calibrated: dict[str, tuple[str, int]]
     odd: dict[str, tuple[int, ...]]
+    sizes: dict[str, int]
 
     def __post_init__(self) -> None:
         for name in ("window", "tokens", "channel_block", "group_size"):
@@ -192,23 +194,24 @@ def read_description(folder: Path) -> Description:
         raise ValueError(f"{folder}: not a {NAME} (no {META})")
     raw = read_json(located(folder, META))
     if raw.get("name") != NAME or raw.get("format") != FORMAT:
-        found = f"format {raw.get('format')!r} of {raw.get('name')!r}"
+        found = f"format {shown(raw.get('format'))} of {shown(raw.get('name'))}"
         raise ValueError(f"{folder / META}: {found}; this version reads format {FORMAT} of {NAME!r}")
     result = Result(folder)
     result.path(META)
-    path = result.path(PLAN)
-    arrays = read_bundle(path)
     try:
         config = from_dict(ModelConfig, raw.pop("config", {}), "config")
         meta = from_dict(Meta, _tuples(raw), META)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / META}: damaged: {error}") from error
+        raise ValueError(f"{folder / META}: damaged: {shortened(str(error), 500)}") from error
     known = {META, PLAN, TOP, *(f"{layer_name(layer)}.safetensors" for layer in range(config.num_hidden_layers))}
     own = {name for name in result.sums if not name.startswith(f"{SOURCE}/")}
     if wrong := sorted(own ^ known):
         raise ValueError(
             f"{folder / SUMS}: damaged: {wrong[0]} is {'no' if wrong[0] in own else 'a'} file of this model"
         )
+    _check_sizes(result, meta)
+    path = result.path(PLAN)
+    arrays = read_bundle(path)
     units = num_blocks(config.intermediate_size, meta.channel_block) * (2 if meta.per_projection else 1)
     widths = Expected((config.num_moe_layers, config.num_experts, units), "int8")
     check_arrays(path, {name: a for name, a in arrays.items() if name == "widths"}, {"widths": widths})
@@ -228,6 +231,17 @@ def read_description(folder: Path) -> Description:
         if not np.array_equal(table, arrays[f"page_table{level}"]):
             raise ValueError(f"{path}: the page table of level {level} does not fit the widths")
     return Description(result, meta, config, plan, arrays)
+
+
+def _check_sizes(result: Result, meta: Meta) -> None:
+    """ValueError for a file that is missing or of another size: long before its digest would tell."""
+    if wrong := sorted((result.sums.keys() - {META}) ^ meta.sizes.keys()):
+        raise ValueError(f"{result.folder / META}: does not fit {SUMS}: {shortened(wrong[0])} is in one of them alone")
+    for name, size in meta.sizes.items():
+        path = located(result.folder, name)
+        check_readable(path)
+        if (found := path.stat().st_size) != size:
+            raise ValueError(f"{path}: damaged: {found:,} bytes, expected {size:,}")
 
 
 def _tuples(raw: dict[str, Any]) -> dict[str, Any]:

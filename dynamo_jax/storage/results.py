@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dynamo_jax.files import check_readable, read_json, shown, sync, write_text
+from dynamo_jax.files import check_readable, read_json, read_whole, shown, sync, write_text
 
 SUMS, UNFINISHED, JOB, LOCK = "SHA256SUMS", "unfinished", "job.json", "lock"
 NOT_OURS = (UNFINISHED, "lost+found")  # in a folder that counts as empty; the second is a new disk's
@@ -45,8 +45,7 @@ def sums_text(sums: Sums) -> str:
 
 def read_sums(path: Path) -> Sums:
     """ValueError, which names the file: it is missing, or not one that ``sums_text`` wrote."""
-    check_readable(path)
-    text = path.read_bytes().decode("utf-8", errors="replace")
+    text = read_whole(path)
     sums: Sums = {}
     for line in text.splitlines(keepends=True):
         found = LINE.fullmatch(line)

@@ -8,12 +8,12 @@ import shutil
 
 import numpy as np
 import pytest
-from quantized_runs import EVAL
+from quantized_runs import EVAL, signed
 
 from dynamo_jax.evaluation.switched import evaluate_quantized
 from dynamo_jax.models.formats.tensor_files import write_tensors
 from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
-from dynamo_jax.storage import checkpoint, facts, results
+from dynamo_jax.storage import checkpoint, facts
 from dynamo_jax.storage.bundles import read_bundle
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -67,12 +67,6 @@ def saved(quantized, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "model"
     checkpoint.save(folder, quantized)
     return folder
-
-
-def signed(folder, *names):
-    """Digests for files that were made anew, so that only what is in them can be wrong."""
-    sums = results.read_sums(folder / "SHA256SUMS") | {name: results.digest_of(folder / name) for name in names}
-    (folder / "SHA256SUMS").write_text(results.sums_text(sums))
 
 
 def test_damage_is_an_error_that_names_the_file(saved, tmp_path):
@@ -156,6 +150,7 @@ def test_arrays_that_do_not_fit_the_description_are_named(saved, tmp_path, case)
         *({"tokens": t} for t in (0, 1.5, None)),
         *({"odd": o} for o in (None, {"x": []})),
         *({"config": c} for c in (None, [], {})),
+        *({"sizes": z} for z in (None, {}, {"top.safetensors": 5})),
         {"per_projection": 1},
         {"more": 1},
     ],
