@@ -18,7 +18,7 @@ from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.commands import app as cli
 from dynamo_jax.commands.console import fact_words
 from dynamo_jax.models.bundled import BUNDLED
-from dynamo_jax.storage import checkpoint
+from dynamo_jax.storage import facts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -94,8 +94,8 @@ def test_eval_says_how_far_a_quantized_model_is_from_its_original(run, folder, s
 def test_quantize_asks_for_what_its_settings_would(monkeypatch, files, shallow_folder, tmp_path):
     """Options that are not given, and the expected share of unseen text where it is."""
     asked = []
-    monkeypatch.setattr(pipeline, "quantize_folder", lambda *given: asked.append(given[3]))
-    monkeypatch.setattr(checkpoint, "describe", lambda _: {})
+    monkeypatch.setattr(pipeline, "quantize_folder", lambda *given, **_: asked.append(given[3]))
+    monkeypatch.setattr(facts, "summary", lambda _: {})
     known = ("--known", f"code={files / 'code.txt'}", "--out", str(tmp_path / "out"))
     for more in ((), ("--novelty-weight", "0.25")):
         cli.app(["quantize", "--model", str(shallow_folder), *known, *more], standalone_mode=False)
@@ -203,7 +203,7 @@ def bad_inputs(files, folder, tmp_path):
         "a tokenizer that panics": ((*given, "--model", tmp_path / "panic"), "tokenizer.json: not a tokenizer"),
         "a pointer": (
             (*generate, "--model", tmp_path / "pointer"),
-            "tokenizer.json: not a tokenizer: a pointer of git",
+            "tokenizer.json: a git-lfs pointer in place of the file",
         ),
         "an id past the vocabulary": (
             ("eval", "--model", tmp_path / "foreign", "--known", f"a={code}", "--window", "64"),
@@ -269,7 +269,7 @@ def bad_inputs(files, folder, tmp_path):
         "top p": (("generate", "--prompt", "a", "--top-p", "1.5"), "top_p 1.5 cannot be"),
         "prompt too long": (("generate", "--prompt", "a b " * 300), "the model has 256 positions"),
         "export of a float": (("export", "--model", truncated, *out), "not a dynamo_jax quantized model"),
-        "export to a full folder": (("export", "--model", folder, "--out", taken), "is not an empty folder"),
+        "export to a full folder": (("export", "--model", folder, "--out", taken), "holds something else (thesis.txt)"),
         "inspect of a truncated": (("inspect", "--model", truncated), "model.safetensors: damaged"),
         "quantized twice": (("quantize", "--model", folder, "--known", f"a={code}", *out), "is quantized already"),
     }

@@ -25,10 +25,10 @@ from dynamo_jax.models.formats.expert_files import expert_shapes
 from dynamo_jax.models.huggingface import (
     load_config,
     load_decoder,
-    load_tokenizer,
     parameter_shapes,
     save_checkpoint,
 )
+from dynamo_jax.models.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
