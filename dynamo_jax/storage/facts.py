@@ -57,11 +57,11 @@ def _not_read(meta: Meta) -> str:
 
 
 def _size(number: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
+    for unit in ("bytes", "KiB", "MiB"):
         if number < 1000:
-            return f"{number:.3g} {unit}" if unit != "bytes" else f"{number:,.0f} bytes"
-        number /= 1000
-    return f"{number:,.2f} GB"
+            return f"{number:,.3g} {unit}"
+        number /= 1024
+    return f"{number:,.2f} GiB"
 
 
 def _odd(meta: Meta) -> str:

@@ -63,6 +63,34 @@ def folder(files, shallow_folder, tmp_path_factory):
     return out
 
 
+def test_quantize_says_what_a_person_needs_and_on_its_own_result_that_it_is_done(run, folder, shallow_folder, files):
+    """``folder`` was made by the same command, in another process or this one."""
+    known = ("--known", f"code={files / 'code.txt'}", "--known", f"sums={files / 'sums.txt'}")
+    command = ("quantize", "--model", shallow_folder, *known, *FAST, "--quantizer", "rtn", "--out", folder)
+    code, printed, said = run(*command, "--bits", "3.0")
+    assert code == 0 and f"{folder}: done already, by the same command" in said
+    facts = dict(line.split(None, 1) for line in printed.splitlines() if not line.startswith("next:"))
+    assert "before;" in facts["size"] and "3.00 bits a weight" in facts["size"] and "on disk" in facts["host"]
+    assert 0 < float(facts["loss"].split()[0]) < 1 and "--windows" in facts["experts"]
+    assert f"dynamo-jax generate --model {folder}" in printed
+    code, _, said = run(*command, "--bits", "4.0")
+    assert code == 2 and "holds a finished result (bits 3.0 there, 4.0 here); --overwrite replaces it" in said
+
+
+def test_inspect_reads_every_file_when_asked(run, folder, shallow_folder, tmp_path):
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    (line,) = [one for one in run("inspect", "--model", folder, "--check")[1].splitlines() if "checked" in one]
+    assert f"{size:,} bytes" in line and line.endswith("are what was written")
+    shutil.copytree(folder, tmp_path / "damaged")
+    content = bytearray((folder / "layer-001.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "damaged" / "layer-001.safetensors").write_bytes(content)
+    assert run("inspect", "--model", tmp_path / "damaged")[0] == 0  # which reads the description alone
+    code, _, said = run("inspect", "--model", tmp_path / "damaged", "--check")
+    assert code == 2 and "layer-001.safetensors: damaged: its SHA-256" in said
+    assert "has no digests" in run("inspect", "--model", shallow_folder, "--check")[2]
+
+
 def test_eval_writes_the_rows_that_the_readme_promises(run, folder, files, tmp_path):
     out = tmp_path / "out.json"
     code, printed, _ = run(
