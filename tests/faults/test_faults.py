@@ -204,14 +204,11 @@ def test_folders_that_vanish_meanwhile(runs, tmp_path, what):
         shutil.copytree(runs.model, model)
     finished = runs(*command)
     assert finished.returncode == 0, finished.stderr
-    files = digests(out)
-    assert files.keys() == runs.whole[3.5].keys()
-    same = {name for name, digest in files.items() if digest == runs.whole[3.5][name]}
-    assert files.keys() - same == {"SHA256SUMS", "dynamo_jax.json"}  # which know the model's files by their times
+    assert digests(out) == runs.whole[3.5]
 
 
 @needs_disks
-@pytest.mark.parametrize("size", [16, 32, 48, 64, 96, 128, 192, 256, 384, 512])
+@pytest.mark.parametrize("size", [16, 32, 48, 64, 96, 128, 160, 192, 224, 256])
 def test_a_full_disk(runs, tmp_path, size):
     """kB of a disk on which OUT lies; it grows, and the same command ends the job."""
     quantize = shlex.join(runs.command(*runs.quantize(tmp_path / "disk" / "out")))
