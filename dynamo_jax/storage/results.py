@@ -58,7 +58,21 @@ def read_sums(path: Path) -> Sums:
 def located(folder: Path, name: str) -> Path:
     """Where the file ``name`` of the result in ``folder`` is: a run that was killed may have left it to be moved."""
     waiting = folder / UNFINISHED
-    return waiting / name if (waiting / SUMS).is_file() and (waiting / name).is_file() else folder / name
+    return waiting / name if _waits(folder) and (waiting / name).is_file() else folder / name
+
+
+def _waits(out: Path) -> bool:
+    """Whether a result is whole in ``unfinished``, and is to be moved."""
+    return all((out / UNFINISHED / name).is_file() for name in (SUMS, JOB))
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a run made ``unfinished``: it writes its job before anything else, and removes it after all else."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return (folder / JOB).is_file() or all(
+        path.name == LOCK or path.name.startswith(f".{JOB}.partial-") for path in folder.iterdir()
+    )
 
 
 class Result:
@@ -92,11 +106,16 @@ def is_done(out: Path, marker: str, job: Job) -> bool:
     if _job_of(located(out, marker), "job") != _as_json(job):
         return False
     folder = out / UNFINISHED
-    if folder.is_dir() and ((folder / SUMS).is_file() or _job_of(folder / JOB) == _as_json(job)):
-        with _locked(folder):
-            _move(out)
-            shutil.rmtree(folder)
+    if _is_ours(folder) and (_waits(out) or _job_of(folder / JOB) in (None, _as_json(job))):
+        _finish(out)
     return True
+
+
+def _finish(out: Path) -> None:
+    """Do what a run that was killed while it moved its files did not."""
+    with _locked(out / UNFINISHED):
+        _move(out)
+        _remove(out / UNFINISHED)
 
 
 def check_free(out: Path, marker: str, job: Job, overwrite: bool, compare: bool = True) -> Sums:
@@ -105,6 +124,8 @@ def check_free(out: Path, marker: str, job: Job, overwrite: bool, compare: bool 
     anything else."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: exists and is not a folder")
+    if os.path.lexists(out / UNFINISHED) and not _is_ours(out / UNFINISHED):
+        raise ValueError(f"{out / UNFINISHED}: exists, and no run made it; move it away, or choose another --out")
     entries = sorted(p.name for p in out.iterdir() if p.name not in NOT_OURS) if out.exists() else []
     if not entries:
         return {}
@@ -139,14 +160,15 @@ class Making:
     def __init__(self, out: Path, marker: str, job: Job, *, overwrite: bool = False, resumes: bool = True):
         self.out, self.folder = out, out / UNFINISHED
         self._marker, self._job, self._overwrite, self._resumes = marker, job, overwrite, resumes
-        self._made = not out.exists()
+        self._made, self._begun = not out.exists(), False
 
     def __enter__(self) -> Making:
+        if _waits(self.out):
+            _finish(self.out)
         check_free(self.out, self._marker, self._job, self._overwrite, compare=False)  # before anything is made there
         with contextlib.ExitStack() as stack:
             stack.enter_context(_locked(self.folder))
             stack.callback(self._tidy)
-            _move(self.out)
             check_free(self.out, self._marker, self._job, self._overwrite)
             self._begin()
             self._stack = stack.pop_all()
@@ -165,19 +187,18 @@ class Making:
                     "it, give it up with --overwrite, or choose another --out"
                 )
         if before != job or not self._resumes:
-            self._clear()
+            _clear(self.folder)
             write_text(path, json.dumps(job, indent=2) + "\n")
-
-    def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            if path.name != LOCK:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        self._begun = True
 
     def _tidy(self) -> None:
-        """A job that failed before it had finished anything, or that does not resume, leaves nothing."""
-        if self.folder.is_dir() and not (self.folder / SUMS).is_file():
-            if not (self._resumes and any(self.folder.glob("*.safetensors"))):
-                shutil.rmtree(self.folder, ignore_errors=True)
+        """A job that failed before it had finished anything, or that does not resume, leaves nothing. What another one
+        has finished, which this one was refused for, stays."""
+        if self.folder.is_dir() and not _waits(self.out):
+            keeps = self._resumes or not self._begun
+            if not (keeps and any(self.folder.glob("*.safetensors"))):
+                with contextlib.suppress(OSError):
+                    _remove(self.folder)
         if self._made:
             with contextlib.suppress(OSError):
                 self.out.rmdir()
@@ -195,7 +216,23 @@ class Making:
             raise ValueError(f"{error}{waits}") from error
         write_text(self.folder / SUMS, sums_text(files))
         _move(self.out)
-        shutil.rmtree(self.folder)
+        _remove(self.folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove all of ``unfinished`` but what says that it is a run's."""
+    for path in folder.iterdir():
+        if path.name not in (JOB, LOCK):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _remove(folder: Path) -> None:
+    """Remove ``unfinished``, its job after all else: what a killed process leaves of it is a run's all the same."""
+    _clear(folder)
+    for name in (JOB, LOCK):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a run that waited for the lock has made it anew
+        folder.rmdir()
 
 
 def _places(out: Path, name: str) -> list[Path]:
@@ -209,7 +246,7 @@ def _places(out: Path, name: str) -> list[Path]:
 def _move(out: Path) -> None:
     """Move the files of a result that is whole in ``unfinished`` to their places, in any number of tries."""
     waiting = out / UNFINISHED
-    if not (waiting / SUMS).is_file():
+    if not _waits(out):
         return
     new = read_sums(waiting / SUMS)
     old = read_sums(out / SUMS) if (out / SUMS).is_file() else {}
@@ -233,7 +270,10 @@ def _locked(folder: Path) -> Iterator[None]:
     handle = -1
     while handle < 0:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            handle = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+        except FileNotFoundError:  # another run has just ended, and its folder with it
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mine = os.path.samestat(os.fstat(handle), os.stat(folder / LOCK))

@@ -181,6 +181,51 @@ def test_an_unfinished_job_goes_on_and_another_one_needs_to_say_so(tmp_path):
         assert not (making.folder / "layer.safetensors").exists()
 
 
+@pytest.mark.parametrize("kind", ["folder", "link", "file"])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_an_unfinished_that_no_run_made_is_left_alone(tmp_path, kind, earlier):
+    """A user's drafts may lie in a folder of that name."""
+    out, drafts = tmp_path / "out", tmp_path / "drafts"
+    make(out, OLD) if earlier else out.mkdir()
+    drafts.mkdir()
+    (drafts / "chapter").write_text("mine")
+    if kind == "folder":
+        drafts.rename(out / "unfinished")
+    elif kind == "link":
+        (out / "unfinished").symlink_to(drafts)
+    else:
+        (out / "unfinished").write_text("mine")
+    before = names(tmp_path)
+    for resumes in (True, False):
+        with pytest.raises(ValueError, match=f"{out / 'unfinished'}: exists, and no run made it"):
+            make(out, NEW, OTHER, overwrite=True, resumes=resumes)
+    assert is_done(out, MARKER, JOB) == earlier and names(tmp_path) == before
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_job_that_is_refused_for_an_unfinished_one_leaves_it(tmp_path, resumes):
+    with pytest.raises(RuntimeError), Making(tmp_path, MARKER, JOB) as making:
+        (making.folder / "layer.safetensors").write_text("hours of work")
+        raise RuntimeError
+    for _ in range(2):
+        with pytest.raises(ValueError, match="an unfinished run lies here"):
+            make(tmp_path, NEW, {"command": "export"}, resumes=resumes)
+    assert (tmp_path / "unfinished" / "layer.safetensors").read_text() == "hours of work"
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize("at", [5, 6, 7])
+def test_the_next_job_moves_what_a_killed_one_left_though_it_is_refused_itself(tmp_path, monkeypatch, at, resumes):
+    with monkeypatch.context() as patch:
+        kills(patch, at)
+        with pytest.raises(Killed):
+            make(tmp_path, NEW, resumes=resumes)
+    assert (tmp_path / "unfinished").exists() and read(tmp_path) == NEW
+    with pytest.raises(ValueError, match="holds a finished result"):
+        make(tmp_path, OLD, OTHER, resumes=resumes)
+    assert read(tmp_path) == NEW and not (tmp_path / "unfinished").exists()
+
+
 def test_a_job_that_fails_before_anything_is_finished_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), Making(tmp_path / "out", MARKER, JOB):
         raise RuntimeError
