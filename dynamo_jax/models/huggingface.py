@@ -351,7 +351,8 @@ def write_shards(folder: Path, shards: Iterator[dict[str, np.ndarray]], count: i
 def side_files(folder: Path) -> dict[str, bytes]:
     """Configuration, tokenizer, chat templates, generation settings and licence, as far as the folder has them.
 
-    ValueError: one is too large for what it is, or a link that leads away from where config.json is kept.
+    ValueError: one is too large for what it is, a link that leads away from where config.json is kept, or of a name
+    that lists of files cannot hold.
     """
     files = {}
     homes = {folder.resolve(), (folder / "config.json").resolve().parent}
@@ -359,6 +360,10 @@ def side_files(folder: Path) -> dict[str, bytes]:
     for path in found:
         if not path.is_file():
             continue
+        if not path.name.isprintable() or "\\" in path.name:
+            raise ValueError(
+                f"{folder}: holds {shown(path.name)}, a name with a backslash or signs that cannot be printed"
+            )
         if not homes & set(path.resolve().parents):
             raise ValueError(f"{path}: a link that leads away from the model's folder, to {path.resolve()}")
         if path.stat().st_size > SIDE_BYTES:

@@ -28,7 +28,9 @@ from dynamo_jax.files import check_readable, read_json, read_whole, shown, sync,
 
 SUMS, UNFINISHED, JOB, LOCK = "SHA256SUMS", "unfinished", "job.json", "lock"
 NOT_OURS = (UNFINISHED, "lost+found")  # in a folder that counts as empty; the second is a new disk's
-LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9_.-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.-]*)*)\n", re.ASCII)
+PART = r"(?!\.\.?(?:/|$))[^/\\\x00-\x1f\x7f\ud800-\udfff]+"  # of a name; ``sha256sum`` writes others in another way
+NAME = re.compile(f"{PART}(?:/{PART})*")
+LINE = re.compile(f"([0-9a-f]{{64}})  ({NAME.pattern})\n")
 
 Sums = dict[str, str]  # SHA-256 of each file by its name in the folder
 Job = dict[str, Any]  # what tells a job from another one, as JSON has it; "command": what makes such results
@@ -47,7 +49,7 @@ def read_sums(path: Path) -> Sums:
     """ValueError, which names the file: it is missing, or not one that ``sums_text`` wrote."""
     text = read_whole(path)
     sums: Sums = {}
-    for line in text.splitlines(keepends=True):
+    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
         found = LINE.fullmatch(line)
         if not found or found[2] in sums:
             raise ValueError(f"{path}: damaged: a line is {shown(line, 100)}")
@@ -206,6 +208,8 @@ class Making:
     def publish(self, files: Sums) -> None:
         """Make ``files``, which lie in ``folder``, the result. ValueError: OUT holds something else by now;
         where the job resumes, the finished files wait until that is moved away."""
+        if wrong := sorted(name for name in files if not NAME.fullmatch(name)):
+            raise ValueError(f"{self.folder}: {shown(wrong[0])} is no name that {SUMS} can hold")
         try:
             earlier = check_free(self.out, self._marker, self._job, self._overwrite)
             taken = sorted({p for name in files if name not in earlier for p in _places(self.out, name)})

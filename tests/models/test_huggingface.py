@@ -27,6 +27,7 @@ from dynamo_jax.models.huggingface import (
     load_decoder,
     parameter_shapes,
     save_checkpoint,
+    side_files,
 )
 from dynamo_jax.models.tokenizer import load_tokenizer
 
@@ -252,3 +253,15 @@ def test_the_bundled_model_is_what_its_card_promises():
     assert config.vocab_size == load_tokenizer(BUNDLED).get_vocab_size()
     card = (BUNDLED / "README.md").read_text()
     assert "bits per byte" in card and "xz" in card
+
+
+@pytest.mark.parametrize(("name", "taken"), [("tool use", True), ("Größe", True), ("a\nb", False), ("a\\b", False)])
+def test_templates_have_names_that_a_result_can_hold(tmp_path, name, taken):
+    path = tmp_path / "additional_chat_templates" / f"{name}.jinja"
+    path.parent.mkdir()
+    path.write_text("{{ messages }}")
+    if taken:
+        assert list(side_files(tmp_path)) == [f"additional_chat_templates/{name}.jinja"]
+    else:
+        with pytest.raises(ValueError, match="a name with a backslash or signs that cannot be printed"):
+            side_files(tmp_path)

@@ -52,6 +52,21 @@ def test_a_result_is_its_files_and_their_digests(tmp_path):
         subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=tmp_path / "deep" / "out", check=True)
 
 
+@pytest.mark.parametrize("name", ["deep/tool use.jinja", "Größe", ".hidden", "-a", "a\u2028b", "..a/b..", "a+b [1]"])
+def test_names_that_people_give_are_read_back(tmp_path, name):
+    make(tmp_path, {name: "1"})
+    assert read(tmp_path) == {name: "1"} and is_done(tmp_path, MARKER, JOB)
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\\b", "a\udc80"])
+def test_a_name_that_the_list_cannot_hold_is_refused_before_anything_is_moved(tmp_path, name):
+    with pytest.raises(ValueError, match="is no name that SHA256SUMS can hold"):
+        make(tmp_path, {name: "1"})
+    assert not (tmp_path / "unfinished").exists()
+
+
 def test_files_that_are_not_ours_keep_their_folder(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     for overwrite in (False, True):
