@@ -103,9 +103,13 @@ class Result:
 
 
 def is_done(out: Path, marker: str, job: Job) -> bool:
-    """Whether ``out`` holds the finished result of just this job. marker: the result's JSON file, which holds its job
-    under the key "job". What a killed run left to be moved is moved."""
+    """Whether ``out`` holds the finished result of just this job, none of its files gone. marker: the result's JSON
+    file, which holds its job under the key "job". What a killed run left to be moved is moved."""
     if _job_of(located(out, marker), "job") != _as_json(job):
+        return False
+    try:
+        Result(out).size()
+    except ValueError:
         return False
     folder = out / UNFINISHED
     if _is_ours(folder) and (_waits(out) or _job_of(folder / JOB) in (None, _as_json(job))):
@@ -144,7 +148,7 @@ def check_free(out: Path, marker: str, job: Job, overwrite: bool, compare: bool 
         )
     for name, digest in earlier.items():
         path = located(out, name)
-        if compare and path.is_file() and digest_of(path) != digest:
+        if _in_the_way(out, name) or (compare and path.is_file() and digest_of(path) != digest):
             raise ValueError(
                 f"{path}: not as it was written, so it is not replaced; move it away or delete it yourself"
             )
@@ -239,12 +243,17 @@ def _remove(folder: Path) -> None:
         folder.rmdir()
 
 
+def _in_the_way(out: Path, name: str) -> list[Path]:
+    """What is neither a file in the place of the file ``name`` nor a folder on the way to it: a rename would fail, or
+    lead out of OUT."""
+    folders = [out / parent for parent in Path(name).parents if parent != Path(".")]
+    found = [p for p in folders if p.is_symlink() or (p.exists() and not p.is_dir())]
+    return found + ([out / name] if os.path.lexists(out / name) and not (out / name).is_file() else [])
+
+
 def _places(out: Path, name: str) -> list[Path]:
     """What lies where the file ``name``, or a folder on the way to it, is to be."""
-    folders = [out / parent for parent in Path(name).parents if parent != Path(".")]
-    return [p for p in folders if p.is_symlink() or (p.exists() and not p.is_dir())] + (
-        [out / name] if os.path.lexists(out / name) else []
-    )
+    return _in_the_way(out, name) + ([out / name] if (out / name).is_file() else [])
 
 
 def _move(out: Path) -> None:

@@ -105,6 +105,34 @@ def test_a_file_of_a_result_that_somebody_changed_is_not_replaced(tmp_path):
     assert (tmp_path / "a").read_text() == "edited" and not (tmp_path / "unfinished").exists()
 
 
+@pytest.mark.parametrize("name", ["a", "SHA256SUMS"])
+def test_a_result_that_has_lost_a_file_is_not_done_already(tmp_path, name):
+    make(tmp_path, OLD)
+    (tmp_path / name).unlink()
+    assert not is_done(tmp_path, MARKER, JOB)
+    if name == "a":
+        with pytest.raises(ValueError, match=r"a finished result \(of the same job\); --overwrite replaces it"):
+            make(tmp_path, OLD)
+        make(tmp_path, OLD, overwrite=True)
+        assert read(tmp_path) == OLD and is_done(tmp_path, MARKER, JOB)
+
+
+@pytest.mark.parametrize("kind", ["folder in place of a file", "link in place of a folder", "link to nothing"])
+def test_what_lies_in_a_result_in_another_way_than_it_was_written_is_not_replaced(tmp_path, kind):
+    out = tmp_path / "out"
+    make(out, OLD)
+    if kind == "link in place of a folder":
+        (out / "only").rename(tmp_path / "elsewhere")
+        (out / "only").symlink_to(tmp_path / "elsewhere")
+    else:
+        (out / "a").unlink()
+        (out / "a").symlink_to(tmp_path / "nothing") if "link" in kind else (out / "a").mkdir()
+    before = names(tmp_path)
+    with pytest.raises(ValueError, match="not as it was written, so it is not replaced"):
+        make(out, NEW | OLD, OTHER, overwrite=True)
+    assert names(tmp_path) == before and not (out / "unfinished").exists()
+
+
 @pytest.mark.parametrize("name", ["thesis.txt", "a"])
 def test_a_file_that_appears_while_a_job_runs_is_left_and_the_result_waits(tmp_path, name):
     out = tmp_path / "out"
