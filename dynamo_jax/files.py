@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import math
 import os
@@ -22,6 +23,17 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the block that names no file, as those of full and of broken disks, names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
     """A temporary name in the folder of ``path``, to write; it becomes ``path`` when the block has ended and the disk
     has the bytes. Its mode is that of any new file, whatever a library gave it. A link's target is written, not the
@@ -30,18 +42,19 @@ def written(path: Path) -> Iterator[Path]:
     path = path.resolve()
     if path.exists() and not path.is_file():
         raise OSError(f"{path}: exists and is no regular file")
-    for left in path.parent.glob(f".{path.name}.partial-*"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
         if not _runs(left.name.rpartition("-")[2]):
             left.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        yield partial
-        partial.chmod(mode)
-        sync(partial)
-        partial.replace(path)
-        sync(path.parent)
+        with naming(path):
+            partial.touch()
+            mode = partial.stat().st_mode
+            yield partial
+            partial.chmod(mode)
+            sync(partial)
+            partial.replace(path)
+            sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

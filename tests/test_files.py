@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dynamo_jax.files import read_json, write_json, write_text
+from dynamo_jax.files import read_json, write_bytes, write_json, write_text
 from dynamo_jax.models.formats.tensor_files import write_tensors
 
 
@@ -56,6 +58,27 @@ def test_what_a_killed_process_left_of_a_file_goes_with_the_next_try(tmp_path):
     running.write_text("somebody else's")
     write_text(tmp_path / "a", "whole")
     assert {p.name for p in tmp_path.iterdir()} == {"a", running.name}
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    for write in (lambda: write_text(tmp_path / "a", "b" * 5000), lambda: write_bytes(tmp_path / "a", bytes(5000))):
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+        try:
+            with pytest.raises(OSError, match=f"'{tmp_path / 'a'}'"):
+                write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            signal.signal(signal.SIGXFSZ, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_looks_like_the_rest_of_another_file_stays(tmp_path):
+    other = tmp_path / ".a1.partial-999999999"
+    other.write_text("mine")
+    write_text(tmp_path / "a[1]", "whole")
+    assert other.exists()
 
 
 def test_bytes_are_on_the_disk_before_the_file_has_its_name(tmp_path, monkeypatch):

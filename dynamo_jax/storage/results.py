@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dynamo_jax.files import check_readable, read_json, read_whole, shown, sync, write_text
+from dynamo_jax.files import check_readable, naming, read_json, read_whole, shown, sync, write_text
 
 SUMS, UNFINISHED, JOB, LOCK = "SHA256SUMS", "unfinished", "job.json", "lock"
 NOT_OURS = (UNFINISHED, "lost+found")  # in a folder that counts as empty; the second is a new disk's
@@ -37,7 +37,7 @@ Job = dict[str, Any]  # what tells a job from another one, as JSON has it; "comm
 
 
 def digest_of(path: Path) -> str:
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

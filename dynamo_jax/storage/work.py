@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+from dynamo_jax.files import naming
 from dynamo_jax.models.formats.tensor_files import write_tensors
 from dynamo_jax.storage.bundles import Bundle, read_bundle
 from dynamo_jax.storage.results import JOB, LINE, LOCK, Sums, digest_of, sums_text
@@ -88,17 +89,19 @@ class FolderWork:
         write_tensors(path, bundle)
         self._digests[name] = digest_of(path)
         self._checked.add(name)
-        with self._journal.open("ab") as file:
+        with naming(self._journal), self._journal.open("ab") as file:
             file.write(sums_text({name: self._digests[name]}).encode())
             file.flush()
             os.fsync(file.fileno())
 
     def _check(self, name: str) -> Path:
         path = self._path(name)
-        if name not in self._checked and path.is_file() and digest_of(path) != self._digests.get(name):
-            raise ValueError(
-                f"{path}: damaged since it was finished (its SHA-256 is another); delete {self.folder} to begin anew"
-            )
+        if name not in self._checked:
+            if not self.has(name):
+                raise ValueError(f"{path}: gone since it was finished; delete {self.folder} to begin anew")
+            if digest_of(path) != self._digests[name]:
+                said = "damaged since it was finished (its SHA-256 is another)"
+                raise ValueError(f"{path}: {said}; delete {self.folder} to begin anew")
         self._checked.add(name)
         return path
 

@@ -242,6 +242,14 @@ def test_finished_bundles_are_what_was_written_or_an_error(tmp_path):
     for use in (lambda: work.get("two"), lambda: work.sums(["one", "two"])):
         with pytest.raises(ValueError, match=r"two.safetensors: damaged since it was finished"):
             use()
+    (tmp_path / "one.safetensors").unlink()
+    lines = (tmp_path / "digests").read_text().splitlines(keepends=True)
+    (tmp_path / "digests").write_text("".join(line for line in lines if "three" not in line))
+    work = FolderWork(tmp_path)
+    for name in ("one", "three"):
+        for use in (lambda: work.get(name), lambda: work.sums([name])):  # noqa: B023
+            with pytest.raises(ValueError, match=f"{name}.safetensors: gone since it was finished; delete {tmp_path}"):
+                use()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 32, 33, 48, 49, 1000, 12345])
