@@ -84,6 +84,20 @@ def compute(config: DemoConfig, texts: Path | None, progress: Progress = no_prog
     return DemoResult(rows, quantized, adaptations, analyses), model
 
 
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Before minutes of work: ValueError unless ``out`` is free. A demo writes its checkpoint first, so that a report
+    without one is somebody else's."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: exists and is not a folder")
+    found = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    own = {"checkpoint"} | ({"report.html", "results.json"} if checkpoint.is_checkpoint(out / "checkpoint") else set())
+    if other := found - own:
+        raise ValueError(f"{out}: exists and holds something else ({min(other)}); choose another --out")
+    if found and not overwrite:
+        raise ValueError(f"{out}: holds an earlier demo; --overwrite replaces it, or choose another --out")
+    checkpoint.check_free_to_save(out / "checkpoint", overwrite)
+
+
 def run(
     config: DemoConfig,
     texts: Path | None,
@@ -95,11 +109,7 @@ def run(
 ) -> DemoResult:
     """The demo with its files: ``out``/checkpoint, report.html and results.json. ValueError: ``out`` holds anything,
     but, with ``overwrite``, the files of an earlier demo."""
-    found = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    if other := found - {"checkpoint", "report.html", "results.json"}:
-        raise ValueError(f"{out}: exists and holds something else ({min(other)}); choose another --out")
-    if found and not overwrite:
-        raise ValueError(f"{out}: holds an earlier demo; --overwrite replaces it, or choose another --out")
+    _check_out(out, overwrite)
     clock = Clock(progress)
     result, model = compute(config, texts, clock)
     out.mkdir(parents=True, exist_ok=True)

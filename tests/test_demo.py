@@ -67,6 +67,24 @@ def test_an_earlier_demo_is_replaced_when_asked_and_other_files_are_not(small, t
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["results.json", "report.html", "checkpoint/thesis.txt", "changed", "file"])
+def test_what_a_demo_would_not_replace_is_named_before_anything_is_computed(small, tmp_path, monkeypatch, kind):
+    out = tmp_path / "out"
+    if kind == "changed":
+        demo.run(SMALL, None, out, COMMAND)
+        path = out / "checkpoint" / "source" / "tokenizer.json"
+        path.write_text(path.read_text() + " ")
+    else:
+        path = out if kind == "file" else out / kind
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    content = path.read_text()
+    monkeypatch.setattr(demo, "compute", lambda *_: pytest.fail("computed"))
+    with pytest.raises(ValueError, match=r"something else|not as it was written|not a folder"):
+        demo.run(SMALL, None, out, COMMAND, overwrite=True)
+    assert path.read_text() == content
+
+
 def test_the_clock_gives_each_stage_the_time_until_it_spoke(monkeypatch):
     times = iter([0.0, 1.0, 3.0, 3.5])
     monkeypatch.setattr(demo.time, "perf_counter", lambda: next(times))

@@ -44,13 +44,14 @@ from dynamo_jax.storage.bundles import (
     read_bundle,
     stacked_planes,
 )
-from dynamo_jax.storage.results import SUMS, Making, Result, digest_of, located
+from dynamo_jax.storage.results import SUMS, Making, Result, check_free, digest_of, located
 from dynamo_jax.storage.work import FolderWork
 
 FORMAT = 7
 NAME = "dynamo_jax quantized model"
 META, PLAN, TOP, SOURCE = "dynamo_jax.json", "plan.safetensors", "top.safetensors", "source"
 KNOWLEDGE = ("counts", "loss_per_error", "block_errors", "correction")
+SAVING = {"command": "save"}
 MONITOR = "monitor/"  # before the names of the signatures' arrays
 
 
@@ -64,8 +65,7 @@ def save(folder: str | Path, model: QuantizedModel, overwrite: bool = False) -> 
     What the folder holds: docs/checkpoints.md. It is larger than the plan's bytes, since all planes up to 8 bits are
     kept for switching. ValueError: ``folder`` holds something else. OSError: it cannot be written.
     """
-    job = {"command": "save"}
-    with Making(Path(folder).resolve(), META, job, overwrite=overwrite, resumes=False) as making:
+    with Making(Path(folder).resolve(), META, SAVING, overwrite=overwrite, resumes=False) as making:
         work = FolderWork(making.folder)
         arrays = {name: np.asarray(a) for name, a in model.parameters.items()}
         work.put(Path(TOP).stem, {name: a for name, a in arrays.items() if not name.startswith("layers.")})
@@ -73,6 +73,11 @@ def save(folder: str | Path, model: QuantizedModel, overwrite: bool = False) -> 
             work.put(layer_name(layer), _layer_bundle(model, arrays, layer))
         facts = Facts(model.window, model.spare, model.store.widths[-1])
         publish(making, work, model.config, model.plan, facts, model.knowledge, model.files)
+
+
+def check_free_to_save(folder: Path, overwrite: bool = False) -> None:
+    """ValueError, as of ``save``, if ``folder`` holds what that would not replace."""
+    check_free(folder, META, SAVING, overwrite)
 
 
 def _layer_bundle(model: QuantizedModel, arrays: Bundle, layer: int) -> Bundle:
@@ -344,8 +349,9 @@ def layer_bundle(result: Result, config: ModelConfig, plan: Plan, max_width: int
 def check(folder: Path) -> int:
     """Read every file of the quantized model in ``folder``; the bytes read. ValueError: one is missing or damaged."""
     result, meta, config, plan, _ = read_description(folder)
-    for name in result.sums:
-        result.path(name)
+    for name in result.sums:  # of the others, those who read them compare the digests
+        if name.startswith(f"{SOURCE}/"):
+            result.path(name)
     top_bundle(result, config)
     for layer in range(config.num_hidden_layers):
         layer_bundle(result, config, plan, meta.max_width, layer)
