@@ -69,12 +69,17 @@ def _waits(out: Path) -> bool:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a run made ``unfinished``: it writes its job before anything else, and removes it after all else."""
-    if folder.is_symlink() or not folder.is_dir():
+    """Whether a run made ``unfinished``, if it is there: a run writes its job before anything else, and removes it
+    after all else."""
+    if folder.is_symlink():
         return False
-    return (folder / JOB).is_file() or all(
-        path.name == LOCK or path.name.startswith(f".{JOB}.partial-") for path in folder.iterdir()
-    )
+    try:
+        found = os.listdir(folder)
+    except FileNotFoundError:  # a run may just have ended
+        return True
+    except NotADirectoryError:
+        return False
+    return JOB in found or all(name == LOCK or name.startswith(f".{JOB}.partial-") for name in found)
 
 
 class Result:
@@ -112,7 +117,7 @@ def is_done(out: Path, marker: str, job: Job) -> bool:
     except ValueError:
         return False
     folder = out / UNFINISHED
-    if _is_ours(folder) and (_waits(out) or _job_of(folder / JOB) in (None, _as_json(job))):
+    if folder.is_dir() and _is_ours(folder) and (_waits(out) or _job_of(folder / JOB) in (None, _as_json(job))):
         _finish(out)
     return True
 
@@ -130,7 +135,7 @@ def check_free(out: Path, marker: str, job: Job, overwrite: bool, compare: bool 
     anything else."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: exists and is not a folder")
-    if os.path.lexists(out / UNFINISHED) and not _is_ours(out / UNFINISHED):
+    if not _is_ours(out / UNFINISHED):
         raise ValueError(f"{out / UNFINISHED}: exists, and no run made it; move it away, or choose another --out")
     entries = sorted(p.name for p in out.iterdir() if p.name not in NOT_OURS) if out.exists() else []
     if not entries:
@@ -166,7 +171,7 @@ class Making:
     def __init__(self, out: Path, marker: str, job: Job, *, overwrite: bool = False, resumes: bool = True):
         self.out, self.folder = out, out / UNFINISHED
         self._marker, self._job, self._overwrite, self._resumes = marker, job, overwrite, resumes
-        self._made, self._begun = not out.exists(), False
+        self._made, self._begun, self._published = not out.exists(), False, False
 
     def __enter__(self) -> Making:
         if _waits(self.out):
@@ -200,7 +205,7 @@ class Making:
     def _tidy(self) -> None:
         """A job that failed before it had finished anything, or that does not resume, leaves nothing. What another one
         has finished, which this one was refused for, stays."""
-        if self.folder.is_dir() and not _waits(self.out):
+        if not self._published and self.folder.is_dir() and not _waits(self.out):
             keeps = self._resumes or not self._begun
             if not (keeps and any(self.folder.glob("*.safetensors"))):
                 with contextlib.suppress(OSError):
@@ -224,6 +229,7 @@ class Making:
             raise ValueError(f"{error}{waits}") from error
         write_text(self.folder / SUMS, sums_text(files))
         _move(self.out)
+        self._published = True  # and once the folder is removed, the next one of that name is another run's
         _remove(self.folder)
 
 
@@ -282,10 +288,12 @@ def _locked(folder: Path) -> Iterator[None]:
     """Nobody else works in ``folder``, which is made. ValueError: somebody does."""
     handle = -1
     while handle < 0:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
-        except FileNotFoundError:  # another run has just ended, and its folder with it
+        except (FileNotFoundError, FileExistsError):  # another run has just ended, and its folder with it
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -212,6 +212,17 @@ def test_two_runs_in_one_folder_are_told_apart(tmp_path):
             Making(tmp_path, MARKER, JOB).__enter__()
 
 
+def test_a_run_that_begins_as_another_one_ends_keeps_its_folder(tmp_path):
+    with Making(tmp_path, MARKER, JOB) as making:
+        (making.folder / MARKER).write_text(json.dumps({"job": JOB}))
+        making.publish({MARKER: digest_of(making.folder / MARKER)})
+        other = Making(tmp_path, MARKER, OTHER, overwrite=True)
+        other.__enter__()
+    assert (tmp_path / "unfinished" / "job.json").exists()
+    other.__exit__()
+    assert names(tmp_path) == ["SHA256SUMS", MARKER]
+
+
 def test_an_unfinished_job_goes_on_and_another_one_needs_to_say_so(tmp_path):
     with pytest.raises(RuntimeError), Making(tmp_path, MARKER, JOB) as making:
         (making.folder / "layer.safetensors").write_text("hours of work")
