@@ -154,6 +154,10 @@ class Source:
                 file = self.files.headers[name].file
                 raise ValueError(f"{file}: holds {shortened(name)}, which config.json does not ask for ({key})")
 
+    @functools.cached_property
+    def _one_dtype(self) -> bool:
+        return self.mxfp4 or len({self.files.headers[name].dtype for name in self.quantized_tensors()}) == 1
+
     @property
     def unread(self) -> list[str]:
         """Names of the tensors that the decoder has no use for, sorted."""
@@ -169,8 +173,12 @@ class Source:
         return expected
 
     def expert(self, layer: int, expert: int) -> Triple:
-        """Gate, up and down of one expert, each (F, D). ``layer`` counts all layers."""
-        return read_expert(self.files, expert_names(self.config, layer), expert)
+        """Gate, up and down of one expert, each (F, D), in float32 where experts' dtypes differ. ``layer`` counts all
+        layers."""
+        gate, up, down = read_expert(self.files, expert_names(self.config, layer), expert)
+        if self._one_dtype:
+            return gate, up, down
+        return gate.astype(np.float32), up.astype(np.float32), down.astype(np.float32)
 
     def layer(self, layer: int) -> dict[str, np.ndarray]:
         """Parameters of one layer but its routed experts' weights, names without the layer's prefix."""

@@ -135,6 +135,8 @@ def check_free(out: Path, marker: str, job: Job, overwrite: bool, compare: bool 
     anything else."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: exists and is not a folder")
+    if out.name == UNFINISHED:
+        raise ValueError(f"{out}: a name that is kept for unfinished work; choose another --out")
     if not _is_ours(out / UNFINISHED):
         raise ValueError(f"{out / UNFINISHED}: exists, and no run made it; move it away, or choose another --out")
     entries = sorted(p.name for p in out.iterdir() if p.name not in NOT_OURS) if out.exists() else []

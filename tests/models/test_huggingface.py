@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,12 +18,15 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.pipeline import quantize_folder
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder
 from dynamo_jax.models.families.names import expert_names, tensor_names
 from dynamo_jax.models.families.table import config_from
 from dynamo_jax.models.formats.expert_files import expert_shapes
+from dynamo_jax.models.formats.tensor_files import write_tensors
 from dynamo_jax.models.huggingface import (
     load_config,
     load_decoder,
@@ -30,6 +35,7 @@ from dynamo_jax.models.huggingface import (
     side_files,
 )
 from dynamo_jax.models.tokenizer import load_tokenizer
+from dynamo_jax.storage.bundles import read_bundle
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -265,3 +271,18 @@ def test_templates_have_names_that_a_result_can_hold(tmp_path, name, taken):
     else:
         with pytest.raises(ValueError, match="a name with a backslash or signs that cannot be printed"):
             side_files(tmp_path)
+
+
+def test_experts_of_several_dtypes_are_read_as_float32(small_folder, tmp_path):
+    """Where one projection of one expert is float16 in a bfloat16 file."""
+    folder = tmp_path / "mixed"
+    shutil.copytree(small_folder, folder)
+    tensors = read_bundle(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    tensors[name] = tensors[name].astype(np.float16)
+    write_tensors(folder / "model.safetensors", tensors)
+    tokens = jnp.arange(3, 23).reshape(1, 20)
+    logits = [jax.jit(load_decoder(f))(tokens)[0] for f in (small_folder, folder)]
+    np.testing.assert_allclose(*logits, atol=1e-3 * np.abs(logits[0]).max(), rtol=0)
+    small = QuantizeConfig(calibration_windows=1, window=32, bits=3.5, quantizer="rtn")
+    quantize_folder(folder, tmp_path / "out", {"words": " ".join(f"w{3 + i % 50}" for i in range(200))}, small)

@@ -346,6 +346,12 @@ def test_a_missing_and_a_damaged_file_are_named(tmp_path):
     assert located(tmp_path, "a") == tmp_path / "a"
 
 
+def test_a_result_does_not_go_into_another_ones_unfinished_work(tmp_path):
+    with pytest.raises(ValueError, match="unfinished: a name that is kept"):
+        make(tmp_path / "unfinished", NEW)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="exists and is not a folder"):
