@@ -30,7 +30,7 @@ slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(PYTEST)
 
 faults: $(VENV)/test.stamp
-	$(BIN)/python -m pytest tests/faults $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST) tests/faults
 
 fuzz: $(VENV)/test.stamp
 	FUZZ_SEED=$(or $(FUZZ_SEED),1) FUZZ_SCALE=$(or $(FUZZ_SCALE),20) $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST) tests/fuzz
