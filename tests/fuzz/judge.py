@@ -109,10 +109,16 @@ def judge(
         found[kind] += 1
         if kind == "wrong":
             wrong.append(f"{case.name}: {words}")
+    said(sum(found.values()), ", ".join(f"{number} {kind}" for kind, number in found.items()))
     listed = "\n".join(wrong[:40])
     assert not wrong, f"seed {SEED}: {len(wrong)} of {sum(found.values())} cases\n{listed}"
     assert peak_bytes() - before < MORE_MEMORY
     return found
+
+
+def said(number: int, words: str) -> None:
+    """For ``pytest -s tests/fuzz | grep fuzz:``, which tells how many cases there are."""
+    print(f"fuzz: {number} cases: {words}")
 
 
 def peak_bytes() -> int:

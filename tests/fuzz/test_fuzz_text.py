@@ -1,19 +1,18 @@
 """Damaged tokenizers, templates, texts and settings of generation: a right result, or a ValueError that names the file.
 
-FUZZ_SCALE: how many times as many cases; FUZZ_SEED: of what is drawn. Each kind fails once, with all its cases listed.
+As in ``judge.py``, but an error here names a file and not its folder: what is tried has contents, not paths.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
 import random
-import signal
 
 import pytest
 import tokenizers
+from fuzz.judge import LONGEST, SCALE, SECONDS, SEED, TooLong, said, time_limit
 
 from dynamo_jax.generation import prompt_tokens
 from dynamo_jax.models import chat, template
@@ -21,10 +20,6 @@ from dynamo_jax.models.tokenizer import decode, load_tokenizer
 from dynamo_jax.texts.reading import digest, read_text
 from dynamo_jax.texts.windows import token_windows
 
-SCALE = float(os.environ.get("FUZZ_SCALE", "1"))
-SEED = int(os.environ.get("FUZZ_SEED", "0"))
-SECONDS = 20.0
-LONGEST = 2000  # characters of a message
 DEEP = "[" * 100_000
 ODD = (
     *(None, True, False, 0, -1, 1, 3.5, 1e300, 10**20, 2**31, 2**32, 2**63, float("nan"), float("inf"), "", "x"),
@@ -32,28 +27,10 @@ ODD = (
 )
 
 
-class TooLong(BaseException):
-    """Not an Exception, so that no handler of what is tried takes it for one of its own."""
-
-
-@contextlib.contextmanager
-def time_limit():
-    def stop(*_):
-        raise TooLong
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def fault(call, names):
     """What is wrong with a call's end, or nothing. names: of files, of which an error has one."""
     try:
-        with time_limit():
+        with time_limit(SECONDS):
             call()
     except TooLong:
         return f"no end after {SECONDS:g} s"
@@ -73,11 +50,12 @@ def fault(call, names):
 
 def judge(kind, number, make):
     """``make(draw)`` gives a name, a call, and names of files, for each of ``number`` cases."""
-    wrong = []
+    wrong: list[str] = []
     for case in range(round(number * SCALE)):
         name, call, names = make(random.Random(f"{SEED} {kind} {case}"))
         if found := fault(call, names):
             wrong.append(f"{case} {name[:200]!a}: {found!a}")
+    said(round(number * SCALE), kind)
     assert not wrong, f"seed {SEED}: {len(wrong)} of {round(number * SCALE)} {kind}\n" + "\n".join(wrong[:30])
 
 
