@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from dynamo_jax.kernels.layout import WIDTHS, num_blocks
-from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.config import ExpertSizes, ModelConfig
 from dynamo_jax.precision.allocate import OBJECTIVES
 from dynamo_jax.precision.plan import block_costs, expert_plan
 from dynamo_jax.quant.nested_gptq import EMPHASIS
@@ -102,10 +103,11 @@ class QuantizeConfig:
         if self.reserve_gib is not None and not (math.isfinite(self.reserve_gib) and self.reserve_gib >= 0):
             raise ValueError(f"reserve_gib {self.reserve_gib}: expected a number of 0 or more")
 
-    def bytes_for(self, model: ModelConfig, others: int | None = None) -> float:
-        """The budget of all experts in bytes; ``others``: bytes of what is not quantized, which fits_gib needs."""
+    def bytes_for(self, weights: int, others: int | None = None) -> float:
+        """The budget of all experts in bytes, which have so many weights; ``others``: bytes of what is not quantized,
+        which fits_gib needs."""
         if self.bits is not None:
-            return self.bits * model.num_expert_weights / 8
+            return self.bits * weights / 8
         if self.budget_bytes is not None:
             return self.budget_bytes
         assert self.fits_gib is not None
@@ -130,63 +132,77 @@ class QuantizeConfig:
         return next((g for g in (128, 64, 32, 16) if hidden_size % g == 0), 8)
 
 
+def check_sizes(sizes: ExpertSizes, config: QuantizeConfig) -> None:
+    """ValueError if blocks or groups do not fit experts of these sizes."""
+    if not 1 <= config.channel_block <= sizes.channels:
+        raise ValueError(f"channel_block {config.channel_block} is not in 1..{sizes.channels}, the channels")
+    group_size = config.group(sizes.hidden_size)
+    if group_size % 8 or not 8 <= group_size <= sizes.hidden_size:
+        raise ValueError(f"group_size {group_size} is no multiple of 8 up to the hidden size {sizes.hidden_size}")
+
+
 def check_shapes(model: ModelConfig, config: QuantizeConfig) -> None:
-    if not 1 <= config.channel_block <= model.intermediate_size:
-        raise ValueError(f"channel_block {config.channel_block} is not in 1..{model.intermediate_size}, the channels")
-    group_size = config.group(model.hidden_size)
-    if group_size % 8 or not 8 <= group_size <= model.hidden_size:
-        raise ValueError(f"group_size {group_size} is no multiple of 8 up to the hidden size {model.hidden_size}")
+    check_sizes(model.expert_sizes, config)
     if config.window > model.max_position_embeddings:
         raise ValueError(f"window {config.window} is past the model's {model.max_position_embeddings} positions")
 
 
-def settled(config: QuantizeConfig, model: ModelConfig, others: int, names: list[str]) -> QuantizeConfig:
-    """The settings, checked against a model and the known datasets' names, with a budget that needs no more facts.
+def settled(config: QuantizeConfig, parts: Sequence[ExpertSizes], others: int, names: list[str]) -> QuantizeConfig:
+    """The settings, checked against the known datasets' names and the sizes of a model's experts, with a budget that
+    needs no more facts.
 
     others: bytes of what is not quantized.
     """
-    check_shapes(model, config)
+    for sizes in parts:
+        check_sizes(sizes, config)
     check_weights(config, names)
-    group_size = config.group(model.hidden_size)
-    costs = block_costs(config.channel_block, model.hidden_size, group_size)
-    blocks = num_blocks(model.intermediate_size, config.channel_block)
-    least = int(costs[0]) * blocks * model.num_experts * model.num_moe_layers
-    budget = config.bytes_for(model, others)
+    weights = sum(sizes.weights for sizes in parts)
+    least = sum(_least_bytes(config, sizes) for sizes in parts)
+    budget = config.bytes_for(weights, others)
     if budget < least:
         asked = next(f"{n} {v:g}" for n in BUDGETS if (v := getattr(config, n)) is not None)
+        groups = " or ".join(str(g) for g in sorted({config.group(sizes.hidden_size) for sizes in parts}))
         raise ValueError(
-            f"the budget, {asked}, is too small: the least is {8 * least / model.num_expert_weights:g} bits a weight "
-            f"(2 bits, a scale for each group of {group_size}, whole groups and blocks), {least:,} bytes, "
+            f"the budget, {asked}, is too small: the least is {8 * least / weights:g} bits a weight "
+            f"(2 bits, a scale for each group of {groups}, whole groups and blocks), {least:,} bytes, "
             f"or {(least + others) / GIB + config.reserve:.4g} GiB with the {others:,} bytes that are not quantized"
             + (f" and a reserve of {config.reserve:g} GiB" if config.reserve else "")
-            + _filling(config, model)
+            + _filling(config, parts)
         )
-    _check_most(config, model)
+    _check_most(config, parts)
     if config.fits_gib is None:
         return config
     return dataclasses.replace(config, fits_gib=None, reserve_gib=None, budget_bytes=int(budget))
 
 
-def _filling(config: QuantizeConfig, model: ModelConfig) -> str:
+def _least_bytes(config: QuantizeConfig, sizes: ExpertSizes) -> int:
+    costs = block_costs(config.channel_block, sizes.hidden_size, config.group(sizes.hidden_size))
+    return int(costs[0]) * num_blocks(sizes.channels, config.channel_block) * sizes.experts * sizes.layers
+
+
+def _filling(config: QuantizeConfig, parts: Sequence[ExpertSizes]) -> str:
     """What filling experts up to whole blocks and groups adds to them, in words; none where nothing is added."""
     words = []
-    for name, size, unit, what in (
-        ("channel_block", model.intermediate_size, config.channel_block, "channels of an expert"),
-        ("group_size", model.hidden_size, config.group(model.hidden_size), "inputs of the hidden size"),
-    ):
-        if (whole := -(-size // unit) * unit) != size:
-            words.append(f"{name} {unit} fills the {size:,} {what} up to {whole:,}")
+    for sizes in parts:
+        for name, size, unit, what in (
+            ("channel_block", sizes.channels, config.channel_block, "channels of an expert"),
+            ("group_size", sizes.hidden_size, config.group(sizes.hidden_size), "inputs of the hidden size"),
+        ):
+            if (whole := -(-size // unit) * unit) != size:
+                words.append(f"{name} {unit} fills the {size:,} {what} up to {whole:,}")
     return f"; {', and '.join(words)}: choose one that divides them for less" if words else ""
 
 
-def _check_most(config: QuantizeConfig, model: ModelConfig) -> None:
+def _check_most(config: QuantizeConfig, parts: Sequence[ExpertSizes]) -> None:
     """ValueError if ``bits`` are more than the widest planes and their slots can use, and not the default."""
     if config.bits is None or config.bits <= BITS:
         return
-    shape = (model.num_moe_layers, model.num_experts, 2 if config.per_projection else 1)
-    sizes = (model.intermediate_size, config.channel_block, config.group(model.hidden_size), model.hidden_size)
-    widest = expert_plan(np.full(shape, config.max_width), *sizes)
-    most = 8 * device_bytes(widest, config.spare).total / model.num_expert_weights
+    total = 0
+    for each in parts:
+        shape = (each.layers, each.experts, 2 if config.per_projection else 1)
+        sizes = (each.channels, config.channel_block, config.group(each.hidden_size), each.hidden_size)
+        total += device_bytes(expert_plan(np.full(shape, config.max_width), *sizes), config.spare).total
+    most = 8 * total / sum(each.weights for each in parts)
     if config.bits > most:
         raise ValueError(
             f"bits {config.bits:g}: more than there are; all planes of the experts up to {config.max_width} bits, with "

@@ -1,6 +1,6 @@
 """The routed experts of one layer, one by one: their rows, what they compute, their planes and errors.
 
-What ``sweeps.py`` does with each expert, as functions of arrays.
+What calibration does with each expert (``layers.py``), as functions of arrays.
 
 Axes: N tokens, k experts a token, X experts at once, R rows of one expert, A datasets, D hidden, F channels,
 B channel blocks, P = 3 projections, U = 2 where gate with up and down are apart, else 0, M = B or U*B.
@@ -15,18 +15,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dynamo_jax.kernels.layout import widened
-from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.experts import activation_of
+from dynamo_jax.models.config import ExpertSizes
+from dynamo_jax.models.experts import Activation
 from dynamo_jax.models.formats.expert_files import Triple
-from dynamo_jax.models.layerwise import Outer
 from dynamo_jax.quant.nested_gptq import CHUNK_WEIGHTS, PRIOR_ROWS, quantize_nested, shrunk
 from dynamo_jax.quant.planes import Planes, dequantize, filled_up, quantize
-from dynamo_jax.storage.bundles import Bundle
 
 MAX_INPUTS = 4096  # of one Hessian; more are cut into parts whose correlations with each other are left out
+
+
+class Routed(NamedTuple):
+    """What the experts of a layer were given: inputs, and the experts and gates of each token, -1 for no expert."""
+
+    x: Float[np.ndarray, "N D"]
+    experts: Int[np.ndarray, "N k"]
+    gates: Float[np.ndarray, "N k"]
 
 
 class Rows(NamedTuple):
@@ -36,14 +42,14 @@ class Rows(NamedTuple):
     gates: Float[np.ndarray, " R"]
 
 
-def rows_of(outer: Outer, expert: int) -> tuple[np.ndarray, np.ndarray, Rows]:
+def rows_of(routed: Routed, expert: int) -> tuple[np.ndarray, np.ndarray, Rows]:
     """Its tokens, their slots among k, and its rows."""
-    token, slot = np.nonzero(np.asarray(outer.experts) == expert)
+    token, slot = np.nonzero(np.asarray(routed.experts) == expert)
     size = padded_rows(len(token))
-    x = np.zeros((size, outer.normed.shape[1]), np.float32)
-    x[: len(token)] = outer.normed[token]
+    x = np.zeros((size, routed.x.shape[1]), np.float32)
+    x[: len(token)] = routed.x[token]
     gates = np.zeros(size, np.float32)
-    gates[: len(token)] = outer.gates[token, slot]
+    gates[: len(token)] = routed.gates[token, slot]
     return token, slot, Rows(x, gates)
 
 
@@ -55,33 +61,28 @@ def padded_rows(rows: int) -> int:
     return size
 
 
-def expert_chunks(config: ModelConfig) -> list[list[int]]:
+def expert_chunks(sizes: ExpertSizes) -> list[list[int]]:
     """Experts that are quantized together: small ones many at a time, large ones alone."""
-    count = config.num_experts
-    size = max(1, CHUNK_WEIGHTS // (3 * config.intermediate_size * config.hidden_size))
+    count = sizes.experts
+    size = max(1, CHUNK_WEIGHTS // (3 * sizes.channels * sizes.hidden_size))
     return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
 
-def biases_of(rest: Bundle, expert: int) -> Triple | None:
-    names = ("gate_bias", "up_bias", "down_bias")
-    return tuple(rest[name][expert] for name in names) if names[0] in rest else None  # type: ignore[return-value]
-
-
-def _expert(config: ModelConfig, x: Array, weights: Any, biases: Any) -> tuple[Array, Array]:
+def _expert(activation: Activation, x: Array, weights: Any, biases: Any) -> tuple[Array, Array]:
     """Hidden channels (R, F) and output (R, D) of one expert."""
     gate, up, down = (w.astype(x.dtype) for w in weights)
     a, u = x @ gate.T, x @ up.T
     if biases is not None:
         a, u = a + biases[0].astype(x.dtype), u + biases[1].astype(x.dtype)
-    h = activation_of(config)(a, u)
+    h = activation(a, u)
     y = h @ down
     return h, y if biases is None else y + biases[2].astype(x.dtype)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def run_expert(config, x, gates, member, weights, biases):
+@functools.partial(jax.jit, static_argnames="activation")
+def run_expert(activation, x, gates, member, weights, biases):
     """Hidden channels (R, F), output (R, D) and, by dataset, the sums that need no quantized weights."""
-    h, y = _expert(config, x, weights, biases)
+    h, y = _expert(activation, x, weights, biases)
     squared = member * gates**2
     return (
         h,
@@ -96,19 +97,19 @@ def run_expert(config, x, gates, member, weights, biases):
     )
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def expert_vjp(config, x, gates, weights, biases, d_out):
+@functools.partial(jax.jit, static_argnames="activation")
+def expert_vjp(activation, x, gates, weights, biases, d_out):
     def weighted(x, gates):
-        return _expert(config, x, weights, biases)[1] * gates[:, None]
+        return _expert(activation, x, weights, biases)[1] * gates[:, None]
 
     return jax.vjp(weighted, x, gates)[1](d_out)
 
 
-def errors_at(config, channel_block, apart, width, x, gates, member, h, y, weights, planes, biases):
+def errors_at(activation, channel_block, apart, width, x, gates, member, h, y, weights, planes, biases):
     """By dataset, the summed squared output error at ``width``: of the whole expert (A,), of gate with up and of down
     one without the other (A, U), and of blocks (A, M); no blocks without a channel_block."""
     own = _at_width(planes, width, weights.shape[1:])  # apart: one program for each number of rows serves all widths
-    return _errors(config, channel_block, apart, x, gates, member, h, y, weights, own, biases)
+    return _errors(activation, channel_block, apart, x, gates, member, h, y, weights, own, biases)
 
 
 @functools.partial(jax.jit, static_argnames=("width", "sizes"))
@@ -117,10 +118,10 @@ def _at_width(planes, width, sizes):
     return dequantize(planes, width)[:, :channels, :hidden].astype(jnp.bfloat16).astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "channel_block", "apart"))
-def _errors(config, channel_block, apart, x, gates, member, h, y, weights, rounded, biases):
+@functools.partial(jax.jit, static_argnames=("activation", "channel_block", "apart"))
+def _errors(activation, channel_block, apart, x, gates, member, h, y, weights, rounded, biases):
     squared = member * gates**2
-    h_at, y_at = _expert(config, x, rounded, biases)
+    h_at, y_at = _expert(activation, x, rounded, biases)
     whole = squared @ jnp.sum((y_at - y) ** 2, axis=1)
     down = weights[2].astype(jnp.float32)
     pairs = ((h_at - h, down), (h, rounded[2] - down)) if apart else ()
@@ -152,14 +153,14 @@ def _errors(config, channel_block, apart, x, gates, member, h, y, weights, round
 
 
 def planes_of(
-    config: ModelConfig,
+    activation: Activation,
     quantizer: str,
     channel_block: int,
     group_size: int,
     weights: Float[np.ndarray, "X P F D"],
     rows: list[Rows],
     biases: list[Triple | None],
-    outer: Outer,
+    routed: Routed,
     emphasis: Float[np.ndarray, "X U 3"],
 ) -> Planes:
     """Planes (X, P, F, ..) of some experts, whole blocks and groups (``filled_up``); emphasis: what errors at 2, 3 and
@@ -169,18 +170,18 @@ def planes_of(
         return quantize(whole, group_size)
     count, _, channels, hidden_size = whole.shape
     squared = [r.gates**2 for r in rows]
-    shares = (np.asarray(outer.gates) ** 2).sum(axis=1)
-    typical = float(shares.sum()) / max(1, outer.experts.size)  # of one row
+    shares = (np.asarray(routed.gates) ** 2 * (routed.experts >= 0)).sum(axis=1)
+    typical = float(shares.sum()) / max(1, int((routed.experts >= 0).sum()))  # of one row
     inputs = [widened(r.x, hidden_size) for r in rows]
 
     def layer_hessian(part: slice) -> np.ndarray:
-        x = np.asarray(outer.normed)[:, part]  # without what fills up
+        x = np.asarray(routed.x)[:, part]  # without what fills up
         own = (x * (shares / max(float(shares.sum()), 1e-30))[:, None]).T @ x
         return np.pad(own, (0, part.stop - part.start - len(own)))
 
     gate_up = whole[:, :2].reshape(count, 2 * channels, hidden_size)
     first = _feedback_planes(group_size, gate_up, inputs, squared, typical, 2, layer_hessian, emphasis[:, 0])
-    own = [np.asarray(_hidden_channels(config, r.x, w, b)) for r, w, b in zip(rows, weights, biases)]
+    own = [np.asarray(_hidden_channels(activation, r.x, w, b)) for r, w, b in zip(rows, weights, biases)]
     energy = sum(float(s @ np.square(h).mean(axis=1)) for s, h in zip(squared, own))
     hidden = [widened(h, channels) for h in own]
     spread = energy / max(sum(float(s.sum()) for s in squared), 1e-30)
@@ -220,6 +221,6 @@ def _feedback_planes(
     return jax.tree.map(lambda *a: np.concatenate(a, axis=input_axis), *parts)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _hidden_channels(config, x, weights, biases):
-    return _expert(config, x, weights, biases)[0]
+@functools.partial(jax.jit, static_argnames="activation")
+def _hidden_channels(activation, x, weights, biases):
+    return _expert(activation, x, weights, biases)[0]

@@ -88,7 +88,7 @@ def analyze_layers(
     tokens = np.concatenate(list(windows.values()))
     sizes = [size for w in windows.values() for size in ((len(w) + 1) // 2, len(w) // 2)]
     half = np.repeat(np.arange(len(sizes)), sizes)
-    favour = functools.partial(favoured, names=list(windows), config=config, model=source.config)
+    favour = functools.partial(favoured, names=list(windows), config=config, sizes=source.config.expert_sizes)
     job = Calibration(
         source=source,
         tokens=tokens,
@@ -152,7 +152,8 @@ def quantize(
     """
     config = config or QuantizeConfig()
     source = DecoderSource(model)
-    config = settled(config, model.config, source.other_bytes(), list(known))
+    check_shapes(model.config, config)
+    config = settled(config, [model.config.expert_sizes], source.other_bytes(), list(known))
     work = MemoryWork()
     windows = known_windows(known, tokenizer, config, model.config.vocab_size)
     chosen, knowledge, analyses = _plan_and_knowledge(source, windows, known, config, work, progress)
@@ -190,7 +191,8 @@ def quantize_folder(
     """
     folder, out, config = Path(folder), Path(out).resolve(), config or QuantizeConfig()
     source = Source(folder)
-    config = settled(config, source.config, source.other_bytes(), list(known))
+    check_shapes(source.config, config)
+    config = settled(config, [source.config.expert_sizes], source.other_bytes(), list(known))
     files = side_files(folder)
     job: dict[str, Any] = {
         "command": "quantize",

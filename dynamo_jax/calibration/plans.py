@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from dynamo_jax.analysis.significance import cost_of_row
 from dynamo_jax.calibration.analyses import Analysis
 from dynamo_jax.calibration.config import QuantizeConfig, check_weights
 from dynamo_jax.calibration.sweeps import Draft
 from dynamo_jax.kernels.layout import WIDTHS, num_blocks
-from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.config import ExpertSizes, ModelConfig
 from dynamo_jax.models.decoder import Decoder
 from dynamo_jax.models.huggingface import load_config
 from dynamo_jax.precision.allocate import allocate_known
@@ -51,7 +52,7 @@ def expecting(
 
 
 def favoured(
-    draft: Draft, names: list[str], config: QuantizeConfig, model: ModelConfig
+    draft: Draft, names: list[str], config: QuantizeConfig, sizes: ExpertSizes
 ) -> Float[np.ndarray, "L E U 3"]:
     """The emphasis of each expert: ``config.emphasis``, with ``config.favour`` at its width in a drafted plan.
 
@@ -59,7 +60,7 @@ def favoured(
     """
     whole = Draft(*(a[0::2] + a[1::2] for a in draft))
     losses = whole.errors * (whole.sensitivity / whole.tokens[:, None] ** 2)[:, :, None, None, None]
-    drafted = _allocated(names, losses, whole.counts, whole.tokens, config, model)
+    (drafted,) = allocated(names, [Part(sizes, losses, whole.counts)], whole.tokens, config)
     widths = drafted.widths[:, :, :: drafted.blocks, None]
     return np.where(widths == np.array(WIDTHS[:3]), config.favour, 1.0) * np.array(config.emphasis)
 
@@ -82,6 +83,23 @@ def plan(
         model = load_config(Path(model))
     config, model = config or QuantizeConfig(), model if isinstance(model, ModelConfig) else model.config
     check_weights(config, list(analyses))
+    part, tokens = part_of(analyses, model.expert_sizes, config)
+    return allocated(list(analyses), [part], tokens, config)[0]
+
+
+class Part(NamedTuple):
+    """Alike experts of a model: what each dataset loses at each of their widths, and its rows there."""
+
+    sizes: ExpertSizes
+    losses: Float[np.ndarray, "A L E U W"]
+    counts: Float[np.ndarray, "A L E"]
+
+
+def part_of(
+    analyses: dict[str, Analysis], sizes: ExpertSizes, config: QuantizeConfig
+) -> tuple[Part, Float[np.ndarray, " A"]]:
+    """What the plan of these experts is chosen by, and the tokens of each dataset. ValueError: analysed with one width
+    an expert where ``config`` asks for two."""
     losses = {
         name: a.apart_significance() if config.per_projection else a.expert_significance()[:, :, None]
         for name, a in analyses.items()
@@ -93,44 +111,52 @@ def plan(
     stats = [a.stats for a in analyses.values()]
     counts = np.stack([np.asarray(s.counts, np.float64) for s in stats])
     tokens = np.array([s.tokens[0] for s in stats], np.float64)
-    return _allocated(list(losses), np.stack(list(losses.values())), counts, tokens, config, model)
+    return Part(sizes, np.stack(list(losses.values())), counts), tokens
 
 
-def _allocated(
-    names: list[str],
-    losses: Float[np.ndarray, "A L E U W"],
-    counts: Float[np.ndarray, "A L E"],
-    tokens: Float[np.ndarray, " A"],
-    config: QuantizeConfig,
-    model: ModelConfig,
-) -> Plan:
-    group_size = config.group(model.hidden_size)
-    blocks = num_blocks(model.intermediate_size, config.channel_block)
-    costs = item_costs(blocks, config.channel_block, model.hidden_size, group_size, config.per_projection)
-    costs = costs[::blocks] * blocks
-    costs += config.spare * (costs - costs[:, :1])  # for a page of the baseline there is a share of a spare slot
+def allocated(
+    names: list[str], parts: list[Part], tokens: Float[np.ndarray, " A"], config: QuantizeConfig
+) -> list[Plan]:
+    """The plan of each part, chosen together: all parts share one budget."""
     choices = len(config.widths)
     weights = np.array([(config.weights or {}).get(name, 1.0) for name in names])
-    expected = expecting(losses, counts, tokens, weights, config.novelty_weight)
-    items = expected.reshape(len(names), -1, len(WIDTHS))[..., :choices]
-    experts = model.num_moe_layers * model.num_experts
+    items, costs = [], []
+    for part in parts:
+        expected = expecting(part.losses, part.counts, tokens, weights, config.novelty_weight)
+        items.append(expected.reshape(len(names), -1, len(WIDTHS))[..., :choices])
+        costs.append(_costs(part.sizes, config))
+    together = np.concatenate(items, axis=1), np.concatenate([c[:, :choices] for c in costs])
 
-    def within(budget: float) -> Plan:
-        each = np.tile(costs[:, :choices], (experts, 1))
-        widths = allocate_known(items, each, budget, config.objective, weights)
-        shape = (model.num_moe_layers, model.num_experts, -1)
-        channels = model.intermediate_size
-        return expert_plan(widths.reshape(shape), channels, config.channel_block, group_size, model.hidden_size)
+    def within(budget: float) -> list[Plan]:
+        widths = allocate_known(*together, budget, config.objective, weights)
+        each = np.split(widths, np.cumsum([len(c) for c in costs])[:-1])
+        return [_expert_plan(part.sizes, own, config) for part, own in zip(parts, each)]
 
-    return _fitting(within, config.bytes_for(model), float(costs[:, 0].sum()) * experts, config.spare)
+    budget = config.bytes_for(sum(part.sizes.weights for part in parts))
+    return _fitting(within, budget, float(sum(c[:, 0].sum() for c in costs)), config.spare)
 
 
-def _fitting(within: Callable[[float], Plan], budget: float, least: float, spare: float) -> Plan:
-    """The plan of ``within`` whose bytes on the device, page tables and rounded slots too, are within ``budget``."""
+def _costs(sizes: ExpertSizes, config: QuantizeConfig) -> Float[np.ndarray, "LEU W"]:
+    """Bytes of what has a width of its own. For a page of the baseline there is a share of a spare slot."""
+    blocks, group_size = num_blocks(sizes.channels, config.channel_block), config.group(sizes.hidden_size)
+    costs = item_costs(blocks, config.channel_block, sizes.hidden_size, group_size, config.per_projection)
+    costs = costs[::blocks] * blocks
+    costs += config.spare * (costs - costs[:, :1])
+    return np.tile(costs, (sizes.layers * sizes.experts, 1))
+
+
+def _expert_plan(sizes: ExpertSizes, widths: Int[np.ndarray, " LEU"], config: QuantizeConfig) -> Plan:
+    each = widths.reshape(sizes.layers, sizes.experts, -1)
+    group_size = config.group(sizes.hidden_size)
+    return expert_plan(each, sizes.channels, config.channel_block, group_size, sizes.hidden_size)
+
+
+def _fitting(within: Callable[[float], list[Plan]], budget: float, least: float, spare: float) -> list[Plan]:
+    """The plans of ``within`` whose bytes on the device, page tables and rounded slots too, are within ``budget``."""
     left = budget
     while True:
         found = within(left)
-        over = device_bytes(found, spare).total - budget
+        over = sum(device_bytes(plan, spare).total for plan in found) - budget
         if over <= 0 or left <= least:
             return found
         left = max(left - over, least)

@@ -21,33 +21,24 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from dynamo_jax.analysis.statistics import Statistics
-from dynamo_jax.calibration.experts import (
-    biases_of,
-    errors_at,
-    expert_chunks,
-    expert_vjp,
-    planes_of,
-    rows_of,
-    run_expert,
-)
+from dynamo_jax.calibration.experts import Routed, expert_vjp, rows_of
+from dynamo_jax.calibration.layers import LayerJob, outputs_and_drafts, quantized_and_measured, routed_pieces
 from dynamo_jax.calibration.sources import LayerSource
-from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.experts import activation_of
+from dynamo_jax.models.formats.expert_files import Triple
 from dynamo_jax.models.layerwise import Outer, dense, dense_vjp, first_alike, loss_gradient_of, outer_of, outer_vjp
 from dynamo_jax.models.tokenizer import check_ids
 from dynamo_jax.progress import Progress
-from dynamo_jax.quant.planes import Planes, filled_up, narrowed, quantize
-from dynamo_jax.runtime.signatures import SPAN
+from dynamo_jax.quant.planes import narrowed
 from dynamo_jax.storage.bundles import Bundle, layer_name, planes_bundle
 from dynamo_jax.storage.work import Work
 
 FORWARD, BACKWARD, QUANTIZE = "calibrate layers", "sensitivity of layers", "quantize layers"
 EMPHASIS_NAME = "emphasis"
-ERRORS = ("errors", "apart_errors", "block_errors")  # of a layer's statistics, what ``errors_at`` measures
 
 
 class Draft(NamedTuple):
@@ -192,7 +183,12 @@ def _layer_up(job: Calibration, layer: int) -> None:
         return
     outer = _outer_of(job, layer, rest, x)
     del x
-    added, errors, counts = _experts_up(job, layer, rest, outer)
+
+    def done(share: float) -> None:
+        job.progress(FORWARD, layer + share, config.num_hidden_layers)
+
+    own = _job_of_layer(job, layer, rest, done)
+    added, errors, counts = outputs_and_drafts(own, _routed(outer), job.drafts)
     if job.drafts:
         job.work.put(_draft(layer), {"errors": errors, "counts": counts})
     out = np.asarray(outer.residual) + added.reshape(outer.residual.shape) * np.float32(config.residual_multiplier)
@@ -209,58 +205,40 @@ def _outer_of(job: Calibration, layer: int, rest: Bundle, x: Float[np.ndarray, "
     return Outer(parts.residual, *(a.reshape(-1, a.shape[-1]) for a in parts[1:]))
 
 
-def _experts_up(
-    job: Calibration, layer: int, rest: Bundle, outer: Outer
-) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "A E U W"], Float[np.ndarray, "A E"]]:
-    """What the routed experts add, their drafted errors (zeros if the job needs none), and their rows."""
-    config = job.source.config
-    owner = _owner(job)
-    out = np.zeros(outer.normed.shape, np.float32)
-    drafts = np.zeros((job.datasets, config.num_experts, 2 if job.apart else 1, len(WIDTHS)), np.float32)
-    counts = np.zeros(drafts.shape[:2], np.float32)
-    for together in expert_chunks(config):
-        weights = [_finite_expert(job, layer, expert) for expert in together]
-        planes = _rounded(job, weights) if job.drafts else None
-        for i, expert in enumerate(together):
-            token, _, rows = rows_of(outer, expert)
-            measured = (rows.x, rows.gates, _member(job, owner, token, len(rows.x)))
-            biases = biases_of(rest, expert)
-            h, y, sums = run_expert(config, *measured, weights[i], biases)
-            counts[:, expert] = sums["counts"]
-            out[token] += np.asarray(y)[: len(token)] * rows.gates[: len(token), None]
-            if job.drafts:
-                own = jax.tree.map(lambda a, i=i: a[i], planes)
-                for w, width in enumerate(WIDTHS):
-                    whole, each, _ = errors_at(config, None, job.apart, width, *measured, h, y, weights[i], own, biases)
-                    drafts[:, expert, :, w] = each if job.apart else np.asarray(whole)[:, None]
-            job.progress(FORWARD, layer + (expert + 1) / (config.num_experts + 1), config.num_hidden_layers)
-    return out, drafts, counts
+def _job_of_layer(job: Calibration, layer: int, rest: Bundle, done: Callable[[float], None]) -> LayerJob:
+    def weights(expert: int) -> Float[np.ndarray, "P F D"]:
+        found = np.stack(job.source.expert(layer, expert))
+        job.source.release()
+        return found
+
+    return LayerJob(
+        name=f"layer {layer}",
+        sizes=job.source.config.expert_sizes,
+        activation=activation_of(job.source.config),
+        weights=weights,
+        biases=lambda expert: biases_of(rest, expert),
+        dataset=_owner(job),
+        datasets=job.datasets,
+        group_size=job.group_size,
+        channel_block=job.channel_block,
+        apart=job.apart,
+        quantizer=job.quantizer,
+        done=done,
+    )
 
 
-def _rounded(job: Calibration, weights: list[np.ndarray]) -> Planes:
-    return quantize(filled_up(np.stack(weights), job.channel_block, job.group_size), job.group_size)
+def biases_of(rest: Bundle, expert: int) -> Triple | None:
+    names = ("gate_bias", "up_bias", "down_bias")
+    return tuple(rest[name][expert] for name in names) if names[0] in rest else None  # type: ignore[return-value]
+
+
+def _routed(outer: Outer) -> Routed:
+    return Routed(*(np.asarray(a) for a in outer[1:]))
 
 
 def _owner(job: Calibration) -> Int[np.ndarray, " N"]:
     """The dataset of each token."""
     return np.repeat(job.dataset, job.tokens.shape[1] - 1)
-
-
-def _member(
-    job: Calibration, owner: np.ndarray, token: np.ndarray, size: int, weight: ArrayLike = 1.0
-) -> Float[np.ndarray, "A R"]:
-    """The weight of each row in its dataset. A new array each time: jax may still be reading an earlier one."""
-    member = np.zeros((job.datasets, size), np.float32)
-    member[owner[token], np.arange(len(token))] = weight
-    return member
-
-
-def _finite_expert(job: Calibration, layer: int, expert: int) -> Float[np.ndarray, "P F D"]:
-    weights = np.stack(job.source.expert(layer, expert))
-    job.source.release()
-    if not np.isfinite(np.asarray(weights, np.float32)).all():
-        raise ValueError(f"layer {layer}, expert {expert}: weights to quantize hold NaN or infinity")
-    return weights
 
 
 def _sweep_down(job: Calibration) -> None:
@@ -302,18 +280,19 @@ def _layer_down(job: Calibration, layer: int, d_out: Float[np.ndarray, "S T D"])
     if layer in config.dense_layers:
         return _batched(job, lambda a, d: dense_vjp(config, like, rest, a, d), x, d_out)
     outer = _outer_of(job, layer, rest, x)
+    routed = _routed(outer)
     scaled = d_out.reshape(outer.normed.shape) * np.float32(config.residual_multiplier)
     d_normed = np.zeros(outer.normed.shape, np.float32)
     d_gates = np.zeros(outer.gates.shape, np.float32)
     for expert in range(config.num_experts):
-        token, slot, rows = rows_of(outer, expert)
+        token, slot, rows = rows_of(routed, expert)
         if len(token) == 0:
             continue
         weights = np.stack(job.source.expert(layer, expert))
         job.source.release()
         d_rows = np.zeros_like(rows.x)
         d_rows[: len(token)] = scaled[token]
-        d_x, d_gate = expert_vjp(config, rows.x, rows.gates, weights, biases_of(rest, expert), d_rows)
+        d_x, d_gate = expert_vjp(activation_of(config), rows.x, rows.gates, weights, biases_of(rest, expert), d_rows)
         d_normed[token] += np.asarray(d_x)[: len(token)]
         d_gates[token, slot] = np.asarray(d_gate)[: len(token)]
         done = config.num_hidden_layers - layer - 1 + (expert + 1) / (config.num_experts + 1)
@@ -327,44 +306,16 @@ def _quantize_layer(job: Calibration, layer: int, emphasis: Float[np.ndarray, "E
     config = job.source.config
     rest = job.source.layer(layer)
     outer = _outer_of(job, layer, rest, job.work.get(_hidden(layer))["x"])
-    owner, importance = _owner(job), job.work.get(_sensitivity(layer))["importance"]
-    sums, quantized = [], []
-    for together in expert_chunks(config):
-        weights = [_finite_expert(job, layer, expert) for expert in together]
-        found = [rows_of(outer, expert) for expert in together]
-        biases = [biases_of(rest, expert) for expert in together]
-        rows = [f[2] for f in found]
-        sizes = job.channel_block, job.group_size
-        planes = planes_of(config, job.quantizer, *sizes, np.stack(weights), rows, biases, outer, emphasis[together])
-        quantized.append(planes)
-        for i, expert in enumerate(together):
-            own = jax.tree.map(lambda a, i=i: a[i], planes)
-            token, (x, gates) = found[i][0], rows[i]
-            member = _member(job, owner, token, len(x))
-            h, y, total = run_expert(config, x, gates, member, weights[i], biases[i])
-            weighted = _member(job, owner, token, len(x), importance[token])
-            measured = (x, gates, weighted, h, y, weights[i], own, biases[i])
-            widths = [errors_at(config, job.channel_block, job.apart, width, *measured) for width in WIDTHS]
-            errors = (np.stack(e, axis=-1) for e in zip(*widths))
-            sums.append(jax.tree.map(np.asarray, total) | dict(zip(ERRORS, errors)))
-            job.progress(QUANTIZE, layer + (expert + 1) / (config.num_experts + 1), config.num_hidden_layers)
-    stats = {name: np.stack([s[name] for s in sums], axis=1) for name in sums[0]}
-    stats["tokens"] = np.bincount(owner, minlength=job.datasets).astype(np.float32)
-    stats["windows"] = _routed_pieces(np.asarray(outer.experts).reshape(len(job.tokens), -1), config)
-    planes = jax.tree.map(lambda *a: np.concatenate(a), *quantized)
+    importance = job.work.get(_sensitivity(layer))["importance"]
+
+    def done(share: float) -> None:
+        job.progress(QUANTIZE, layer + share, config.num_hidden_layers)
+
+    planes, stats = quantized_and_measured(_job_of_layer(job, layer, rest, done), _routed(outer), importance, emphasis)
+    chosen = np.asarray(outer.experts).reshape(len(job.tokens), -1, config.num_experts_per_tok)
+    stats["windows"] = routed_pieces(chosen, config.num_experts)
     job.work.put(layer_name(layer), _parameters(rest) | planes_bundle(narrowed(planes, job.max_width)))
     job.work.put(stats_name(layer), stats)
-
-
-def _routed_pieces(chosen: Int[np.ndarray, "S Tk"], config: ModelConfig) -> Float[np.ndarray, "S K E"]:
-    """Routed tokens of each window, in K pieces of about what the monitor looks at. chosen: experts of its tokens."""
-    tokens = chosen.reshape(len(chosen), -1, config.num_experts_per_tok)
-    pieces = np.array_split(tokens, max(1, round(tokens.shape[1] / SPAN)), axis=1)
-    counts = [
-        [np.bincount(piece[s].reshape(-1), minlength=config.num_experts) for piece in pieces]
-        for s in range(len(tokens))
-    ]
-    return np.array(counts, np.float32)
 
 
 def _batched(job: Calibration, function: Callable[..., Any], *arrays: np.ndarray) -> Any:

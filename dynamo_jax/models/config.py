@@ -7,7 +7,7 @@ it from a checkpoint's own file. It is hashable, so that it can be a static argu
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from dynamo_jax.files import shown
 
@@ -108,6 +108,20 @@ class RopeScaling:
             )
         if self.rope_type == "yarn" and self.beta_fast < self.beta_slow:
             raise ValueError(f"beta_fast={self.beta_fast} is below {self.beta_slow}, beta_slow")
+
+
+class ExpertSizes(NamedTuple):
+    """Of routed experts that are alike, all that plans, budgets and planes need to know of a model."""
+
+    layers: int
+    experts: int
+    channels: int
+    hidden_size: int
+
+    @property
+    def weights(self) -> int:
+        """Of all experts of all layers: gate, up and down."""
+        return self.layers * self.experts * 3 * self.channels * self.hidden_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,9 +248,13 @@ class ModelConfig:
         return self.qk_rope_head_dim if self.kv_lora_rank else self.head_dim
 
     @property
+    def expert_sizes(self) -> ExpertSizes:
+        return ExpertSizes(self.num_moe_layers, self.num_experts, self.intermediate_size, self.hidden_size)
+
+    @property
     def num_expert_weights(self) -> int:
         """Weights in all routed experts of all layers: gate, up and down."""
-        return self.num_moe_layers * self.num_experts * 3 * self.intermediate_size * self.hidden_size
+        return self.expert_sizes.weights
 
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0

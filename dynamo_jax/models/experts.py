@@ -39,10 +39,13 @@ class ExpertBiases(NamedTuple):
     down: Float[Array, "E D"]
 
 
-class ExpertForm(NamedTuple):
-    """What an expert computes beside its three products. activation: (gate, up) -> hidden, elementwise."""
+Activation = Callable[[Array, Array], Array]  # (gate, up) -> hidden channels, elementwise, finite where both are 0
 
-    activation: Callable[[Array, Array], Array]
+
+class ExpertForm(NamedTuple):
+    """What an expert computes beside its three products."""
+
+    activation: Activation
     biases: ExpertBiases | None = None
 
 
@@ -55,13 +58,13 @@ def silu_gated(gate: Array, up: Array) -> Array:
     return jax.nn.silu(gate) * up
 
 
-def activation_of(config: ModelConfig) -> Callable[[Array, Array], Array]:
+def activation_of(config: ModelConfig) -> Activation:
     """SwiGLU (arXiv 2002.05202), or its clamped form with a linear offset of one (gpt-oss)."""
     return clamped_gated(config.swiglu_limit, config.swiglu_alpha) if config.swiglu_limit else silu_gated
 
 
 @functools.cache  # one function for one form, by which programs are told apart
-def clamped_gated(limit: float, alpha: float) -> Callable[[Array, Array], Array]:
+def clamped_gated(limit: float, alpha: float) -> Activation:
     def clamped(gate: Array, up: Array) -> Array:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
         return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from dynamo_jax.analysis.significance import cost_of_row
 from dynamo_jax.analysis.statistics import observe_experts
 from dynamo_jax.kernels.layout import WIDTHS
-from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.config import ExpertSizes, ModelConfig
 from dynamo_jax.models.decoder import layer_with_parameters
 from dynamo_jax.models.experts import ExpertForm, ExpertWeights
 from dynamo_jax.models.layerwise import embedded, finished, first_alike, places_of
@@ -54,9 +54,38 @@ class Observation(NamedTuple):
     exact: Float[np.ndarray, "S T D"]
 
 
-def _at_width(config: ModelConfig, planes: Planes, width: int) -> ExpertWeights:
-    whole = dequantize(planes, width)[..., : config.intermediate_size, : config.hidden_size]
+def _at_width(sizes: ExpertSizes, planes: Planes, width: int) -> ExpertWeights:
+    whole = dequantize(planes, width)[..., : sizes.channels, : sizes.hidden_size]
     return ExpertWeights(*whole.astype(jnp.bfloat16).astype(jnp.float32).swapaxes(0, 1))
+
+
+def observe_planes(
+    sizes: ExpertSizes,
+    planes: Planes,
+    x: Float[Array, "N D"],
+    routing: Routing,
+    form: ExpertForm,
+    channel_block: int,
+    apart: bool,
+) -> tuple[Float[Array, "N D"], tuple[Float[Array, "E M W1"], Float[Array, " E"]]]:
+    """What a layer's experts put out at the largest width that there are planes of; and the errors of their blocks at
+    the other widths, summed over tokens, with their rows. planes: of the layer's experts, (E, P, F, ..)."""
+    size = measured_together(sizes)
+    parts = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), (planes, form.biases))
+
+    def some(out: Array, part: tuple[Array, Any]) -> tuple[Array, Any]:
+        first, (own, biases) = part
+        inside = (routing.experts >= first) & (routing.experts < first + size)
+        here = jnp.where(inside, routing.experts - first, size)  # rows of other experts come last, in no group
+        there = routing._replace(experts=here, gates=jnp.where(inside, routing.gates, 0))
+        *candidates, full = (_at_width(sizes, own, width) for width in own.widths)
+        common = (jnp.ones(x.shape[0]), channel_block, form._replace(biases=biases), apart)
+        more, sums = observe_experts(x, there, full, candidates, *common)
+        return out + more, (sums.block_errors, sums.counts)
+
+    firsts = jnp.arange(0, sizes.experts, size)
+    out, sums = jax.lax.scan(some, jnp.zeros_like(x), (firsts, parts))
+    return out, jax.tree.map(lambda a: a.reshape(sizes.experts, *a.shape[2:]), sums)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "like", "channel_block", "apart"))
@@ -74,22 +103,7 @@ def _observe_layer(
 
     def experts(_: int, x: Array, routing: Routing, __: ExpertWeights | None, form: ExpertForm) -> tuple[Array, Any]:
         assert planes is not None
-        size = measured_together(config)
-        parts = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), (planes, form.biases))
-
-        def some(out: Array, part: tuple[Array, Any]) -> tuple[Array, Any]:
-            first, (own, biases) = part
-            inside = (routing.experts >= first) & (routing.experts < first + size)
-            here = jnp.where(inside, routing.experts - first, size)  # rows of other experts come last, in no group
-            there = routing._replace(experts=here, gates=jnp.where(inside, routing.gates, 0))
-            *candidates, full = (_at_width(config, own, width) for width in own.widths)
-            common = (jnp.ones(x.shape[0]), channel_block, form._replace(biases=biases), apart)
-            more, sums = observe_experts(x, there, full, candidates, *common)
-            return out + more, (sums.block_errors, sums.counts)
-
-        firsts = jnp.arange(0, config.num_experts, size)
-        out, sums = jax.lax.scan(some, jnp.zeros_like(x), (firsts, parts))
-        return out, jax.tree.map(lambda a: a.reshape(config.num_experts, *a.shape[2:]), sums)
+        return observe_planes(config.expert_sizes, planes, x, routing, form, channel_block, apart)
 
     out, sums, _ = layer_with_parameters(config, like, parameters)(x, experts, places_of(config, x))
     return out, sums

@@ -14,7 +14,7 @@ import math
 from typing import NamedTuple
 
 from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, WIDTHS, block_bytes
-from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.config import ExpertSizes, ModelConfig
 from dynamo_jax.precision.plan import Plan, num_weights
 from dynamo_jax.runtime.residency import chunk_pages, levels_of
 from dynamo_jax.runtime.store import page_counts
@@ -75,10 +75,10 @@ def device_bits(plan: Plan, share: float = SPARE) -> float:
     return 8 * device_bytes(plan, share).total / num_weights(plan)
 
 
-def measured_together(config: ModelConfig) -> int:
+def measured_together(sizes: ExpertSizes) -> int:
     """Experts that are unpacked at a time where a text is measured for adaptation."""
-    most = max(1, UNPACKED_WEIGHTS // (PROJECTIONS * config.intermediate_size * config.hidden_size))
-    return max(n for n in range(1, config.num_experts + 1) if config.num_experts % n == 0 and n <= most)
+    most = max(1, UNPACKED_WEIGHTS // (PROJECTIONS * sizes.channels * sizes.hidden_size))
+    return max(n for n in range(1, sizes.experts + 1) if sizes.experts % n == 0 and n <= most)
 
 
 def measuring_bytes(config: ModelConfig, layer_planes: int, widths: int) -> int:
@@ -86,4 +86,4 @@ def measuring_bytes(config: ModelConfig, layer_planes: int, widths: int) -> int:
     many bytes, and some of its experts in float32 at each of so many widths, all but one twice while they are put
     together."""
     weights = PROJECTIONS * config.intermediate_size * config.hidden_size
-    return layer_planes + measured_together(config) * weights * 4 * (2 * widths - 1)
+    return layer_planes + measured_together(config.expert_sizes) * weights * 4 * (2 * widths - 1)

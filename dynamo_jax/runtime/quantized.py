@@ -87,24 +87,33 @@ def ranges(numbers: tuple[int, ...]) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantizedModel:
-    """Everything that ``dynamo-jax quantize`` writes and ``eval`` loads.
+class QuantizedExperts:
+    """The routed experts of a model, which need not be one of ours: all that serving takes.
 
-    parameters: all but the expert weights, by dotted name. store: planes of all experts, (L, E, P, F, ..) for P = 3
-    projections and F channels, in host memory. plan: the baseline. window: tokens of a calibration window. knowledge:
-    what calibration left behind for run time. spare: slots beside the baseline's, as a share of its pages. files: the
+    store: planes of all experts, (L, E, P, F, ..) for P = 3 projections and F channels, in host memory. plan: the
+    baseline. knowledge: what calibration left behind for run time. spare: slots beside the baseline's, as a share of
+    its pages.
+    """
+
+    store: Planes
+    plan: Plan
+    knowledge: Knowledge
+    spare: float = SPARE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizedModel(QuantizedExperts):
+    """Everything that ``dynamo-jax quantize`` writes and ``eval`` loads: a decoder of ours with its experts.
+
+    parameters: all but the expert weights, by dotted name. window: tokens of a calibration window. files: the
     small files of the model that was quantized, config.json and tokenizer.json among them.
     """
 
     config: ModelConfig
     parameters: dict[str, Array]
     tokenizer: tokenizers.Tokenizer
-    store: Planes
-    plan: Plan
     window: int
-    knowledge: Knowledge
     files: dict[str, bytes]
-    spare: float = SPARE
 
     def device_parameters(self, dtype: Any = None) -> dict[str, Array]:
         """The parameters on the device, as they are or in one dtype. A step computes in the dtype that it is given, so

@@ -33,7 +33,7 @@ from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime import memory
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows
 from dynamo_jax.runtime.monitor import HOP, Watch, start, watch
-from dynamo_jax.runtime.quantized import QuantizedModel
+from dynamo_jax.runtime.quantized import QuantizedExperts, QuantizedModel
 from dynamo_jax.runtime.residency import Residency, Staged, commit, levels_of, residency, stage, table_of
 from dynamo_jax.runtime.signatures import Signatures
 from dynamo_jax.runtime.store import HostPages, host_pages, pages_of
@@ -82,7 +82,7 @@ def spare(host: Host, state: State, variant: int = 1) -> dict[int, int]:
 
 
 def init(
-    model: QuantizedModel,
+    model: QuantizedExperts,
     requests: int = 1,
     variants: int = 2,
     slots: dict[int, int] | None = None,
@@ -262,7 +262,7 @@ def divergence(
 
 
 def adapted(
-    model: QuantizedModel,
+    model: QuantizedExperts,
     host: Host,
     state: State,
     seen: Observation,

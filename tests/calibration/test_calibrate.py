@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 from dynamo_jax.analysis.statistics import observe, token_importance
-from dynamo_jax.calibration import pipeline, sweeps
+from dynamo_jax.calibration import pipeline
 from dynamo_jax.calibration.analyses import Analysis, dynamics_of
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.experts import padded_rows
 from dynamo_jax.calibration.knowledge import noticed
+from dynamo_jax.calibration.layers import routed_pieces
 from dynamo_jax.calibration.pipeline import analyze_layers, quantize, quantize_folder
 from dynamo_jax.calibration.plans import favoured
 from dynamo_jax.calibration.sources import layer_weights
@@ -101,7 +102,7 @@ def test_a_drafted_plan_is_that_of_whole_datasets(small_folder):
     def emphasis(share):
         parts = (np.stack([share * a, (1 - share) * a], axis=1) for a in (errors, counts, sensitivity, tokens))
         draft = Draft(*(p.reshape(4, *p.shape[2:]) for p in parts))
-        return favoured(draft, ["a", "b"], QuantizeConfig(bits=3.5, weights={"b": 7.0}), config)
+        return favoured(draft, ["a", "b"], QuantizeConfig(bits=3.5, weights={"b": 7.0}), config.expert_sizes)
 
     whole = emphasis(1.0)
     assert len(np.unique(whole)) > 3
@@ -273,7 +274,7 @@ def test_weights_that_are_not_numbers_are_named(bundled, texts):
 def test_long_windows_are_counted_in_pieces_of_what_the_monitor_looks_at(small_folder, length, pieces):
     config = Source(small_folder).config
     chosen = np.random.default_rng(0).integers(0, config.num_experts, (3, length * config.num_experts_per_tok))
-    counts = sweeps._routed_pieces(chosen, config)
+    counts = routed_pieces(chosen.reshape(3, length, -1), config.num_experts)
     assert counts.shape == (3, pieces, config.num_experts)
     sizes = counts.sum(axis=2) / config.num_experts_per_tok
     assert sizes.max() - sizes.min() <= 1 and (sizes.sum(axis=1) == length).all()
