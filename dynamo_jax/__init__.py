@@ -15,7 +15,8 @@ name is first asked for, so that ``import dynamo_jax`` is quick and touches no d
     divergence, Divergence                      .. and how far predictions are from the original's
     init, experts, observe, switch, follow, is_novel, adapt, begin, finish, whole, State, Host, Move, Follower
                                                 the run time, for a jitted step of your own (docs/serving.md)
-    quantize_model, switch_model, uniform_plan  quantized experts in a Flax NNX model of your own (docs/transform.md)
+    Experts, ExpertsRule, with_experts          experts of a Flax NNX model of your own; the method for it is in the
+                                                module dynamo_jax.transform (docs/transform.md)
 """
 
 import importlib
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     )
     from dynamo_jax.storage.checkpoint import load, save
     from dynamo_jax.storage.export import export
-    from dynamo_jax.transform import quantize_model, switch_model, uniform_plan
+    from dynamo_jax.transform import Experts, ExpertsRule, with_experts
 
 __all__ = [
     "BUNDLED",
@@ -68,6 +69,8 @@ __all__ = [
     "Decoder",
     "Divergence",
     "EvalConfig",
+    "Experts",
+    "ExpertsRule",
     "Follower",
     "GenerateConfig",
     "Host",
@@ -100,14 +103,12 @@ __all__ = [
     "plan",
     "quantize",
     "quantize_folder",
-    "quantize_model",
     "save",
     "stream",
     "switch",
-    "switch_model",
     "text_model",
-    "uniform_plan",
     "whole",
+    "with_experts",
     "with_parameters",
 ]
 
@@ -149,7 +150,7 @@ _MODULES = {
     ),
     "storage.checkpoint": ("load", "save"),
     "storage.export": ("export",),
-    "transform": ("quantize_model", "switch_model", "uniform_plan"),
+    "transform": ("Experts", "ExpertsRule", "with_experts"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": {"calibration", "storage", "texts", *RUN_TIME, *LOW},
     "evaluation": {"evaluation", "texts", *RUN_TIME, *LOW},
     "report": {"report", "evaluation", "calibration", "analysis", "runtime", "models", "kernels.layout", "files"},
-    "transform": {"models", "precision", "runtime", "kernels.layout"},
+    "transform": {"transform", "calibration", "storage", *RUN_TIME, *LOW},
     "generation": {"storage", "runtime", "models", "kernels.layout"},
     "training": {"models", "files"},
     "demo": {"texts", "storage", "calibration", "evaluation", "report", *RUN_TIME, *LOW},

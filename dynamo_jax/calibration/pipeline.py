@@ -7,7 +7,6 @@ A model in memory becomes a ``QuantizedModel``; a checkpoint folder, of any size
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from dynamo_jax.analysis.statistics import Statistics
 from dynamo_jax.calibration.analyses import Analysis, known_windows, whole
@@ -23,7 +22,7 @@ from dynamo_jax.calibration.config import QuantizeConfig, check_shapes, settled
 from dynamo_jax.calibration.knowledge import knowledge_of
 from dynamo_jax.calibration.plans import favoured, plan
 from dynamo_jax.calibration.sources import DecoderSource, LayerSource
-from dynamo_jax.calibration.sweeps import Calibration, calibrate, statistics_of
+from dynamo_jax.calibration.sweeps import Calibration, Draft, calibrate, statistics_of
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
 from dynamo_jax.models.huggingface import Source, side_files, side_files_of
 from dynamo_jax.models.tokenizer import load_tokenizer
@@ -88,7 +87,10 @@ def analyze_layers(
     tokens = np.concatenate(list(windows.values()))
     sizes = [size for w in windows.values() for size in ((len(w) + 1) // 2, len(w) // 2)]
     half = np.repeat(np.arange(len(sizes)), sizes)
-    favour = functools.partial(favoured, names=list(windows), config=config, sizes=source.config.expert_sizes)
+
+    def favour(draft: Draft) -> Float[np.ndarray, "L E U 3"]:
+        return favoured([draft], list(windows), config, [source.config.expert_sizes])[0]
+
     job = Calibration(
         source=source,
         tokens=tokens,

@@ -52,17 +52,23 @@ def expecting(
 
 
 def favoured(
-    draft: Draft, names: list[str], config: QuantizeConfig, sizes: ExpertSizes
-) -> Float[np.ndarray, "L E U 3"]:
-    """The emphasis of each expert: ``config.emphasis``, with ``config.favour`` at its width in a drafted plan.
+    drafts: list[Draft], names: list[str], config: QuantizeConfig, sizes: list[ExpertSizes]
+) -> list[Float[np.ndarray, "L E U 3"]]:
+    """The emphasis of each expert of each part: ``config.emphasis``, with ``config.favour`` at its width in a drafted
+    plan.
 
-    The draft holds the halves of each dataset, as ``analyze_layers`` names them to the calibration.
+    A draft holds the halves of each dataset, as calibration has them.
     """
-    whole = Draft(*(a[0::2] + a[1::2] for a in draft))
-    losses = whole.errors * (whole.sensitivity / whole.tokens[:, None] ** 2)[:, :, None, None, None]
-    (drafted,) = allocated(names, [Part(sizes, losses, whole.counts)], whole.tokens, config)
-    widths = drafted.widths[:, :, :: drafted.blocks, None]
-    return np.where(widths == np.array(WIDTHS[:3]), config.favour, 1.0) * np.array(config.emphasis)
+    parts = []
+    for draft, own in zip(drafts, sizes):
+        whole = Draft(*(a[0::2] + a[1::2] for a in draft))
+        losses = whole.errors * (whole.sensitivity / whole.tokens[:, None] ** 2)[:, :, None, None, None]
+        parts.append(Part(own, losses, whole.counts))
+    found = []
+    for drafted in allocated(names, parts, whole.tokens, config):
+        widths = drafted.widths[:, :, :: drafted.blocks, None]
+        found.append(np.where(widths == np.array(WIDTHS[:3]), config.favour, 1.0) * np.array(config.emphasis))
+    return found
 
 
 def plan(

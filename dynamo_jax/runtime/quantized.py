@@ -91,13 +91,13 @@ class QuantizedExperts:
     """The routed experts of a model, which need not be one of ours: all that serving takes.
 
     store: planes of all experts, (L, E, P, F, ..) for P = 3 projections and F channels, in host memory. plan: the
-    baseline. knowledge: what calibration left behind for run time. spare: slots beside the baseline's, as a share of
-    its pages.
+    baseline. knowledge: what calibration left behind for run time, None where there was none. spare: slots beside the
+    baseline's, as a share of its pages.
     """
 
     store: Planes
     plan: Plan
-    knowledge: Knowledge
+    knowledge: Knowledge | None
     spare: float = SPARE
 
 
@@ -109,6 +109,7 @@ class QuantizedModel(QuantizedExperts):
     small files of the model that was quantized, config.json and tokenizer.json among them.
     """
 
+    knowledge: Knowledge
     config: ModelConfig
     parameters: dict[str, Array]
     tokenizer: tokenizers.Tokenizer

@@ -17,6 +17,7 @@ Axes: B requests, T tokens, k experts a token, L layers, E experts.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,14 +45,14 @@ class State(NamedTuple):
     """All that a jitted step needs beside the model's own parameters, a pytree of arrays.
 
     resident: base planes and slots of pages; tables: the page table of each variant; number: the variant of each of B
-    requests; signatures: of the known datasets, which the monitors compare with; watch: the monitors, None where nobody
-    watches.
+    requests; signatures: of the known datasets, which the monitors compare with, None where none are known; watch: the
+    monitors, None where nobody watches.
     """
 
     resident: AnyResident
     tables: tuple[PageTable, ...]
     number: Int[Array, " B"]
-    signatures: Signatures
+    signatures: Signatures | None
     watch: Watch | None
 
 
@@ -87,11 +88,12 @@ def init(
     variants: int = 2,
     slots: dict[int, int] | None = None,
     arrangement: str | None = None,
+    others: Sequence[Plan] = (),
 ) -> tuple[Host, State]:
     """The model on the device: all ``variants`` are the baseline until ``finish`` or ``adapt`` fills them.
 
-    slots: the page budget of each refinement level, at least the baseline's pages; by default those and the
-    spare ones that the model's budget counts.
+    others: plans that fill variants 1, 2, .. from the start, within the slots. slots: the page budget of each
+    refinement level, at least the baseline's pages; by default those and the spare ones that the model's budget counts.
     arrangement: of the planes on the device, "planes", "tiles" (of the TPU kernel) or "fragments" (of the GPU kernels);
     by default that of the fastest kernel that takes them there. ValueError: no request or variant, no such arrangement,
     or fewer slots than the baseline has pages.
@@ -100,18 +102,20 @@ def init(
         raise ValueError(f"arrangement {arrangement!r}: known are {', '.join(ARRANGEMENTS)}")
     if requests < 1 or variants < 1:
         raise ValueError(f"{requests} requests, {variants} variants: expected one or more")
+    if len(others) >= variants:
+        raise ValueError(f"{variants} variants: fewer than the {1 + len(others)} plans")
     if slots is None:
         slots = memory.slots(model.plan, model.spare)
     if arrangement is None:
         arrangement = arrangement_for(model.store.scales.shape[3], model.plan.channel_block, model.plan.group_size)
     pages = host_pages(model.store, model.plan, arrangement)
-    here = residency(pages, [model.plan], slots)
-    table = table_of(here, model.plan, levels_of(model.plan))
-    signatures = model.knowledge.signatures
-    state = State(
-        here.resident, (table,) * variants, jnp.zeros(requests, jnp.int32), signatures, start(signatures, requests)
-    )
-    return Host(pages=pages, plans=(model.plan,) * variants, slots=here.slots), state
+    plans = (model.plan, *others, *(model.plan,) * (variants - 1 - len(others)))
+    here = residency(pages, list(plans[: 1 + len(others)]), slots)
+    tables = tuple(table_of(here, plan, levels_of(plan)) for plan in plans)
+    signatures = None if model.knowledge is None else model.knowledge.signatures
+    monitors = None if signatures is None else start(signatures, requests)
+    state = State(here.resident, tables, jnp.zeros(requests, jnp.int32), signatures, monitors)
+    return Host(pages=pages, plans=plans, slots=here.slots), state
 
 
 def for_requests(state: State, requests: int) -> State:
@@ -121,7 +125,7 @@ def for_requests(state: State, requests: int) -> State:
         raise ValueError(f"{requests} requests: expected one or more")
     if state.number.shape[0] == requests:
         return state
-    fresh = None if state.watch is None else start(state.signatures, requests)
+    fresh = None if state.watch is None or state.signatures is None else start(state.signatures, requests)
     return state._replace(number=jnp.zeros(requests, jnp.int32), watch=fresh)
 
 
@@ -142,7 +146,7 @@ def observe(state: State, routings: list[Routing], mask: Bool[Array, "B T"] | No
     routings: of each layer with experts, as ``experts`` gave it back. mask: False where a token is padding. A state
     that nobody watches stays as it is. ValueError: routings of another number of layers. Source: docs/method.md.
     """
-    if state.watch is None:
+    if state.watch is None or state.signatures is None:
         return state
     requests, (num_layers, num_experts) = state.number.shape[0], state.signatures.shares.shape[1:]
     if len(routings) != num_layers:
@@ -186,7 +190,7 @@ def follow(state: State, novel: int = 1) -> State:
 def is_novel(state: State) -> Bool[Array, " B"]:
     """Which requests' text the monitor calls novel: twice in a row unlike every known dataset. It says nothing before
     256 tokens. ValueError: nobody watches this state."""
-    if state.watch is None:
+    if state.watch is None or state.signatures is None:
         raise ValueError("nobody watches this state: it has no monitor")
     return state.watch.label == len(state.signatures.limit)
 
@@ -276,6 +280,8 @@ def adapted(
     slots = {level: len(pages.codes) if level in read else 0 for level, pages in state.resident.pages.items()}
     free = None if lend else spare(host, state, variant)
     batch = state.number.shape[0] if batch is None else batch
+    if model.knowledge is None:
+        raise ValueError("these experts were quantized without an analysis: what a text loses is not known")
     return adapted_plan(model.plan, model.knowledge, seen, free, batch, reads, slots)
 
 

@@ -59,10 +59,10 @@ def check_arrays(path: Path, bundle: Bundle, expected: dict[str, Expected]) -> N
             raise ValueError(f"{path}: {name} holds NaN or infinity")
 
 
-def planes_expected(config: ModelConfig, plan: Plan, max_width: int) -> dict[str, Expected]:
+def planes_expected(plan: Plan, max_width: int) -> dict[str, Expected]:
     """One layer's planes up to ``max_width``."""
-    shape = (config.num_experts, PROJECTIONS, plan.blocks * plan.channel_block)
-    hidden = filled(config.hidden_size, plan.group_size)
+    shape = (plan.widths.shape[1], PROJECTIONS, plan.blocks * plan.channel_block)
+    hidden = filled(plan.hidden_size, plan.group_size)
     groups = (*shape, hidden // plan.group_size)
     codes = {
         f"planes/codes{b}": Expected((*shape, hidden * PLANE_BITS[b] // 8), "uint8") for b in WIDTHS if b <= max_width
@@ -74,7 +74,7 @@ def planes_expected(config: ModelConfig, plan: Plan, max_width: int) -> dict[str
 def layer_expected(config: ModelConfig, plan: Plan, max_width: int, layer: int) -> dict[str, Expected]:
     """A layer's file: its parameters but the experts' weights and, if it has experts, their planes."""
     own = {f"parameters/{name}": Expected(shape) for name, shape in layer_shapes(config, layer).items()}
-    return own if layer in config.dense_layers else own | planes_expected(config, plan, max_width)
+    return own if layer in config.dense_layers else own | planes_expected(plan, max_width)
 
 
 def layer_planes(bundle: Bundle) -> Planes:

@@ -115,8 +115,7 @@ def publish(
 ) -> None:
     """Write what goes beside the layers and the top, which ``work`` has, and make all of it the result."""
     known, folder = knowledge, making.folder
-    arrays = {name: np.asarray(getattr(known, name)) for name in KNOWLEDGE}
-    arrays |= {MONITOR + name: np.asarray(a) for name, a in known.signatures._asdict().items()}
+    arrays = knowledge_arrays(known)
     tables = {f"page_table{level}": table for level, table in page_tables(plan).items()}
     write_tensors(folder / PLAN, arrays | tables | {"widths": plan.widths})
     for name, content in files.items():
@@ -317,16 +316,33 @@ def load(folder: str | Path) -> QuantizedModel:
         store=store,
         plan=plan,
         window=meta.window,
-        knowledge=Knowledge(
-            names=meta.names,
-            signatures=Signatures(*(jnp.asarray(arrays[MONITOR + name]) for name in Signatures._fields)),
-            odd=meta.odd,
-            calibrated=meta.calibrated,
-            tokens=meta.tokens,
-            **{name: arrays[name] for name in KNOWLEDGE},
-        ),
+        knowledge=knowledge_from(arrays, meta.names, meta.tokens, meta.calibrated, meta.odd),
         files=files,
         spare=meta.spare,
+    )
+
+
+def knowledge_arrays(known: Knowledge) -> Bundle:
+    """What calibration left behind, by the names that it has in files."""
+    arrays = {name: np.asarray(getattr(known, name)) for name in KNOWLEDGE}
+    return arrays | {MONITOR + name: np.asarray(a) for name, a in known.signatures._asdict().items()}
+
+
+def knowledge_from(
+    arrays: Bundle,
+    names: tuple[str, ...],
+    tokens: int,
+    calibrated: dict[str, tuple[str, int]],
+    odd: dict[str, tuple[int, ...]],
+) -> Knowledge:
+    """What ``knowledge_arrays`` undoes, with what is no array of it."""
+    return Knowledge(
+        names=names,
+        signatures=Signatures(*(jnp.asarray(arrays[MONITOR + name]) for name in Signatures._fields)),
+        odd=odd,
+        calibrated=calibrated,
+        tokens=tokens,
+        **{name: arrays[name] for name in KNOWLEDGE},
     )
 
 

@@ -102,7 +102,8 @@ def test_a_drafted_plan_is_that_of_whole_datasets(small_folder):
     def emphasis(share):
         parts = (np.stack([share * a, (1 - share) * a], axis=1) for a in (errors, counts, sensitivity, tokens))
         draft = Draft(*(p.reshape(4, *p.shape[2:]) for p in parts))
-        return favoured(draft, ["a", "b"], QuantizeConfig(bits=3.5, weights={"b": 7.0}), config.expert_sizes)
+        settings = QuantizeConfig(bits=3.5, weights={"b": 7.0})
+        return favoured([draft], ["a", "b"], settings, [config.expert_sizes])[0]
 
     whole = emphasis(1.0)
     assert len(np.unique(whole)) > 3
@@ -113,9 +114,9 @@ def test_a_draft_counts_the_rows_that_the_statistics_count(small_folder, monkeyp
     windows = {n: np.arange(3, 3 + 33 * s, dtype=np.int32).reshape(s, 33) % 61 for n, s in (("a", 3), ("b", 2))}
     drafts = []
 
-    def seen(draft, **settings):
-        drafts.append(draft)
-        return favoured(draft, **settings)
+    def seen(given, *settings):
+        drafts.extend(given)
+        return favoured(given, *settings)
 
     monkeypatch.setattr(pipeline, "favoured", seen)
     found = analyze_layers(Source(small_folder), windows, QuantizeConfig(bits=3.5), MemoryWork())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dynamo_jax import quantize_model, switch_model, uniform_plan
+from dynamo_jax import transform
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.kernels.layout import WIDTHS, block_bytes, filled
@@ -152,38 +152,19 @@ def test_a_plan_knows_its_channels():
         Plan(widths=plan.widths, channels=16, **sizes)
 
 
-class Experts(nnx.Module):
-    def __init__(self):
-        shapes = {"gate": (6, HIDDEN, CHANNELS), "up": (6, HIDDEN, CHANNELS), "down": (6, CHANNELS, HIDDEN)}
-        for i, (name, shape) in enumerate(shapes.items()):
-            setattr(self, name, nnx.Param(jax.random.normal(jax.random.key(i), shape) * 0.2))
-
-    def route(self, logits):
-        gates, experts = jax.lax.top_k(jax.nn.softmax(logits), 2)
-        return experts, gates
-
-    def __call__(self, x, logits):
-        raise NotImplementedError
-
-
-def test_a_users_module_is_filled_too():
-    x, logits = (jax.random.normal(jax.random.key(i), s) for i, s in ((7, (9, HIDDEN)), (8, (9, 6))))
-    plans = [uniform_plan(Experts(), width, channel_block=8, group_size=16) for width in (8, 2)]
-    model = quantize_model(Experts(), *plans)
-    out = model(x, logits)
-    switch_model(model, 1)
-    experts, gates = model.inner.route(logits)
-    exact = Experts()
-    want = jnp.zeros_like(x)
-    for slot in range(2):
-        e = experts[:, slot]
-        h = jax.nn.silu(jnp.einsum("nd,ndf->nf", x, exact.gate[...][e])) * jnp.einsum("nd,ndf->nf", x, exact.up[...][e])
-        want += gates[:, slot, None] * jnp.einsum("nf,nfd->nd", h, exact.down[...][e])
-    far = [float(jnp.linalg.norm(y - want) / jnp.linalg.norm(want)) for y in (out, model(x, logits))]
+def test_a_users_experts_are_filled_too():
+    weights = [jax.random.normal(jax.random.key(i), (6, *s)) * 0.2 for i, s in enumerate([(HIDDEN, CHANNELS)] * 2)]
+    weights.append(jax.random.normal(jax.random.key(2), (6, CHANNELS, HIDDEN)) * 0.2)
+    exact = transform.Experts(*weights)
+    x = jax.random.normal(jax.random.key(7), (9, HIDDEN))
+    gates, ids = jax.lax.top_k(jax.nn.softmax(jax.random.normal(jax.random.key(8), (9, 6))), 2)
+    plans = [transform.uniform(exact, width, channel_block=8, group_size=16) for width in (8, 2)]
+    model, _ = transform.quantize(exact, plans[0], None, plans[1])
+    far = []
+    for number in range(2):
+        transform.switch(model, number)
+        out, want = model(x, ids, gates), exact(x, ids, gates)
+        far.append(float(jnp.linalg.norm(out - want) / jnp.linalg.norm(want)))
     assert out.shape == x.shape and far[0] < 0.03 < 0.2 < far[1]
-
-
-def test_a_users_module_refuses_inputs_of_another_size():
-    model = quantize_model(Experts(), uniform_plan(Experts(), 4, channel_block=8, group_size=16))
     with pytest.raises(ValueError, match=r"inputs \(3, 40\) for experts of hidden size 56"):
-        model(jnp.zeros((3, 40)), jnp.zeros((3, 6)))
+        model(jnp.zeros((3, 40)), ids[:3], gates[:3])
