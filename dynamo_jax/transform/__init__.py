@@ -4,10 +4,11 @@ model = with_experts(model, [rule], *example)            or Experts called in th
 analysis = analyze(model, {name: batches}, loss)         significance, dynamics, planes
 model, host = quantize(model, plan(analysis, bits=3.0), analysis, requests=8)
 observe, follow, switch                                  inside the caller's jit
-host = adapt(model, host, batches, forward)              between two steps
+adapt(model, host, batches, forward)                     between two steps
 save(folder, model, host); model, host = load(folder, abstract_model)
 """
 
+from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.transform.analysis import ModelAnalysis, Significance, analyze
 from dynamo_jax.transform.experts import Experts
 from dynamo_jax.transform.plans import ModelPlan, plan, uniform
@@ -18,6 +19,7 @@ from dynamo_jax.transform.serving import (
     ModelHost,
     adapt,
     follow,
+    for_requests,
     is_novel,
     labels,
     observe,
@@ -34,10 +36,12 @@ __all__ = [
     "ModelHost",
     "ModelPlan",
     "Plane",
+    "QuantizeConfig",
     "Significance",
     "adapt",
     "analyze",
     "follow",
+    "for_requests",
     "is_novel",
     "labels",
     "load",

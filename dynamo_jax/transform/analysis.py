@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,15 +24,17 @@ from dynamo_jax.analysis.dynamics import Dynamics
 from dynamo_jax.analysis.significance import channel_significance
 from dynamo_jax.analysis.statistics import Statistics
 from dynamo_jax.calibration.analyses import Analysis, dynamics_of, whole
-from dynamo_jax.calibration.config import QuantizeConfig, check_sizes, check_weights
+from dynamo_jax.calibration.config import QuantizeConfig, settled
 from dynamo_jax.calibration.experts import Routed
 from dynamo_jax.calibration.layers import LayerJob, outputs_and_drafts, quantized_and_measured, routed_pieces
-from dynamo_jax.calibration.plans import Draft, favoured
+from dynamo_jax.calibration.plans import favoured
+from dynamo_jax.calibration.sweeps import Draft
+from dynamo_jax.files import shortened
 from dynamo_jax.models.config import ExpertSizes
 from dynamo_jax.progress import Progress, no_progress
 from dynamo_jax.quant.planes import Planes, narrowed
-from dynamo_jax.transform.found import Layer, Part, modules_of, parts_of
-from dynamo_jax.transform.taps import Listener, Loss, Tapped, by_layer
+from dynamo_jax.transform.found import Layer, Part, float_parts_of, modules_of
+from dynamo_jax.transform.taps import Listener, Loss, Mask, Tapped, by_layer, counted
 
 LOOK, DRAFT, QUANTIZE = "pass over the data", "draft layers", "quantize layers"
 
@@ -104,6 +106,7 @@ def analyze(
     loss: Loss,
     config: QuantizeConfig | None = None,
     *,
+    mask: Mask | None = None,
     layers_at_once: int | None = None,
     progress: Progress = no_progress,
 ) -> ModelAnalysis:
@@ -111,7 +114,8 @@ def analyze(
     channels; and planes for any plan, GPTQ's along what the experts were given.
 
     data: name -> batches, pytrees of arrays as ``loss(model, batch)`` takes them. loss: summed nats of a batch. Where
-    the experts' ids are (S, T, k), S counts as sequences; ids (N, k) of a batch count as one. layers_at_once: layers
+    the experts' ids are (S, T, k), S counts as sequences; ids (N, k) of a batch count as one. mask: of a batch, which
+    tokens (S, T) count; those whose ids are all -1 do not in any case. layers_at_once: layers
     whose inputs are in host memory at a time, 4 bytes for each token and hidden number; all by default. With fewer the
     batches are gone through several times, so that they must be lists, not generators. progress: is called with (stage,
     done, of). The budget of ``config`` decides what the planes favour; ``plan`` may choose another one.
@@ -121,28 +125,29 @@ def analyze(
     Source: docs/design.md, "Formulas".
     """
     config = config or QuantizeConfig()
-    parts = parts_of(model)
-    for part in parts:
-        check_sizes(part.sizes, config)
-    check_weights(config, list(data))
+    parts = float_parts_of(model)
+    if not isinstance(data, Mapping):
+        raise ValueError(f"data is a {type(data).__name__}: expected a dict, the name of each dataset and its batches")
     if not data:
         raise ValueError("no known dataset: analysis needs at least one")
+    weights = {id(v): v for module in modules_of(model).values() for v in module.weight_variables()}
+    whole_model = sum(a.nbytes for a in jax.tree.leaves(nnx.state(model)) if hasattr(a, "nbytes"))
+    other_bytes = whole_model - sum(v.get_value().nbytes for v in weights.values())
+    config = settled(config, [part.sizes for part in parts], other_bytes, list(data))
     if layers_at_once is not None and layers_at_once < 1:
         raise ValueError(f"layers_at_once {layers_at_once}: expected 1 or more")
-    taps = _Passes(model, parts, data, loss, layers_at_once, progress)
+    taps = _Passes(model, parts, data, loss, mask, layers_at_once, progress)
     seen = taps.first()
     drafts = config.favour != 1 and config.quantizer == "gptq"
     emphasis = _emphasis(parts, taps, seen, config, progress) if drafts else [None] * len(parts)
     found = _measured(parts, taps, seen, config, emphasis, progress)
-    whole_model = sum(v.nbytes for v in jax.tree.leaves(nnx.state(model)) if hasattr(v, "nbytes"))
-    experts = sum(w.nbytes for module in modules_of(model).values() for w in module.expert_arrays())
     out = ModelAnalysis(
         parts=found,
         datasets=tuple(data),
         config=config,
         piece=seen.piece,
         calibrated=seen.calibrated,
-        other_bytes=whole_model - experts,
+        other_bytes=other_bytes,
     )
     for name, unreached in out.unreached().items():
         warnings.warn(
@@ -175,6 +180,7 @@ class _Passes:
         parts: tuple[Part, ...],
         data: dict[str, Iterable[Any]],
         loss: Loss,
+        mask: Mask | None,
         at_once: int | None,
         progress: Progress,
     ):
@@ -185,7 +191,8 @@ class _Passes:
         self.experts = {_key(layer): part.sizes.experts for part in parts for layer in part.layers}
         size = at_once or len(self.layers)
         self.chunks = [self.layers[i : i + size] for i in range(0, len(self.layers), size)]
-        self.data, self.loss, self.progress = data, loss, progress
+        self.data, self.loss, self.mask, self.progress = data, loss, mask, progress
+        self.digests: list[bytes] = []  # of the routing of each batch, in order
         self.listener = Listener(model)
         self._inputs: dict[Any, np.ndarray] = {}  # of the chunk that was asked for last
         self._of = -1
@@ -204,16 +211,23 @@ class _Passes:
         for number, (name, batches) in enumerate(self.data.items()):
             digest, sequences = hashlib.sha256(), 0
             for index, batch in enumerate(batches):
-                value, found, importance = self.listener.backward(self.loss, batch)
+                try:
+                    value, found, importance = self.listener.backward(self.loss, batch)
+                except (TypeError, IndexError) as error:
+                    what = shortened(str(error).split("\n")[0], 300)
+                    raise ValueError(f"{name}, batch {index}: the loss does not take it: {what}") from error
                 if not np.isfinite(float(value)):
                     raise ValueError(f"{name}, batch {index}: the loss is {float(value)}")
                 tapped = by_layer(self.modules, found, importance, inputs=True)
                 shape = tapped[keys[0]].ids.shape[:2]
                 for key in keys:
                     self._check(name, index, key, tapped[key], shape, keys[0])
+                tapped = counted(tapped, self.mask, batch)
+                for key in keys:
                     kept = tapped[key] if key in wanted else tapped[key]._replace(x=None)
                     parts[key].append(kept)
                 digest.update(tapped[keys[0]].ids.tobytes())
+                self.digests.append(_digest(tapped))
                 sequences += shape[0]
                 sizes.append((number, *shape))
                 self.progress(f"{LOOK} {name}", index + 1, index + 1)
@@ -233,6 +247,8 @@ class _Passes:
             )
         if not (np.isfinite(tapped.gates).all() and (tapped.x is None or np.isfinite(tapped.x).all())):
             raise ValueError(f"{where}: inputs or gates hold NaN or infinity")
+        if tapped.importance is not None and not np.isfinite(tapped.importance).all():
+            raise ValueError(f"{where}: the gradient of the loss holds NaN or infinity")
 
     def _seen(self, parts: dict[Any, list[Tapped]], sizes: list[tuple[int, int, int]], calibrated: Any) -> _Seen:
         half, half_of_piece, tokens_of_piece = [], [], []
@@ -243,7 +259,8 @@ class _Passes:
             place = count[number] + np.arange(sequences)
             own = 2 * number + (place >= (total[number] + 1) // 2)
             count[number] += sequences
-            half.append(np.repeat(own, tokens))
+            first = next(iter(parts.values()))[batch]
+            half.append(np.repeat(own, tokens)[first.kept])
             for key, taps in parts.items():
                 ids = taps[batch].ids.reshape(sequences, tokens, -1)
                 pieces = routed_pieces(ids, self.experts[key])  # (S, K, E)
@@ -271,9 +288,12 @@ class _Passes:
             self._inputs = {}
             wanted = [_key(layer) for _, _, layer in self.chunks[chunk]]
             parts: dict[Any, list[np.ndarray]] = {key: [] for key in wanted}
-            for batches in self.data.values():
+            digests = iter(self.digests)
+            for name, batches in self.data.items():
                 for batch in batches:
-                    tapped = by_layer(self.modules, self.listener.forward(self.loss, batch))
+                    tapped = counted(by_layer(self.modules, self.listener.forward(self.loss, batch)), self.mask, batch)
+                    if next(digests, b"") != _digest(tapped):
+                        raise ValueError(f"{name}: batches are others, or in another order, the second time")
                     for key in wanted:
                         parts[key].append(tapped[key].x)  # type: ignore[arg-type]
             self._inputs = {key: np.concatenate(own) for key, own in parts.items()}
@@ -285,12 +305,17 @@ def _key(layer: Layer) -> tuple[str, int | None]:
     return layer.path, layer.place
 
 
+def _digest(tapped: dict[Any, Tapped]) -> bytes:
+    return hashlib.sha256(b"".join(t.ids.tobytes() for t in tapped.values())).digest()
+
+
 def _together(taps: list[Tapped]) -> Tapped:
-    """Of all batches, their sequences one token after the other."""
+    """Of all batches, the tokens that count one after the other."""
     k = taps[0].ids.shape[-1]
-    ids = np.concatenate([t.ids.reshape(-1, k) for t in taps])
+    ids = np.concatenate([t.ids.reshape(-1, k)[t.kept] for t in taps])
     weights = [t.importance for t in taps if t.importance is not None]
-    return Tapped(None, ids, np.concatenate([t.gates for t in taps]), np.concatenate(weights))
+    gates = np.concatenate([t.gates for t in taps])
+    return Tapped(None, ids, gates, np.concatenate(weights), np.ones(len(ids), bool))
 
 
 def _routed(seen: _Seen, layer: Layer, x: Float[np.ndarray, "N D"]) -> Routed:
@@ -398,6 +423,10 @@ def _analyses(part: Part, names: list[str], seen: _Seen, records: list[dict[str,
         halves.append(Analysis(Statistics(**fields), sensitivity[index], windows[seen.half_of_piece == index]))
     found = {name: whole(halves[2 * i], halves[2 * i + 1]) for i, name in enumerate(names)}
     for name, analysis in found.items():
+        if not analysis.sensitivity.all():
+            raise ValueError(
+                f"{name}: the loss does not depend on the experts of {part.names[int(analysis.sensitivity.argmin())]}"
+            )
         empty = ~np.asarray(analysis.stats.counts).any(axis=1)
         if empty.any():
             raise ValueError(f"{name}: no token goes to the experts of {part.names[int(empty.argmax())]}")

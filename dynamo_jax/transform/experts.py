@@ -57,7 +57,8 @@ class Taken(NamedTuple):
 
 
 class Experts(nnx.Module):
-    """Gated experts that a model's own router chooses: y = sum over k of gates * expert(x), 0 for the id -1.
+    """Gated experts that a model's own router chooses: y = sum over k of gates * expert(x), 0 for the id -1 and others
+    that no expert has.
 
     weights: three Params or arrays, gate, up and down, or two, gate with up and down. layout says what the first ones
     are: "edf" (E, D, F), "efd" (E, F, D), "e2fd" (E, 2, F, D), "e2df" (E, 2, D, F), or "ed2f" (E, D, 2F) with the gate
@@ -97,7 +98,7 @@ class Experts(nnx.Module):
             for name, bias in parts:
                 setattr(self, name, bias if isinstance(bias, nnx.Variable) else nnx.Param(jnp.asarray(bias)))
         self.has_biases = biases is not None
-        self.listening = False  # whether a call leaves what it was given
+        self.listening: str | None = None  # the path here, while a call leaves what it was given
         self.shifted = False  # whether a call adds a Shift
         self.sizes = self._checked(weights)
 
@@ -146,23 +147,32 @@ class Experts(nnx.Module):
             )
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"ids are {ids.dtype}: expected whole numbers, -1 for no expert")
-        if self.listening:
+        if self.listening is not None:
             if hasattr(self, "tap"):
-                raise ValueError("experts are called twice in one pass of the model: each call needs its own Experts")
+                raise ValueError(
+                    f"{self.listening}: these experts are called twice in one pass of the model; "
+                    "each call needs Experts of its own"
+                )
             self.tap = Tap(Taken(x, ids, gates))
         flat, chosen = x.reshape(-1, x.shape[-1]), ids.reshape(-1, ids.shape[-1])
-        none = chosen < 0
+        none = (chosen < 0) | (chosen >= self.sizes.experts)
         real = jnp.where(none, 0, gates.reshape(chosen.shape)).astype(jnp.float32)
         routing = Routing(real, jnp.where(none, 0, chosen).astype(jnp.int32), real)
         if self.is_quantized:
-            out = self._quantized(flat, routing)
+            out = self._quantized(flat, routing, x.shape)
         else:
             out = expert_outputs(flat, routing, self.weights(), self.form())
         out = out.reshape(x.shape)
         return out + self.shift[...].astype(out.dtype) if self.shifted else out
 
-    def _quantized(self, x: Float[Array, "N D"], routing: Routing) -> Float[Array, "N D"]:
+    def _quantized(self, x: Float[Array, "N D"], routing: Routing, shape: tuple[int, ...]) -> Float[Array, "N D"]:
         served: Served = self.served
+        requests = served.requests
+        if len(shape) > 2 and requests > 1 and np.prod(shape[:-2]) != requests:
+            raise ValueError(
+                f"inputs {shape} are of {np.prod(shape[:-2])} sequences; the model serves {requests} requests "
+                "(dynamo_jax.transform.for_requests changes that)"
+            )
         layer: Any = self.number if isinstance(self.number, int) else self.number[...]
         return served_outputs(served.state(), layer, x, routing, self.form())
 
@@ -195,9 +205,9 @@ class Experts(nnx.Module):
         told = variable.get_metadata().get("out_sharding")
         return Split(_at(told, place), None) if told and _at(told, place) is not None else None
 
-    def expert_arrays(self) -> list[Any]:
+    def weight_variables(self) -> list[nnx.Variable]:
         """The weights as they are stored, without biases; none once they are quantized."""
-        return [getattr(self, name)[...] for name in LAYOUTS[self.layout][0] if hasattr(self, name)]
+        return [getattr(self, name) for name in LAYOUTS[self.layout][0] if hasattr(self, name)]
 
     def drop_weights(self, served: Served, number: int | LayerNumber) -> None:
         """From here on the experts are those of layer ``number`` of ``served``."""

@@ -83,8 +83,30 @@ def parts_of(model: nnx.Module) -> tuple[Part, ...]:
     """The model's layers with experts. ValueError: it has none."""
     groups: dict[Any, list[Layer]] = {}
     for path, module in modules_of(model).items():
-        groups.setdefault((module.sizes, module.activation), []).extend(layers_of(path, module))
+        groups.setdefault((module.sizes, _code(module.activation)), []).extend(layers_of(path, module))
     return tuple(
-        Part(sizes._replace(layers=len(layers)), activation, tuple(layers))
-        for (sizes, activation), layers in groups.items()
+        Part(layers[0].module.sizes._replace(layers=len(layers)), layers[0].module.activation, tuple(layers))
+        for layers in groups.values()
     )
+
+
+def _code(activation: Activation) -> Any:
+    """What tells activations apart: a lambda in the ``__init__`` of a block is the same one in each block."""
+    if not hasattr(activation, "__code__"):
+        return activation
+    held = tuple(cell.cell_contents for cell in activation.__closure__ or ())
+    key = (activation.__code__, held, activation.__defaults__)
+    try:
+        hash(key)
+    except TypeError:
+        return activation
+    return key
+
+
+def float_parts_of(model: nnx.Module) -> tuple[Part, ...]:
+    """``parts_of`` a model whose experts are float. ValueError: they are quantized already."""
+    parts = parts_of(model)
+    for layer in (layer for part in parts for layer in part.layers):
+        if layer.module.is_quantized:
+            raise ValueError(f"{layer.name}: these experts are quantized already")
+    return parts

@@ -98,5 +98,5 @@ def uniform(model: nnx.Module, width: int, channel_block: int = 16, group_size: 
         check_sizes(part.sizes, config)
         layers, experts, channels, hidden = part.sizes
         group = config.group(hidden)
-        plans.append(expert_plan(np.full((layers, experts), width, np.int8), channels, channel_block, group, hidden))
+        plans.append(expert_plan(np.full((layers, experts, 2), width, np.int8), channels, channel_block, group, hidden))
     return ModelPlan(tuple(plans), tuple(part.names for part in parts))

@@ -17,10 +17,12 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
 from dynamo_jax.files import read_json, shown, sync, write_text
+from dynamo_jax.kernels.layout import LEVELS
 from dynamo_jax.models.formats.tensor_files import write_tensors
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime import serving
@@ -38,8 +40,8 @@ from dynamo_jax.storage.bundles import (
 from dynamo_jax.storage.checkpoint import knowledge_arrays, knowledge_from
 from dynamo_jax.storage.results import Making, Result, digest_of, located
 from dynamo_jax.transform.found import Part, parts_of
-from dynamo_jax.transform.served import LayerNumber, Plane
-from dynamo_jax.transform.serving import ModelHost, PartHost, placed, served_of, slots_of
+from dynamo_jax.transform.served import LayerNumber, Plane, Served
+from dynamo_jax.transform.serving import ModelHost, PartHost, pair, placed
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -47,6 +49,7 @@ FORMAT = 1
 NAME = "dynamo_jax quantized NNX model"
 META, STATE = "dynamo_jax_nnx.json", "state"
 SAVING = {"command": "transform.save"}
+PLAIN = "planes"  # the arrangement that gradients go through
 KNOWN = "knowledge/"  # before the names of what calibration left behind
 
 
@@ -60,6 +63,8 @@ class PartMeta:
     max_width: int
     spare: float
     plans: int
+    slots: tuple[int, ...]
+    arrangement: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +86,7 @@ def save(folder: str | Path, model: nnx.Module, host: ModelHost, overwrite: bool
     experts'. ValueError: the experts are not quantized, or ``folder`` holds something else. OSError: it cannot be
     written.
     """
-    served = served_of(model)
+    served = pair(model, host)
     with Making(Path(folder).resolve(), META, SAVING, overwrite=overwrite, resumes=False) as making:
         out = making.folder
         for index, part in enumerate(host.parts):
@@ -97,7 +102,7 @@ def save(folder: str | Path, model: nnx.Module, host: ModelHost, overwrite: bool
             "tokens": 0 if known is None else known.tokens,
             "calibrated": {} if known is None else {n: list(v) for n, v in known.calibrated.items()},
             "odd": {} if known is None else {n: list(v) for n, v in known.odd.items()},
-            "parts": [_part_meta(part) for part in host.parts],
+            "parts": [_part_meta(part, own) for part, own in zip(host.parts, served)],
         }
         write_text(out / META, json.dumps(meta, indent=2) + "\n")
         files = [p for p in out.rglob("*") if p.is_file() and p.parent != out]
@@ -119,8 +124,9 @@ def load(folder: str | Path, model: M) -> tuple[M, ModelHost]:
     hosts, states = [], []
     for index, part in enumerate(meta.parts):
         experts, plans = _part(result, meta, index)
-        slots = slots_of(plans, part.spare)
-        here, state = serving.init(experts, meta.requests, len(plans), slots, None, plans[1:])
+        slots = dict(zip(LEVELS, part.slots, strict=True))
+        kind = part.arrangement if part.arrangement == PLAIN else None  # a kernel's is chosen by the device
+        here, state = serving.init(experts, meta.requests, len(plans), slots, kind, plans[1:])
         if index:
             state = state._replace(watch=None, signatures=None)
         found = _matching(folder, part, parts_of(model))
@@ -139,7 +145,7 @@ def load(folder: str | Path, model: M) -> tuple[M, ModelHost]:
     except (ValueError, KeyError) as error:
         raise ValueError(f"{folder / STATE}: does not fit the model: {' '.join(str(error).split())[:500]}") from error
     _put_others(out, restored)
-    return out, ModelHost(tuple(hosts))
+    return out, ModelHost(hosts)
 
 
 def _part_name(index: int) -> str:
@@ -147,13 +153,19 @@ def _part_name(index: int) -> str:
 
 
 def _part_bundle(part: PartHost) -> Bundle:
-    plans = {f"widths/{index}": plan.widths for index, plan in enumerate(part.here.plans)}
+    plans = {f"widths/{index}": plan.widths for index, plan in enumerate(_plans(part))}
     known = part.experts.knowledge
     own = {} if known is None else {KNOWN + name: a for name, a in knowledge_arrays(known).items()}
     return planes_bundle(part.experts.store) | plans | own
 
 
-def _part_meta(part: PartHost) -> dict[str, Any]:
+def _plans(part: PartHost) -> tuple[Plan, ...]:
+    """Of the variants; of one that has the baseline's slots, the baseline: both do not fit."""
+    here = part.here
+    return (here.plans[0],) * len(here.plans) if serving.lent(here) else here.plans
+
+
+def _part_meta(part: PartHost, served: Served) -> dict[str, Any]:
     plan = part.experts.plan
     return {
         "layers": list(part.layers),
@@ -164,6 +176,8 @@ def _part_meta(part: PartHost) -> dict[str, Any]:
         "max_width": part.experts.store.widths[-1],
         "spare": part.experts.spare,
         "plans": len(part.here.plans),
+        "slots": [served.state().resident.pages[level].codes.shape[0] for level in LEVELS],
+        "arrangement": part.here.pages.arrangement,
     }
 
 
@@ -237,14 +251,15 @@ def _others(model: nnx.Module) -> dict[str, Any]:
     """The variables that are not of quantized experts, by path; keys of random numbers as their numbers."""
     out = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        if isinstance(variable, (Plane, LayerNumber)):
-            continue
-        value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
-        out[".".join(map(str, path))] = _plain(value)
+        if not isinstance(variable, (Plane, LayerNumber)):
+            value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+            out[".".join(map(str, path))] = jax.tree.map(_plain, value)
     return out
 
 
 def _plain(value: Any) -> Any:
+    if not hasattr(value, "dtype"):
+        return np.asarray(value)
     if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
         if isinstance(value, jax.ShapeDtypeStruct):
             return jax.eval_shape(jax.random.key_data, value)
@@ -253,10 +268,23 @@ def _plain(value: Any) -> Any:
 
 
 def _put_others(model: nnx.Module, restored: dict[str, Any]) -> None:
+    flat = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        if isinstance(variable, (Plane, LayerNumber)) or not isinstance(variable, nnx.Variable):
+        if isinstance(variable, (Plane, LayerNumber)):
             continue
-        value, old = restored[".".join(map(str, path))], variable.get_value()
-        if jax.dtypes.issubdtype(old.dtype, jax.dtypes.prng_key):
-            value = jax.random.wrap_key_data(jnp.asarray(value))
-        variable.set_value(value)
+        found = restored[".".join(map(str, path))]
+        if isinstance(variable, nnx.Variable):
+            value = jax.tree.map(_as_before, variable.get_value(), found)
+            flat.append((path, variable.copy(value)))
+        else:
+            flat.append((path, _as_before(variable, found)))
+    nnx.update(model, nnx.from_flat_state(flat))
+
+
+def _as_before(old: Any, found: Any) -> Any:
+    """What ``_plain`` undoes."""
+    if not hasattr(old, "dtype"):
+        return type(old)(np.asarray(found).item())
+    if jax.dtypes.issubdtype(old.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jnp.asarray(found), impl=jax.random.key_impl(jnp.empty((), old.dtype)))
+    return found

@@ -59,6 +59,12 @@ class Served(nnx.Module):
             if split is not None and of_experts:
                 variable.set_metadata(out_sharding=(None, split.axes))
             setattr(self, name, variable)
+        self.moves = Plane(jnp.zeros((), jnp.int32))  # of pages, so far: what is in host memory knows as many
+
+    @property
+    def requests(self) -> int:
+        number: nnx.Variable = getattr(self, "number")  # noqa: B009 (set by name)
+        return number.shape[0]
 
     def state(self) -> State:
         return jax.tree.unflatten(self.tree, [getattr(self, name)[...] for name in self.names])
@@ -70,8 +76,13 @@ class Served(nnx.Module):
             raise ValueError("the state is not of the shape of the one that it would replace")
         for name, leaf in zip(self.names, leaves):
             variable = getattr(self, name)
-            if variable[...] is not leaf:
-                variable.set_value(leaf)
+            old = variable.get_value()
+            if old is leaf:
+                continue
+            if not isinstance(leaf, jax.core.Tracer) and not isinstance(old, jax.core.Tracer):
+                if leaf.sharding != old.sharding:  # or the next step would compile for it
+                    leaf = jax.device_put(leaf, old.sharding)
+            variable.set_value(leaf)
 
 
 BASE = "resident_base_"  # before the names of the planes that every expert has

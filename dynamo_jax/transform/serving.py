@@ -9,7 +9,7 @@
         follow(model)                     # variant 1 where a request's text is novel
         return logits
 
-    host = adapt(model, host, recent, forward)    # on the host, between two steps
+    adapt(model, host, recent, forward)   # on the host, between two steps
 
 The state is ``runtime.serving.State``, one for each part of the model, in variables that the part's experts share. The
 first part's has the monitors, which look at the layers of all parts.
@@ -41,15 +41,25 @@ from dynamo_jax.models.experts import Activation, ExpertBiases, ExpertForm
 from dynamo_jax.models.routing import Routing
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime import memory, serving
-from dynamo_jax.runtime.adapt import Observation, observe_planes
+from dynamo_jax.runtime.adapt import Observation, check_limit, observe_planes
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedExperts
 from dynamo_jax.runtime.store import page_counts, pages_of, quantize_experts
 from dynamo_jax.transform.analysis import ModelAnalysis, PartAnalysis
-from dynamo_jax.transform.experts import Experts
-from dynamo_jax.transform.found import Part, modules_of, parts_of
+from dynamo_jax.transform.found import Part, float_parts_of, modules_of, parts_of
 from dynamo_jax.transform.plans import ModelPlan
 from dynamo_jax.transform.served import LayerNumber, Served
-from dynamo_jax.transform.taps import Forward, Listener, Taken, by_layer, listening, taken
+from dynamo_jax.transform.taps import (
+    Forward,
+    Listener,
+    Mask,
+    Taken,
+    Tapped,
+    by_layer,
+    counted,
+    forget,
+    listening,
+    taken,
+)
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -65,11 +75,13 @@ class PartHost:
     here: serving.Host
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class ModelHost:
-    """What stays in host memory of a quantized model: give the one that the last call returned."""
+    """What stays in host memory of a quantized model, in one pair with it: ``take`` and ``adapt`` change both. moves:
+    how often pages were moved, which the model knows, too."""
 
-    parts: tuple[PartHost, ...]
+    parts: list[PartHost]
+    moves: int = 0
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -105,12 +117,12 @@ def quantize(
     ``model``, which stays as it is. ValueError, which names it: no experts, a plan or analysis for another model,
     weights that are not finite.
     """
-    parts = parts_of(model)
+    parts = float_parts_of(model)
     names = tuple(part.names for part in parts)
     for each in (plan, *more):
         each.check(names)
-    if analysis is not None and tuple(p.names for p in analysis.parts) != names:
-        raise ValueError("the analysis is of another model: its layers with experts are others")
+    if analysis is not None:
+        _check_analysis(analysis, parts)
     variants = max(variants, 1 + len(more))
     hosts, states = [], []
     config = None if analysis is None else analysis.config
@@ -132,7 +144,7 @@ def quantize(
             state = state._replace(watch=None, signatures=None)
         hosts.append(PartHost(layers=part.names, sizes=part.sizes, experts=experts, here=here))
         states.append(state)
-    return placed(model, names, states), ModelHost(tuple(hosts))
+    return placed(model, names, states), ModelHost(hosts)
 
 
 def placed(model: M, names: tuple[tuple[str, ...], ...], states: list[serving.State]) -> M:
@@ -155,6 +167,19 @@ def placed(model: M, names: tuple[tuple[str, ...], ...], states: list[serving.St
     return model
 
 
+def _check_analysis(analysis: ModelAnalysis, parts: tuple[Part, ...]) -> None:
+    """ValueError: it is of other layers, other sizes or other weights."""
+    if tuple(p.names for p in analysis.parts) != tuple(part.names for part in parts):
+        raise ValueError("the analysis is of another model: its layers with experts are others")
+    for part, own in zip(parts, analysis.parts):
+        if part.sizes != own.sizes:
+            raise ValueError(f"{part.names[0]}: the analysis is of experts {own.sizes}, the model has {part.sizes}")
+        for layer, norms in zip(part.layers, own.down_norms):
+            down = layer.module.one_layer(layer.place)[0].down
+            if not np.allclose(np.square(np.asarray(down, np.float32)).sum(axis=-1), norms, rtol=1e-3):
+                raise ValueError(f"{layer.name}: its weights are not those that were analysed")
+
+
 def _check(plan: Plan, part: Part) -> None:
     found = (*plan.widths.shape[:2], plan.channels, plan.hidden_size)
     if found != tuple(part.sizes):
@@ -167,6 +192,9 @@ def _check(plan: Plan, part: Part) -> None:
 def _planes(part: Part, plan: Plan, analysis: PartAnalysis | None, config: QuantizeConfig | None) -> Any:
     if analysis is not None and config is not None:
         made = config.group(plan.hidden_size), config.channel_block
+        if plan.apart != config.per_projection:
+            words = ("one width an expert", "two")
+            raise ValueError(f"the plan has {words[plan.apart]}, the analysis was made for {words[not plan.apart]}")
         if (plan.group_size, plan.channel_block) != made:
             raise ValueError(
                 f"the plan has groups of {plan.group_size} and blocks of {plan.channel_block}, the planes of the "
@@ -252,17 +280,25 @@ def observe(model: nnx.Module, mask: Bool[Array, "B T"] | None = None) -> Iterat
     or called twice, in the pass.
     """
     first = served_of(model)[0]
+    if mask is not None and mask.dtype != bool:
+        raise ValueError(f"the mask is {mask.dtype}: expected bool, False where a token is padding")
     listening(model)
     try:
         yield
         found = taken(model)
     finally:
+        forget(model)
         listening(model, False)
     state = first.state()
     if state.watch is not None:
         routings = _routings(model, found, state)
         real = (next(iter(found.values())).ids >= 0).any(axis=-1).reshape(-1)
-        real = real[: routings[0].experts.shape[0]].reshape(state.number.shape[0], -1)
+        tokens, requests = routings[0].experts.shape[0], state.number.shape[0]
+        if tokens % requests or (mask is not None and mask.size != tokens):
+            shape = "" if mask is None else f" and the mask is {mask.shape}"
+            raise ValueError(f"the pass was of {tokens} tokens{shape}; the model serves {requests} requests")
+        real = real[:tokens].reshape(requests, -1)
+        mask = None if mask is None else mask.reshape(requests, -1)
         first.put(serving.observe(state, routings, real if mask is None else real & mask))
 
 
@@ -283,21 +319,47 @@ def _order(model: nnx.Module) -> list[tuple[str, int | None]]:
     return [(layer.path, layer.place) for part in parts_of(model) for layer in part.layers]
 
 
-def take(model: nnx.Module, host: ModelHost, plan: ModelPlan, variant: int = 1, lend: bool = False) -> ModelHost:
+def for_requests(model: nnx.Module, requests: int) -> None:
+    """The model serves so many requests from now on, all at the baseline, with new monitors; as it is if it serves as
+    many. The next step is compiled for their number. ValueError: no request."""
+    for served in served_of(model):
+        state = serving.for_requests(served.state(), requests)
+        for name, leaf in zip(served.names, jax.tree.leaves(state)):
+            getattr(served, name).set_value(leaf)
+
+
+def take(model: nnx.Module, host: ModelHost, plan: ModelPlan, variant: int = 1, lend: bool = False) -> None:
     """``plan`` as a variant of the model from now on; its pages come from host memory. lend: the baseline's slots may
-    serve too (``runtime.serving.begin``). ValueError: a plan for another model, no such variant, or fewer free slots
-    than it needs."""
+    serve too (``runtime.serving.begin``). ValueError: a plan for another model, no such variant, fewer free slots than
+    it needs, or a host that is not of this model; nothing has changed then."""
     plan.check(tuple(part.layers for part in host.parts))
-    served, parts = served_of(model), []
+    served = pair(model, host)
     moves = [
         serving.begin(part.here, one.state(), own, variant, lend)
         for part, one, own in zip(host.parts, served, plan.plans)
     ]
-    for part, one, move in zip(host.parts, served, moves):
-        here, state = serving.finish(part.here, one.state(), move)
-        one.put(state)
-        parts.append(dataclasses.replace(part, here=here))
-    return ModelHost(tuple(parts))
+    for index, (one, move) in enumerate(zip(served, moves)):
+        _moved(host, served, index, *serving.finish(host.parts[index].here, one.state(), move))
+
+
+def pair(model: nnx.Module, host: ModelHost) -> list[Served]:
+    """The states of the model. ValueError: pages were moved for one of the two without the other."""
+    served = served_of(model)
+    found = int(served[0].moves[...])
+    if len(served) != len(host.parts) or found != host.moves:
+        raise ValueError(
+            f"the model and what is in host memory are no pair: pages were moved {found} and {host.moves} times; "
+            "both come from one call of quantize or load, and a clone of the model has no host of its own"
+        )
+    return served
+
+
+def _moved(host: ModelHost, served: list[Served], index: int, here: serving.Host, state: serving.State) -> None:
+    """Both know of the pages that were moved for one part."""
+    served[index].put(state)
+    host.parts[index] = dataclasses.replace(host.parts[index], here=here)
+    host.moves += 1
+    served[0].moves.set_value(jnp.asarray(np.int32(host.moves)))
 
 
 def adapt(
@@ -306,33 +368,41 @@ def adapt(
     batches: Iterable[Any],
     forward: Forward,
     *,
+    mask: Mask | None = None,
     variant: int = 1,
     batch: int | None = None,
     reads: float = 1.0,
     lend: bool = False,
-) -> ModelHost:
+) -> None:
     """``variant`` adapted to data like ``batches``, within the slots that there are; requests stay at their variants.
 
-    forward: runs the model, ``forward(model, batch)``; what it returns does not matter. No labels and no gradients are
-    needed; 512 tokens in all do, 2,048 do better. batch, reads, lend: as ``runtime.serving.adapt``. It runs the
-    baseline, and measures what each block's widths lose on what the experts are given. ValueError: no batch, an
-    analysis is missing, no such variant, or the baseline itself.
+    forward: runs the model, ``forward(model, batch)``; what it returns does not matter, and it stays compiled as long
+    as it is the same function. No labels and no gradients are needed; 512 tokens in all do, 2,048 do better. mask: of a
+    batch, which tokens count. batch, reads, lend: as ``runtime.serving.adapt`` takes them. It runs the baseline, and
+    measures what each block's widths lose on what the experts are given. ValueError: no batch, an analysis is missing,
+    no such variant, or a host that is not of this model; nothing has changed then.
     """
-    seen = observations(model, host, batches, forward)
-    served, parts, plans = served_of(model), list(host.parts), []
-    for index, (part, one) in enumerate(zip(host.parts, served)):
-        here, state = part.here, one.state()
-        if not lend:
-            here, state = serving.whole(here, state)
-            one.put(state)
-            parts[index] = dataclasses.replace(part, here=here)
-        plans.append(serving.adapted(part.experts, here, state, seen[index], variant, batch, reads, lend))
-    layers = tuple(part.layers for part in host.parts)
-    return take(model, ModelHost(tuple(parts)), ModelPlan(tuple(plans), layers), variant, lend)
+    served = pair(model, host)
+    if not 1 <= variant < len(host.parts[0].here.plans):
+        raise ValueError(f"variant {variant}: those that can change are 1..{len(host.parts[0].here.plans) - 1}")
+    check_limit(served[0].requests if batch is None else batch, reads)
+    seen = observations(model, host, batches, forward, mask)
+    plans = [
+        serving.adapted(part.experts, part.here, one.state(), own, variant, batch, reads, lend)
+        for part, one, own in zip(host.parts, served, seen)
+    ]
+    if not lend:
+        for index, one in enumerate(served):
+            if serving.lent(host.parts[index].here):
+                _moved(host, served, index, *serving.whole(host.parts[index].here, one.state()))
+    take(model, host, ModelPlan(tuple(plans), tuple(part.layers for part in host.parts)), variant, lend)
 
 
-def observations(model: nnx.Module, host: ModelHost, batches: Iterable[Any], forward: Forward) -> list[Observation]:
-    """What the batches show of each part: errors at each width, and routed tokens of each batch."""
+def observations(
+    model: nnx.Module, host: ModelHost, batches: Iterable[Any], forward: Forward, mask: Mask | None = None
+) -> list[Observation]:
+    """What the batches show of each part: errors at each width, and routed tokens of each batch. Batch after batch goes
+    through the model, then one layer's planes after the other through the device."""
     at_baseline, fresh = nnx.clone(model), {}
     for module in modules_of(at_baseline).values():
         if id(module.served) not in fresh:
@@ -340,28 +410,26 @@ def observations(model: nnx.Module, host: ModelHost, batches: Iterable[Any], for
             fresh[id(module.served)] = Served(module.served.state()._replace(number=one, watch=None, signatures=None))
         module.served = fresh[id(module.served)]
     listener, modules = Listener(at_baseline), modules_of(model)
-    parts = parts_of(model)
-    errors: list[Any] = [0.0 for _ in parts]
-    counts: list[list[np.ndarray]] = [[] for _ in parts]
-    tokens: list[float] = []
-    for given in batches:
-        tapped = by_layer(modules, listener.forward(forward, given))
-        for index, (part, own) in enumerate(zip(parts, host.parts)):
-            found = [
-                _measured(own, part, number, tapped[layer.path, layer.place], layer.module, layer.place)
-                for number, layer in enumerate(part.layers)
-            ]
-            each, rows = (np.stack(a).astype(np.float64) for a in zip(*found))
-            errors[index] = errors[index] + each
-            counts[index].append(rows)
-        tokens.append(float(len(next(iter(tapped.values())).gates)))
-    if not tokens:
+    tapped = [counted(by_layer(modules, listener.forward(forward, given)), mask, given) for given in batches]
+    if not tapped:
         raise ValueError("no batch to adapt to")
-    exact = np.zeros((len(tokens), 0, 0), np.float32)
-    return [
-        Observation(_with_exact(errors[i], host.parts[i]), np.stack(counts[i]), np.array(tokens), exact)
-        for i in range(len(parts))
-    ]
+    tokens = np.array([len(next(iter(one.values())).gates) for one in tapped], np.float64)
+    if not tokens.sum():
+        raise ValueError("no token of the batches counts")
+    exact = np.zeros((len(tapped), 0, 0), np.float32)
+    out = []
+    for part, own in zip(parts_of(model), host.parts):
+        errors, counts = [], []
+        for number, layer in enumerate(part.layers):
+            planes = jax.tree.map(lambda a, i=number: jnp.asarray(a[i]), own.experts.store)
+            biases = layer.module.biases_of_layer(layer.place)
+            found = [_measured(own, part, planes, biases, one[layer.path, layer.place]) for one in tapped]
+            each, rows = (np.stack(a).astype(np.float64) for a in zip(*found))
+            errors.append(each.sum(axis=0))
+            counts.append(rows)
+        together = _with_exact(np.stack(errors), own)
+        out.append(Observation(together, np.stack(counts, axis=1), tokens, exact))
+    return out
 
 
 def _with_exact(errors: np.ndarray, part: PartHost) -> np.ndarray:
@@ -370,15 +438,15 @@ def _with_exact(errors: np.ndarray, part: PartHost) -> np.ndarray:
     return np.pad(errors, [(0, 0)] * 3 + [(0, exactly)])
 
 
-def _measured(part: PartHost, own: Part, number: int, tapped: Any, module: Experts, index: int | None) -> Any:
-    planes = jax.tree.map(lambda a: jnp.asarray(a[number]), part.experts.store)
-    ids = tapped.ids.reshape(tapped.gates.shape)
-    gates = jnp.asarray(tapped.gates)
-    routing = Routing(gates, jnp.asarray(np.where(ids < 0, own.sizes.experts, ids)), gates)
-    biases = module.biases_of_layer(index)
+def _measured(part: PartHost, own: Part, planes: Any, biases: ExpertBiases | None, tapped: Tapped) -> Any:
+    size, k = tapped.kept.size, tapped.ids.shape[-1]  # one program for all batches of a shape, whatever counts in them
+    x, gates = np.zeros((size, own.sizes.hidden_size), np.float32), np.zeros((size, k), np.float32)
+    x[tapped.kept], gates[tapped.kept] = tapped.x, tapped.gates
+    ids = tapped.ids.reshape(size, k)
+    routing = Routing(jnp.asarray(gates), jnp.asarray(np.where(ids < 0, own.sizes.experts, ids)), jnp.asarray(gates))
     plan = part.experts.plan
     fixed = own.sizes._replace(layers=1), own.activation, plan.channel_block, plan.apart
-    return jax.tree.map(np.asarray, _observed(*fixed, planes, tapped.x, routing, biases))
+    return jax.tree.map(np.asarray, _observed(*fixed, planes, x, routing, biases))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

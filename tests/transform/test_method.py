@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,13 @@ from dynamo_jax import transform
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import analyze_layers
 from dynamo_jax.calibration.sources import DecoderSource
-from dynamo_jax.models.decoder import Layer
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.decoder import Decoder, Layer, expert_parameter_names, parameters
 from dynamo_jax.models.experts import activation_of
 from dynamo_jax.models.loss import next_token_nll
+from dynamo_jax.runtime.adapt import observe_windows
+from dynamo_jax.runtime.quantized import QuantizedModel
+from dynamo_jax.storage.bundles import stacked_planes
 from dynamo_jax.storage.work import MemoryWork
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -85,7 +88,7 @@ def test_eight_bits_are_near_the_users_experts(model, analysis):
     ids = jnp.asarray(rng.integers(0, 6, (40, 2)))
     quantized, _ = transform.quantize(model, transform.uniform(model, 8, 8, 16), analysis)
     want, got = (m.blocks[1].experts(x, ids, gates) for m in (model, quantized))
-    assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.02
+    assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.05
 
 
 def test_layers_one_at_a_time_give_the_same(model, analysis):
@@ -139,32 +142,81 @@ def taken_decoder(decoder):
     return transform.with_experts(decoder, [rule], jnp.arange(8).reshape(1, 8))
 
 
-def test_taps_and_sweeps_find_the_same(bundled):
-    """Our own decoder, by its own path and as somebody else's model: the same significance, and planes as good."""
-    decoder, _ = bundled
+OURS = ModelConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_experts=6,
+    num_experts_per_tok=2,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+)
+
+
+def our_loss(model, tokens):
+    hidden, _ = model.hidden_states(tokens[:, :-1])
+    return next_token_nll(hidden, model.head_weights(), tokens[:, 1:]).sum()
+
+
+def our_forward(model, windows):
+    return model.hidden_states(windows[:, :-1])
+
+
+def test_taps_and_sweeps_find_the_same():
+    """Our own decoder, by its own path and as somebody else's model: the same significance and planes, and what is
+    measured for adaptation is nearly the same, since a tap is of the baseline's pass and not of one at 8 bits."""
+    decoder = Decoder(OURS, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
-    config = QuantizeConfig(window=32, calibration_windows=4, favour=1.0)
-    windows = {n: rng.integers(low, low + 400, (4, 33)).astype(np.int32) for n, low in (("a", 0), ("b", 200))}
-
-    def loss(model, tokens):
-        hidden, _ = model.hidden_states(tokens[:, :-1])
-        return next_token_nll(hidden, model.head_weights(), tokens[:, 1:]).sum()
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of experts that so few tokens do not reach
-        own = transform.analyze(taken_decoder(decoder), {n: [w] for n, w in windows.items()}, loss, config)
-    swept = analyze_layers(DecoderSource(decoder), windows, config, MemoryWork())
+    config = dataclasses.replace(SETTINGS, window=32, calibration_windows=8)
+    windows = {n: rng.integers(low, low + 40, (8, 33)).astype(np.int32) for n, low in (("a", 0), ("b", 20))}
+    taken = taken_decoder(decoder)
+    own = transform.analyze(taken, {n: [w[:5], w[5:]] for n, w in windows.items()}, our_loss, config)
+    work = MemoryWork()
+    swept = analyze_layers(DecoderSource(decoder), windows, config, work)
     for name, analysis in swept.items():
         mine = own.parts[0].analyses[name]
         np.testing.assert_array_equal(mine.stats.counts, analysis.stats.counts)
         for field in ("hidden_energy", "errors", "apart_errors", "block_errors"):
             got, want = (np.asarray(getattr(a.stats, field)) for a in (mine, analysis))
-            np.testing.assert_allclose(got, want, rtol=0.05, atol=2e-3 * want.max())
+            np.testing.assert_allclose(got, want, rtol=0.02, atol=1e-3 * want.max())
         np.testing.assert_allclose(mine.sensitivity, analysis.sensitivity, rtol=1e-3)
+        np.testing.assert_allclose(mine.halves[0].stats.counts, analysis.halves[0].stats.counts)
+    planes = stacked_planes(work.get, OURS)
+    differ = [np.mean(a != b) for a, b in zip(jax.tree.leaves(planes), jax.tree.leaves(own.parts[0].planes))]
+    assert max(differ) < 0.02
+
+    quantized, host = transform.quantize(taken, transform.plan(own, bits=4.0), own)
+    experts, names = host.parts[0].experts, set(expert_parameter_names(OURS))
+    rest = {name: a for name, a in parameters(decoder).items() if name not in names}
+    fields = {f.name: getattr(experts, f.name) for f in dataclasses.fields(experts)}
+    ours = QuantizedModel(config=OURS, parameters=rest, tokenizer=None, window=32, files={}, **fields)
+    text = rng.integers(40, 61, (6, 33)).astype(np.int32)
+    (mine,) = transform.serving.observations(quantized, host, [text], our_forward)
+    seen = observe_windows(ours, text)
+    assert np.abs(mine.counts.sum(axis=0) - seen.counts.sum(axis=0)).sum() < 0.1 * seen.counts.sum()
+    assert np.linalg.norm(mine.errors - seen.errors) < 0.2 * np.linalg.norm(seen.errors)
+
+
+def analyzed(model):
+    return transform.analyze(model, known(), nll, SETTINGS)
 
 
 def test_what_is_wrong_with_data_is_named(model):
     data = known()
+    with pytest.raises(ValueError, match="data is a list: expected a dict"):
+        transform.analyze(model, known()["low"], nll, SETTINGS)
+    with pytest.raises(ValueError, match="low, batch 0: the loss does not take it"):
+        transform.analyze(model, {"low": ["text"]}, nll, SETTINGS)
+    with pytest.raises(ValueError, match="the loss returns something else than one number"):
+        transform.analyze(model, data, lambda m, b: (nll(m, b), 3), SETTINGS)
+    with pytest.raises(ValueError, match=r"low: the loss does not depend on the experts of blocks\.0\.experts"):
+        transform.analyze(model, data, lambda m, b: jax.lax.stop_gradient(nll(m, b)), SETTINGS)
+    bad = r"low, batch 0: blocks\.0\.experts: the gradient of the loss holds NaN"
+    with pytest.raises(ValueError, match=bad):
+        transform.analyze(model, data, lambda m, b: 1 + jnp.sqrt(0 * nll(m, b)), SETTINGS)
     with pytest.raises(ValueError, match="no known dataset"):
         transform.analyze(model, {}, nll, SETTINGS)
     with pytest.raises(ValueError, match="low: no batch"):
@@ -173,7 +225,7 @@ def test_what_is_wrong_with_data_is_named(model):
         transform.analyze(model, data, lambda m, b: nll(m, b) * jnp.nan, SETTINGS)
     with pytest.raises(ValueError, match=r"blocks\.0\.experts: these experts were not called"):
         transform.analyze(model, data, lambda m, b: m.embed(b).sum(), SETTINGS)
-    with pytest.raises(ValueError, match="called twice in one pass"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.experts: these experts are called twice in one pass"):
         transform.analyze(model, data, lambda m, b: nll(m, b) + nll(m, b), SETTINGS)
     with pytest.raises(ValueError, match=r"low, batch 0: blocks\.1\.experts: ids .* to 6; there are experts 0 to 5"):
         transform.analyze(Shifted(model), data, nll, SETTINGS)
@@ -223,6 +275,43 @@ def test_nan_weights_are_named(model):
         transform.quantize(broken, transform.uniform(broken, 4, 8, 16))
 
 
+def test_tokens_that_do_not_count_change_nothing(model):
+    """Padding by a mask, and tokens that have no expert in any layer; the loss leaves the same ones out."""
+    config = dataclasses.replace(SETTINGS, favour=1.0)
+    short = {name: [b[:, :17] for b in batches] for name, batches in known().items()}
+    padded = {name: [jnp.pad(b, ((0, 0), (0, 16)), constant_values=7) for b in own] for name, own in short.items()}
+
+    def masked(model, tokens):
+        logits = jax.nn.log_softmax(model(tokens[:, :-1])[:, :16])
+        return -jnp.take_along_axis(logits, tokens[:, 1:17, None], axis=-1).sum()
+
+    def mask(tokens):
+        return np.arange(tokens.shape[1] - 1) < 16 + np.zeros((len(tokens), 1))
+
+    one = transform.analyze(model, short, nll, config)
+    other = transform.analyze(model, padded, masked, config, mask=mask)
+    for name in one.datasets:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.max(b)),
+            one.significance(name),
+            other.significance(name),
+        )
+    with pytest.raises(ValueError, match=r"the mask is float64 .* of a batch of 128 tokens: expected bool"):
+        transform.analyze(model, padded, masked, config, mask=lambda tokens: np.ones((4, 32)))
+
+
+def test_batches_that_change_between_passes_are_refused(model):
+    class Shuffled:
+        turn = 0
+
+        def __iter__(self):
+            self.turn += 1
+            return iter(known()["low"][:: 1 if self.turn == 1 else -1])
+
+    with pytest.raises(ValueError, match="low: batches are others, or in another order, the second time"):
+        transform.analyze(model, {"low": Shuffled()}, nll, SETTINGS, layers_at_once=1)
+
+
 def test_plans_and_analyses_of_other_models_are_refused(model, analysis):
     other = Model(nnx.Rngs(0), blocks=((6, 24),))
     with pytest.raises(ValueError, match="the plan is for another model: it has 2 layers with experts, the model 1"):
@@ -232,6 +321,15 @@ def test_plans_and_analyses_of_other_models_are_refused(model, analysis):
     wide = Model(nnx.Rngs(0), blocks=((6, 16), (6, 16)))
     with pytest.raises(ValueError, match=r"the plan is for .* \(2, 6, 24, 32\); the model has \(2, 6, 16, 32\)"):
         transform.quantize(wide, transform.uniform(model, 4, 8, 16))
+    trained = nnx.clone(model)
+    down = trained.blocks[1].experts.down
+    down.set_value(down[...] * 1.01)
+    with pytest.raises(ValueError, match=r"blocks\.1\.experts: its weights are not those that were analysed"):
+        transform.quantize(trained, transform.uniform(model, 4, 8, 16), analysis)
+    done, _ = transform.quantize(model, transform.uniform(model, 4, 8, 16))
+    for again in (lambda: transform.quantize(done, transform.uniform(model, 4, 8, 16)), lambda: analyzed(done)):
+        with pytest.raises(ValueError, match=r"blocks\.0\.experts: these experts are quantized already"):
+            again()
     with pytest.raises(ValueError, match="the plan has groups of 32 and blocks of 8, the planes of the analysis 16"):
         transform.quantize(model, transform.uniform(model, 4, 8, 32), analysis)
 

@@ -118,3 +118,68 @@ def test_rules_that_match_nothing_and_models_without_experts_say_what_there_is()
 
 def test_a_model_that_calls_experts_itself_needs_no_rule():
     assert uniform(Model(nnx.Rngs(0)), 4, 8, 16).layers == (("blocks.0.experts", "blocks.1.experts"),)
+
+
+def test_an_abstract_model_is_taken_without_a_comparison():
+    """So that ``load`` needs no float experts."""
+    taken = nnx.eval_shape(lambda: with_experts(Net(nnx.Rngs(0)), [FOREIGN, FUSED], X))
+    again = with_experts(nnx.eval_shape(lambda: Net(nnx.Rngs(0))), [FOREIGN, FUSED])
+    for each in (taken, again):
+        assert uniform(each, 4, 8, 16).layers == (("first.experts", "second.experts"),)
+
+
+def test_weights_in_a_module_of_the_module_are_taken_and_copies_are_refused():
+    class Outer(nnx.Module):
+        def __init__(self):
+            self.own = Foreign(nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.own(x)[0]
+
+    def call(m, experts, x):
+        return call_foreign(m.own, experts, x)[0]
+
+    taken = with_experts(Outer(), [ExpertsRule(Outer, lambda m: Experts(m.own.wi_0, m.own.wi_1, m.own.wo), call)], X)
+    assert not hasattr(taken.inner.own, "wo") and taken.experts.down.shape == (EXPERTS, CHANNELS, HIDDEN)
+    with pytest.raises(ValueError, match="the model: the rule's Experts hold weights that are no Params of the module"):
+        copies = ExpertsRule(Outer, lambda m: Experts(m.own.wi_0[...], m.own.wi_1[...], m.own.wo[...]), call)
+        with_experts(Outer(), [copies], X)
+    with pytest.raises(ValueError, match="own: it lies in the model, which matches a rule, too"):
+        with_experts(Outer(), [ExpertsRule(Outer, FOREIGN.experts, call), FOREIGN], X)
+
+
+def test_attributes_that_are_set_reach_the_module_and_a_module_at_two_paths_is_one():
+    class Twice(nnx.Module):
+        def __init__(self):
+            self.a = Foreign(nnx.Rngs(0))
+            self.b = self.a
+            self.rest = nnx.List([self.a])
+
+        def __call__(self, x):
+            return self.b(x)[0]
+
+    taken = with_experts(Twice(), [FOREIGN], X)
+    assert taken.a is taken.b and taken.rest[0] is taken.a
+    taken.a.training = True
+    assert taken.a.inner.training and taken.b.training
+
+
+def test_an_example_call_leaves_the_state_as_it_was():
+    """Of a cache or a counter of dropout, which the module and the call of the rule both move on."""
+
+    class Counting(Foreign):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+
+        def __call__(self, x):
+            self.calls[...] += 1
+            return super().__call__(x)[0] * self.calls[...]
+
+    def call(m, experts, x):
+        m.calls[...] += 1
+        return call_foreign(m, experts, x)[0] * m.calls[...]
+
+    own = Counting(nnx.Rngs(0))
+    taken = with_experts(own, [ExpertsRule(Counting, FOREIGN.experts, call)], X)
+    assert int(own.calls[...]) == 0 and int(taken.calls[...]) == 0

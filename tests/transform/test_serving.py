@@ -32,8 +32,9 @@ TEXT = jnp.asarray(np.random.default_rng(3).integers(0, 50, (3, 16)))
 def random_plan(model, seed):
     plan = transform.uniform(model, 2, BLOCK, GROUP)
     (own,) = plan.plans
-    widths = np.random.default_rng(seed).choice([2, 3, 4, 8], own.widths.shape).astype(np.int8)
-    return dataclasses.replace(plan, plans=(dataclasses.replace(own, widths=widths),))
+    shape = (*own.widths.shape[:2], own.blocks)
+    widths = np.random.default_rng(seed).choice([2, 3, 4, 8], shape).astype(np.int8)
+    return dataclasses.replace(plan, plans=(dataclasses.replace(own, widths=widths, apart=False),))
 
 
 def with_dequantized(model, plan: Plan):
@@ -95,7 +96,7 @@ def test_the_users_model_and_the_rest_stay_as_they_were(model):
 def test_variants_of_requests_switches_and_moves_compile_nothing(model, served, compilations):
     """What a request gets is what it gets alone, bit for bit."""
     quantized, host = served
-    host = transform.adapt(quantized, host, batches(5, 30, 50), forward)
+    transform.adapt(quantized, host, batches(5, 30, 50), forward)
     text = jnp.asarray(np.random.default_rng(3).integers(0, 50, (4, 16)))
     alone = []
     for variant in (0, 1):
@@ -103,10 +104,10 @@ def test_variants_of_requests_switches_and_moves_compile_nothing(model, served, 
         alone.append(np.asarray(step(quantized, text)))
     assert not np.array_equal(*alone)
     warm = batches(6, 10, 30)
-    host = transform.adapt(quantized, host, warm, forward)
+    transform.adapt(quantized, host, warm, forward)
     step(quantized, text)
     with compilations() as count:
-        host = transform.adapt(quantized, host, batches(5, 30, 50), forward)
+        transform.adapt(quantized, host, batches(5, 30, 50), forward)
         transform.switch(quantized, [0, 1, 1, 0])
         mixed = np.asarray(step(quantized, text))
         transform.switch(quantized, np.array(1))
@@ -158,18 +159,18 @@ def test_known_text_is_known_and_other_text_is_novel_and_followed(served):
     assert np.asarray(quantized.blocks[0].experts.served.state().number).tolist() == [0, 1, 0, 0]
 
 
-def test_adaptation_brings_novel_text_nearer_to_the_users_model(model, served):
-    quantized, host = served
+def test_adaptation_brings_novel_text_nearer_to_the_users_model(model, analysis):
+    quantized, host = transform.quantize(model, transform.plan(analysis, bits=3.6), analysis, spare=1.0)
     seen = batches(5, 40, 50, count=4)
     later = jnp.concatenate(batches(6, 40, 50, count=8))[:, :-1]
-    host = transform.adapt(quantized, host, seen, forward)
+    transform.adapt(quantized, host, seen, forward)
     assert (host.parts[0].here.plans[1].widths != host.parts[0].here.plans[0].widths).any()
     p = jax.nn.log_softmax(model(later))
     far = []
     for variant in (0, 1):
-        transform.switch(quantized, [variant] * 4)
+        transform.switch(quantized, variant)
         far.append(float((jnp.exp(p) * (p - jax.nn.log_softmax(quantized(later)))).sum()))
-    assert far[1] < 0.95 * far[0]
+    assert far[1] < 0.98 * far[0]
 
 
 def test_plans_by_hand_are_variants(model):
@@ -179,10 +180,10 @@ def test_plans_by_hand_are_variants(model):
         transform.switch(quantized, number)
         want = with_dequantized(model, plan.plans[0])(TEXT)
         np.testing.assert_allclose(quantized(TEXT), want, atol=3e-4)
-    again = transform.take(quantized, host, plans[0], 2)
+    transform.take(quantized, host, plans[0], 2)
     transform.switch(quantized, 2)
     np.testing.assert_allclose(quantized(TEXT), with_dequantized(model, plans[0].plans[0])(TEXT), atol=3e-4)
-    assert again.parts[0].here.plans[2] is plans[0].plans[0]
+    assert host.parts[0].here.plans[2] is plans[0].plans[0]
 
 
 def test_gradients_go_through_to_what_is_around_the_experts(model, served):
@@ -237,9 +238,99 @@ def test_stacked_layers_compute_as_their_dequantized_weights(compilations):
     assert count.compiled == 0
 
 
+def test_batches_are_of_as_many_sequences_as_there_are_requests(served):
+    quantized, _ = served
+    with pytest.raises(ValueError, match=r"inputs \(3, 16, 32\) are of 3 sequences; the model serves 4 requests"):
+        quantized(TEXT)
+    transform.for_requests(quantized, 3)
+    assert step(quantized, TEXT).shape == (3, 16, 50)
+    with (
+        pytest.raises(ValueError, match="the mask is float32: expected bool"),
+        transform.observe(quantized, jnp.ones((3, 16))),
+    ):
+        quantized(TEXT)
+    with pytest.raises(ValueError, match=r"48 tokens and the mask is \(3, 8\)"):
+        with transform.observe(quantized, jnp.ones((3, 8), bool)):
+            quantized(TEXT)
+
+
+def test_a_pass_that_failed_leaves_nothing(served):
+    quantized, _ = served
+    transform.for_requests(quantized, 3)
+    with pytest.raises(KeyError), transform.observe(quantized):
+        quantized(TEXT)
+        raise KeyError
+    with pytest.raises(ValueError, match=r"blocks\.1\.experts: these experts were not called"):
+        with transform.observe(quantized):
+            quantized.blocks[0](quantized.embed(TEXT))
+    step(quantized, TEXT)
+    assert not any(hasattr(b.experts, "tap") or b.experts.listening for b in quantized.blocks)
+
+
+def test_a_host_and_a_model_that_are_no_pair_are_refused(served, tmp_path):
+    """Else pages that another plan reads would be written over."""
+    quantized, host = served
+    clone = nnx.clone(quantized)
+    text = batches(5, 30, 50)
+    for wrong in ({"batch": 0}, {"reads": float("nan")}, {"variant": 0}, {"variant": 2}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            transform.adapt(quantized, host, text, forward, **wrong)
+    transform.adapt(quantized, host, text, forward)
+    for call in (
+        lambda: transform.adapt(clone, host, text, forward),
+        lambda: transform.save(tmp_path / "saved", clone, host),
+    ):
+        with pytest.raises(ValueError, match="no pair: pages were moved 0 and 1 times"):
+            call()
+    transform.adapt(quantized, host, text, forward, lend=True)
+    transform.adapt(quantized, host, text, forward)
+
+
+def test_ids_of_no_expert_add_nothing_when_quantized(model, served):
+    """Whether they are -1 or past the last one, and whatever other requests run."""
+    quantized, host = served
+    transform.adapt(quantized, host, batches(5, 30, 50), forward)
+    transform.switch(quantized, [0, 1, 0, 1])
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4, 5, 32)), jnp.float32)
+    ids, gates = jnp.asarray(rng.integers(0, 6, (4, 5, 2))), jnp.asarray(rng.random((4, 5, 2)), jnp.float32)
+    experts = quantized.blocks[0].experts
+    without = experts(x, ids, gates.at[:, :, 1].set(0))
+    for none in (-1, 6, 99):
+        np.testing.assert_array_equal(experts(x, ids.at[:, :, 1].set(none), gates), without)
+
+
+class Keeping(nnx.Module):
+    """Has what is no Param: a key, a tuple, an array of its own, a number."""
+
+    def __init__(self, seed):
+        rngs = nnx.Rngs(seed)
+        self.model = Model(rngs)
+        self.rngs = nnx.Rngs(seed + 7)
+        self.pair = nnx.Variable((jnp.full(2, float(seed)), jnp.zeros(3)))
+        self.table = nnx.data(jnp.arange(4.0) + seed)
+        self.half = nnx.Param(jnp.full(3, seed, jnp.bfloat16))
+
+    def __call__(self, tokens):
+        return self.model(tokens)
+
+
+@pytest.mark.parametrize("abstract", [True, False])
+def test_all_that_a_model_has_comes_back(abstract, tmp_path):
+    own = Keeping(1)
+    transform.save(tmp_path / "saved", *transform.quantize(own, transform.uniform(own, 4, BLOCK, GROUP)))
+    other = nnx.eval_shape(lambda: Keeping(2)) if abstract else Keeping(2)
+    back, _ = transform.load(tmp_path / "saved", other)
+    np.testing.assert_array_equal(back.table, own.table)
+    np.testing.assert_array_equal(back.pair.get_value()[0], own.pair.get_value()[0])
+    assert back.half.dtype == jnp.bfloat16 and float(back.half[0]) == 1
+    assert back.rngs() == own.rngs()
+    assert back(TEXT).shape == (3, 16, 50)
+
+
 def test_a_saved_model_comes_back_without_float_experts(served, tmp_path):
     quantized, host = served
-    host = transform.adapt(quantized, host, batches(5, 30, 50), forward)
+    transform.adapt(quantized, host, batches(5, 30, 50), forward)
     folder = tmp_path / "saved"
     transform.save(folder, quantized, host)
     abstract = nnx.eval_shape(lambda: Model(nnx.Rngs(0)))
