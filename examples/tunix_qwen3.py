@@ -63,7 +63,7 @@ def loss(model: Any, tokens: Any) -> Any:
 
 
 def users_code(model: Any, known: Any, novel: Any, example: Any, settings: Any) -> Any:
-    # --- 22 lines from a model to an adapted step
+    # --- 18 lines from a model to an adapted step
     rule = dj.ExpertsRule(
         qwen3.MoELayer,
         experts=lambda m: dj.Experts(m.gate_proj, m.up_proj, m.down_proj),
@@ -165,11 +165,11 @@ def main() -> None:
         texts[kind], later[kind] = whole[: len(whole) * 3 // 4], whole[len(whole) * 3 // 4 :]
     model = trained(texts, arguments.train_seconds, arguments.seed)
     rng = np.random.default_rng(arguments.seed + 1)
-    known = {kind: [windows(texts[kind], SEQUENCES, rng) for _ in range(3)] for kind in CALIBRATED}
+    known = {kind: [windows(texts[kind], SEQUENCES, rng) for _ in range(8)] for kind in CALIBRATED}
     example = (jnp.zeros((2, 8), jnp.int32), jnp.tile(jnp.arange(8), (2, 1)), None, jnp.ones((2, 8, 8), bool))
     settings = dj.QuantizeConfig(window=TOKENS)
 
-    novel = {kind: [windows(texts[kind], SEQUENCES, rng)[:, :-1] for _ in range(4)] for kind in MET}
+    novel = {kind: [windows(texts[kind], SEQUENCES, rng)[:, :-1] for _ in range(8)] for kind in MET}
     taken, plan, served, host, step = users_code(model, known, novel[MET[0]], example, settings)
     rounded = {w: dj.quantize(taken, dj.uniform(taken, w, group_size=64))[0] for w in (2, 3, 4, 8)}
     of_known = jnp.concatenate([windows(later[kind], 64, rng)[:, :-1] for kind in CALIBRATED])
