@@ -201,8 +201,9 @@ def begin(host: Host, state: State, plan: Plan, variant: int = 1, lend: bool = F
     lend: the slots of the baseline and of other variants may take them too. What these lose they are read without from
     ``finish`` on, at lower precision, until ``whole`` brings it back: for when no request needs them.
 
-    ValueError: too few free slots, a page that is damaged in host memory, a level that the baseline's program does not
-    read, a plan of another model or of other blocks, no such variant, or another plan for the baseline.
+    ValueError: too few free slots, a page that is damaged in host memory, a level that the variant's program does not
+    read (of most, that is what the baseline reads), a plan of another model or of other blocks, no such variant, or
+    another plan for the baseline.
     """
     for name in ("channel_block", "group_size", "hidden_size", "channels", "apart"):
         if (here := getattr(plan, name)) != (there := getattr(host.plans[0], name)):
@@ -211,8 +212,11 @@ def begin(host: Host, state: State, plan: Plan, variant: int = 1, lend: bool = F
         raise ValueError(f"the plan has widths {plan.widths.shape}, the model's baseline {host.plans[0].widths.shape}")
     if not 0 <= variant < len(host.plans) or (variant == 0 and plan is not host.plans[0]):
         raise ValueError(f"variant {variant}: those that can change are 1..{len(host.plans) - 1}")
-    if more := set(levels_of(plan)) - set(levels_of(host.plans[0])):
-        raise ValueError(f"the plan reads pages of {max(more)} bits, of which the baseline has none")
+    if more := set(levels_of(plan)) - set(state.tables[variant]):
+        raise ValueError(
+            f"the plan reads pages of {max(more)} bits, which the program of variant {variant} does not read "
+            f"(it reads those of {', '.join(map(str, state.tables[variant])) or 'no level'})"
+        )
     keep = [] if lend else [p for index, p in enumerate(host.plans) if index != variant]
     return Move(plan, variant, stage(host.pages, Residency(state.resident, host.slots), plan, keep), host.slots)
 
@@ -223,10 +227,10 @@ def finish(host: Host, state: State, move: Move) -> tuple[Host, State]:
     if host.slots is not move.before:
         raise ValueError("pages were moved since this move began; begin it again")
     move.staged.wait()  # a transfer that failed fails here, before anything is written
-    here, levels = commit(Residency(state.resident, host.slots), move.staged), levels_of(host.plans[0])
+    here = commit(Residency(state.resident, host.slots), move.staged)
     plans = tuple(move.plan if index == move.variant else plan for index, plan in enumerate(host.plans))
     tables = tuple(
-        table_of(here, plan, levels, partly=index != move.variant)
+        table_of(here, plan, tuple(table), partly=index != move.variant)
         if index == move.variant or _lost(move.before, here.slots, plan)
         else table
         for index, (plan, table) in enumerate(zip(plans, state.tables))
@@ -276,7 +280,9 @@ def adapted(
     lend: bool = False,
 ) -> Plan:
     """The plan for what was seen that the slots of ``variant`` have room for; arguments as ``adapt`` takes them."""
-    read = levels_of(host.plans[0])  # which the compiled steps have tables for
+    if not 0 <= variant < len(state.tables):
+        raise ValueError(f"variant {variant}: those that can change are 1..{len(state.tables) - 1}")
+    read = state.tables[variant]  # the levels that the compiled steps read there
     slots = {level: len(pages.codes) if level in read else 0 for level, pages in state.resident.pages.items()}
     free = None if lend else spare(host, state, variant)
     batch = state.number.shape[0] if batch is None else batch

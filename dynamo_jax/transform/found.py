@@ -95,7 +95,7 @@ def _code(activation: Activation) -> Any:
     if not hasattr(activation, "__code__"):
         return activation
     held = tuple(cell.cell_contents for cell in activation.__closure__ or ())
-    key = (activation.__code__, held, activation.__defaults__)
+    key = (activation.__code__, held, activation.__defaults__, getattr(activation, "__self__", None))
     try:
         hash(key)
     except TypeError:

@@ -285,7 +285,7 @@ def test_a_level_that_the_baseline_does_not_read_is_refused_before_anything_move
     host, state = serving.init(dataclasses.replace(model, plan=low), slots={3: page_counts(low)[3], 4: 4, 8: 4})
     plan = dataclasses.replace(low, widths=low.widths.copy())
     plan.widths[0, 0, 0] = 4
-    with pytest.raises(ValueError, match="reads pages of 4 bits, of which the baseline has none"):
+    with pytest.raises(ValueError, match="reads pages of 4 bits, which the program of variant 1 does not read"):
         serving.begin(host, state, plan)
 
 

@@ -344,3 +344,28 @@ def test_stacked_layers_are_analysed_one_by_one():
         step(quantized, batch[:, :-1])
     assert (np.asarray(transform.labels(quantized)) == 0).all()
     transform.adapt(quantized, host, batches(5, 30, 50), forward)
+
+
+class Clamped(nnx.Module):
+    """Experts whose activation is a method: of each block with a limit of its own."""
+
+    def __init__(self, limit):
+        self.limit = limit
+        self.experts = transform.Experts(*(jnp.ones((2, 16, 16)) for _ in range(3)), activation=self.activation)
+
+    def activation(self, gate, up):
+        return jnp.clip(gate, -self.limit, self.limit) * up
+
+
+def test_activations_are_told_apart_by_what_they_hold():
+    def part_count(*modules):
+        return len(transform.uniform(nnx.List(list(modules)), 4, 8, 16).plans)
+
+    def gelu(scale):
+        return transform.Experts(
+            *(jnp.ones((2, 16, 16)) for _ in range(3)), activation=lambda a, u: jax.nn.gelu(a * scale) * u
+        )
+
+    assert part_count(gelu(1.0), gelu(1.0)) == 1  # the same lambda, made twice
+    assert part_count(gelu(1.0), gelu(2.0)) == 2
+    assert part_count(Clamped(0.1), Clamped(7.0)) == 2

@@ -181,6 +181,15 @@ def test_plans_by_hand_are_variants(model):
         want = with_dequantized(model, plan.plans[0])(TEXT)
         np.testing.assert_allclose(quantized(TEXT), want, atol=3e-4)
     transform.take(quantized, host, plans[0], 2)
+    few, more = (transform.uniform(model, width, BLOCK, GROUP) for width in (3, 8))  # of other levels than the baseline
+    mixed, pages = transform.quantize(model, few, None, more)
+    transform.take(mixed, pages, few, 1)
+    transform.take(mixed, pages, more, 1)
+    transform.switch(mixed, 1)
+    alone, _ = transform.quantize(model, more)
+    np.testing.assert_array_equal(mixed(TEXT), alone(TEXT))
+    with pytest.raises(ValueError, match=r"variant 0: those that can change are 1\.\.1"):
+        transform.take(mixed, pages, more, 0)
     transform.switch(quantized, 2)
     np.testing.assert_allclose(quantized(TEXT), with_dequantized(model, plans[0].plans[0])(TEXT), atol=3e-4)
     assert host.parts[0].here.plans[2] is plans[0].plans[0]
