@@ -14,7 +14,7 @@ EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 @pytest.mark.slow
 def test_a_model_of_ones_own_from_training_to_files():
-    command = [sys.executable, str(EXAMPLES / "own_model.py"), "--train-seconds", "20"]
+    command = [sys.executable, str(EXAMPLES / "own_model.py"), "--steps", "20"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"blocks\.1\.experts: at 2 bits expert \d+ loses most", done.stdout)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -13,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax.experimental.pallas import tpu as pltpu
 from own_models import Model, StackedModel, batches, forward, known, nll
 
 from dynamo_jax import transform
@@ -20,6 +24,7 @@ from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import dequantize, quantize
 from dynamo_jax.runtime import serving
+from dynamo_jax.runtime import switch as runtime_switch
 from dynamo_jax.runtime.monitor import HOP
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -434,3 +439,25 @@ def test_the_split_of_experts_over_devices_is_kept():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | flags)
     assert done.stdout.strip() == "split", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("arrangement", ["tiles", "fragments"])
+def test_the_kernels_of_accelerators_serve_experts_of_a_model(arrangement, monkeypatch):
+    """In their interpreters: requests at mixed variants, as the path of a CPU gives them."""
+    if arrangement == "fragments":
+        gpu = runtime_switch.quantized_experts_gpu
+        interpreted = functools.partial(gpu, interpret=InterpretGPUParams(), blocks=2)
+        monkeypatch.setattr(runtime_switch, "quantized_experts_gpu", interpreted)
+    rng = np.random.default_rng(0)
+    experts = transform.Experts(*(jnp.asarray(rng.normal(size=(4, 256, 256)) * 0.06, jnp.float32) for _ in range(3)))
+    plans = [transform.uniform(experts, width, 128, 128) for width in (4, 2)]
+    x, gates = jnp.asarray(rng.normal(size=(2, 6, 256)), jnp.float32), jnp.asarray(rng.random((2, 6, 2)), jnp.float32)
+    ids = jnp.asarray(rng.integers(-1, 4, (2, 6, 2)))
+    found = {}
+    for kind in ("planes", arrangement):
+        served, _ = transform.quantize(experts, plans[0], None, plans[1], requests=2, arrangement=kind)
+        transform.switch(served, [0, 1])
+        with pltpu.force_tpu_interpret_mode() if kind == "tiles" else contextlib.nullcontext():
+            found[kind] = nnx.jit(lambda m, *given: m(*given))(served, x, ids, gates)
+    size = float(jnp.abs(found["planes"]).max())
+    np.testing.assert_allclose(found[arrangement], found["planes"], atol=0.02 * size)
