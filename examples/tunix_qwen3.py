@@ -114,10 +114,20 @@ def windows(text: np.ndarray, count: int, rng: np.random.Generator) -> Any:
     return jnp.asarray(np.stack([text[s : s + TOKENS + 1] for s in starts]), jnp.int32)
 
 
+run = nnx.jit(forward)
+
+
+def divergences(model: Any, other: Any, tokens: Any) -> np.ndarray:
+    """Nats a byte, mean of each window."""
+    found = []
+    for start in range(0, len(tokens), 64):
+        p, q = (jax.nn.log_softmax(run(m, tokens[start : start + 64])) for m in (model, other))
+        found.append(np.asarray((jnp.exp(p) * (p - q)).sum(axis=-1).mean(axis=1)))
+    return np.concatenate(found)
+
+
 def divergence(model: Any, other: Any, tokens: Any) -> float:
-    """Nats a token, mean."""
-    p, q = (jax.nn.log_softmax(nnx.jit(forward)(m, tokens)) for m in (model, other))
-    return float((jnp.exp(p) * (p - q)).sum(axis=-1).mean())
+    return float(divergences(model, other, tokens).mean())
 
 
 def relative(model: Any, other: Any, tokens: Any) -> float:
@@ -187,9 +197,12 @@ def main() -> None:
             dj.adapt(served, host, novel[kind], forward)
             mixed = np.asarray(step_at(step, served, numbers, tokens))
             alone = [np.asarray(step_at(step, served, [number] * SEQUENCES, tokens)) for number in (0, 1)]
-        after = windows(later[kind], 128, rng)[:, :-1]
+        after = windows(later[kind], 256, rng)[:, :-1]
         row: dict[str, Any] = {"text": kind, "kl_rounded_3": divergence(taken, rounded[3], after)}
-        row["kl_plan"], row["kl_adapted"] = (divergence(taken, served_at(served, n), after) for n in (0, 1))
+        each = [divergences(taken, served_at(served, n), after) for n in (0, 1)]
+        row["kl_plan"], row["kl_adapted"] = (float(kl.mean()) for kl in each)
+        row["adapted_minus_plan"] = row["kl_adapted"] - row["kl_plan"]
+        row["standard_error"] = float((each[1] - each[0]).std(ddof=1)) / len(after) ** 0.5
         row["compilations"] = len(compiled)
         row["requests_as_alone"] = all(np.array_equal(mixed[i], alone[n][i]) for i, n in enumerate(numbers))
         rows.append(row)
