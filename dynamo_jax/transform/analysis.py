@@ -218,7 +218,7 @@ class _Passes:
                     raise ValueError(f"{name}, batch {index}: the loss does not take it: {what}") from error
                 if not np.isfinite(float(value)):
                     raise ValueError(f"{name}, batch {index}: the loss is {float(value)}")
-                tapped = by_layer(self.modules, found, importance, inputs=True)
+                tapped = by_layer(self.modules, found, importance)
                 shape = tapped[keys[0]].ids.shape[:2]
                 for key in keys:
                     self._check(name, index, key, tapped[key], shape, keys[0])

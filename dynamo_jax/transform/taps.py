@@ -115,14 +115,10 @@ def _run(graph: Any, function: Forward, state: Any, batch: Any) -> tuple[Any, di
 def _forward(function: Forward) -> Callable[..., Any]:
     @nnx.jit
     def run(model: nnx.Module, batch: Any) -> dict[str, Taken]:
-        return _run(*_parted(model, function), batch)[1]
+        graph, state = nnx.split(model)
+        return _run(graph, function, state, batch)[1]
 
     return run
-
-
-def _parted(model: nnx.Module, function: Forward) -> tuple[Any, Forward, Any]:
-    graph, state = nnx.split(model)
-    return graph, function, state
 
 
 @functools.lru_cache(maxsize=PROGRAMS)
@@ -149,7 +145,6 @@ def by_layer(
     modules: dict[str, Experts],
     found: dict[str, Taken],
     importance: dict[str, Array] | None = None,
-    inputs: bool = True,
 ) -> dict[tuple[str, int | None], Tapped]:
     """The taps of each layer, by path and its place in a module of stacked layers, in host memory."""
     out: dict[tuple[str, int | None], Tapped] = {}
@@ -162,7 +157,7 @@ def by_layer(
             gates = np.asarray(one.gates, np.float32).reshape(-1, ids.shape[-1])
             gates = np.where(ids.reshape(gates.shape) >= 0, gates, 0)
             out[path, index] = Tapped(
-                np.asarray(one.x, np.float32).reshape(len(gates), -1) if inputs else None,
+                np.asarray(one.x, np.float32).reshape(len(gates), -1),
                 ids,
                 gates,
                 None if weight is None else np.asarray(weight, np.float32).reshape(-1),
