@@ -33,18 +33,18 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
 from dynamo_jax.calibration.analyses import Analysis
-from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.knowledge import knowledge_of, noticed
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ExpertSizes
 from dynamo_jax.models.experts import Activation, ExpertBiases, ExpertForm
 from dynamo_jax.models.routing import Routing
 from dynamo_jax.precision.plan import Plan
+from dynamo_jax.quant.planes import Planes
 from dynamo_jax.runtime import memory, serving
 from dynamo_jax.runtime.adapt import Observation, check_limit, observe_planes
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedExperts
 from dynamo_jax.runtime.store import page_counts, pages_of, quantize_experts
-from dynamo_jax.transform.analysis import ModelAnalysis, PartAnalysis
+from dynamo_jax.transform.analysis import ModelAnalysis
 from dynamo_jax.transform.found import Part, float_parts_of, modules_of, parts_of
 from dynamo_jax.transform.plans import ModelPlan
 from dynamo_jax.transform.served import LayerNumber, Served
@@ -125,15 +125,14 @@ def quantize(
         _check_analysis(analysis, parts)
     variants = max(variants, 1 + len(more))
     hosts, states = [], []
-    config = None if analysis is None else analysis.config
-    share = memory.SPARE if config is None else config.spare
+    share = memory.SPARE if analysis is None else analysis.config.spare
     known = None if analysis is None else _knowledge(analysis)
     for index, part in enumerate(parts):
         plans = [each.plans[index] for each in (plan, *more)]
         for own in plans:
             _check(own, part)
         experts = QuantizedExperts(
-            store=_planes(part, plans[0], *((None, None) if analysis is None else (analysis.parts[index], config))),
+            store=_rounded(part, plans[0]) if analysis is None else _analysed(analysis, index, plans[0]),
             plan=plans[0],
             knowledge=None if known is None else known[index],
             spare=share if spare is None else spare,
@@ -189,18 +188,22 @@ def _check(plan: Plan, part: Part) -> None:
         )
 
 
-def _planes(part: Part, plan: Plan, analysis: PartAnalysis | None, config: QuantizeConfig | None) -> Any:
-    if analysis is not None and config is not None:
-        made = config.group(plan.hidden_size), config.channel_block
-        if plan.apart != config.per_projection:
-            words = ("one width an expert", "two")
-            raise ValueError(f"the plan has {words[plan.apart]}, the analysis was made for {words[not plan.apart]}")
-        if (plan.group_size, plan.channel_block) != made:
-            raise ValueError(
-                f"the plan has groups of {plan.group_size} and blocks of {plan.channel_block}, the planes of the "
-                f"analysis {made[0]} and {made[1]}"
-            )
-        return analysis.planes
+def _analysed(analysis: ModelAnalysis, index: int, plan: Plan) -> Planes:
+    """The planes that the analysis made of a part. ValueError: they are in other groups or blocks than the plan's."""
+    config = analysis.config
+    made = config.group(plan.hidden_size), config.channel_block
+    if plan.apart != config.per_projection:
+        words = ("one width an expert", "two")
+        raise ValueError(f"the plan has {words[plan.apart]}, the analysis was made for {words[not plan.apart]}")
+    if (plan.group_size, plan.channel_block) != made:
+        raise ValueError(
+            f"the plan has groups of {plan.group_size} and blocks of {plan.channel_block}, the planes of the "
+            f"analysis {made[0]} and {made[1]}"
+        )
+    return analysis.parts[index].planes
+
+
+def _rounded(part: Part, plan: Plan) -> Planes:
     layers = []
     for layer in part.layers:
         weights = layer.module.one_layer(layer.place)[0]
