@@ -82,7 +82,7 @@ def users_code(model: Any, known: Any, novel: Any, example: Any, settings: Any) 
 
     for tokens in novel:
         step(served, tokens)
-    dj.adapt(served, host, novel, forward)
+    dj.adapt(served, host, novel, forward, lend=True)  # the whole batch is of the novel text
     # ---
     return model, analysis, plan, served, host, step
 
@@ -182,7 +182,8 @@ def main() -> None:
     of_known = jnp.concatenate([windows(later[kind], 64, rng)[:, :-1] for kind in CALIBRATED])
     rows = [{"text": "calibrated kinds", "stored_bits": plan.bits_per_weight()}]
     rows[0] |= {f"kl_rounded_{w}": divergence(taken, m, of_known) for w, m in rounded.items()}
-    rows[0]["kl_plan"] = divergence(taken, served_at(served, 0), of_known)
+    at_plan = dj.quantize(taken, plan, analysis)[0]
+    rows[0]["kl_plan"] = divergence(taken, at_plan, of_known)
     more = dj.plan(analysis, bits=3.0)
     rows[0] |= {"stored_bits_more": more.bits_per_weight()}
     rows[0]["kl_plan_more"] = divergence(taken, dj.quantize(taken, more, analysis)[0], of_known)
@@ -197,12 +198,17 @@ def main() -> None:
             dj.adapt(served, host, novel[kind], forward)
             mixed = np.asarray(step_at(step, served, numbers, tokens))
             alone = [np.asarray(step_at(step, served, [number] * SEQUENCES, tokens)) for number in (0, 1)]
+            beside = served_at(served, 1)
+            dj.adapt(served, host, novel[kind], forward, lend=True)  # no request is left at the baseline
         after = windows(later[kind], 256, rng)[:, :-1]
         row: dict[str, Any] = {"text": kind, "kl_rounded_3": divergence(taken, rounded[3], after)}
-        each = [divergences(taken, served_at(served, n), after) for n in (0, 1)]
-        row["kl_plan"], row["kl_adapted"] = (float(kl.mean()) for kl in each)
-        row["adapted_minus_plan"] = row["kl_adapted"] - row["kl_plan"]
-        row["standard_error"] = float((each[1] - each[0]).std(ddof=1)) / len(after) ** 0.5
+        baseline = divergences(taken, at_plan, after)
+        row["kl_plan"] = float(baseline.mean())
+        for name, adapted in (("beside_the_plan", beside), ("adapted", served_at(served, 1))):
+            own = divergences(taken, adapted, after)
+            row[f"kl_{name}"] = float(own.mean())
+            row[f"{name}_minus_plan"] = float((own - baseline).mean())
+            row[f"{name}_standard_error"] = float((own - baseline).std(ddof=1)) / len(after) ** 0.5
         row["compilations"] = len(compiled)
         row["requests_as_alone"] = all(np.array_equal(mixed[i], alone[n][i]) for i, n in enumerate(numbers))
         rows.append(row)

@@ -3,8 +3,11 @@
 2, 3 and 4 bits are one grid whose cells nest, so the first bits of the nearest 4-bit value are the nearest 2-bit value.
 The last plane codes what the grid leaves, tails included, with a step of its own. The base scale decides how well all
 widths do: a small one suits 2 bits, a large one leaves the finer grid no clipped tails. It is searched for each group
-over fractions of the group's largest weight, minimizing the sum over 2, 3 and 4 bits of the squared error relative to
-the best that any candidate reaches at that width. A group of zeros has scale 0 and stays exactly zero at every width.
+over fractions of the group's largest weight, minimizing the sum over the widths that count of the squared error
+relative to the best that any candidate reaches at that width: 2, 3 and 4 bits, unless the caller knows which will be
+read. Half of the largest weight leaves no clipped tails, and 8 bits are then as good as int8; for 2, 3 and 4 bits a
+smaller scale suits better, and 8 bits have 2.3 times that error (normally distributed weights, groups of 64). A group
+of zeros has scale 0 and stays exactly zero at every width.
 Arrays in, planes out; no model in sight.
 
 Convention and storage: kernels.layout.
@@ -12,6 +15,7 @@ Convention and storage: kernels.layout.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -107,22 +111,30 @@ def _better(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
     return tuple(jnp.where(take if x.ndim == take.ndim else take[..., None], x, y) for x, y in zip(a, b))
 
 
-@jax.jit
-def _search(w: Float[Array, "*S g"]) -> tuple[Array, Array, Array, Array]:
+@functools.partial(jax.jit, static_argnames="widths")
+def _search(w: Float[Array, "*S g"], widths: tuple[int, ...]) -> tuple[Array, Array, Array, Array]:
     """Codes of four bits, codes of the last plane, base scales and ratios of groups."""
     largest = jnp.abs(w).max(axis=-1)
+
+    def codes_at(base: Array) -> tuple[Array, Array, Array]:
+        four = _nearest(w, base)
+        return four, *refinement(w - jnp.asarray(VALUES[2])[four] * base, base)
 
     def errors_at(fraction: Array) -> Array:
         base = rounded_scale(largest * fraction)[..., None]
         four = _nearest(w, base)
-        return jnp.stack([jnp.sum((w - jnp.asarray(v)[four] * base) ** 2, axis=-1) for v in VALUES])
+        values = [jnp.asarray(VALUES[WIDTHS.index(width)])[four] * base for width in widths if width < WIDTHS[-1]]
+        if WIDTHS[-1] in widths:
+            _, eight, ratio = codes_at(base)
+            finest = (eight.astype(jnp.float32) - ZERO_POINT[8]) * ratio * RATIO_UNIT * base
+            values.append(jnp.asarray(VALUES[2])[four] * base + finest)
+        return jnp.stack([jnp.sum((w - value) ** 2, axis=-1) for value in values])
 
     fractions = jnp.asarray(BASE_FRACTIONS)
-    errors = jax.lax.map(errors_at, fractions)  # (candidates, 3, ..)
+    errors = jax.lax.map(errors_at, fractions)  # (candidates, widths, ..)
     relative = (errors / jnp.maximum(errors.min(axis=0), 1e-30)).sum(axis=1)
     base = rounded_scale(largest * fractions[jnp.argmin(relative, axis=0)])[..., None]
-    four = _nearest(w, base)
-    eight, ratios = refinement(w - jnp.asarray(VALUES[2])[four] * base, base)
+    four, eight, ratios = codes_at(base)
     return four, eight, base[..., 0], ratios[..., 0]
 
 
@@ -139,23 +151,30 @@ def filled_up(w: Float[np.ndarray, "*S F D"], channel_block: int, group_size: in
     return np.pad(wide, [(0, 0)] * (w.ndim - 2) + [(0, more[0]), (0, 0)])
 
 
-def quantize(w: Float[ArrayLike, "*S D"], group_size: int) -> Planes:
-    """Planes of ``w`` with groups of ``group_size`` along the last axis; NaN or infinity is an error."""
+def quantize(w: Float[ArrayLike, "*S D"], group_size: int, widths: tuple[int, ...] = (2, 3, 4)) -> Planes:
+    """Planes of ``w`` with groups of ``group_size`` along the last axis, with the base scales that suit ``widths``.
+
+    All widths can be read, those in ``widths`` best. ValueError: NaN or infinity, sizes that do not fit, no width.
+    """
     w = np.asarray(w)
     size = w.shape[-1]
+    if not widths or not set(widths) <= set(WIDTHS):
+        raise ValueError(f"widths {widths}: expected some of {WIDTHS}")
     if size % group_size or group_size % 8:
         raise ValueError(f"last axis {size} must be a multiple of group_size {group_size}, and that of 8")
     rows = w.reshape(-1, size)
     step = max(1, CHUNK_WEIGHTS // size)
-    parts = [_quantize_rows(rows[start : start + step], group_size) for start in range(0, max(1, len(rows)), step)]
+    parts = [
+        _quantize_rows(rows[start : start + step], group_size, widths) for start in range(0, max(1, len(rows)), step)
+    ]
     return jax.tree.map(lambda *a: np.concatenate(a).reshape(*w.shape[:-1], -1), *parts)
 
 
-def _quantize_rows(rows: Float[np.ndarray, "R D"], group_size: int) -> Planes:
+def _quantize_rows(rows: Float[np.ndarray, "R D"], group_size: int, widths: tuple[int, ...]) -> Planes:
     w32 = jnp.asarray(rows, jnp.float32)
     if not bool(jnp.isfinite(w32).all()):
         raise ValueError("weights to quantize hold NaN or infinity")
-    four, eight, scales, ratios = _search(w32.reshape(len(rows), -1, group_size))
+    four, eight, scales, ratios = _search(w32.reshape(len(rows), -1, group_size), tuple(sorted(set(widths))))
     four, eight = (np.asarray(c).reshape(rows.shape) for c in (four, eight))
     return planes_of(four, eight, scales, ratios)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,20 +19,32 @@ import numpy as np
 from jaxtyping import Int, UInt32
 
 from dynamo_jax.kernels.arrangements import ARRANGEMENTS
-from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, Pages
+from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, WIDTHS, Pages
 from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import Planes, filled_up, quantize
 
 
-def quantize_experts(layers: list[ExpertWeights], channel_block: int, group_size: int) -> Planes:
-    """Planes of all layers' experts, rounded to nearest, arrays with axes (L, E, P, F, ..)."""
+def quantize_experts(
+    layers: list[ExpertWeights], channel_block: int, group_size: int, plans: Sequence[Plan] = ()
+) -> Planes:
+    """Planes of all layers' experts, rounded to nearest, arrays with axes (L, E, P, F, ..).
+
+    plans: each expert's base scales suit the widths that these read of it; 2, 3 and 4 bits without them.
+    """
     parts = []
     for index, weights in enumerate(layers):
+        filled = filled_up(np.stack(weights, axis=1), channel_block, group_size)
+        together: dict[tuple[int, ...], list[int]] = {}
+        for expert in range(len(filled)):
+            read = sorted({int(width) for plan in plans for width in plan.widths[index, expert].flat})
+            together.setdefault(tuple(read) or WIDTHS[:3], []).append(expert)
         try:
-            parts.append(quantize(filled_up(np.stack(weights, axis=1), channel_block, group_size), group_size))
+            found = [quantize(filled[experts], group_size, widths) for widths, experts in together.items()]
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from error
+        order = np.argsort(np.concatenate(list(together.values())))
+        parts.append(jax.tree.map(lambda *a, order=order: np.concatenate(a)[order], *found))
     return jax.tree.map(lambda *a: np.stack(a), *parts)
 
 

@@ -108,10 +108,11 @@ def quantize(
     """A copy of ``model`` with quantized experts at the widths of ``plan``, and what stays in host memory.
 
     With the analysis its planes serve, and its knowledge the monitors and adaptation; without it weights are rounded to
-    nearest, and nothing is watched. All variants are the baseline ``plan`` until ``adapt`` or ``take`` fills them; more
-    plans fill variants 1, 2, .. at once, with as many slots as they need. requests: of the batch, each with its own
-    variant. spare: slots beside the baseline's, as a share of its pages; by default that of the analysis. arrangement:
-    as ``runtime.serving.init`` takes it; "planes" for gradients where a TPU's or GPU's kernel would be taken.
+    nearest, best at the widths of these plans, and nothing is watched. All variants are the baseline ``plan`` until
+    ``adapt`` or ``take`` fills them; more plans fill variants 1, 2, .. at once, with as many slots as they need.
+    requests: of the batch, each with its own variant. spare: slots beside the baseline's, as a share of its pages; by
+    default that of the analysis. arrangement: as ``runtime.serving.init`` takes it; "planes" for gradients where a
+    TPU's or GPU's kernel would be taken.
 
     The copy works under ``nnx.jit``, ``nnx.split`` and ``nnx.merge``; weights that are not experts' are shared with
     ``model``, which stays as it is. ValueError, which names it: no experts, a plan or analysis for another model,
@@ -132,7 +133,7 @@ def quantize(
         for own in plans:
             _check(own, part)
         experts = QuantizedExperts(
-            store=_rounded(part, plans[0]) if analysis is None else _analysed(analysis, index, plans[0]),
+            store=_rounded(part, plans) if analysis is None else _analysed(analysis, index, plans[0]),
             plan=plans[0],
             knowledge=None if known is None else known[index],
             spare=share if spare is None else spare,
@@ -203,14 +204,15 @@ def _analysed(analysis: ModelAnalysis, index: int, plan: Plan) -> Planes:
     return analysis.parts[index].planes
 
 
-def _rounded(part: Part, plan: Plan) -> Planes:
+def _rounded(part: Part, plans: list[Plan]) -> Planes:
+    """The planes of a part's float weights, which suit the widths of the plans."""
     layers = []
     for layer in part.layers:
         weights = layer.module.one_layer(layer.place)[0]
         if not all(np.isfinite(np.asarray(w, np.float32)).all() for w in weights):
             raise ValueError(f"{layer.name}: weights to quantize hold NaN or infinity")
         layers.append(weights)
-    return quantize_experts(layers, plan.channel_block, plan.group_size)
+    return quantize_experts(layers, plans[0].channel_block, plans[0].group_size, plans)
 
 
 def slots_of(plans: list[Plan], spare: float) -> dict[int, int]:
@@ -293,33 +295,27 @@ def observe(model: nnx.Module, mask: Bool[Array, "B T"] | None = None) -> Iterat
         forget(model)
         listening(model, False)
     state = first.state()
-    if state.watch is not None:
-        routings = _routings(model, found, state)
-        real = (next(iter(found.values())).ids >= 0).any(axis=-1).reshape(-1)
-        tokens, requests = routings[0].experts.shape[0], state.number.shape[0]
+    if state.watch is not None and state.signatures is not None:
+        none = state.signatures.shares.shape[2]
+        routings = _routings(model, found, none)
+        tokens, requests = len(routings[0].experts), len(state.number)
         if tokens % requests or (mask is not None and mask.size != tokens):
             shape = "" if mask is None else f" and the mask is {mask.shape}"
             raise ValueError(f"the pass was of {tokens} tokens{shape}; the model serves {requests} requests")
-        real = real[:tokens].reshape(requests, -1)
-        mask = None if mask is None else mask.reshape(requests, -1)
-        first.put(serving.observe(state, routings, real if mask is None else real & mask))
+        real = (routings[0].experts < none).any(axis=-1).reshape(requests, -1)
+        first.put(serving.observe(state, routings, real if mask is None else real & mask.reshape(requests, -1)))
 
 
-def _routings(model: nnx.Module, found: dict[str, Taken], state: serving.State) -> list[Routing]:
-    """Of each layer, those of one part after those of another; an id of no expert is one past the last."""
-    if state.signatures is None:
-        return []
-    none = state.signatures.shares.shape[2]
+def _routings(model: nnx.Module, found: dict[str, Taken], none: int) -> list[Routing]:
+    """Of each layer, those of one part after those of another; an id of no expert of its own is ``none``."""
     out = []
-    for path, index in _order(model):
-        ids = found[path].ids if index is None else found[path].ids[index]
-        flat = ids.reshape(-1, ids.shape[-1])
-        out.append(Routing(flat, jnp.where(flat < 0, none, flat).astype(jnp.int32), flat))
+    for part in parts_of(model):
+        for layer in part.layers:
+            ids = found[layer.path].ids if layer.place is None else found[layer.path].ids[layer.place]
+            flat = ids.reshape(-1, ids.shape[-1])
+            real = (flat >= 0) & (flat < part.sizes.experts)
+            out.append(Routing(flat, jnp.where(real, flat, none).astype(jnp.int32), flat))
     return out
-
-
-def _order(model: nnx.Module) -> list[tuple[str, int | None]]:
-    return [(layer.path, layer.place) for part in parts_of(model) for layer in part.layers]
 
 
 def for_requests(model: nnx.Module, requests: int) -> None:

@@ -162,6 +162,18 @@ def test_a_plane_takes_off_more_than_half_a_gaussians_error():
     assert three < two / 2 and four < three / 2 and eight < four / 2**4
 
 
+def test_scales_suit_the_widths_that_are_asked_for():
+    of_all = [relative_error(GAUSS, dequantize(PLANES, width)) for width in WIDTHS]
+    for width, usual in zip(WIDTHS, of_all):
+        assert relative_error(GAUSS, dequantize(quantize(GAUSS, GROUP, (width,)), width)) < usual
+    int8 = round_to_nearest(GAUSS, GridSpec(8, GROUP, symmetric=True))
+    eight = dequantize(quantize(GAUSS, GROUP, (8,)), 8)
+    assert relative_error(GAUSS, eight) < 1.1 * relative_error(GAUSS, int8)
+    for bad in ((), (5,)):
+        with pytest.raises(ValueError, match="expected some of"):
+            quantize(GAUSS, GROUP, bad)
+
+
 def test_at_two_bits_the_search_is_far_below_round_to_nearest():
     """Min-max of 64 Gaussians spans 4.8 deviations: three steps of 1.6, an error near 1.6^2 / 12 = 0.21. The best
     four-level uniform quantizer (Max 1960) has 0.1188; a quarter more pays for serving 3 and 4 bits as well."""

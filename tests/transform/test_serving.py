@@ -42,18 +42,33 @@ def random_plan(model, seed):
     return dataclasses.replace(plan, plans=(dataclasses.replace(own, widths=widths, apart=False),))
 
 
-def with_dequantized(model, plan: Plan):
-    """The user's own model with the planes' values for its weights."""
+def at_widths(weights, widths, read):
+    """Experts (.., F, D), rounded for all widths that are read of each, at the widths (.., N) of its blocks."""
+    if weights.ndim > 2:
+        return jnp.stack([at_widths(*each) for each in zip(weights, widths, read)])
+    planes = quantize(weights, GROUP, tuple(read.ravel().tolist()))
+    wide = np.repeat(widths, BLOCK)[:, None]
+    return sum(jnp.where(wide == w, dequantize(planes, w).astype(jnp.bfloat16), 0) for w in (2, 3, 4, 8))
+
+
+def put(experts, plan: Plan, read, layers=...):
+    """The planes' values for the weights of ``experts``."""
+    for name in ("gate", "up", "down"):
+        own = getattr(experts, name)
+        major = own[...] if name == "down" else own[...].swapaxes(-2, -1)
+        value = at_widths(major, plan.widths[layers], read[layers]).astype(jnp.float32)
+        own.set_value(value if name == "down" else value.swapaxes(-2, -1))
+
+
+def read_of(plans):
+    return np.concatenate([plan.plans[0].widths for plan in plans], axis=-1)
+
+
+def with_dequantized(model, plan, plans):
+    """The user's own model with the planes' values at one of the plans that it was quantized for."""
     model = nnx.clone(model)
     for layer, block in enumerate(model.blocks):
-        for part in ("gate", "up", "down"):
-            own = getattr(block.experts, part)
-            major = own[...] if part == "down" else own[...].swapaxes(1, 2)
-            planes = quantize(major, GROUP)
-            wide = np.repeat(plan.widths[layer], BLOCK, axis=1)[:, :, None]
-            value = sum(np.where(wide == w, dequantize(planes, w).astype(jnp.bfloat16), 0) for w in (2, 3, 4, 8))
-            value = jnp.asarray(value.astype(np.float32))
-            own.set_value(value if part == "down" else value.swapaxes(1, 2))
+        put(block.experts, plan.plans[0], read_of(plans), layer)
     return model
 
 
@@ -84,8 +99,23 @@ def test_a_quantized_model_computes_with_its_dequantized_weights(model, shape):
     """Also where so few tokens come that only their own experts are unpacked."""
     plan, text = random_plan(model, 0), TEXT[: shape[0], : shape[1]]
     got = transform.quantize(model, plan)[0](text)
-    np.testing.assert_allclose(got, with_dequantized(model, plan.plans[0])(text), atol=3e-4)
+    np.testing.assert_allclose(got, with_dequantized(model, plan, [plan])(text), atol=3e-4)
     assert not np.allclose(got, model(text), atol=1e-2)
+
+
+def test_eight_bits_that_are_read_alone_are_as_good_as_int8(model):
+    quantized = transform.quantize(model, transform.uniform(model, 8, BLOCK, GROUP))[0]
+    int8 = nnx.clone(model)
+    for block in int8.blocks:
+        for part in ("gate", "up", "down"):
+            own = getattr(block.experts, part)
+            axis = -1 if part == "down" else -2  # groups lie along the hidden size
+            groups = jnp.moveaxis(own[...], axis, -1).reshape(-1, GROUP)
+            step = jnp.abs(groups).max(axis=1, keepdims=True) / 127
+            shape = jnp.moveaxis(own[...], axis, -1).shape
+            own.set_value(jnp.moveaxis((jnp.round(groups / step) * step).reshape(shape), -1, axis))
+    error, of_int8 = (float(jnp.linalg.norm(other(TEXT) - model(TEXT))) for other in (quantized, int8))
+    assert error < 1.1 * of_int8
 
 
 def test_the_users_model_and_the_rest_stay_as_they_were(model):
@@ -183,7 +213,7 @@ def test_plans_by_hand_are_variants(model):
     quantized, host = transform.quantize(model, plans[0], None, *plans[1:])
     for number, plan in enumerate(plans):
         transform.switch(quantized, number)
-        want = with_dequantized(model, plan.plans[0])(TEXT)
+        want = with_dequantized(model, plan, plans)(TEXT)
         np.testing.assert_allclose(quantized(TEXT), want, atol=3e-4)
     transform.take(quantized, host, plans[0], 2)
     few, more = (transform.uniform(model, width, BLOCK, GROUP) for width in (3, 8))  # of other levels than the baseline
@@ -191,22 +221,21 @@ def test_plans_by_hand_are_variants(model):
     transform.take(mixed, pages, few, 1)
     transform.take(mixed, pages, more, 1)
     transform.switch(mixed, 1)
-    alone, _ = transform.quantize(model, more)
+    alone, _ = transform.quantize(model, more, None, few)
     np.testing.assert_array_equal(mixed(TEXT), alone(TEXT))
     with pytest.raises(ValueError, match=r"variant 0: those that can change are 1\.\.1"):
         transform.take(mixed, pages, more, 0)
     transform.switch(quantized, 2)
-    np.testing.assert_allclose(quantized(TEXT), with_dequantized(model, plans[0].plans[0])(TEXT), atol=3e-4)
+    np.testing.assert_allclose(quantized(TEXT), with_dequantized(model, plans[0], plans)(TEXT), atol=3e-4)
     assert host.parts[0].here.plans[2] is plans[0].plans[0]
 
 
-def test_gradients_go_through_to_what_is_around_the_experts(model, served):
+def test_gradients_go_through_to_what_is_around_the_experts(model):
     """As those through float experts with the same weights."""
-    quantized, _ = served
-    plan = random_plan(model, 0)
-    quantized, _ = transform.quantize(model, plan, None, random_plan(model, 1), requests=3)
+    plans = [random_plan(model, seed) for seed in (0, 1)]
+    quantized, _ = transform.quantize(model, plans[0], None, plans[1], requests=3)
     transform.switch(quantized, [0, 1, 0])
-    floats = [with_dequantized(model, random_plan(model, seed).plans[0]) for seed in (0, 1)]
+    floats = [with_dequantized(model, plan, plans) for plan in plans]
 
     def gradients(model, rows):
         def loss(model):
@@ -235,15 +264,7 @@ def test_stacked_layers_compute_as_their_dequantized_weights(compilations):
     run = nnx.jit(forward)
     for number, plan in enumerate(plans):
         want = nnx.clone(model)
-        experts = want.blocks.experts
-        for name in ("gate", "up", "down"):
-            own = getattr(experts, name)
-            major = own[...] if name == "down" else own[...].swapaxes(2, 3)
-            wide = np.repeat(plan.plans[0].widths, BLOCK, axis=2)[..., None]
-            planes = quantize(major, GROUP)
-            value = sum(np.where(wide == w, dequantize(planes, w).astype(jnp.bfloat16), 0) for w in (2, 3, 4, 8))
-            value = jnp.asarray(value.astype(np.float32))
-            own.set_value(value if name == "down" else value.swapaxes(2, 3))
+        put(want.blocks.experts, plan.plans[0], read_of(plans))
         transform.switch(quantized, number)
         np.testing.assert_allclose(run(quantized, TEXT), want(TEXT), atol=3e-4)
     with compilations() as count:
