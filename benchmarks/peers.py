@@ -92,7 +92,7 @@ def hidden_channels(config, x: np.ndarray, part: np.ndarray) -> np.ndarray:
     size = padded_rows(len(x))  # few sizes, so that few programs are compiled
     gate, up = (np.zeros((size, part.shape[1]), np.float32) for _ in range(2))
     gate[: len(x)], up[: len(x)] = x @ part[0].T, x @ part[1].T
-    return np.asarray(activation_of(config)(gate, up))[: len(x)]
+    return np.asarray(activation_of(config.mixture)(gate, up))[: len(x)]
 
 
 def sums_of(config, weights: np.ndarray, inputs: Inputs) -> Sums:

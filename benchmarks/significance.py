@@ -123,7 +123,7 @@ def output_gradients(config, params, tokens, key, drawn):
 def row_errors(config, blocks, x, gates, gradients, weights, at_width):
     """Of one expert's rows (R, D), summed, for the whole or each of its blocks of channels: energy, squared error,
     and with each of the gradients (G, R, D) the error by token and to second order; (blocks, 2 + 2 G)."""
-    act = activation_of(config)
+    act = activation_of(config.mixture)
 
     def hidden(w):
         return act(x @ w[0].T, x @ w[1].T) * gates[:, None]

@@ -19,10 +19,10 @@ import numpy as np
 
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.families.names import expert_names, tensor_names
+from dynamo_jax.models.families.names import expert_names
 from dynamo_jax.models.families.table import FAMILIES, config_from
 from dynamo_jax.models.formats.expert_files import expert_tensors
-from dynamo_jax.models.huggingface import parameter_shapes, write_shards
+from dynamo_jax.models.huggingface import parameter_shapes, tensor_names, write_shards
 from dynamo_jax.models.tokenizer import TOKENIZER
 
 SHAPES = {

@@ -17,6 +17,7 @@ T = TypeVar("T")
 PRESETS = Path(configs.__file__).parent
 TOML_LIMIT, LINE_LIMIT = 1 << 16, 2000  # bytes and characters; a key of many parts takes time by their square
 WHOLE_LIMIT = 2**63  # what arrays and seeds take
+KIND = "kind"  # the key by which a table says which dataclass of several it is
 FLOAT_LIMIT = 1e300  # a finite number, with room to calculate
 
 
@@ -35,8 +36,9 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
         raise ValueError(f"{where}: missing key {', '.join(missing)}")
     filled: dict[str, Any] = {}
     for key, value in values.items():
-        if dataclasses.is_dataclass(hints[key]):
-            filled[key] = from_dict(hints[key], value, f"{where} [{key}]")  # type: ignore[arg-type]
+        if (kind := _dataclass_of(hints[key], value)) is not None:
+            values = {k: v for k, v in value.items() if k != KIND} if isinstance(value, dict) else value
+            filled[key] = from_dict(kind, values, f"{where} [{key}]")
             continue
         if typing.get_origin(hints[key]) is tuple and isinstance(value, list):
             value = tuple(value)
@@ -48,6 +50,14 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
         return cls(**filled)
     except ValueError as error:  # of a dataclass that checks its own values
         raise ValueError(f"{where}: {shortened(str(error), 500)}") from error
+
+
+def _dataclass_of(hint: Any, value: Any) -> type | None:
+    """The dataclass that a table stands for: the field's own, or that of a union which the table names by ``KIND``."""
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(kind)]
+    if isinstance(value, dict) and KIND in value:
+        kinds = [kind for kind in kinds if kind.__name__ == value[KIND]]  # type: ignore[union-attr]
+    return kinds[0] if len(kinds) == 1 and value is not None else None  # type: ignore[return-value]
 
 
 def _fits(value: Any, hint: Any) -> bool:

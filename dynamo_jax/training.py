@@ -10,6 +10,7 @@ A run begins at random weights, or at those of a checkpoint folder, whose tokeni
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -26,15 +27,43 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dynamo_jax.files import shown, write_text, written
-from dynamo_jax.models.config import NUMBER_LIMIT, ModelConfig, check_number
+from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, parameters, with_parameters
 from dynamo_jax.models.experts import float_experts
-from dynamo_jax.models.huggingface import load_decoder, save_checkpoint
+from dynamo_jax.models.families.table import config_from
+from dynamo_jax.models.huggingface import load_decoder, olmoe_json, save_checkpoint
 from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.models.routing import Routing
+from dynamo_jax.models.specs import NUMBER_LIMIT, check_number
 from dynamo_jax.models.tokenizer import TOKENIZER, load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The keys of an ``olmoe`` config.json that say what is trained."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    num_experts: int
+    num_experts_per_tok: int
+    max_position_embeddings: int
+    rope_theta: float = 10000.0
+    norm_topk_prob: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        self.decoder  # noqa: B018 (checks itself)
+
+    @functools.cached_property
+    def decoder(self) -> ModelConfig:
+        return config_from({"model_type": "olmoe"} | dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +71,7 @@ class TrainConfig:
     """One training run. Learning rates are peaks; ``steps`` is the cosine's end. ValueError: a number out of its range,
     shares of the batch that are no shares, windows longer than the model can be given."""
 
-    model: ModelConfig
+    model: Sizes
     corpus: dict[str, float]  # kind of text -> share of the batch, in any unit
     steps: int
     batch_size: int
@@ -152,10 +181,11 @@ def make_optimizer(config: TrainConfig, params: dict[str, Array]) -> optax.Gradi
 def first_parameters(config: TrainConfig, start: Path | None) -> dict[str, Array]:
     """Random parameters, or those of the checkpoint folder ``start`` in the float32 that training works in."""
     if start is None:
-        return parameters(Decoder(config.model, rngs=nnx.Rngs(config.seed)))
+        return parameters(Decoder(config.model.decoder, rngs=nnx.Rngs(config.seed)))
     decoder = load_decoder(start)
-    if (found := decoder.config) != config.model:
-        wrong = {f.name for f in dataclasses.fields(found) if getattr(found, f.name) != getattr(config.model, f.name)}
+    if decoder.config != config.model.decoder:
+        found, wanted = (olmoe_json(of, "float32") for of in (decoder.config, config.model.decoder))
+        wrong = {key for key in wanted if found[key] != wanted[key]}
         raise ValueError(f"{start}: the model differs from the preset's [model] in {', '.join(sorted(wrong))}")
     return {name: a.astype(jnp.float32) for name, a in parameters(decoder).items()}
 
@@ -186,7 +216,7 @@ def train(
     @jax.jit
     def step_fn(params, opt_state, batch):
         grad_fn = jax.value_and_grad(
-            lambda p: loss_and_metrics(with_parameters(config.model, p), batch, config), has_aux=True
+            lambda p: loss_and_metrics(with_parameters(config.model.decoder, p), batch, config), has_aux=True
         )
         (_, metrics), grads = grad_fn(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -211,7 +241,7 @@ def train(
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 manager.save(step + 1, args=ocp.args.StandardSave({"params": params, "opt": opt_state}))
                 manager.wait_until_finished()
-    save_checkpoint(run / "model", with_parameters(config.model, params), run / "tokenizer.json")
+    save_checkpoint(run / "model", with_parameters(config.model.decoder, params), run / "tokenizer.json")
     return run / "model"
 
 

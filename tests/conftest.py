@@ -48,7 +48,7 @@ def shallow(bundled):
     from dynamo_jax.models.decoder import parameters, with_parameters
 
     decoder, tokenizer = bundled
-    config = dataclasses.replace(decoder.config, num_hidden_layers=2)
+    config = dataclasses.replace(decoder.config, layers=decoder.config.layers[:2])
     kept = {n: a for n, a in parameters(decoder).items() if not n.startswith("layers.") or int(n.split(".")[1]) < 2}
     return with_parameters(config, kept), tokenizer
 
@@ -67,6 +67,8 @@ def shallow_folder(shallow, tmp_path_factory):
 @pytest.fixture(scope="session")
 def narrow_folder(shallow, tmp_path_factory):
     """The shallow model with its first eight experts alone, as a checkpoint folder: each takes long to quantize."""
+    from small_decoders import with_mixture
+
     from dynamo_jax.models.bundled import BUNDLED
     from dynamo_jax.models.decoder import parameters, with_parameters
     from dynamo_jax.models.huggingface import save_checkpoint
@@ -78,7 +80,7 @@ def narrow_folder(shallow, tmp_path_factory):
             arrays[f"layers.{layer}.{part}"] = arrays[f"layers.{layer}.{part}"][:8]
         arrays[f"layers.{layer}.router"] = arrays[f"layers.{layer}.router"][:, :8]
     folder = tmp_path_factory.mktemp("narrow") / "hub"
-    config = dataclasses.replace(decoder.config, num_experts=8)
+    config = with_mixture(decoder.config, num_experts=8)
     save_checkpoint(folder, with_parameters(config, arrays), BUNDLED / "tokenizer.json")
     return folder
 

@@ -9,15 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Routing, parameters
 from dynamo_jax.models.huggingface import load_decoder
-from dynamo_jax.training import TrainConfig, router_losses, sample_batch, train
+from dynamo_jax.training import Sizes, TrainConfig, router_losses, sample_batch, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIG = TrainConfig(
-    model=ModelConfig(
+    model=Sizes(
         vocab_size=300,
         hidden_size=32,
         intermediate_size=16,

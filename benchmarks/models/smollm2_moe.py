@@ -51,10 +51,11 @@ from flax import nnx
 from dynamo_jax.models.attention import GroupedAttention, Places
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import filled, positions_of
-from dynamo_jax.models.families.names import expert_names, tensor_names
+from dynamo_jax.models.families.names import expert_names
 from dynamo_jax.models.families.table import FAMILIES, config_from
 from dynamo_jax.models.formats.expert_files import expert_tensors
 from dynamo_jax.models.formats.tensor_files import SINGLE, write_tensors
+from dynamo_jax.models.huggingface import tensor_names
 from dynamo_jax.models.norms import rms_norm
 from dynamo_jax.models.rotary import angles
 from dynamo_jax.models.tokenizer import TOKENIZER

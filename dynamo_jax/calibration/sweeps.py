@@ -30,7 +30,7 @@ from dynamo_jax.calibration.sources import LayerSource
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.experts import activation_of
 from dynamo_jax.models.formats.expert_files import Triple
-from dynamo_jax.models.layerwise import Outer, dense, dense_vjp, first_alike, loss_gradient_of, outer_of, outer_vjp
+from dynamo_jax.models.layerwise import Outer, dense, dense_vjp, loss_gradient_of, outer_of, outer_vjp
 from dynamo_jax.models.tokenizer import check_ids
 from dynamo_jax.progress import Progress
 from dynamo_jax.quant.planes import narrowed
@@ -178,7 +178,7 @@ def _layer_up(job: Calibration, layer: int) -> None:
     rest = job.source.layer(layer)
     x = job.work.get(_hidden(layer))["x"]
     if layer in config.dense_layers:
-        out = _batched(job, lambda part: dense(config, first_alike(config, layer), rest, part), x)
+        out = _batched(job, lambda part: dense(config, config.kinds[layer], rest, part), x)
         job.work.put(_hidden(layer + 1), {"x": out})
         return
     outer = _outer_of(job, layer, rest, x)
@@ -201,7 +201,7 @@ def _parameters(rest: Bundle) -> Bundle:
 
 def _outer_of(job: Calibration, layer: int, rest: Bundle, x: Float[np.ndarray, "S T D"]) -> Outer:
     config = job.source.config
-    parts = _batched(job, lambda part: outer_of(config, first_alike(config, layer), rest, part), x)
+    parts = _batched(job, lambda part: outer_of(config, config.kinds[layer], rest, part), x)
     return Outer(parts.residual, *(a.reshape(-1, a.shape[-1]) for a in parts[1:]))
 
 
@@ -214,7 +214,7 @@ def _job_of_layer(job: Calibration, layer: int, rest: Bundle, done: Callable[[fl
     return LayerJob(
         name=f"layer {layer}",
         sizes=job.source.config.expert_sizes,
-        activation=activation_of(job.source.config),
+        activation=activation_of(job.source.config.mixture_of(layer)),
         weights=weights,
         biases=lambda expert: biases_of(rest, expert),
         dataset=_owner(job),
@@ -275,7 +275,7 @@ def _layer_down(job: Calibration, layer: int, d_out: Float[np.ndarray, "S T D"])
     """The loss gradient by the layer's input from that by its output."""
     config = job.source.config
     rest = job.source.layer(layer)
-    like = first_alike(config, layer)
+    like = config.kinds[layer]
     x = job.work.get(_hidden(layer))["x"]
     if layer in config.dense_layers:
         return _batched(job, lambda a, d: dense_vjp(config, like, rest, a, d), x, d_out)
@@ -292,7 +292,9 @@ def _layer_down(job: Calibration, layer: int, d_out: Float[np.ndarray, "S T D"])
         job.source.release()
         d_rows = np.zeros_like(rows.x)
         d_rows[: len(token)] = scaled[token]
-        d_x, d_gate = expert_vjp(activation_of(config), rows.x, rows.gates, weights, biases_of(rest, expert), d_rows)
+        d_x, d_gate = expert_vjp(
+            activation_of(config.mixture_of(layer)), rows.x, rows.gates, weights, biases_of(rest, expert), d_rows
+        )
         d_normed[token] += np.asarray(d_x)[: len(token)]
         d_gates[token, slot] = np.asarray(d_gate)[: len(token)]
         done = config.num_hidden_layers - layer - 1 + (expert + 1) / (config.num_experts + 1)

@@ -1,7 +1,7 @@
 """The mixture-of-experts decoder in Flax NNX: the whole forward pass in reading order.
 
 Pre-norm residual blocks: attention, then a mixture of experts with an optional shared expert, or a
-dense MLP. The configuration says which parts there are; no part asks for the family's name.
+dense MLP. The layers' specifications say which parts there are; no part asks for the family's name.
 
 Axes: B batch, T tokens, N = B*T, S cached tokens, D hidden, E experts, k experts a token,
 F channels of an expert, V vocabulary.
@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.kernels.products import matmul
-from dynamo_jax.models.attention import GroupedAttention, LatentAttention, LayerCache, Places, empty_cache
+from dynamo_jax.models.attention import LayerCache, Places
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.experts import (
     ExpertBiases,
@@ -29,9 +29,11 @@ from dynamo_jax.models.experts import (
     float_experts,
     silu_gated,
 )
+from dynamo_jax.models.mixers import empty_cache, mixer
 from dynamo_jax.models.norms import Norm, normal
 from dynamo_jax.models.rotary import angles
 from dynamo_jax.models.routing import Routing, route
+from dynamo_jax.models.specs import Dense
 
 
 class Cache(NamedTuple):
@@ -45,7 +47,7 @@ class Cache(NamedTuple):
 
 def new_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache for ``capacity`` tokens a sequence."""
-    layers = tuple(empty_cache(config, batch, capacity, dtype) for _ in range(config.num_hidden_layers))
+    layers = tuple(empty_cache(layer.mixer, batch, capacity, dtype) for layer in config.layers)
     return Cache(layers, jnp.full((batch, capacity), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
 
@@ -65,30 +67,32 @@ class Layer(nnx.Module):
     those with experts (None in a dense layer)."""
 
     def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs, with_experts: bool = True):
-        c = config
-        self.config = c
+        c, spec = config, config.layers[index]
+        self.config, self.spec = c, spec
         self.expert_index = c.moe_layers.index(index) if index in c.moe_layers else None
         self.with_experts = with_experts and self.expert_index is not None
         self.attention_norm = Norm(c)
-        self.attention = (LatentAttention if c.kv_lora_rank else GroupedAttention)(c, index, rngs=rngs)
+        self.attention = mixer(c, spec.mixer, rngs)
         self.experts_norm = Norm(c)
-        if self.expert_index is None:
-            self.dense = Mlp(c, c.dense_intermediate_size, rngs=rngs)
+        m = spec.channel
+        if isinstance(m, Dense):
+            self.dense = Mlp(c, m.dense_intermediate_size, rngs=rngs)
             return
-        self.router = normal(rngs, (c.hidden_size, c.num_experts), c)
-        if c.router_bias:
-            self.router_bias = nnx.Param(jnp.zeros(c.num_experts))
-        if c.routing == "sigmoid":
-            self.router_correction = nnx.Param(jnp.zeros(c.num_experts))
-        shape = (c.num_experts, c.intermediate_size, c.hidden_size)
+        self.mixture = m
+        self.router = normal(rngs, (c.hidden_size, m.num_experts), c)
+        if m.router.router_bias:
+            self.router_bias = nnx.Param(jnp.zeros(m.num_experts))
+        if m.router.routing == "sigmoid":
+            self.router_correction = nnx.Param(jnp.zeros(m.num_experts))
+        shape = (m.num_experts, m.intermediate_size, c.hidden_size)
         if with_experts:
             self.gate, self.up, self.down = (normal(rngs, shape, c) for _ in range(3))
-        if c.expert_bias:
+        if m.expert_bias:
             self.gate_bias, self.up_bias = nnx.Param(jnp.zeros(shape[:2])), nnx.Param(jnp.zeros(shape[:2]))
-            self.down_bias = nnx.Param(jnp.zeros((c.num_experts, c.hidden_size)))
-        if c.shared_intermediate_size:
-            self.shared = Mlp(c, c.shared_intermediate_size, rngs=rngs)
-        if c.shared_gate:
+            self.down_bias = nnx.Param(jnp.zeros((m.num_experts, c.hidden_size)))
+        if m.shared_intermediate_size:
+            self.shared = Mlp(c, m.shared_intermediate_size, rngs=rngs)
+        if m.shared_gate:
             self.shared_gate = normal(rngs, (c.hidden_size, 1), c)
 
     def __call__(
@@ -114,17 +118,17 @@ class Layer(nnx.Module):
         return x + (out if scale == 1.0 else out * jnp.asarray(scale, out.dtype)).reshape(x.shape)
 
     def route(self, x: Float[Array, "N D"]) -> Routing:
-        c = self.config
-        bias = self.router_bias[...] if c.router_bias else None
-        correction = self.router_correction[...] if c.routing == "sigmoid" else None
-        return route(x, self.router[...], c, bias, correction)
+        router = self.mixture.router
+        bias = self.router_bias[...] if router.router_bias else None
+        correction = self.router_correction[...] if router.routing == "sigmoid" else None
+        return route(x, self.router[...], self.mixture, bias, correction)
 
     def beside(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
         """What the shared expert adds to the routed ones: zero where there is none."""
-        if not self.config.shared_intermediate_size:
+        if not self.mixture.shared_intermediate_size:
             return jnp.zeros((), x.dtype)
         out = self.shared(x)
-        if self.config.shared_gate:
+        if self.mixture.shared_gate:
             out = out * jax.nn.sigmoid(x @ self.shared_gate[...].astype(x.dtype))
         return out
 
@@ -133,9 +137,9 @@ class Layer(nnx.Module):
 
     def form(self) -> ExpertForm:
         biases = None
-        if self.config.expert_bias:
+        if self.mixture.expert_bias:
             biases = ExpertBiases(self.gate_bias[...], self.up_bias[...], self.down_bias[...])
-        return ExpertForm(activation_of(self.config), biases)
+        return ExpertForm(activation_of(self.mixture), biases)
 
 
 class CachedPass:

@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.kernels.grouped_matmul import grouped_matmul
 from dynamo_jax.kernels.rows import RowOrder, combine_rows, gather_rows, sort_by_expert
-from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.routing import Routing
+from dynamo_jax.models.specs import Mixture
 
 
 class ExpertWeights(NamedTuple):
@@ -58,9 +58,9 @@ def silu_gated(gate: Array, up: Array) -> Array:
     return jax.nn.silu(gate) * up
 
 
-def activation_of(config: ModelConfig) -> Activation:
+def activation_of(mixture: Mixture) -> Activation:
     """SwiGLU (arXiv 2002.05202), or its clamped form with a linear offset of one (gpt-oss)."""
-    return clamped_gated(config.swiglu_limit, config.swiglu_alpha) if config.swiglu_limit else silu_gated
+    return clamped_gated(mixture.swiglu_limit, mixture.swiglu_alpha) if mixture.swiglu_limit else silu_gated
 
 
 @functools.cache  # one function for one form, by which programs are told apart

@@ -20,16 +20,17 @@ import tokenizers
 from flax import nnx
 
 from dynamo_jax.files import read_json, shortened, shown, write_bytes, write_text
-from dynamo_jax.models.config import ModelConfig, RopeScaling
+from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, Layer, parameters, with_parameters
+from dynamo_jax.models.experts import ExpertBiases
 from dynamo_jax.models.families.names import (
     EMBED,
     HEAD,
+    TURNED,
     expert_names,
     extra_layers,
     key_that_would_read,
-    layer_tensor_names,
-    tensor_names,
+    names_of,
 )
 from dynamo_jax.models.families.table import FAMILIES, config_from
 from dynamo_jax.models.formats.expert_files import (
@@ -42,6 +43,7 @@ from dynamo_jax.models.formats.expert_files import (
     read_expert,
 )
 from dynamo_jax.models.formats.tensor_files import FLOATS, INDEX, SINGLE, TensorFiles, write_tensors
+from dynamo_jax.models.specs import Grouped, Latent, Mixer
 from dynamo_jax.models.tokenizer import TOKENIZER
 
 COMPARED = 1 << 22  # numbers of a head that are compared with the embeddings at a time
@@ -222,11 +224,28 @@ def _shapes(module: Any) -> Shapes:
     return {".".join(map(str, p)): v.shape for p, v in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
 
-# What no shape depends on, as it is where a configuration says nothing: configurations that differ in it share shapes.
-_CONSTANTS: dict[str, Any] = {
-    **{f.name: f.default for f in dataclasses.fields(ModelConfig) if str(f.type).startswith("float")},
-    **{"rope_scaling": RopeScaling(), "max_position_embeddings": 1, "windows": ()},
-}
+def tensor_names(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
+    """(our name, the file's name, transposed) of every parameter but the routed experts' weights and biases."""
+    yield "embed", EMBED, False
+    for layer in range(config.num_hidden_layers):
+        for ours, theirs, turned in layer_tensor_names(config, layer):
+            yield f"layers.{layer}.{ours}", f"model.layers.{layer}.{theirs}", turned
+    yield "norm.scale", "model.norm.weight", False
+    if config.layer_norm:
+        yield "norm.bias", "model.norm.bias", False
+    if not config.tie_word_embeddings:
+        yield "head", HEAD, False
+    if config.head_bias:
+        yield "head_bias", "lm_head.bias", False
+
+
+def layer_tensor_names(config: ModelConfig, layer: int) -> Iterator[tuple[str, str, bool]]:
+    """As ``tensor_names``, for one layer and without the layer's prefix."""
+    names = names_of(config)
+    of_experts = {f"{part}_bias" for part in ExpertBiases._fields}
+    for ours in layer_shapes(config, layer):
+        if ours not in of_experts:
+            yield ours, names[ours], ours in TURNED
 
 
 def parameter_shapes(config: ModelConfig) -> Shapes:
@@ -239,18 +258,18 @@ def parameter_shapes(config: ModelConfig) -> Shapes:
 
 def layer_shapes(config: ModelConfig, layer: int) -> Shapes:
     """Those of one layer, without the layer's prefix."""
-    return _layer_shapes(dataclasses.replace(config, **_CONSTANTS), layer in config.dense_layers)
+    plain = tuple(_plain(config.layers[like]) for like in (layer, config.moe_layers[0]))
+    return _layer_shapes(dataclasses.replace(_plain(config), layers=plain))
 
 
-@functools.lru_cache(maxsize=8)
-def _layer_shapes(config: ModelConfig, dense: bool) -> Shapes:
-    layer = config.dense_layers[0] if dense else config.moe_layers[0]
-    return _shapes(nnx.eval_shape(lambda: Layer(config, layer, rngs=nnx.Rngs(0), with_experts=False)))
+@functools.lru_cache(maxsize=64)
+def _layer_shapes(config: ModelConfig) -> Shapes:
+    return _shapes(nnx.eval_shape(lambda: Layer(config, 0, rngs=nnx.Rngs(0), with_experts=False)))
 
 
 def top_shapes(config: ModelConfig) -> Shapes:
     """Of embeddings, last norm and head."""
-    return _top_shapes(dataclasses.replace(config, **_CONSTANTS, num_hidden_layers=1, dense_layers=()))
+    return _top_shapes(dataclasses.replace(_plain(config), layers=(_plain(config.layers[config.moe_layers[0]]),)))
 
 
 @functools.lru_cache(maxsize=8)
@@ -259,14 +278,26 @@ def _top_shapes(config: ModelConfig) -> Shapes:
     return {name: shape for name, shape in shapes.items() if not name.startswith("layers.")}
 
 
+def _plain(of: Any) -> Any:
+    """A configuration or a part of it without what no shape depends on, so that many share their shapes."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(of):
+        value = getattr(of, field.name)
+        if str(field.type).startswith("float") or field.name in ("scaling", "window"):
+            changes[field.name] = field.default
+        elif field.name == "max_position_embeddings":
+            changes[field.name] = 1
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = _plain(value)
+    return dataclasses.replace(of, **changes)
+
+
 def describe(folder: Path) -> dict[str, Any]:
     """What a folder holds and what would be quantized, from headers alone."""
     source = Source(folder)
     config, headers = source.config, source.files.headers
     experts = source.quantized_tensors()
-    dense, shared = len(config.dense_layers), config.shared_intermediate_size
-    latent, heads = config.kv_lora_rank, config.num_key_value_heads
-    keys = f"keys and values from {latent} latent numbers" if latent else f"{heads} of keys and values"
+    dense, shared = len(config.dense_layers), config.mixture.shared_intermediate_size
     weights = f"{config.num_expert_weights:,} weights"
     return {
         "family": config.family,
@@ -274,7 +305,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "experts": f"{config.num_moe_layers} layers x {config.num_experts}, top {config.num_experts_per_tok}, "
         f"{config.intermediate_size} channels each" + (f"; a shared one of {shared}" if shared else ""),
-        "attention": f"{config.num_attention_heads} heads, {keys}",
+        "attention": "; ".join(dict.fromkeys(map(_mixer_words, (layer.mixer for layer in config.layers)))),
         "positions": config.max_position_embeddings,
         "vocabulary": config.vocab_size,
         "files": len({header.file for header in headers.values()}),
@@ -284,6 +315,14 @@ def describe(folder: Path) -> dict[str, Any]:
         "not quantized": f"{source.other_bytes():,} bytes: {UNQUANTIZED}",
         "not read": f"{len(source.unread):,} tensors that the decoder has no use for",
     }
+
+
+def _mixer_words(mixer: Mixer) -> str:
+    if isinstance(mixer, Latent):
+        keys = f"keys and values from {mixer.kv_lora_rank} latent numbers"
+    else:
+        keys = f"{mixer.num_key_value_heads} of keys and values"
+    return f"{mixer.num_attention_heads} heads, {keys}"
 
 
 def load_decoder(folder: str | Path) -> Decoder:
@@ -320,18 +359,22 @@ def save_checkpoint(folder: Path, model: Decoder, tokenizer: Path, dtype: Any = 
         tensors |= expert_tensors(expert_names(config, layer), list(zip(*parts)), {})
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / SINGLE, tensors)
-    write_text(folder / "config.json", json.dumps(_olmoe_json(config, np.dtype(dtype).name), indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(olmoe_json(config, np.dtype(dtype).name), indent=2) + "\n")
     if tokenizer != folder / TOKENIZER:
         write_bytes(folder / TOKENIZER, tokenizer.read_bytes())
 
 
-def _olmoe_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    keys = (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-        *("num_key_value_heads", "num_experts", "num_experts_per_tok", "max_position_embeddings", "rms_norm_eps"),
-        *("rope_theta", "norm_topk_prob", "tie_word_embeddings", "clip_qkv", "initializer_range"),
-    )
-    return {key: getattr(config, key) for key in keys} | {
+def olmoe_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of a model of family ``olmoe`` with parameters in ``dtype``."""
+    mixer, mixture = config.layers[0].mixer, config.mixture
+    assert isinstance(mixer, Grouped) and mixer.rope is not None
+    of_all = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "rms_norm_eps")
+    of_mixer = ("num_attention_heads", "num_key_value_heads", "clip_qkv")
+    of_mixture = ("intermediate_size", "num_experts", "num_experts_per_tok")
+    parts = [(config, (*of_all, "tie_word_embeddings", "initializer_range")), (mixer, of_mixer), (mixture, of_mixture)]
+    return {key: getattr(part, key) for part, keys in parts for key in keys} | {
+        "rope_theta": mixer.rope.rope_theta,
+        "norm_topk_prob": mixture.router.norm_topk_prob,
         "model_type": "olmoe",
         "architectures": [FAMILIES["olmoe"].architecture],
         "hidden_act": "silu",
@@ -384,5 +427,5 @@ def side_files_of(config: ModelConfig, tokenizer: tokenizers.Tokenizer) -> dict[
     """The same of a model in memory: its tokenizer, and for ``olmoe`` its config.json."""
     files = {TOKENIZER: tokenizer.to_str(pretty=True).encode()}
     if config.family == "olmoe":
-        files["config.json"] = json.dumps(_olmoe_json(config, "bfloat16"), indent=2).encode()
+        files["config.json"] = json.dumps(olmoe_json(config, "bfloat16"), indent=2).encode()
     return files

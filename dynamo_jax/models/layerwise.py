@@ -1,7 +1,7 @@
 """One layer at a time, apart from its routed experts: what is around them, and derivatives through it.
 
-For sweeps over models that are larger than memory. ``like`` names a layer that runs the same program, so that
-a model compiles each of its few kinds of layers once.
+For sweeps over models that are larger than memory. ``like`` is a layer that runs the same program
+(``ModelConfig.kinds``), so that a model compiles each of its few kinds of layers once.
 """
 
 from __future__ import annotations
@@ -30,15 +30,6 @@ class Outer(NamedTuple):
     normed: Float[Array, "N D"]
     experts: Int[Array, "N k"]
     gates: Float[Array, "N k"]
-
-
-def first_alike(config: ModelConfig, layer: int) -> int:
-    """The first layer that runs the same program: as dense or not, and with the same window."""
-
-    def kind(i: int) -> tuple[bool, int]:
-        return i in config.dense_layers, config.window(i)
-
-    return next(i for i in range(config.num_hidden_layers) if kind(i) == kind(layer))
 
 
 def places_of(config: ModelConfig, x: Array) -> Places:

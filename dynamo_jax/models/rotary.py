@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.specs import Rope
 
 
 class Angles(NamedTuple):
@@ -25,12 +26,12 @@ class Angles(NamedTuple):
     sin: Float[Array, "B T K"]
 
 
-def frequencies(config: ModelConfig) -> tuple[Float[np.ndarray, " K"], float]:
-    """Radians a position for each pair of dimensions, and the factor of cosines and sines."""
-    scaling = config.rope_scaling
-    dim = config.rotary_dim
-    plain = float(config.rope_theta) ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-    length = scaling.original_max_position_embeddings or config.max_position_embeddings
+def frequencies(rope: Rope, positions: int) -> tuple[Float[np.ndarray, " K"], float]:
+    """Radians a position for each pair of dimensions, and the factor of cosines and sines. positions: of the model."""
+    scaling = rope.scaling
+    dim = rope.dim
+    plain = float(rope.rope_theta) ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    length = scaling.original_max_position_embeddings or positions
     if scaling.rope_type == "default":
         return plain, 1.0
     if scaling.rope_type == "linear":
@@ -41,17 +42,17 @@ def frequencies(config: ModelConfig) -> tuple[Float[np.ndarray, " K"], float]:
         smooth = np.clip(smooth, 0, 1)
         return plain * (smooth + (1 - smooth) / scaling.factor), 1.0
     if scaling.rope_type == "yarn":
-        return _yarn(config, plain, length)
+        return _yarn(rope, plain, length)
     longer = math.sqrt(1 + math.log(scaling.factor) / math.log(length)) if scaling.factor > 1 else 1.0
     return plain / np.asarray(scaling.short_factor), scaling.attention_factor or longer
 
 
-def _yarn(config: ModelConfig, plain: np.ndarray, length: int) -> tuple[np.ndarray, float]:
-    scaling, dim = config.rope_scaling, config.rotary_dim
+def _yarn(rope: Rope, plain: np.ndarray, length: int) -> tuple[np.ndarray, float]:
+    scaling, dim = rope.scaling, rope.dim
 
     def index_of(turns: float) -> float:
         """The frequency index that makes ``turns`` turns over the original length."""
-        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
     low, high = index_of(scaling.beta_fast), index_of(scaling.beta_slow)
     if scaling.truncate:
@@ -70,16 +71,22 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def angles(config: ModelConfig, positions: Int[Array, "B T"]) -> Angles:
-    frequency, factor = frequencies(config)
-    angle = positions[..., None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)
-    return Angles(jnp.cos(angle) * factor, jnp.sin(angle) * factor)
+def angles(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Angles, ...]:
+    """Of each of ``config.ropes``."""
+    found = []
+    for rope in config.ropes:
+        frequency, factor = frequencies(rope, config.max_position_embeddings)
+        angle = positions[..., None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)
+        found.append(Angles(jnp.cos(angle) * factor, jnp.sin(angle) * factor))
+    return tuple(found)
 
 
 def rotate(x: Float[Array, "B T H C"], at: Angles, interleave: bool = False) -> Float[Array, "B T H C"]:
-    """Rotate each head's halves against each other, or, interleaved, its even dimensions against its odd
-    ones; the result then has the even ones first. That order is the same for queries and keys, so it cancels."""
-    x32 = x.astype(jnp.float32)
+    """Rotate the halves of each head's first 2K numbers against each other, or, interleaved, their even ones against
+    their odd ones; the result then has the even ones first. That order is the same for queries and keys, so it cancels.
+    """
+    x32 = x[..., : 2 * at.cos.shape[-1]].astype(jnp.float32)
     a, b = (x32[..., 0::2], x32[..., 1::2]) if interleave else jnp.split(x32, 2, axis=-1)
     cos, sin = at.cos[:, :, None, :], at.sin[:, :, None, :]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([turned, x[..., turned.shape[-1] :]], axis=-1) if turned.shape != x.shape else turned

@@ -9,13 +9,14 @@ Axes: N tokens, D hidden, E experts, k experts a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.specs import Mixture, Router
 
 
 class Routing(NamedTuple):
@@ -29,7 +30,7 @@ class Routing(NamedTuple):
 def route(
     x: Float[Array, "N D"],
     router: Float[Array, "D E"],
-    config: ModelConfig,
+    mixture: Mixture,
     bias: Float[Array, " E"] | None = None,
     correction: Float[Array, " E"] | None = None,
 ) -> Routing:
@@ -37,31 +38,60 @@ def route(
     logits = x.astype(jnp.float32) @ router.astype(jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
-    if config.routing == "sparsemixer":
-        experts, gates = sparse_mixer(logits, config.router_jitter_noise)
-        return Routing(logits, experts, gates * config.routed_scaling_factor)
-    if config.routing == "topk_softmax":
-        top, experts = jax.lax.top_k(logits, config.num_experts_per_tok)
-        return Routing(logits, experts.astype(jnp.int32), jax.nn.softmax(top, axis=-1) * config.routed_scaling_factor)
-    sigmoid = config.routing == "sigmoid"
-    scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, axis=-1)
+    spec = mixture.router
+    experts, gates = CHOICES[spec.routing](logits, spec, mixture.num_experts_per_tok, correction)
+    return Routing(logits, experts.astype(jnp.int32), gates * spec.routed_scaling_factor)
+
+
+Choice = tuple[Int[Array, "N k"], Float[Array, "N k"]]
+
+
+def _topk_softmax(logits: Float[Array, "N E"], spec: Router, k: int, _: Array | None) -> Choice:
+    top, experts = jax.lax.top_k(logits, k)
+    return experts, jax.nn.softmax(top, axis=-1)
+
+
+def _sparsemixer(logits: Float[Array, "N E"], spec: Router, k: int, _: Array | None) -> Choice:
+    return sparse_mixer(logits, spec.router_jitter_noise)
+
+
+def _softmax(logits: Float[Array, "N E"], spec: Router, k: int, correction: Array | None) -> Choice:
+    return _best(jax.nn.softmax(logits, axis=-1), spec, k, correction, best=1, least=0.0)
+
+
+def _sigmoid(logits: Float[Array, "N E"], spec: Router, k: int, correction: Array | None) -> Choice:
+    return _best(jax.nn.sigmoid(logits), spec, k, correction, best=2, least=1e-20)
+
+
+CHOICES: dict[str, Callable[[Array, Router, int, Array | None], Choice]] = {
+    "softmax": _softmax,
+    "topk_softmax": _topk_softmax,
+    "sigmoid": _sigmoid,
+    "sparsemixer": _sparsemixer,
+}
+
+
+def _best(
+    scores: Float[Array, "N E"], spec: Router, k: int, correction: Float[Array, " E"] | None, best: int, least: float
+) -> Choice:
+    """The experts of the highest scores; best: as ``limited_to_groups`` takes it; least: added to the gates' sum."""
     choice = scores if correction is None else scores + correction.astype(jnp.float32)
-    if config.n_group:
-        choice = limited_to_groups(choice, config, 2 if sigmoid else 1)
-    _, experts = jax.lax.top_k(choice, config.num_experts_per_tok)
+    if spec.n_group:
+        choice = limited_to_groups(choice, spec, best)
+    _, experts = jax.lax.top_k(choice, k)
     gates = jnp.take_along_axis(scores, experts, axis=-1)
-    if config.norm_topk_prob:
-        gates = gates / (gates.sum(axis=-1, keepdims=True) + (1e-20 if sigmoid else 0.0))
-    return Routing(logits, experts.astype(jnp.int32), gates * config.routed_scaling_factor)
+    if spec.norm_topk_prob:
+        gates = gates / (gates.sum(axis=-1, keepdims=True) + least)
+    return experts, gates
 
 
-def limited_to_groups(scores: Float[Array, "N E"], config: ModelConfig, best: int) -> Float[Array, "N E"]:
+def limited_to_groups(scores: Float[Array, "N E"], spec: Router, best: int) -> Float[Array, "N E"]:
     """Scores with the experts outside the ``topk_group`` best groups at -inf; a group is as good as the
     sum of its ``best`` highest scores."""
-    groups = scores.reshape(scores.shape[0], config.n_group, -1)
+    groups = scores.reshape(scores.shape[0], spec.n_group, -1)
     of_group = jax.lax.top_k(groups, min(best, groups.shape[-1]))[0].sum(axis=-1)
-    _, chosen = jax.lax.top_k(of_group, config.topk_group)
-    kept = jax.nn.one_hot(chosen, config.n_group, dtype=bool).any(axis=1)
+    _, chosen = jax.lax.top_k(of_group, spec.topk_group)
+    kept = jax.nn.one_hot(chosen, spec.n_group, dtype=bool).any(axis=1)
     return jnp.where(kept[:, :, None], groups, -jnp.inf).reshape(scores.shape)
 
 

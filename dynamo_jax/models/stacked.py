@@ -1,6 +1,6 @@
 """The decoder's layers in loops: a program that grows with the kinds of layers, not with their number.
 
-Layers that run the same program, one after the other or in turns of two, have their parameters and caches stacked, and
+Layers that run the same program, one after the other or in turns, have their parameters and caches stacked, and
 ``lax.scan`` goes through them; the number of a layer is data to its experts. What takes long to compile, such as the
 TPU kernel, is then compiled once for each kind of layer. Numbers are those of ``Decoder``.
 
@@ -33,9 +33,6 @@ from dynamo_jax.models.decoder import (
     with_parameters,
 )
 from dynamo_jax.models.experts import ExpertsFn
-from dynamo_jax.models.layerwise import first_alike
-
-PERIODS = (1, 2)  # layers of one turn: sparse and dense ones, or long and short windows, alternate
 
 
 class Loop(NamedTuple):
@@ -50,21 +47,23 @@ class Loop(NamedTuple):
         return range(self.first + place, self.first + self.period * self.turns, self.period)
 
 
-def loops(config: ModelConfig) -> list[Loop]:
-    """All layers in order, each time the loop that takes in most of what is left."""
-    kinds = [first_alike(config, layer) for layer in range(config.num_hidden_layers)]
-    out: list[Loop] = []
-    first = 0
-    while first < len(kinds):
+@functools.lru_cache(maxsize=64)
+def loops(config: ModelConfig) -> tuple[Loop, ...]:
+    """All layers in order, in the loops that have the fewest layers in their turns: so many are compiled."""
+    kinds = config.kinds
+    best: dict[int, tuple[int, tuple[Loop, ...]]] = {len(kinds): (0, ())}  # from a layer on: compiled, loops
+    for first in reversed(range(len(kinds))):
         found = []
-        for period in PERIODS:
+        for period in range(1, len(kinds) - first + 1):
             turns = 1
             while kinds[first : first + period] == kinds[first + period * turns :][:period]:
                 turns += 1
-            found.append(Loop(first, period if turns > 1 else 1, turns))
-        out.append(max(found, key=lambda loop: loop.period * loop.turns))
-        first += out[-1].period * out[-1].turns
-    return out
+            if turns == 1 and period > 1:
+                continue
+            compiled, rest = best[first + period * turns]
+            found.append((compiled + period, (Loop(first, period, turns), *rest)))
+        best[first] = min(found, key=lambda one: (one[0], len(one[1]), -one[1][0].period * one[1][0].turns))
+    return best[0][1]
 
 
 def stacked(config: ModelConfig, arrays: dict[str, Array]) -> dict[str, Array]:
@@ -128,17 +127,22 @@ class StackedDecoder(CachedPass):
             of_loop = caches[begin : begin + loop.period]
             begin += loop.period
 
-            def turn(x: Array, of: Any, loop: Loop = loop) -> tuple[Array, Any]:
-                index, own, caches = of
+            def turn(carry: Any, of: Any, loop: Loop = loop) -> tuple[Any, Any]:
+                x, caches = carry  # carried, so that the one cache that there is is written to
+                index, own = of
                 seen, left = [], []
                 for place in range(loop.period):
                     layer = layer_with_parameters(self.config, loop.first + place, own[place])
-                    x, extra, after = layer(x, _numbered(experts, layer, loop, index), places, caches[place])
+                    cache = jax.tree.map(
+                        lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), caches[place]
+                    )
+                    x, extra, new = layer(x, _numbered(experts, layer, loop, index), places, cache)
                     seen.append(extra)
-                    left.append(after)
-                return x, (seen, left)
+                    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+                    left.append(jax.tree.map(put, caches[place], new))
+                return (x, left), seen
 
-            x, (seen, left) = jax.lax.scan(turn, x, (jnp.arange(loop.turns), own, of_loop))
+            (x, left), seen = jax.lax.scan(turn, (x, list(of_loop)), (jnp.arange(loop.turns), own))
             after += left
             for place in range(loop.period):
                 for index, layer in enumerate(loop.layers(place)):

@@ -27,7 +27,7 @@ from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ExpertSizes, ModelConfig
 from dynamo_jax.models.decoder import layer_with_parameters
 from dynamo_jax.models.experts import ExpertForm, ExpertWeights
-from dynamo_jax.models.layerwise import embedded, finished, first_alike, places_of
+from dynamo_jax.models.layerwise import embedded, finished, places_of
 from dynamo_jax.models.routing import Routing
 from dynamo_jax.precision.allocate import reallocate
 from dynamo_jax.precision.plan import Plan, touched_share
@@ -141,7 +141,7 @@ def observe_windows(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> 
         if layer in config.moe_layers:
             index = config.moe_layers.index(layer)
             planes = jax.tree.map(lambda a, index=index: jnp.asarray(a[index]), model.store)
-        fixed = config, first_alike(config, layer), own, planes
+        fixed = config, config.kinds[layer], own, planes
         found = [_observe_layer(*fixed, x, model.plan.channel_block, model.plan.apart) for x in states]
         states = [x for x, _ in found]
         if planes:

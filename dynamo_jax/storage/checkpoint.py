@@ -28,6 +28,7 @@ from dynamo_jax.kernels.layout import WIDTHS, num_blocks
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.formats.tensor_files import write_tensors
 from dynamo_jax.models.huggingface import UNQUANTIZED, top_shapes
+from dynamo_jax.models.specs import LayerSpec
 from dynamo_jax.models.tokenizer import TOKENIZER, tokenizer_from
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
@@ -47,7 +48,7 @@ from dynamo_jax.storage.bundles import (
 from dynamo_jax.storage.results import SUMS, Making, Result, check_free, digest_of, located
 from dynamo_jax.storage.work import FolderWork
 
-FORMAT = 7
+FORMAT = 8
 NAME = "dynamo_jax quantized model"
 META, PLAN, TOP, SOURCE = "dynamo_jax.json", "plan.safetensors", "top.safetensors", "source"
 KNOWLEDGE = ("counts", "loss_per_error", "block_errors", "correction")
@@ -203,7 +204,7 @@ def read_description(folder: Path) -> Description:
     result = Result(folder)
     result.path(META)
     try:
-        config = from_dict(ModelConfig, raw.pop("config", {}), "config")
+        config = _config(raw.pop("config", {}))
         meta = from_dict(Meta, _tuples(raw), META)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / META}: damaged: {shortened(str(error), 500)}") from error
@@ -235,6 +236,16 @@ def read_description(folder: Path) -> Description:
         if not np.array_equal(table, arrays[f"page_table{level}"]):
             raise ValueError(f"{path}: the page table of level {level} does not fit the widths")
     return Description(result, meta, config, plan, arrays)
+
+
+def _config(raw: Any) -> ModelConfig:
+    """What ``ModelConfig.to_dict`` wrote."""
+    raw = dict(raw) if isinstance(raw, dict) else {}
+    specs, layers = raw.pop("specs", []), raw.pop("layers", [])
+    if not isinstance(specs, list) or not isinstance(layers, list) or not set(layers) <= set(range(len(specs))):
+        raise ValueError("config: layers are not numbers of specs")
+    read = [from_dict(LayerSpec, spec, "config [specs]") for spec in specs]
+    return from_dict(ModelConfig, raw | {"layers": tuple(read[number] for number in layers)}, "config")
 
 
 def _check_sizes(result: Result, meta: Meta) -> None:

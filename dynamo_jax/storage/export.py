@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from dynamo_jax.files import read_json, write_bytes, write_json
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.families.names import expert_names, layer_tensor_names, tensor_names
+from dynamo_jax.models.families.names import expert_names
 from dynamo_jax.models.formats.expert_files import Triple, expert_tensors
-from dynamo_jax.models.huggingface import write_shards
+from dynamo_jax.models.huggingface import layer_tensor_names, tensor_names, write_shards
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.progress import Log, Progress, no_log, no_progress
 from dynamo_jax.quant.planes import Planes, dequantize

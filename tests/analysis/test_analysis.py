@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_decoders import decoder_config
 
 from dynamo_jax.analysis.significance import (
     channel_significance,
@@ -15,7 +16,6 @@ from dynamo_jax.analysis.significance import (
     whole_over_blocks,
 )
 from dynamo_jax.analysis.statistics import merge, observe, observe_experts, token_importance
-from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder
 from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.models.loss import next_token_nll
@@ -86,7 +86,7 @@ def test_an_expert_without_tokens_has_zeros_and_nothing_is_nan():
     assert stats.counts[3] == 0 and (stats.hidden_energy[3] == 0).all()
 
 
-CONFIG = ModelConfig(
+CONFIG = decoder_config(
     vocab_size=40,
     hidden_size=32,
     intermediate_size=16,

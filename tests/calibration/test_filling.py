@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_decoders import decoder_config
 
 from dynamo_jax import transform
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.kernels.layout import WIDTHS, block_bytes, filled
-from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, with_parameters
 from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.precision.plan import Plan, expert_plan, num_weights
@@ -28,7 +28,7 @@ from dynamo_jax.storage import checkpoint
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CHANNELS, HIDDEN = 20, 56  # blocks of 8: three, the last with half; groups of 16: four, the last with half
-CONFIG = ModelConfig(
+CONFIG = decoder_config(
     vocab_size=61,
     hidden_size=HIDDEN,
     intermediate_size=CHANNELS,

@@ -19,6 +19,7 @@ import pytest
 from flax import nnx
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from kernel_cases import Case, biases_of, compared, rows_and_sizes, widths_of
+from small_decoders import decoder_config
 
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
@@ -27,7 +28,6 @@ from dynamo_jax.kernels.fragments import THREADS, WORDS, empty_pages, fragment_b
 from dynamo_jax.kernels.gpu_unpack import LAST_TWICE, Reading, last_weights, offset_word, reading, weights
 from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, BasePlanes, Pages, unpack
 from dynamo_jax.kernels.quantized_gpu import quantized_experts_gpu, rows_of_tile
-from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, with_parameters
 from dynamo_jax.models.experts import silu_gated
 from dynamo_jax.runtime import serving, switch
@@ -177,7 +177,7 @@ def test_weights_are_those_of_their_width():
         assert (tile == 2 * largest - 16 + {2: 4, 3: 2, 4: 1}[width]).all()
 
 
-CONFIG = ModelConfig(
+CONFIG = decoder_config(
     vocab_size=61,
     hidden_size=128,
     intermediate_size=192,  # filled up to 256

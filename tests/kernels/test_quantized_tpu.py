@@ -23,6 +23,7 @@ from flax import nnx
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from kernel_cases import Case, biases_of, rows_and_sizes, widths_of
+from small_decoders import decoder_config
 
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
@@ -33,7 +34,6 @@ from dynamo_jax.kernels.rows import rows_in_tiles
 from dynamo_jax.kernels.tiles import TILE, empty_pages, tiled_base, tiled_pages
 from dynamo_jax.kernels.tpu_steps import Shape, blocks_of_step, core, rows_of_tile, steps_of
 from dynamo_jax.models.bundled import BUNDLED
-from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, with_parameters
 from dynamo_jax.models.experts import silu_gated
 from dynamo_jax.models.stacked import is_stacked
@@ -283,7 +283,7 @@ def test_tiles_of_rows_hold_most_groups_and_steps_divide_the_blocks():
     assert core() == (128, True)  # here
 
 
-CONFIG = ModelConfig(
+CONFIG = decoder_config(
     vocab_size=61,
     hidden_size=320,  # filled up to two groups
     intermediate_size=128,

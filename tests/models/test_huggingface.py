@@ -17,13 +17,13 @@ import transformers
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_decoders import decoder_config
 
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize_folder
 from dynamo_jax.models.bundled import BUNDLED
-from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder
-from dynamo_jax.models.families.names import expert_names, tensor_names
+from dynamo_jax.models.families.names import expert_names
 from dynamo_jax.models.families.table import config_from
 from dynamo_jax.models.formats.expert_files import expert_shapes
 from dynamo_jax.models.formats.tensor_files import write_tensors
@@ -33,6 +33,7 @@ from dynamo_jax.models.huggingface import (
     parameter_shapes,
     save_checkpoint,
     side_files,
+    tensor_names,
 )
 from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.storage.bundles import read_bundle
@@ -91,7 +92,7 @@ def test_a_model_that_transformers_saved_has_its_logits_here(variety, tmp_path):
     assert_same(tmp_path, np.random.default_rng(0).integers(0, 61, (2, 40)))
 
 
-SMALL = ModelConfig(
+SMALL = decoder_config(
     vocab_size=61,
     hidden_size=32,
     intermediate_size=16,

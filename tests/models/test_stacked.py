@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_decoders import decoder_config
 
-from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, new_cache, parameters, with_parameters
 from dynamo_jax.models.experts import float_experts
 from dynamo_jax.models.stacked import Loop, loops, stacked, stacked_cache, stacked_decoder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-BASE = ModelConfig(
+BASE = dict(
     family="olmoe",
     vocab_size=61,
     hidden_size=32,
@@ -37,6 +35,7 @@ KINDS = {
     "dense first": ({"dense_layers": (0,), **DENSE}, [Loop(0, 1, 1), Loop(1, 1, 4)]),
     "every second dense": ({"dense_layers": (1, 3), **DENSE}, [Loop(0, 2, 2), Loop(4, 1, 1)]),
     "windows in turns": ({"num_hidden_layers": 4, "windows": (3, 0, 3, 0)}, [Loop(0, 2, 2)]),
+    "three and one": ({"num_hidden_layers": 10, "windows": (3, 3, 3, 0) * 2 + (3, 3)}, [Loop(0, 4, 2), Loop(8, 1, 2)]),
     "two after two": ({"windows": (3, 3, 0, 0, 3), **UNTIED}, [Loop(0, 1, 2), Loop(2, 1, 2), Loop(4, 1, 1)]),
 }
 
@@ -50,12 +49,12 @@ def numbered(layer, x, routing, weights, form):
 @pytest.mark.parametrize("kind", KINDS)
 def test_alike_layers_are_found(kind):
     changes, wanted = KINDS[kind]
-    assert loops(dataclasses.replace(BASE, **changes)) == wanted
+    assert loops(decoder_config(**BASE | changes)) == tuple(wanted)
 
 
 @pytest.mark.parametrize("kind", ["every second dense", "two after two"])
 def test_loops_do_what_the_layers_do_one_after_the_other(kind):
-    config = dataclasses.replace(BASE, **KINDS[kind][0])
+    config = decoder_config(**BASE | KINDS[kind][0])
     arrays = parameters(Decoder(config, rngs=nnx.Rngs(0)))
     arrays = {n: a + 0.3 * jax.random.normal(jax.random.key(i), a.shape) for i, (n, a) in enumerate(arrays.items())}
     tokens = np.random.default_rng(0).integers(0, 61, (2, 9))
@@ -87,7 +86,7 @@ def test_loops_do_what_the_layers_do_one_after_the_other(kind):
 
 def test_the_program_does_not_grow_with_the_layers():
     def size(layers):
-        config = dataclasses.replace(BASE, num_hidden_layers=layers)
+        config = decoder_config(**BASE | {"num_hidden_layers": layers})
         arrays = stacked(config, parameters(Decoder(config, rngs=nnx.Rngs(0))))
         cache = stacked_cache(config, new_cache(config, 1, 16))
         token = jnp.zeros((1, 1), jnp.int32)
@@ -101,12 +100,13 @@ def test_the_program_does_not_grow_with_the_layers():
 
 
 def test_a_missing_parameter_is_named():
-    arrays = stacked(BASE, parameters(Decoder(BASE, rngs=nnx.Rngs(0))))
+    config = decoder_config(**BASE)
+    arrays = stacked(config, parameters(Decoder(config, rngs=nnx.Rngs(0))))
     del arrays["loops.0.0.router"], arrays["embed"]
     with pytest.raises(ValueError, match="embed is missing"):
-        stacked_decoder(BASE, arrays)
-    arrays = stacked(BASE, parameters(Decoder(BASE, rngs=nnx.Rngs(0))))
+        stacked_decoder(config, arrays)
+    arrays = stacked(config, parameters(Decoder(config, rngs=nnx.Rngs(0))))
     del arrays["loops.0.0.router"]
-    decoder, token = stacked_decoder(BASE, arrays), jnp.zeros((1, 1), jnp.int32)
+    decoder, token = stacked_decoder(config, arrays), jnp.zeros((1, 1), jnp.int32)
     with pytest.raises(ValueError, match="router is missing"):
-        decoder.cached_states(token, token == 0, stacked_cache(BASE, new_cache(BASE, 1, 16)))
+        decoder.cached_states(token, token == 0, stacked_cache(config, new_cache(config, 1, 16)))

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_decoders import decoder_config
 
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.kernels.layout import LEVELS
-from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, with_parameters
 from dynamo_jax.runtime import serving
 from dynamo_jax.runtime.adapt import observe_windows
@@ -26,7 +26,7 @@ from dynamo_jax.runtime.switch import switched_experts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-CONFIG = ModelConfig(
+CONFIG = decoder_config(
     vocab_size=61,
     hidden_size=64,
     intermediate_size=32,

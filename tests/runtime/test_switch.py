@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_decoders import decoder_config, with_mixture
 
 from dynamo_jax.kernels.layout import LEVELS
-from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
 from dynamo_jax.precision.plan import Plan, expert_plan
 from dynamo_jax.quant.planes import dequantize
@@ -21,7 +21,7 @@ from dynamo_jax.runtime.switch import float_step, switched_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-CONFIG = ModelConfig(
+CONFIG = decoder_config(
     vocab_size=97,
     hidden_size=64,
     intermediate_size=32,
@@ -146,7 +146,7 @@ def test_a_switch_compiles_nothing(model, compilations, kind, switches):
 @pytest.mark.parametrize("kind", PLANS)
 def test_sequences_of_one_batch_run_at_variants_of_their_own(kind, length):
     """Each one gets the same bits whatever its neighbours are and run at, and what a batch of its variant gives."""
-    config = dataclasses.replace(CONFIG, num_experts=12)  # 3 sequences of 1 token to 2 experts: few rows
+    config = with_mixture(CONFIG, num_experts=12)  # 3 sequences of 1 token to 2 experts: few rows
     decoder = Decoder(config, rngs=nnx.Rngs(0))
     store = quantize_experts([layer.expert_weights() for layer in decoder.layers], BLOCK, GROUP)
     rest = {n: a for n, a in parameters(decoder).items() if n not in expert_parameter_names(config)}
@@ -189,7 +189,7 @@ def test_page_tables_and_plan_describe_each_other(kind):
 
 
 def test_one_expert_and_one_token():
-    config = dataclasses.replace(CONFIG, num_experts=1, num_experts_per_tok=1)
+    config = with_mixture(CONFIG, num_experts=1, num_experts_per_tok=1)
     decoder = Decoder(config, rngs=nnx.Rngs(0))
     store = quantize_experts([layer.expert_weights() for layer in decoder.layers], BLOCK, GROUP)
     plan = expert_plan(np.full((2, 1), 4), CHANNELS, BLOCK, GROUP, config.hidden_size)

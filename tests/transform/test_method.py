@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from own_models import Model, StackedModel, batches, forward, known, nll
+from small_decoders import decoder_config
 
 from dynamo_jax import transform
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import analyze_layers
 from dynamo_jax.calibration.sources import DecoderSource
-from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, Layer, expert_parameter_names, parameters
 from dynamo_jax.models.experts import activation_of
 from dynamo_jax.models.loss import next_token_nll
@@ -127,7 +127,7 @@ def taken_decoder(decoder):
 
     def experts(layer):
         layer.with_experts = False
-        form = activation_of(layer.config)
+        form = activation_of(layer.mixture)
         return transform.Experts(layer.gate, layer.up, layer.down, layout="efd", activation=form)
 
     def call(layer, experts, x, _, places, cache=None):
@@ -142,7 +142,7 @@ def taken_decoder(decoder):
     return transform.with_experts(decoder, [rule], jnp.arange(8).reshape(1, 8))
 
 
-OURS = ModelConfig(
+OURS = decoder_config(
     vocab_size=61,
     hidden_size=32,
     intermediate_size=24,

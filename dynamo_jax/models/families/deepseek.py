@@ -3,52 +3,65 @@
 from __future__ import annotations
 
 from dynamo_jax.files import shown
-from dynamo_jax.models.families.family import Family, Raw, biased, flag, layers_of, number, whole, whole_or_none
+from dynamo_jax.models.families.family import (
+    Family,
+    Raw,
+    Rotary,
+    biased,
+    flag,
+    layers_of,
+    mixture,
+    number,
+    stack,
+    whole,
+    whole_or_none,
+)
+from dynamo_jax.models.specs import Latent, LayerSpec, Router
 
 
-def _deepseek(raw: Raw) -> Raw:
+def _deepseek(raw: Raw, rope: Rotary, router: Router, interleave: bool) -> tuple[LayerSpec, ...]:
     channels, layers = whole(raw, "moe_intermediate_size"), layers_of(raw)
     first = whole_or_none(raw, "first_k_dense_replace", 0)
     if first >= layers:
         raise ValueError(f"first_k_dense_replace={first}: of {layers} layers none would have experts to quantize")
-    latent = {name: whole(raw, name) for name in _LATENT}
-    return {
-        "intermediate_size": channels,
-        "dense_layers": tuple(range(first)),
-        "dense_intermediate_size": whole(raw, "intermediate_size") if first else 0,
-        "shared_intermediate_size": whole_or_none(raw, "n_shared_experts", 0) * channels,
-        "routed_scaling_factor": number(raw, "routed_scaling_factor"),
-        "head_dim": latent["qk_nope_head_dim"] + latent["qk_rope_head_dim"],
-        "num_key_value_heads": whole(raw, "num_attention_heads"),
-        "q_lora_rank": whole_or_none(raw, "q_lora_rank"),
-        **latent,
+    turned = whole(raw, "qk_rope_head_dim")
+    if turned % 2:
+        raise ValueError(f"qk_rope_head_dim={turned}: expected an even number, since rotary positions turn pairs")
+    mixer = Latent(
+        num_attention_heads=whole(raw, "num_attention_heads"),
+        q_lora_rank=whole_or_none(raw, "q_lora_rank"),
+        rope=rope(dim=turned, rope_interleave=interleave),
+        kv_lora_rank=whole(raw, "kv_lora_rank"),
+        qk_nope_head_dim=whole(raw, "qk_nope_head_dim"),
+        v_head_dim=whole(raw, "v_head_dim"),
         **biased(raw),
-    }
+    )
+    shared = whole_or_none(raw, "n_shared_experts", 0) * channels
+    experts = mixture(raw, router, "moe_intermediate_size", shared_intermediate_size=shared)
+    return stack(raw, mixer, experts, dense=range(first))
 
 
-_LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-
-
-def _deepseek_v2(raw: Raw) -> Raw:
+def _deepseek_v2(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     method = raw["topk_method"]
     if method not in ("greedy", "group_limited_greedy"):
         raise ValueError(f"topk_method {shown(method)} is not supported; known: greedy, group_limited_greedy")
     if flag(raw, "norm_topk_prob") or flag(raw, "mlp_bias"):
         raise ValueError("norm_topk_prob and mlp_bias are not supported for deepseek_v2")
     limited = method == "group_limited_greedy"
-    groups = {name: whole(raw, name) for name in ("n_group", "topk_group")} if limited else {}
-    return {**_deepseek(raw), **groups, "rope_interleave": True}
+    groups: Raw = {name: whole(raw, name) for name in ("n_group", "topk_group")} if limited else {}
+    router = Router(routed_scaling_factor=number(raw, "routed_scaling_factor"), **groups)
+    return _deepseek(raw, rope, router, True)
 
 
-def _deepseek_v3(raw: Raw) -> Raw:
-    return {
-        **_deepseek(raw),
-        "routing": "sigmoid",
-        "norm_topk_prob": flag(raw, "norm_topk_prob"),
-        "n_group": whole_or_none(raw, "n_group"),
-        "topk_group": whole_or_none(raw, "topk_group"),
-        "rope_interleave": flag(raw, "rope_interleave"),
-    }
+def _deepseek_v3(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
+    router = Router(
+        routing="sigmoid",
+        norm_topk_prob=flag(raw, "norm_topk_prob"),
+        n_group=whole_or_none(raw, "n_group"),
+        topk_group=whole_or_none(raw, "topk_group"),
+        routed_scaling_factor=number(raw, "routed_scaling_factor"),
+    )
+    return _deepseek(raw, rope, router, flag(raw, "rope_interleave"))
 
 
 _BOTH: Raw = {

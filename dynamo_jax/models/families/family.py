@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from dynamo_jax.files import shown
-from dynamo_jax.models.config import LAYERS_LIMIT, NUMBER_LIMIT, ROPE_TYPES, TINY, WHOLE_LIMIT, check_flag, check_number
+from dynamo_jax.models.specs import (
+    LAYERS_LIMIT,
+    NUMBER_LIMIT,
+    ROPE_TYPES,
+    TINY,
+    WHOLE_LIMIT,
+    Dense,
+    Grouped,
+    Latent,
+    LayerSpec,
+    Mixture,
+    Rope,
+    Router,
+    check_divides,
+    check_flag,
+    check_number,
+)
 
 Raw = dict[str, Any]  # what a config.json holds
 SPARSE = "block_sparse_moe"
+SPARSE_NAMES = {"router": f"{SPARSE}.gate.weight"}
 W123 = "w1 w3 w2"  # gate, up and down
 SLIDING, FULL = "sliding_attention", "full_attention"
 COMMON: Raw = {  # keys that are left out mean the same in every family
@@ -24,25 +41,67 @@ COMMON: Raw = {  # keys that are left out mean the same in every family
 }
 
 
+Rotary = Callable[..., Rope]  # Rope with the base and the scaling that a config.json names: takes dim and the rest
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What sets a family apart. moe: its name for the mixture module. experts: how expert weights lie in the
-    file (``formats/expert_files.py``). fields: what its config.json means beyond the keys that all families share.
+    """What sets a family apart. layers: of its config.json, all keys of which have a value. names: what its files call
+    parameters where that is not ``names.NAMES``'s. moe: its name for the mixture module. experts: how expert weights
+    lie in the file (``formats/expert_files.py``). top: what its config.json means for the decoder as a whole.
     defaults: what a key means that its config.json leaves out, where that is not ``COMMON``'s; they are those of
     ``transformers``, and sizes have none. rope: the rotary scaling of a config.json that names none. short_mscale:
     whether that key of the rotary scaling is the factor of cosines and sines."""
 
     architecture: str
-    fields: Callable[[Raw], Raw]
+    layers: Callable[[Raw, Rotary], tuple[LayerSpec, ...]]
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
     moe: str = "mlp"
-    router: str = "gate"
     experts: str = "gate_proj up_proj down_proj"
-    shared: str = "shared_experts"
+    top: Callable[[Raw], Raw] = lambda _: {}
     experts_key: str = "num_experts"
     defaults: Raw = dataclasses.field(default_factory=dict)
     rope: Raw = dataclasses.field(default_factory=dict)
     rope_types: tuple[str, ...] = ROPE_TYPES
     short_mscale: bool = False
+
+
+def grouped(raw: Raw, rope: Rotary, **own: Any) -> Grouped:
+    """Grouped-query attention by the keys that families share; own: what else the family says."""
+    heads, size = whole(raw, "num_attention_heads"), whole_or_none(raw, "head_dim")
+    if not size:
+        check_divides("num_attention_heads", heads, whole(raw, "hidden_size"))
+        size = whole(raw, "hidden_size") // heads
+    return Grouped(
+        num_attention_heads=heads,
+        num_key_value_heads=whole_or_none(raw, "num_key_value_heads") or heads,
+        head_dim=size,
+        rope=rope(dim=size),
+        **own,
+    )
+
+
+def mixture(raw: Raw, router: Router, size: str = "intermediate_size", **own: Any) -> Mixture:
+    """Routed experts by the keys that families share. size: the key of an expert's channels."""
+    return Mixture(
+        num_experts=whole(raw, "num_experts"),
+        num_experts_per_tok=whole(raw, "num_experts_per_tok"),
+        intermediate_size=whole(raw, size),
+        router=router,
+        **own,
+    )
+
+
+def stack(
+    raw: Raw, mixer: Grouped | Latent, experts: Mixture, windows: tuple[int, ...] = (), dense: Collection[int] = ()
+) -> tuple[LayerSpec, ...]:
+    """All layers: alike but for the windows of attention, and for those that are dense."""
+    channels = Dense(dense_intermediate_size=whole(raw, "intermediate_size")) if dense else None
+    mixers = {w: dataclasses.replace(mixer, window=w) for w in windows or (0,)}
+    return tuple(
+        LayerSpec(mixer=mixers[windows[i] if windows else 0], channel=channels if channels and i in dense else experts)
+        for i in range(layers_of(raw))
+    )
 
 
 def whole(raw: Raw, key: str, low: int = 1, high: int = WHOLE_LIMIT) -> int:

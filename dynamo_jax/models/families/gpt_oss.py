@@ -7,28 +7,31 @@ from dynamo_jax.models.families.family import (
     SLIDING,
     Family,
     Raw,
+    Rotary,
     biased,
+    grouped,
     layer_types,
     layers_of,
+    mixture,
     number,
+    stack,
     windows_of,
 )
+from dynamo_jax.models.specs import LayerSpec, Router
 
 
-def _gpt_oss(raw: Raw) -> Raw:
+def _gpt_oss(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     types = layer_types(raw, [FULL if i % 2 else SLIDING for i in range(layers_of(raw))])
     if SLIDING in types and raw["sliding_window"] is None:
         raise ValueError("sliding_window=None: expected a positive whole number, since layers slide")
-    return {
-        "routing": "topk_softmax",
-        "router_bias": True,
-        "expert_bias": True,
-        "swiglu_limit": number(raw, "swiglu_limit"),
-        "swiglu_alpha": number(raw, "swiglu_alpha"),
-        "attention_sinks": True,
-        **biased(raw),
-        "windows": windows_of(raw, types),
-    }
+    experts = mixture(
+        raw,
+        Router(routing="topk_softmax", router_bias=True),
+        expert_bias=True,
+        swiglu_limit=number(raw, "swiglu_limit"),
+        swiglu_alpha=number(raw, "swiglu_alpha"),
+    )
+    return stack(raw, grouped(raw, rope, attention_sinks=True, **biased(raw)), experts, windows_of(raw, types))
 
 
 _DEFAULTS: Raw = {
@@ -46,7 +49,7 @@ FAMILIES = {
     "gpt_oss": Family(
         "GptOssForCausalLM",
         _gpt_oss,
-        router="router",
+        {"router": "mlp.router.weight", "router_bias": "mlp.router.bias"},
         experts="interleaved",
         experts_key="num_local_experts",
         defaults=_DEFAULTS,

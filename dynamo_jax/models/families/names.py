@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from dynamo_jax.models.config import ModelConfig
@@ -11,6 +11,35 @@ from dynamo_jax.models.families.table import FAMILIES
 from dynamo_jax.models.formats.expert_files import ExpertTensors
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_PARTS = ("gate", "up", "down")
+NAMES = {  # of a layer's parameters, but the routed experts' weights and biases, in most families
+    "attention_norm.scale": "input_layernorm.weight",
+    "attention_norm.bias": "input_layernorm.bias",
+    "experts_norm.scale": "post_attention_layernorm.weight",
+    "experts_norm.bias": "post_attention_layernorm.bias",
+    **{f"attention.{part}": f"self_attn.{part}_proj.weight" for part in "qkvo"},
+    **{f"attention.{part}_bias": f"self_attn.{part}_proj.bias" for part in "qkvo"},
+    **{f"attention.{part}_norm": f"self_attn.{part}_norm.weight" for part in "qk"},
+    "attention.sinks": "self_attn.sinks",
+    "attention.q_down": "self_attn.q_a_proj.weight",
+    "attention.q_down_bias": "self_attn.q_a_proj.bias",
+    "attention.q_down_norm": "self_attn.q_a_layernorm.weight",
+    "attention.q_up": "self_attn.q_b_proj.weight",
+    "attention.kv_down": "self_attn.kv_a_proj_with_mqa.weight",
+    "attention.kv_down_bias": "self_attn.kv_a_proj_with_mqa.bias",
+    "attention.kv_norm": "self_attn.kv_a_layernorm.weight",
+    "attention.kv_up": "self_attn.kv_b_proj.weight",
+    "router": "mlp.gate.weight",
+    "router_bias": "mlp.gate.bias",
+    "router_correction": "mlp.gate.e_score_correction_bias",
+    **{f"dense.{part}": f"mlp.{part}_proj.weight" for part in _PARTS},
+    **{f"shared.{part}": f"mlp.shared_experts.{part}_proj.weight" for part in _PARTS},
+    "shared_gate": "mlp.shared_expert_gate.weight",
+}
+TURNED = {  # files have (outputs, inputs), and these parameters the other way round
+    *("router", "shared_gate", "dense.down", "shared.down"),
+    *(f"attention.{part}" for part in ("q", "k", "v", "o", "q_down", "q_up", "kv_down", "kv_up")),
+}
 _MOE = r"(mlp|block_sparse_moe)\."
 # Tensors of one layer of any family, by the part of the name that follows the layer's number, and the keys of
 # config.json by which a model has them.
@@ -59,77 +88,9 @@ def key_that_would_read(config: ModelConfig, name: str, extra: int) -> str:
     return "num_hidden_layers" if layer >= config.num_hidden_layers else key
 
 
-def tensor_names(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
-    """(our name, the file's name, transposed) of every parameter but the routed experts' weights and biases."""
-    yield "embed", EMBED, False
-    for layer in range(config.num_hidden_layers):
-        for ours, theirs, transposed in layer_tensor_names(config, layer):
-            yield f"layers.{layer}.{ours}", f"model.layers.{layer}.{theirs}", transposed
-    yield from ((f"norm.{a}", f"model.norm.{b}", False) for a, b in _norm(config))
-    if not config.tie_word_embeddings:
-        yield "head", HEAD, False
-    if config.head_bias:
-        yield "head_bias", "lm_head.bias", False
-
-
-def layer_tensor_names(config: ModelConfig, layer: int) -> Iterator[tuple[str, str, bool]]:
-    """As ``tensor_names``, for one layer and without the layer's prefix."""
-    c, family = config, FAMILIES[config.family]
-    for a, b in _norm(c):
-        yield f"attention_norm.{a}", f"input_layernorm.{b}", False
-        yield f"experts_norm.{a}", f"post_attention_layernorm.{b}", False
-    for ours, theirs in _attention(c):
-        weight = theirs.endswith(".weight") and not theirs.endswith("norm.weight")
-        yield f"attention.{ours}", f"self_attn.{theirs}", weight
-    if layer in c.dense_layers:
-        yield from _mlp("dense", "mlp")
-        return
-    yield "router", f"{family.moe}.{family.router}.weight", True
-    if c.router_bias:
-        yield "router_bias", f"{family.moe}.{family.router}.bias", False
-    if c.routing == "sigmoid":
-        yield "router_correction", f"{family.moe}.{family.router}.e_score_correction_bias", False
-    if c.shared_intermediate_size:
-        yield from _mlp("shared", f"{family.moe}.{family.shared}")
-    if c.shared_gate:
-        yield "shared_gate", f"{family.moe}.shared_expert_gate.weight", True
-
-
-def _norm(config: ModelConfig) -> list[tuple[str, str]]:
-    return [("scale", "weight"), ("bias", "bias")] if config.layer_norm else [("scale", "weight")]
-
-
-def _mlp(ours: str, theirs: str) -> Iterator[tuple[str, str, bool]]:
-    for part in ("gate", "up", "down"):
-        yield f"{ours}.{part}", f"{theirs}.{part}_proj.weight", part == "down"
-
-
-def _attention(c: ModelConfig) -> Iterator[tuple[str, str]]:
-    if c.kv_lora_rank:
-        if c.q_lora_rank:
-            yield "q_down", "q_a_proj.weight"
-            yield "q_norm", "q_a_layernorm.weight"
-            if c.qkv_bias:
-                yield "q_down_bias", "q_a_proj.bias"
-        yield "q", "q_b_proj.weight" if c.q_lora_rank else "q_proj.weight"
-        yield "kv_down", "kv_a_proj_with_mqa.weight"
-        if c.qkv_bias:
-            yield "kv_down_bias", "kv_a_proj_with_mqa.bias"
-        yield "kv_norm", "kv_a_layernorm.weight"
-        yield "kv_up", "kv_b_proj.weight"
-    else:
-        for part in "qkv":
-            yield part, f"{part}_proj.weight"
-            if c.qkv_bias:
-                yield f"{part}_bias", f"{part}_proj.bias"
-        if c.qk_norm != "none":
-            yield "q_norm", "q_norm.weight"
-            yield "k_norm", "k_norm.weight"
-        if c.attention_sinks:
-            yield "sinks", "sinks"
-    yield "o", "o_proj.weight"
-    if c.output_bias:
-        yield "o_bias", "o_proj.bias"
+def names_of(config: ModelConfig) -> dict[str, str]:
+    """What the files of the configuration's family call the parameters of a layer, apart from the layer's prefix."""
+    return NAMES | FAMILIES[config.family].names
 
 
 def expert_names(config: ModelConfig, layer: int) -> ExpertTensors:

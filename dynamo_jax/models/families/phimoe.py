@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from dynamo_jax.models.families.family import SPARSE, W123, Family, Raw, biased, flag, number, windows_of
+from dynamo_jax.models.families.family import (
+    SPARSE,
+    SPARSE_NAMES,
+    W123,
+    Family,
+    Raw,
+    Rotary,
+    biased,
+    flag,
+    grouped,
+    mixture,
+    number,
+    stack,
+    windows_of,
+)
+from dynamo_jax.models.specs import LayerSpec, Router
 
 
-def _phimoe(raw: Raw) -> Raw:
-    return {
-        **biased(raw),
-        "windows": windows_of(raw),
-        "layer_norm": True,
-        "routing": "sparsemixer",
-        "router_jitter_noise": number(raw, "router_jitter_noise", 0.0, 1.0),
-        "head_bias": flag(raw, "lm_head_bias"),
-    }
+def _phimoe(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
+    router = Router(routing="sparsemixer", router_jitter_noise=number(raw, "router_jitter_noise", 0.0, 1.0))
+    return stack(raw, grouped(raw, rope, **biased(raw)), mixture(raw, router), windows_of(raw))
+
+
+def _top(raw: Raw) -> Raw:
+    return {"layer_norm": True, "head_bias": flag(raw, "lm_head_bias")}
 
 
 _DEFAULTS: Raw = {
@@ -28,8 +41,10 @@ FAMILIES = {
     "phimoe": Family(
         "PhimoeForCausalLM",
         _phimoe,
+        SPARSE_NAMES,
         SPARSE,
-        experts=W123,
+        W123,
+        _top,
         experts_key="num_local_experts",
         defaults=_DEFAULTS,
         rope_types=("default", "longrope"),

@@ -8,50 +8,45 @@ from dynamo_jax.models.families.family import (
     SLIDING,
     Family,
     Raw,
+    Rotary,
     biased,
     flag,
+    grouped,
     layer_types,
     layers_of,
+    mixture,
+    stack,
     whole,
     windows_of,
 )
+from dynamo_jax.models.specs import LayerSpec, Router
 
 
-def _qwen2_moe(raw: Raw) -> Raw:
+def _qwen2_moe(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     last = whole(raw, "max_window_layers", 0)
     default = [FULL if i % 2 or i >= last else SLIDING for i in range(layers_of(raw))]
     types = layer_types(raw, default)
-    return {
-        **_qwen_dense(raw),
-        "qkv_bias": flag(raw, "qkv_bias"),
-        "norm_topk_prob": flag(raw, "norm_topk_prob"),
-        "shared_intermediate_size": whole(raw, "shared_expert_intermediate_size"),
-        "shared_gate": True,
-        "windows": windows_of(raw, types) if flag(raw, "use_sliding_window") else (),
-    }
+    windows = windows_of(raw, types) if flag(raw, "use_sliding_window") else ()
+    shared = whole(raw, "shared_expert_intermediate_size")
+    experts = mixture(raw, _router(raw), "moe_intermediate_size", shared_intermediate_size=shared, shared_gate=True)
+    return stack(raw, grouped(raw, rope, qkv_bias=flag(raw, "qkv_bias")), experts, windows, _dense(raw))
 
 
-def _qwen3_moe(raw: Raw) -> Raw:
-    return {
-        **_qwen_dense(raw),
-        **biased(raw),
-        "qk_norm": "head",
-        "norm_topk_prob": flag(raw, "norm_topk_prob"),
-        "windows": windows_of(raw) if flag(raw, "use_sliding_window") else (),
-    }
+def _qwen3_moe(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
+    windows = windows_of(raw) if flag(raw, "use_sliding_window") else ()
+    experts = mixture(raw, _router(raw), "moe_intermediate_size")
+    return stack(raw, grouped(raw, rope, qk_norm="head", **biased(raw)), experts, windows, _dense(raw))
 
 
-def _qwen_dense(raw: Raw) -> Raw:
+def _router(raw: Raw) -> Router:
+    return Router(norm_topk_prob=flag(raw, "norm_topk_prob"))
+
+
+def _dense(raw: Raw) -> set[int]:
     step, only = whole(raw, "decoder_sparse_step"), raw["mlp_only_layers"] or []
     if not isinstance(only, list) or any(not isinstance(i, int) or isinstance(i, bool) for i in only):
         raise ValueError(f"mlp_only_layers={shown(only)}: expected a list of whole numbers")
-    named = set(only)
-    dense = tuple(i for i in range(layers_of(raw)) if i in named or (i + 1) % step)
-    return {
-        "intermediate_size": whole(raw, "moe_intermediate_size"),
-        "dense_layers": dense,
-        "dense_intermediate_size": whole(raw, "intermediate_size") if dense else 0,
-    }
+    return {i for i in range(layers_of(raw)) if i in set(only) or (i + 1) % step}
 
 
 _BOTH: Raw = {
@@ -70,7 +65,8 @@ _QWEN2: Raw = {
     "shared_expert_intermediate_size": 5632,
 }
 _QWEN3: Raw = {"intermediate_size": 6144, "num_key_value_heads": 4}
+_SHARED = {f"shared.{part}": f"mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")}
 FAMILIES = {
-    "qwen2_moe": Family("Qwen2MoeForCausalLM", _qwen2_moe, shared="shared_expert", defaults=_BOTH | _QWEN2),
+    "qwen2_moe": Family("Qwen2MoeForCausalLM", _qwen2_moe, _SHARED, defaults=_BOTH | _QWEN2),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", _qwen3_moe, defaults=_BOTH | _QWEN3),
 }

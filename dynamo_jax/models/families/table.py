@@ -6,10 +6,11 @@ decoder cannot is an error, not ignored.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from dynamo_jax.files import shown
-from dynamo_jax.models.config import ModelConfig, RopeScaling
+from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.families import deepseek, gpt_oss, granite, mixtral, olmoe, phimoe, qwen
 from dynamo_jax.models.families.family import (
     COMMON,
@@ -18,15 +19,14 @@ from dynamo_jax.models.families.family import (
     Family,
     Raw,
     flag,
-    layers_of,
     number,
     whole,
-    whole_or_none,
 )
+from dynamo_jax.models.specs import Rope, RopeScaling
 
 LINEAGES = (mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe)
 FAMILIES: dict[str, Family] = {name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()}
-_SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "num_experts_per_tok", "max_position_embeddings")
+_SIZES = ("vocab_size", "hidden_size", "max_position_embeddings")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of one number; a family writes one of them
 _NULL_IS_A_VALUE = {  # elsewhere null is as good as no key
     *("head_dim", "num_key_value_heads", "sliding_window", "clip_qkv", "q_lora_rank", "n_group", "topk_group"),
@@ -58,29 +58,21 @@ def config_from(raw: Raw) -> ModelConfig:
     if raw["hidden_act"] != "silu":
         raise ValueError(f"hidden_act {shown(raw['hidden_act'])} is not supported; only 'silu'")
     theta, scaling = _rope(raw, known)
-    own = known.fields(raw)
-    sizes = {name: whole(raw, name) for name in _SIZES}
-    values: Raw = {
-        **sizes,
-        "family": family,
-        "num_hidden_layers": layers_of(raw),
-        "num_experts": _experts(given, known),
-        "num_key_value_heads": whole_or_none(raw, "num_key_value_heads") or sizes["num_attention_heads"],
-        "head_dim": whole_or_none(raw, "head_dim"),
-        "rms_norm_eps": number(raw, "rms_norm_eps", high=1.0),
-        "initializer_range": number(raw, "initializer_range", 0.0),
-        "tie_word_embeddings": flag(raw, "tie_word_embeddings"),
-        "qk_norm": "none",
-        "rope_scaling": scaling,
-        "rope_theta": theta,
-        **own,
-    }
-    if "intermediate_size" not in values:
-        values["intermediate_size"] = whole(raw, "intermediate_size")
+    sizes: Raw = {name: whole(raw, name) for name in _SIZES}
+    raw["num_experts"] = _experts(given, known)
+    layers = known.layers(raw, functools.partial(Rope, rope_theta=theta, scaling=scaling))
     if scaling.rope_type == "longrope":  # past it other frequencies would hold for the whole sequence
-        limit = scaling.original_max_position_embeddings or values["max_position_embeddings"]
-        values["max_position_embeddings"] = min(limit, values["max_position_embeddings"])
-    return ModelConfig(**values)
+        limit = scaling.original_max_position_embeddings or sizes["max_position_embeddings"]
+        sizes["max_position_embeddings"] = min(limit, sizes["max_position_embeddings"])
+    return ModelConfig(
+        **sizes,
+        family=family,
+        rms_norm_eps=number(raw, "rms_norm_eps", high=1.0),
+        initializer_range=number(raw, "initializer_range", 0.0),
+        tie_word_embeddings=flag(raw, "tie_word_embeddings"),
+        layers=layers,
+        **known.top(raw),
+    )
 
 
 def _experts(given: Raw, known: Family) -> int:
