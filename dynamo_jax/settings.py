@@ -54,7 +54,8 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
 
 def _dataclass_of(hint: Any, value: Any) -> type | None:
     """The dataclass that a table stands for: the field's own, or that of a union which the table names by ``KIND``."""
-    kinds = [kind for kind in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(kind)]
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    kinds = [kind for kind in choices if dataclasses.is_dataclass(kind)]
     if isinstance(value, dict) and KIND in value:
         kinds = [kind for kind in kinds if kind.__name__ == value[KIND]]  # type: ignore[union-attr]
     return kinds[0] if len(kinds) == 1 and value is not None else None  # type: ignore[return-value]

@@ -150,8 +150,11 @@ REFUSED = {
     "missing key vocab_size": {"model_type": "mixtral"},
     "rope_type 'dynamic' is not supported": {"model_type": "mixtral", "rope_scaling": {"type": "dynamic"}},
     "partial_rotary_factor is not supported": {"model_type": "mixtral", "partial_rotary_factor": 0.5},
-    "topk_method 'noaux' is not supported": {"model_type": "deepseek_v2", "topk_method": "noaux"},
-}
+    "topk_method 'noaux' is not supported": {
+        "model_type": "deepseek_v2", "topk_method": "noaux", "vocab_size": 8, "hidden_size": 8,
+        "max_position_embeddings": 8, "n_routed_experts": 4,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("message", REFUSED)

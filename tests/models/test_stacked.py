@@ -110,3 +110,19 @@ def test_a_missing_parameter_is_named():
     decoder, token = stacked_decoder(config, arrays), jnp.zeros((1, 1), jnp.int32)
     with pytest.raises(ValueError, match="router is missing"):
         decoder.cached_states(token, token == 0, stacked_cache(config, new_cache(config, 1, 16)))
+
+
+def test_a_step_holds_no_second_cache():
+    """The loop writes to the cache that it was given: its temporaries are a layer's part of it."""
+    config = decoder_config(**BASE | {"num_hidden_layers": 8, "max_position_embeddings": 4096})
+    arrays = stacked(config, parameters(Decoder(config, rngs=nnx.Rngs(0))))
+    cache, token = stacked_cache(config, new_cache(config, 2, 4096)), jnp.zeros((2, 1), jnp.int32)
+
+    def step(arrays, cache):
+        states, _, after = stacked_decoder(config, arrays).cached_states(token, token == 0, cache)
+        return states, after
+
+    compiled = jax.jit(step, donate_argnums=1).lower(arrays, cache).compile()
+    held = sum(a.nbytes for a in jax.tree.leaves(cache))
+    assert compiled.memory_analysis().alias_size_in_bytes >= held
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.3 * held
