@@ -212,6 +212,10 @@ LATENT = {
     "num_experts_per_tok": 2, "first_k_dense_replace": 1, "q_lora_rank": 12, "kv_lora_rank": 16,
     "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "n_group": 4, "topk_group": 2,
 }  # fmt: skip
+CORRECTED = {
+    "intermediate_size": 40, "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5,
+}  # fmt: skip
 LOCAL = {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2}
 # family -> (prefix of its classes in transformers, the smallest configuration that has all its parts)
 FAMILY_MODELS = {
@@ -245,6 +249,20 @@ FAMILY_MODELS = {
         | {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 4.0},
     ),
     "phimoe": ("Phimoe", LOCAL | {"attention_bias": True, "lm_head_bias": True, "sliding_window": 9}),
+    "glm4_moe_lite": (
+        "Glm4MoeLite", LATENT | {"first_k_dense_replace": None, "n_shared_experts": 2, "routed_scaling_factor": 1.8},
+    ),
+    "glm4_moe": ("Glm4Moe", CORRECTED | {"attention_bias": True, "use_qk_norm": True, "head_dim": 16}),
+    "solar_open": ("SolarOpen", CORRECTED | {"attention_bias": True, "head_dim": 8}),
+    "dots1": ("Dots1", CORRECTED | {"attention_bias": True, "sliding_window": 7, "max_window_layers": 2}),
+    "hy_v3": (
+        "HYV3",
+        {
+            "intermediate_size": 40, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2,
+            "num_shared_experts": 1, "head_dim": 16, "attention_bias": True,
+        },
+    ),
+    "minimax_m2": ("MiniMaxM2", LOCAL | {"head_dim": 8, "rotary_dim": 4}),
 }  # fmt: skip
 
 

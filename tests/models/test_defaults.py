@@ -18,6 +18,8 @@ UNREAD = {
 # What the classes leave open, and what makes them read a key that they else do not.
 VARIANTS = {
     "deepseek_v2": [{"num_experts_per_tok": 6}],
+    "glm4_moe": [{"head_dim": 128}, {"head_dim": 128, "use_qk_norm": True}],
+    "dots1": [{"n_routed_experts": 8, "num_experts_per_tok": 2, "max_window_layers": 5}],
     "qwen2_moe": [{}, {"use_sliding_window": True}],
     "qwen3_moe": [{}, {"use_sliding_window": True, "decoder_sparse_step": 2}],
     "mixtral": [{}, {"sliding_window": 7}],
@@ -36,7 +38,7 @@ def fields_of(family):
     return [f for f in dataclasses.fields(cls) if f.name not in base | UNREAD or f.name == "tie_word_embeddings"]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[name for name in FAMILIES if name != "kimi_k2"])  # which has no class there
 def family(request):
     return request.param
 

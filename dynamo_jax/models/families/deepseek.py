@@ -1,4 +1,7 @@
-"""DeepSeek-V2 and DeepSeek-V3: latent attention, groups of experts, shared experts, dense first layers."""
+"""DeepSeek-V2 and DeepSeek-V3: latent attention, groups of experts, shared experts, dense first layers.
+
+Kimi-K2 and GLM-4.7-Flash (``glm4_moe_lite``) are DeepSeek-V3 of other sizes.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +11,37 @@ from dynamo_jax.models.families.family import (
     Raw,
     Rotary,
     biased,
+    corrected,
+    dense_types,
+    first_dense,
     flag,
-    layers_of,
     mixture,
     number,
+    shared_beside,
     stack,
     whole,
     whole_or_none,
 )
-from dynamo_jax.models.specs import Latent, LayerSpec, Router
+from dynamo_jax.models.specs import Latent, LayerSpec, Mixture, Router
 
 
-def _deepseek(raw: Raw, rope: Rotary, router: Router, interleave: bool) -> tuple[LayerSpec, ...]:
-    channels, layers = whole(raw, "moe_intermediate_size"), layers_of(raw)
-    first = whole_or_none(raw, "first_k_dense_replace", 0)
-    if first >= layers:
-        raise ValueError(f"first_k_dense_replace={first}: of {layers} layers none would have experts to quantize")
+def _latent(raw: Raw, rope: Rotary, interleave: bool) -> Latent:
     turned = whole(raw, "qk_rope_head_dim")
     if turned % 2:
         raise ValueError(f"qk_rope_head_dim={turned}: expected an even number, since rotary positions turn pairs")
-    mixer = Latent(
+    return Latent(
         num_attention_heads=whole(raw, "num_attention_heads"),
         q_lora_rank=whole_or_none(raw, "q_lora_rank"),
-        rope=rope(dim=turned, rope_interleave=interleave),
         kv_lora_rank=whole(raw, "kv_lora_rank"),
         qk_nope_head_dim=whole(raw, "qk_nope_head_dim"),
         v_head_dim=whole(raw, "v_head_dim"),
+        rope=rope(dim=turned, rope_interleave=interleave),
         **biased(raw),
     )
-    shared = whole_or_none(raw, "n_shared_experts", 0) * channels
-    experts = mixture(raw, router, "moe_intermediate_size", shared_intermediate_size=shared)
-    return stack(raw, mixer, experts, dense=range(first))
+
+
+def _experts(raw: Raw, router: Router) -> Mixture:
+    return mixture(raw, router, "moe_intermediate_size", **shared_beside(raw))
 
 
 def _deepseek_v2(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
@@ -50,18 +53,17 @@ def _deepseek_v2(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     limited = method == "group_limited_greedy"
     groups: Raw = {name: whole(raw, name) for name in ("n_group", "topk_group")} if limited else {}
     router = Router(routed_scaling_factor=number(raw, "routed_scaling_factor"), **groups)
-    return _deepseek(raw, rope, router, True)
+    return stack(raw, _latent(raw, rope, True), _experts(raw, router), dense=first_dense(raw))
 
 
 def _deepseek_v3(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
-    router = Router(
-        routing="sigmoid",
-        norm_topk_prob=flag(raw, "norm_topk_prob"),
-        n_group=whole_or_none(raw, "n_group"),
-        topk_group=whole_or_none(raw, "topk_group"),
-        routed_scaling_factor=number(raw, "routed_scaling_factor"),
-    )
-    return _deepseek(raw, rope, router, flag(raw, "rope_interleave"))
+    mixer = _latent(raw, rope, flag(raw, "rope_interleave"))
+    return stack(raw, mixer, _experts(raw, corrected(raw)), dense=first_dense(raw))
+
+
+def _glm4_moe_lite(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
+    mixer = _latent(raw, rope, flag(raw, "rope_interleave"))
+    return stack(raw, mixer, _experts(raw, corrected(raw)), dense=dense_types(raw))
 
 
 _BOTH: Raw = {
@@ -93,8 +95,26 @@ _V3: Raw = {
     "norm_topk_prob": True,
     "rope_interleave": True,
 }
+_LITE: Raw = {
+    "q_lora_rank": 768,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "intermediate_size": 10240,
+    "mlp_layer_types": None,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.8,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "rope_interleave": True,
+    "rms_norm_eps": 1e-5,
+}
 _EXPERTS = "n_routed_experts"
 FAMILIES = {
     "deepseek_v2": Family("DeepseekV2ForCausalLM", _deepseek_v2, experts_key=_EXPERTS, defaults=_BOTH | _V2),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", _deepseek_v3, experts_key=_EXPERTS, defaults=_BOTH | _V3),
+    "kimi_k2": Family("DeepseekV3ForCausalLM", _deepseek_v3, experts_key=_EXPERTS, defaults=_BOTH | _V3),
+    "glm4_moe_lite": Family("Glm4MoeLiteForCausalLM", _glm4_moe_lite, experts_key=_EXPERTS, defaults=_LITE),
 }

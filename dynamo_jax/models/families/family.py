@@ -41,7 +41,8 @@ COMMON: Raw = {  # keys that are left out mean the same in every family
 }
 
 
-Rotary = Callable[..., Rope]  # Rope with the base and the scaling that a config.json names: takes dim and the rest
+Rotary = Callable[..., Rope]  # a Rope with the base, the scaling and the share of a head that a config.json names:
+# takes dim of a head, the share where none is named (1 by default), and the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Family:
     lie in the file (``formats/expert_files.py``). top: what its config.json means for the decoder as a whole.
     defaults: what a key means that its config.json leaves out, where that is not ``COMMON``'s; they are those of
     ``transformers``, and sizes have none. rope: the rotary scaling of a config.json that names none. short_mscale:
-    whether that key of the rotary scaling is the factor of cosines and sines."""
+    whether that key of the rotary scaling is the factor of cosines and sines. partial: whether a part of a head may be
+    turned."""
 
     architecture: str
     layers: Callable[[Raw, Rotary], tuple[LayerSpec, ...]]
@@ -64,10 +66,12 @@ class Family:
     rope: Raw = dataclasses.field(default_factory=dict)
     rope_types: tuple[str, ...] = ROPE_TYPES
     short_mscale: bool = False
+    partial: bool = False
 
 
-def grouped(raw: Raw, rope: Rotary, **own: Any) -> Grouped:
-    """Grouped-query attention by the keys that families share; own: what else the family says."""
+def grouped(raw: Raw, rope: Rotary, share: float = 1.0, **own: Any) -> Grouped:
+    """Grouped-query attention by the keys that families share. share: of a head that is turned where none is named;
+    own: what else the family says."""
     heads, size = whole(raw, "num_attention_heads"), whole_or_none(raw, "head_dim")
     if not size:
         check_divides("num_attention_heads", heads, whole(raw, "hidden_size"))
@@ -76,7 +80,7 @@ def grouped(raw: Raw, rope: Rotary, **own: Any) -> Grouped:
         num_attention_heads=heads,
         num_key_value_heads=whole_or_none(raw, "num_key_value_heads") or heads,
         head_dim=size,
-        rope=rope(dim=size),
+        rope=rope(dim=size, share=share),
         **own,
     )
 
@@ -92,8 +96,46 @@ def mixture(raw: Raw, router: Router, size: str = "intermediate_size", **own: An
     )
 
 
+def corrected(raw: Raw) -> Router:
+    """DeepSeek-V3's router by its keys: sigmoid scores, chosen with a correction, from the best groups."""
+    return Router(
+        routing="sigmoid",
+        norm_topk_prob=flag(raw, "norm_topk_prob"),
+        n_group=whole_or_none(raw, "n_group"),
+        topk_group=whole_or_none(raw, "topk_group"),
+        routed_scaling_factor=number(raw, "routed_scaling_factor"),
+    )
+
+
+def first_dense(raw: Raw) -> range:
+    """The dense layers before those with experts, by ``first_k_dense_replace``."""
+    first, layers = whole_or_none(raw, "first_k_dense_replace", 0), layers_of(raw)
+    if first >= layers:
+        raise ValueError(f"first_k_dense_replace={first}: of {layers} layers none would have experts to quantize")
+    return range(first)
+
+
+def dense_types(raw: Raw, first: int = 1) -> set[int]:
+    """The dense layers by ``mlp_layer_types``, or else the ``first`` ones."""
+    types, count = raw.get("mlp_layer_types"), layers_of(raw)
+    if types is None:
+        return set(range(min(first, count)))
+    if not isinstance(types, list) or any(t not in ("dense", "sparse") for t in types) or len(types) != count:
+        raise ValueError(f"mlp_layer_types={shown(types)}: expected dense or sparse for each of {count} layers")
+    return {i for i, kind in enumerate(types) if kind == "dense"}
+
+
+def shared_beside(raw: Raw, key: str = "n_shared_experts") -> Raw:
+    """Shared experts of as many channels as routed ones, as one."""
+    return {"shared_intermediate_size": whole_or_none(raw, key, 0) * whole(raw, "moe_intermediate_size")}
+
+
 def stack(
-    raw: Raw, mixer: Grouped | Latent, experts: Mixture, windows: tuple[int, ...] = (), dense: Collection[int] = ()
+    raw: Raw,
+    mixer: Grouped | Latent,
+    experts: Mixture,
+    windows: tuple[int, ...] = (),
+    dense: Collection[int] = (),
 ) -> tuple[LayerSpec, ...]:
     """All layers: alike but for the windows of attention, and for those that are dense."""
     channels = Dense(dense_intermediate_size=whole(raw, "intermediate_size")) if dense else None

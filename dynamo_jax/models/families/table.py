@@ -6,12 +6,11 @@ decoder cannot is an error, not ignored.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from dynamo_jax.files import shown
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.families import deepseek, gpt_oss, granite, mixtral, olmoe, phimoe, qwen
+from dynamo_jax.models.families import deepseek, glm, gpt_oss, granite, hunyuan, minimax, mixtral, olmoe, phimoe, qwen
 from dynamo_jax.models.families.family import (
     COMMON,
     FULL,
@@ -22,15 +21,16 @@ from dynamo_jax.models.families.family import (
     number,
     whole,
 )
-from dynamo_jax.models.specs import Rope, RopeScaling
+from dynamo_jax.models.specs import TINY, Rope, RopeScaling, check_number
 
-LINEAGES = (mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe)
+LINEAGES = (mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe, glm, hunyuan, minimax)
 FAMILIES: dict[str, Family] = {name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()}
 _SIZES = ("vocab_size", "hidden_size", "max_position_embeddings")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of one number; a family writes one of them
 _NULL_IS_A_VALUE = {  # elsewhere null is as good as no key
     *("head_dim", "num_key_value_heads", "sliding_window", "clip_qkv", "q_lora_rank", "n_group", "topk_group"),
     *("n_shared_experts", "first_k_dense_replace", "mlp_only_layers", "norm_topk_prob", "rope_interleave"),
+    *("mlp_layer_types", "layer_types", "max_window_layers"),
 }
 _ROPE_KEYS = {  # type -> keys that it needs, and others that it knows
     "linear": (("factor",), ()),
@@ -57,10 +57,15 @@ def config_from(raw: Raw) -> ModelConfig:
     raw = COMMON | known.defaults | given
     if raw["hidden_act"] != "silu":
         raise ValueError(f"hidden_act {shown(raw['hidden_act'])} is not supported; only 'silu'")
-    theta, scaling = _rope(raw, known)
+    theta, scaling, partial = _rope(raw, known)
     sizes: Raw = {name: whole(raw, name) for name in _SIZES}
     raw["num_experts"] = _experts(given, known)
-    layers = known.layers(raw, functools.partial(Rope, rope_theta=theta, scaling=scaling))
+
+    def rope(dim: int, share: float = 1.0, **own: Any) -> Rope:
+        turned = int(dim * (share if partial is None else partial))
+        return Rope(dim=turned, rope_theta=theta, scaling=scaling, **own)
+
+    layers = known.layers(raw, rope)
     if scaling.rope_type == "longrope":  # past it other frequencies would hold for the whole sequence
         limit = scaling.original_max_position_embeddings or sizes["max_position_embeddings"]
         sizes["max_position_embeddings"] = min(limit, sizes["max_position_embeddings"])
@@ -86,8 +91,9 @@ def _experts(given: Raw, known: Family) -> int:
     return whole(given, known.experts_key if known.experts_key in names or not names else names[0])
 
 
-def _rope(raw: Raw, known: Family) -> tuple[Any, RopeScaling]:
-    """The base and the scaling, from the older ``rope_scaling`` with ``rope_theta``, or ``rope_parameters``."""
+def _rope(raw: Raw, known: Family) -> tuple[Any, RopeScaling, float | None]:
+    """The base, the scaling and the share of a head that is turned, from the older ``rope_scaling`` with
+    ``rope_theta``, or ``rope_parameters``. The share is None where none is named."""
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(key, {}), dict):
             raise ValueError(f"{key}={shown(raw[key])}: expected an object")
@@ -97,12 +103,15 @@ def _rope(raw: Raw, known: Family) -> tuple[Any, RopeScaling]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in known.rope_types:
         raise ValueError(f"rope_type {shown(kind)} is not supported; known: {', '.join(known.rope_types)}")
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError("partial_rotary_factor is not supported")
+    partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if partial is not None:
+        check_number("partial_rotary_factor", partial, TINY, 1.0, whole=False)
+        if partial != 1 and not known.partial:
+            raise ValueError("partial_rotary_factor is not supported")
     if own := [key for key in (FULL, SLIDING) if key in rope]:
         raise ValueError(f"rotary parameters of their own for {own[0]} are not supported")
     if kind == "default":
-        return theta, RopeScaling()
+        return theta, RopeScaling(), partial
     needed, others = _ROPE_KEYS[kind]
     if absent := [key for key in needed if key not in rope]:
         raise ValueError(f"rope_type {kind!r}: missing key {', '.join(absent)}")
@@ -124,4 +133,4 @@ def _rope(raw: Raw, known: Family) -> tuple[Any, RopeScaling]:
             values["factor"] = whole(raw, "max_position_embeddings") / original
         if known.short_mscale:
             values["attention_factor"] = number(rope, "short_mscale")
-    return theta, RopeScaling(rope_type=kind, **values)
+    return theta, RopeScaling(rope_type=kind, **values), partial
