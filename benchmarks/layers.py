@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.families.table import config_from
 
 PREFILL = 2048
 TOKENS = (1, 8, 64, PREFILL)
@@ -29,51 +29,23 @@ SHAPES = {
     "gpt-oss-20b": Layer(32, 2944, 2944, 4),  # of 2880 and 2880
 }
 MODELS = {
-    "mixtral-8x7b": ModelConfig(
-        family="mixtral",
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        num_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=32768,
-        qk_norm="none",
-        rope_theta=1e6,
-        norm_topk_prob=True,
-    ),
-    "qwen3-30b-a3b": ModelConfig(
-        family="qwen3_moe",
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=768,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        max_position_embeddings=40960,
-        qk_norm="head",
-        rope_theta=1e6,
-        norm_topk_prob=True,
-    ),
-    "olmoe-1b-7b": ModelConfig(
-        family="olmoe",
-        vocab_size=50304,
-        hidden_size=2048,
-        intermediate_size=1024,
-        num_hidden_layers=16,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        num_experts=64,
-        num_experts_per_tok=8,
-        max_position_embeddings=4096,
-        qk_norm="vector",
-    ),
-}
+    "mixtral-8x7b": config_from({
+        "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "max_position_embeddings": 32768, "rope_theta": 1e6,
+    }),
+    "qwen3-30b-a3b": config_from({
+        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "moe_intermediate_size": 768,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "num_experts": 128, "num_experts_per_tok": 8, "max_position_embeddings": 40960, "rope_theta": 1e6,
+        "norm_topk_prob": True,
+    }),
+    "olmoe-1b-7b": config_from({
+        "model_type": "olmoe", "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024,
+        "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64,
+        "num_experts_per_tok": 8, "max_position_embeddings": 4096,
+    }),
+}  # fmt: skip
 
 
 def sizes_of(layer: Layer, tokens: int) -> np.ndarray:

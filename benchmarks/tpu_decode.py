@@ -78,7 +78,7 @@ def main() -> None:
         for name in chosen.model or ("mixtral-8x7b", "qwen3-30b-a3b"):
             config = MODELS[name]
             if chosen.layers:
-                config = dataclasses.replace(config, num_hidden_layers=chosen.layers)
+                config = dataclasses.replace(config, layers=config.layers[: chosen.layers])
             arrays, cache = jax.eval_shape(functools.partial(weights_and_cache, config))
             arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), arrays)
             tokens = jax.ShapeDtypeStruct((REQUESTS, 1), jnp.int32)

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quant": {"quant", "kernels.layout"},
     "texts": {"texts", "models.tokenizer"},
     "models.formats": {"models.formats", "models.config", "files"},
-    "models.families": {"models.families", "models.formats", "models.config", "files"},
+    "models.families": {"models.families", "models.formats", "models.config", "models.specs", "files"},
     "models.tokenizer": {"files"},
     "models": {"models", "kernels", "files"},
     "analysis": {"analysis", "models", "kernels"},

@@ -48,7 +48,7 @@ from dense_split import (
 )
 from flax import nnx
 
-from dynamo_jax.models.attention import GroupedAttention, Places
+from dynamo_jax.models.attention import Places
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import filled, positions_of
 from dynamo_jax.models.families.names import expert_names
@@ -56,6 +56,7 @@ from dynamo_jax.models.families.table import FAMILIES, config_from
 from dynamo_jax.models.formats.expert_files import expert_tensors
 from dynamo_jax.models.formats.tensor_files import SINGLE, write_tensors
 from dynamo_jax.models.huggingface import tensor_names
+from dynamo_jax.models.mixers import mixer
 from dynamo_jax.models.norms import rms_norm
 from dynamo_jax.models.rotary import angles
 from dynamo_jax.models.tokenizer import TOKENIZER
@@ -74,7 +75,7 @@ PENALTY = 1.0  # of the mean energy: smaller ones fit the calibration text and l
 
 @functools.partial(jax.jit, static_argnames="config")
 def _attended(config: ModelConfig, arrays: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    attention = filled(lambda: GroupedAttention(config, 0, rngs=nnx.Rngs(0)), arrays)
+    attention = filled(lambda: mixer(config, config.layers[0].mixer, nnx.Rngs(0)), arrays)
     positions, keys = positions_of(x.shape[:2], None)
     normed = functools.partial(rms_norm, scale=jnp.ones(x.shape[-1]), eps=config.rms_norm_eps)
     out, _ = attention(normed(x), Places(positions, keys, angles(config, positions)), None)
