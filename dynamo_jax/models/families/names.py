@@ -141,3 +141,10 @@ def expert_names(config: ModelConfig, layer: int) -> ExpertTensors:
     if family.experts == "interleaved":
         return ExpertTensors("interleaved", (f"{prefix}.experts.gate_up_proj", f"{prefix}.experts.down_proj"))
     return ExpertTensors("split", tuple(f"{prefix}.experts.{{e}}.{part}.weight" for part in family.experts.split()))
+
+
+def fused_names(config: ModelConfig, layer: int) -> tuple[str, str]:
+    """Where a file may hold them all together, gate and up in the first tensor and down in the second, though the
+    family has a tensor for each."""
+    prefix = f"model.layers.{layer}.{FAMILIES[config.family].moe}.experts"
+    return f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
