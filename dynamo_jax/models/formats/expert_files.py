@@ -52,7 +52,7 @@ def as_found(
     if of.kind != "split" or fused[0] not in headers:
         return of
     channels, hidden = config.intermediate_size, config.hidden_size
-    turned = []
+    turned: list[bool | None] = []
     for name, rows, columns in ((fused[0], 2 * channels, hidden), (fused[1], hidden, channels)):
         shape = headers[name].shape[1:] if name in headers else ()
         if rows != columns and shape in ((rows, columns), (columns, rows)):

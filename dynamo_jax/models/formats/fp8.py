@@ -49,20 +49,20 @@ def fp8_weight(module: Module, blocks: Sequence[Block]) -> Packed:
     return Packed(words, shape, (module.codes, module.stem + leaf), decode)
 
 
-def _grid(scales: tuple[int, ...], experts: int | None) -> tuple[int, int] | None:
-    """Scales along rows and columns, of each expert where there are several."""
+def _grid(scales: tuple[int, ...], experts: int | None) -> tuple[int, int]:
+    """Scales along rows and columns, of each expert where there are several; (0, 0) of what is no grid."""
     if all(size == 1 for size in scales):
         return 1, 1
     if experts is not None:
         if scales[0] != experts:
-            return None
+            return 0, 0
         scales = scales[1:]
     scales += (1,) * (2 - len(scales))
-    return (scales[0], scales[1]) if len(scales) == 2 else None
+    return (scales[0], scales[1]) if len(scales) == 2 else (0, 0)
 
 
 def _blocks_of(
-    module: Module, leaf: str, shape: tuple[int, ...], grid: tuple[int, int] | None, given: Sequence[Block]
+    module: Module, leaf: str, shape: tuple[int, ...], grid: tuple[int, int], given: Sequence[Block]
 ) -> tuple[int, Block, str]:
     """In how many parts the rows are scaled, the blocks of each, and both in words."""
     rows, columns = shape[-2:]

@@ -55,7 +55,7 @@ def packed_weight(module: Module, groups: Iterable[tuple[int, int]], read: Reade
         if size == 0 or size % (32 // bits) or scales[1] * size != columns:  # headers leave the columns open
             columns = int(read(f"{module.stem}weight_shape")[1])
         if -(-columns * bits // 32) == words and scales == (rows, -(-columns // size) if size else 1):
-            fits.add((bits, size or columns, columns))
+            fits.add((bits, min(size or columns, columns), columns))
     if len(fits) != 1:
         said = ", ".join(f"{b} bits in groups of {g or 'a row'}" for b, g in groups) or "no integers"
         why = "several of these" if fits else "none of these"
