@@ -164,16 +164,29 @@ def test_fused_experts_in_fp8_are_read_one_by_one(kind, tmp_path, monkeypatch):
     files = folder_of(tmp_path, config, **tensors)
     assert list(files.headers) == ["e.gate_up_proj"]
     read, own = [], TensorFiles.read
-
-    def counted(self, name, part=None):
-        read.append(own(self, name, part))
-        return read[-1]
-
-    monkeypatch.setattr(TensorFiles, "read", counted)
+    monkeypatch.setattr(TensorFiles, "read", lambda *given: read.append(own(*given)) or read[-1])
     for e in (2, 0, 1):
         np.testing.assert_array_equal(files.read("e.gate_up_proj", slice(e, e + 1))[0], values[e])
     assert max(a.size for a in read) == 40 * 48, "reading an expert reads its own bytes"
     np.testing.assert_array_equal(files.read("e.gate_up_proj"), np.stack(values))
+
+
+def test_an_expert_in_blocks_of_gpt_oss_is_read_alone(tmp_path, monkeypatch):
+    """Rows of blocks are outputs; the tensor of floats has inputs first."""
+    made = [stored.mxfp4(weight_of(40, 96, seed), ("blocks", "scales"), np.uint8, np.uint8) for seed in range(3)]
+    blocks = np.stack([m.tensors["blocks"] for m in made]).reshape(3, 40, 3, 16)
+    tensors = {"e.gate_up_proj_blocks": blocks, "e.gate_up_proj_scales": np.stack([m.tensors["scales"] for m in made])}
+    tensors["e.gate_up_proj_bias"] = np.ones((3, 40), np.float32)
+    files = folder_of(tmp_path, {"quant_method": "mxfp4"}, **tensors)
+    assert files.headers["e.gate_up_proj"].shape == (3, 96, 40) and "e.gate_up_proj_bias" in files
+    read, own = [], TensorFiles.read
+    monkeypatch.setattr(TensorFiles, "read", lambda *given: read.append(own(*given)) or read[-1])
+    for e in (2, 0, 1):
+        np.testing.assert_array_equal(files.read("e.gate_up_proj", slice(e, e + 1))[0], made[e].value.T)
+    assert max(a.nbytes for a in read) == blocks[0].nbytes
+    tensors["e.gate_up_proj_scales"] = np.zeros((3, 40, 2), np.uint8)
+    with pytest.raises(ValueError, match=r"e\.gate_up_proj_scales is \(3, 40, 2\), expected \(3, 40, 3\)"):
+        folder_of(tmp_path, {"quant_method": "mxfp4"}, **tensors)
 
 
 MODELS = {
@@ -309,6 +322,14 @@ def test_fused_experts_in_fp8_have_the_logits_of_their_values(model_folders, tmp
     packed = rewritten(folder, tmp_path / "packed", as_packed, quantization_config=config)
     assert_alike(packed, rewritten(folder, tmp_path / "values", as_values))
     assert describe(packed)["not read"].startswith("0 tensors")
+
+
+def test_what_is_not_read_is_counted_by_the_first_part_of_its_name(model_folders, tmp_path):
+    folder = model_folders["qwen3_moe"]
+    more = ["mtp.fc.weight", "mtp.norm.weight", "model.visual.blocks.0.x", "model.layers.2.eh_proj.weight", "x"]
+    one = rewritten(folder, tmp_path / "more", tensors_of(folder) | {n: np.ones(3, np.float32) for n in more})
+    want = "5 tensors that the decoder has no use for (mtp: 2, model.layers.2: 1, model.visual: 1, x: 1)"
+    assert describe(one)["not read"] == want
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

@@ -43,7 +43,7 @@ def fp8_weight(module: Module, blocks: Sequence[Block]) -> Packed:
     if len(shape) != (3 if fused else 2):
         raise module.wrong(module.codes, f"is {shape}, expected {'three axes' if fused else 'a matrix'}")
     grid = _grid(scales, shape[0] if fused else None)
-    given = [*blocks, *([MX_BLOCK] if module.dtype(leaf) in POWERS else [])]
+    given = (*blocks, *((MX_BLOCK,) if module.dtype(leaf) in POWERS else ()))
     halves, block, words = _blocks_of(module, leaf, shape, grid, given)
     decode = functools.partial(_decode, grid=grid, block=block, halves=halves)
     return Packed(words, shape, (module.codes, module.stem + leaf), decode)
@@ -62,21 +62,13 @@ def _grid(scales: tuple[int, ...], experts: int | None) -> tuple[int, int]:
 
 
 def _blocks_of(
-    module: Module, leaf: str, shape: tuple[int, ...], grid: tuple[int, int], given: Sequence[Block]
+    module: Module, leaf: str, shape: tuple[int, ...], grid: tuple[int, int], given: tuple[Block, ...]
 ) -> tuple[int, Block, str]:
     """In how many parts the rows are scaled, the blocks of each, and both in words."""
     rows, columns = shape[-2:]
-    choices = [(block, f"FP8 in blocks of {block[0]} x {block[1]}") for block in given]
-    choices += [((rows, columns), "FP8 with a scale a tensor"), ((1, columns), "FP8 with a scale a row")]
-    fits: dict[tuple[int, Block], str] = {}  # by what is computed, which may have several names
-    for halves in (1, 2) if module.codes.endswith("gate_up_proj") and rows % 2 == 0 else (1,):
-        part = rows // halves
-        for (high, wide), words in choices:
-            block = min(high, part), min(wide, columns)
-            if grid == (halves * -(-part // block[0]), -(-columns // block[1])):
-                fits.setdefault((halves if part % block[0] else 1, block), words)
+    fits = _fitting(rows, columns, grid, given, module.codes.endswith("gate_up_proj"))
     if len(fits) == 1:
-        ((halves, block), words) = fits.popitem()
+        (((halves, block), words),) = fits.items()
         return halves, block, words
     found = module.shape(leaf, *SCALES)
     if fits:
@@ -85,6 +77,23 @@ def _blocks_of(
     grids = [f"{(-(-rows // b[0]), -(-columns // b[1]))} for blocks of {b[0]} x {b[1]}" for b in given]
     expected = ", ".join(["one scale", "one a row", *grids]) + ("" if given else " (config.json has no block sizes)")
     raise module.wrong(module.stem + leaf, f"is {found}, expected of {module.codes}, {shape}: {expected}")
+
+
+@functools.lru_cache  # for thousands of experts of one shape
+def _fitting(
+    rows: int, columns: int, grid: tuple[int, int], given: tuple[Block, ...], may_be_two: bool
+) -> dict[tuple[int, Block], str]:
+    """By what would be computed, which may have several names: in how many parts, and blocks; and words for it."""
+    choices = [(block, f"FP8 in blocks of {block[0]} x {block[1]}") for block in given]
+    choices += [((rows, columns), "FP8 with a scale a tensor"), ((1, columns), "FP8 with a scale a row")]
+    fits: dict[tuple[int, Block], str] = {}
+    for halves in (1, 2) if may_be_two and rows % 2 == 0 else (1,):
+        part = rows // halves
+        for (high, wide), words in choices:
+            block = min(high, part), min(wide, columns)
+            if grid == (halves * -(-part // block[0]), -(-columns // block[1])):
+                fits.setdefault((halves if part % block[0] else 1, block), words)
+    return fits
 
 
 def _decode(

@@ -69,9 +69,9 @@ def packed_weight(module: Module, groups: Iterable[tuple[int, int]], read: Reade
     if "weight_g_idx" in module:
         module.check("weight_g_idx", (columns,), f"for the columns of {module.codes}", "I32")
         leaves.append("weight_g_idx")
-    words_ = f"int{bits} {_grouped(size, columns)}"
-    decode = functools.partial(_packed, bits=bits, size=size, shape=(rows, columns), asymmetric=asymmetric)
-    return Packed(words_, (rows, columns), tuple(module.stem + leaf for leaf in leaves), decode)
+    shape, parts = (rows, columns), tuple(module.stem + leaf for leaf in leaves)
+    decode = functools.partial(_packed, bits=bits, size=size, shape=shape, asymmetric=asymmetric)
+    return Packed(f"int{bits} {_grouped(size, columns)}", shape, parts, decode)
 
 
 def bytes_weight(module: Module) -> Packed:

@@ -44,7 +44,7 @@ class Module:
 
     def found(self, leaves: tuple[str, ...]) -> str:
         """The one of these that is there. ValueError: none is, or several, which cannot be told apart."""
-        there = [leaf for leaf in leaves if leaf in self]
+        there = [leaf for leaf in leaves if self.stem + leaf in self._headers]
         if len(there) > 1:
             both = " and ".join(self.stem + leaf for leaf in there)
             raise self.wrong(self.codes, f"has {both}: which of them scales it cannot be told")

@@ -12,6 +12,7 @@ weight may mean something else than is read.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import ml_dtypes
@@ -72,8 +73,7 @@ class StoredTensors:
         if logical in self.packed:
             raise ValueError(f"{header.file}: {shortened(logical)} is there twice, in two formats")
         self.packed[logical] = packed
-        count = int(np.prod(packed.shape, dtype=object))
-        self.headers[logical] = Header(header.file, packed.shape, "BF16", 0, 2 * count)
+        self.headers[logical] = Header(header.file, packed.shape, "BF16", 0, 2 * math.prod(packed.shape))
 
     def _recognised(self, name: str, header: Header) -> tuple[str, Packed, str] | None:
         """The logical name of a packed weight, how it is read, and its module, if this tensor holds its codes."""

@@ -137,12 +137,12 @@ def _files(folder: Path) -> tuple[Path, dict[Path, list[str] | None]]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index}: weight_map does not map tensors to files")
-    files: dict[Path, list[str] | None] = {}
+    files: dict[str, list[str]] = {}
     for name, file in places.items():
         if not isinstance(file, str) or not file.isprintable() or "/" in file or not file.endswith(".safetensors"):
             raise ValueError(f"{index}: weight_map does not map tensors to files, but {shown(name)} to {shown(file)}")
-        files.setdefault(folder / file, []).append(name)  # type: ignore[union-attr]
-    return index, files
+        files.setdefault(file, []).append(name)
+    return index, {folder / file: names for file, names in files.items()}
 
 
 def _others(folder: Path) -> str:
