@@ -488,6 +488,15 @@ def test_what_tensors_leave_open_is_said_by_config_json(case, tmp_path):
         folder_of(tmp_path, config, **tensors)
 
 
+def test_what_stands_beside_fused_experts_is_known_or_refused(tmp_path):
+    tensors = {"e.down_proj": np.zeros((3, 40, 16), ml_dtypes.float8_e4m3fn)}
+    tensors |= {"e.down_proj_scale_inv": np.ones(3, np.float32), "e.down_proj_bias": np.ones((3, 40), np.float32)}
+    files = folder_of(tmp_path, stored.FP8, **tensors)
+    assert set(files.headers) == {"e.down_proj", "e.down_proj_bias"}
+    with pytest.raises(ValueError, match=r"e\.down_proj_scale_2 stands beside e\.down_proj, and what it means"):
+        folder_of(tmp_path, stored.FP8, **tensors, **{"e.down_proj_scale_2": np.ones(3, np.float32)})
+
+
 def test_halves_that_cannot_be_told_from_a_whole_are_refused(tmp_path):
     """Two scales for 2F = 40 rows in blocks of 28: of rows 28 and 12, or of gate and of up."""
     tensors = {"e.gate_up_proj": np.zeros((3, 40, 16), ml_dtypes.float8_e4m3fn)}

@@ -23,7 +23,8 @@ BYTES = ("U8", "I8")
 
 def from_fp4(codes: UInt8[np.ndarray, "*S B"], scales: Float[np.ndarray, "*S G"]) -> Float[np.ndarray, "*S C"]:
     """float32 weights from bytes of two E2M1 codes and a scale for each of G equal groups of a row."""
-    values = PAIRS[codes].reshape(*scales.shape, -1) * scales[..., None]
+    values = PAIRS[codes].reshape(*scales.shape, -1)
+    values *= scales[..., None]
     return values.reshape(*scales.shape[:-1], -1)
 
 

@@ -32,17 +32,19 @@ def from_fp8(
     """float32 weights from E4M3 codes and a scale for each block of rows and columns, the last ones of any size."""
     rows, columns = codes.shape[-2:]
     spread = np.repeat(np.repeat(scales, block[1], axis=-1)[..., :columns], block[0], axis=-2)[..., :rows, :]
-    return E4M3[codes] * spread
+    values = E4M3[codes]
+    values *= spread
+    return values
 
 
 def fp8_weight(module: Module, blocks: Sequence[Block]) -> Packed:
     """How a weight in FP8 is read; blocks: those that config.json names. ValueError: no scales, or of another grid."""
-    fused = module.stem.endswith("_")
-    leaf = module.found(("scale_inv",) if fused else ("weight_scale_inv", "weight_scale", "scale"))
+    named = ("scale_inv",) if module.stem.endswith("_") else ("weight_scale_inv", "weight_scale", "scale")
+    leaf = module.found(named)
     shape, scales = module.of_codes("F8_E4M3"), module.shape(leaf, *SCALES)
-    if len(shape) != (3 if fused else 2):
-        raise module.wrong(module.codes, f"is {shape}, expected {'three axes' if fused else 'a matrix'}")
-    grid = _grid(scales, shape[0] if fused else None)
+    if len(shape) not in (2, 3):
+        raise module.wrong(module.codes, f"is {shape}, expected a matrix, or one for each expert")
+    grid = _grid(scales, shape[0] if len(shape) == 3 else None)
     given = (*blocks, *((MX_BLOCK,) if module.dtype(leaf) in POWERS else ()))
     halves, block, words = _blocks_of(module, leaf, shape, grid, given)
     decode = functools.partial(_decode, grid=grid, block=block, halves=halves)

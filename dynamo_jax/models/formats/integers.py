@@ -39,8 +39,14 @@ def from_integers(
     group: Int[np.ndarray, " C"],
 ) -> Float[np.ndarray, "R C"]:
     """float32 weights (q - z) * s; group: which one each input is of."""
-    zero = zeros[:, group] if isinstance(zeros, np.ndarray) else np.float32(zeros)
-    return (codes.astype(np.float32) - zero) * scales.astype(np.float32)[:, group]
+    values = codes.astype(np.float32, order="C")
+    values -= _spread(zeros, group) if isinstance(zeros, np.ndarray) else np.float32(zeros)
+    values *= _spread(scales, group)
+    return values
+
+
+def _spread(grid: Float[np.ndarray, "R G"], group: Int[np.ndarray, " C"]) -> Float[np.ndarray, "R C"]:
+    return np.take(np.ascontiguousarray(grid, np.float32), group, axis=1)
 
 
 def packed_weight(module: Module, groups: Iterable[tuple[int, int]], read: Reader) -> Packed:

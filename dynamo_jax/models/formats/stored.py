@@ -24,7 +24,7 @@ from dynamo_jax.models.formats.fp4 import fp4_weight, mxfp4_experts
 from dynamo_jax.models.formats.fp8 import fp8_weight
 from dynamo_jax.models.formats.integers import awq_weight, bytes_weight, gptq_weight, packed_weight
 from dynamo_jax.models.formats.packed import Module, Packed
-from dynamo_jax.models.formats.tensor_files import FLOATS, Header, TensorFiles
+from dynamo_jax.models.formats.tensor_files import FLOATS, Header, TensorFiles, is_finite
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 NARROW = (*FP8, "U8", "I8")
@@ -62,9 +62,10 @@ class StoredTensors:
                 modules[stem] = name
         self.release()
         parts = {part for packed in self.packed.values() for part in packed.parts}
+        fused = tuple(stem for stem in modules if stem.endswith("_"))
         for name, header in self._files.headers.items():
             if name not in parts and not self._is_of_activations(name):
-                self._check_alone(name, modules)
+                self._check_alone(name, modules, fused)
                 if name in self.packed:
                     raise ValueError(f"{header.file}: {shortened(name)} is there twice, as floats and packed")
                 self.headers[name] = header
@@ -116,10 +117,12 @@ class StoredTensors:
         leaf = name.rpartition(".")[2]
         return bool(self._said.method) and (leaf in ACTIVATIONS or leaf.endswith(FUSED_ACTIVATIONS))
 
-    def _check_alone(self, name: str, modules: dict[str, str]) -> None:
+    def _check_alone(self, name: str, modules: dict[str, str], fused: tuple[str, ...]) -> None:
         """ValueError for a tensor that would change what a weight means."""
         stem, _, leaf = name.rpartition(".")
         codes = modules.get(f"{stem}.")
+        if name.startswith(fused):
+            codes = next(modules[stem] for stem in fused if name.startswith(stem))
         if codes and "bias" not in leaf:
             said = f"stands beside {shortened(codes)}, and what it means there is not known"
         elif leaf in STRAYS or leaf.endswith("_scale_inv"):
@@ -151,7 +154,7 @@ class StoredTensors:
                 value = packed.decode(*arrays).astype(ml_dtypes.bfloat16)
         except ValueError as error:
             raise ValueError(f"{self.headers[name].file}: {packed.parts[0]} {error}") from error
-        if not np.isfinite(value).all():
+        if not is_finite(value, "BF16"):
             said = f"{name}, {packed.words}, holds NaN or infinity: see {', '.join(packed.parts)}"
             raise ValueError(f"{self.headers[name].file}: {said}")
         return value if fused or part is None else value[part]

