@@ -216,6 +216,7 @@ CORRECTED = {
     "intermediate_size": 40, "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 2,
     "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5,
 }  # fmt: skip
+INDEXED = LATENT | {"index_topk": 64, "index_n_heads": 2, "index_head_dim": 8, "routed_scaling_factor": 2.5}
 LOCAL = {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2}
 # family -> (prefix of its classes in transformers, the smallest configuration that has all its parts)
 FAMILY_MODELS = {
@@ -251,6 +252,11 @@ FAMILY_MODELS = {
     "phimoe": ("Phimoe", LOCAL | {"attention_bias": True, "lm_head_bias": True, "sliding_window": 9}),
     "glm4_moe_lite": (
         "Glm4MoeLite", LATENT | {"first_k_dense_replace": None, "n_shared_experts": 2, "routed_scaling_factor": 1.8},
+    ),
+    "deepseek_v32": ("DeepseekV32", INDEXED),
+    "glm_moe_dsa": ("GlmMoeDsa", INDEXED | {"mlp_layer_types": ["sparse", "dense", "sparse"]}),
+    "mistral4": (
+        "Mistral4", LATENT | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5, "rope_interleave": True},
     ),
     "glm4_moe": ("Glm4Moe", CORRECTED | {"attention_bias": True, "use_qk_norm": True, "head_dim": 16}),
     "solar_open": ("SolarOpen", CORRECTED | {"attention_bias": True, "head_dim": 8}),

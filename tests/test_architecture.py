@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"kernels"},
     "quant": {"quant", "kernels.layout"},
     "texts": {"texts", "models.tokenizer"},
-    "models.formats": {"models.formats", "models.config", "files"},
+    "models.formats": {"models.formats", "models.config", "models.specs", "files"},
     "models.families": {"models.families", "models.formats", "models.config", "models.specs", "files"},
     "models.tokenizer": {"files"},
     "models": {"models", "kernels", "files"},

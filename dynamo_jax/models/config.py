@@ -42,6 +42,9 @@ class ModelConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0  # logits are divided by it
+    prefix: str = "model."  # of the tensors in files, but of the head, which has one of its own
+    head_prefix: str = ""
+    capped: str = ""  # why positions end earlier than config.json says
     layers: tuple[LayerSpec, ...]
 
     def __post_init__(self) -> None:
@@ -68,6 +71,11 @@ class ModelConfig:
     @property
     def num_hidden_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def positions(self) -> int | str:
+        """How many there are, with the reason where these are fewer than config.json says."""
+        return f"{self.max_position_embeddings:,}: {self.capped}" if self.capped else self.max_position_embeddings
 
     @functools.cached_property
     def moe_layers(self) -> tuple[int, ...]:

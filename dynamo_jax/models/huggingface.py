@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +25,34 @@ from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, Layer, parameters, with_parameters
 from dynamo_jax.models.experts import ExpertBiases
 from dynamo_jax.models.families.names import (
-    EMBED,
-    HEAD,
     TURNED,
+    embed_name,
     expert_names,
     extra_layers,
+    found_prefixes,
+    fused_names,
+    head_name,
     key_that_would_read,
     names_of,
 )
 from dynamo_jax.models.families.table import FAMILIES, config_from
+from dynamo_jax.models.formats.declared import Declared, declared
 from dynamo_jax.models.formats.expert_files import (
+    ExpertTensors,
     Shapes,
     Triple,
+    as_found,
     expert_shapes,
     expert_tensors,
-    is_mxfp4,
     read_biases,
     read_expert,
 )
-from dynamo_jax.models.formats.tensor_files import FLOATS, INDEX, SINGLE, TensorFiles, write_tensors
+from dynamo_jax.models.formats.stored import StoredTensors
+from dynamo_jax.models.formats.tensor_files import FLOATS, INDEX, SINGLE, write_tensors
 from dynamo_jax.models.specs import Grouped, Latent, Mixer
 from dynamo_jax.models.tokenizer import TOKENIZER
 
+UNREAD_PARTS = 8  # first parts of names that are listed
 COMPARED = 1 << 22  # numbers of a head that are compared with the embeddings at a time
 UNQUANTIZED = "embeddings, attention, norms, routers, shared experts, dense layers and biases keep their dtype"
 SIDE_FILES = (  # what a folder has beside weights, as far as text generation and who publishes need it
@@ -61,7 +68,7 @@ def load_config(folder: Path) -> ModelConfig:
 
     A tied head is what it says as well, though the tensor files may have another (``Source``).
     """
-    return _config(Path(folder), _read_config(Path(folder)))
+    return _config(Path(folder), _read_config(Path(folder)))[0]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -71,15 +78,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _config(folder: Path, raw: dict[str, Any]) -> ModelConfig:
+def _config(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, Declared]:
+    """The model's configuration, and what config.json says of how its weights are stored."""
     try:
-        quantized = raw.get("quantization_config") or {}
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        if quantized and (method, raw.get("model_type")) != ("mxfp4", "gpt_oss"):
-            name = method if isinstance(method, str) else shown(method)
-            said = f"weights quantized by another tool ({shortened(name)}) are not read; only gpt_oss in mxfp4 is"
-            raise ValueError(said)
-        return config_from(raw)
+        return config_from(raw), declared(raw)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {shortened(str(error), 500)}") from error
 
@@ -95,13 +97,14 @@ class Source:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         raw = _read_config(self.folder)
-        self.config = _config(self.folder, raw)
-        self.files = TensorFiles(self.folder)
+        self.config, said = _config(self.folder, raw)
+        self.files = StoredTensors(self.folder, said)
+        prefix, head_prefix = found_prefixes(self.files.headers)
+        self.config = dataclasses.replace(self.config, prefix=prefix, head_prefix=head_prefix)
         self._check_counts()
-        self.mxfp4 = is_mxfp4(self.files, expert_names(self.config, self.config.moe_layers[0]))
         self.expected = self._expected()
         self._check()
-        if self.config.tie_word_embeddings and HEAD in self.files and not self._head_is_tied():
+        if self.config.tie_word_embeddings and head_name(self.config) in self.files and not self._head_is_tied():
             self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
             self.expected = self._expected()
         self._check_unread(extra_layers(raw, self.files.headers))
@@ -109,7 +112,7 @@ class Source:
     def _check_counts(self) -> None:
         """Before anything is as large as config.json says: the files hold a tensor for each layer and expert."""
         config, held = self.config, len(self.files.headers)
-        of_experts = config.num_experts if expert_names(config, config.moe_layers[0]).kind == "split" else 1
+        of_experts = config.num_experts if self.expert_tensors(config.moe_layers[0]).kind == "split" else 1
         for said, least in (
             (f"num_hidden_layers={config.num_hidden_layers}", config.num_hidden_layers),
             (
@@ -119,9 +122,10 @@ class Source:
         ):
             if least > held:
                 raise ValueError(f"{self.folder / 'config.json'}: {said}, but {self.files.listing} has {held} tensors")
-        embed = self.files.headers.get(EMBED)
+        name = embed_name(config)
+        embed = self.files.headers.get(name)
         if embed and embed.shape != (want := (config.vocab_size, config.hidden_size)):
-            raise ValueError(f"{embed.file}: {EMBED} is {shown(embed.shape)}, config.json asks for {want}")
+            raise ValueError(f"{embed.file}: {name} is {shown(embed.shape)}, config.json asks for {want}")
 
     def _check(self) -> None:
         expected = self.expected
@@ -131,20 +135,22 @@ class Source:
             header = self.files.headers[name]
             if header.shape != shape:
                 raise ValueError(f"{header.file}: {name} is {shown(header.shape)}, config.json asks for {shape}")
-            packed = self.mxfp4 and name.endswith(("_blocks", "_scales"))
-            if header.dtype != "U8" if packed else header.dtype not in FLOATS:
-                raise ValueError(f"{header.file}: {name} is {header.dtype}, expected {'U8' if packed else 'a float'}")
+            if header.dtype not in FLOATS:
+                raise ValueError(f"{header.file}: {name} is {header.dtype}, expected a float")
 
     def _head_is_tied(self) -> bool:
         """Whether the head that is in the files holds the embeddings' values, compared some rows at a time."""
-        head, embed = self.files.headers[HEAD], self.files.headers[EMBED]
+        names = head_name(self.config), embed_name(self.config)
+        head, embed = (self.files.headers[name] for name in names)
         if head.shape != embed.shape or head.dtype not in FLOATS:
-            said = f"{HEAD} is {shown(head.shape)} in {head.dtype}, config.json asks for {embed.shape}, a float"
+            said = f"{names[0]} is {shown(head.shape)} in {head.dtype}, config.json asks for {embed.shape}, a float"
             raise ValueError(f"{head.file}: {said}")
+        if any(name in self.files.packed for name in names):
+            return False
         count, rows = embed.shape[0], max(1, COMPARED // embed.shape[1])
         same = True
         for part in (slice(at, min(at + rows, count)) for at in range(0, count, rows)):
-            ours, theirs = (self.files.read(name, part).astype(np.float32) for name in (HEAD, EMBED))
+            ours, theirs = (self.files.read(name, part).astype(np.float32) for name in names)
             self.release()
             if not (same := np.array_equal(ours, theirs)):
                 break
@@ -158,7 +164,7 @@ class Source:
 
     @functools.cached_property
     def _one_dtype(self) -> bool:
-        return self.mxfp4 or len({self.files.headers[name].dtype for name in self.quantized_tensors()}) == 1
+        return len({self.files.headers[name].dtype for name in self.quantized_tensors()}) == 1
 
     @property
     def unread(self) -> list[str]:
@@ -171,13 +177,18 @@ class Source:
             theirs: shapes[ours][::-1] if turned else shapes[ours] for ours, theirs, turned in tensor_names(config)
         }
         for layer in config.moe_layers:
-            expected |= expert_shapes(config, expert_names(config, layer), self.mxfp4)
+            expected |= expert_shapes(config, self.expert_tensors(layer))
         return expected
+
+    def expert_tensors(self, layer: int) -> ExpertTensors:
+        """Where the files hold the routed experts of one layer. ``layer`` counts all layers."""
+        names = expert_names(self.config, layer), fused_names(self.config, layer)
+        return as_found(self.config, *names, self.files.headers)
 
     def expert(self, layer: int, expert: int) -> Triple:
         """Gate, up and down of one expert, each (F, D), in float32 where experts' dtypes differ. ``layer`` counts all
         layers."""
-        gate, up, down = read_expert(self.files, expert_names(self.config, layer), expert)
+        gate, up, down = read_expert(self.files, self.expert_tensors(layer), expert)
         if self._one_dtype:
             return gate, up, down
         return gate.astype(np.float32), up.astype(np.float32), down.astype(np.float32)
@@ -186,10 +197,10 @@ class Source:
         """Parameters of one layer but its routed experts' weights, names without the layer's prefix."""
         arrays = {}
         for ours, theirs, turned in layer_tensor_names(self.config, layer):
-            array = self.files.read(f"model.layers.{layer}.{theirs}")
+            array = self.files.read(f"{self.config.prefix}layers.{layer}.{theirs}")
             arrays[ours] = array.T if turned else array
         if layer in self.config.moe_layers:
-            arrays |= read_biases(self.files, expert_names(self.config, layer))
+            arrays |= read_biases(self.files, self.expert_tensors(layer))
         return arrays
 
     def top(self) -> dict[str, np.ndarray]:
@@ -200,15 +211,20 @@ class Source:
     def quantized_tensors(self) -> set[str]:
         """Names of the routed experts' weights; their biases are not quantized."""
         c = self.config
-        names = {n for layer in c.moe_layers for n in expert_shapes(c, expert_names(c, layer), self.mxfp4)}
+        names = {n for layer in c.moe_layers for n in expert_shapes(c, self.expert_tensors(layer))}
         return {n for n in names if not n.endswith("_bias")}
 
     def expert_bytes(self) -> int:
-        """Of the routed experts' weights."""
-        return sum(self.files.headers[n].nbytes for n in self.quantized_tensors())
+        """Of the routed experts' weights, as they are stored, with their scales."""
+        return sum(map(self.files.stored_bytes, self.quantized_tensors()))
+
+    def expert_format(self) -> str:
+        """What the routed experts' weights are stored in."""
+        found = Counter(map(self.files.words, self.quantized_tensors())).most_common()
+        return found[0][0] if len(found) == 1 else ", ".join(f"{words} ({n:,} tensors)" for words, n in found)
 
     def other_bytes(self) -> int:
-        """Of all that is read but the routed experts' weights."""
+        """Of all that is read but the routed experts' weights, as floats."""
         return sum(self.files.headers[n].nbytes for n in self.expected.keys() - self.quantized_tensors())
 
     def release(self) -> None:
@@ -216,7 +232,7 @@ class Source:
 
     def fingerprint(self) -> dict[str, list[int]]:
         """Size and time of change of every file by its name, by which another state of the folder is told."""
-        files = sorted({header.file for header in self.files.headers.values()} | {self.folder / "config.json"})
+        files = sorted(self.files.files() | {self.folder / "config.json"})
         return {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
 
 
@@ -226,17 +242,17 @@ def _shapes(module: Any) -> Shapes:
 
 def tensor_names(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
     """(our name, the file's name, transposed) of every parameter but the routed experts' weights and biases."""
-    yield "embed", EMBED, False
+    yield "embed", embed_name(config), False
     for layer in range(config.num_hidden_layers):
         for ours, theirs, turned in layer_tensor_names(config, layer):
-            yield f"layers.{layer}.{ours}", f"model.layers.{layer}.{theirs}", turned
-    yield "norm.scale", "model.norm.weight", False
+            yield f"layers.{layer}.{ours}", f"{config.prefix}layers.{layer}.{theirs}", turned
+    yield "norm.scale", f"{config.prefix}norm.weight", False
     if config.layer_norm:
-        yield "norm.bias", "model.norm.bias", False
+        yield "norm.bias", f"{config.prefix}norm.bias", False
     if not config.tie_word_embeddings:
-        yield "head", HEAD, False
+        yield "head", head_name(config), False
     if config.head_bias:
-        yield "head_bias", "lm_head.bias", False
+        yield "head_bias", f"{config.head_prefix}lm_head.bias", False
 
 
 def layer_tensor_names(config: ModelConfig, layer: int) -> Iterator[tuple[str, str, bool]]:
@@ -295,10 +311,10 @@ def _plain(of: Any) -> Any:
 def describe(folder: Path) -> dict[str, Any]:
     """What a folder holds and what would be quantized, from headers alone."""
     source = Source(folder)
-    config, headers = source.config, source.files.headers
-    experts = source.quantized_tensors()
+    config = source.config
+    experts, expert_bytes = source.quantized_tensors(), source.expert_bytes()
     dense, shared = len(config.dense_layers), config.mixture.shared_intermediate_size
-    weights = f"{config.num_expert_weights:,} weights"
+    weights, bits = f"{config.num_expert_weights:,} weights", 8 * expert_bytes / config.num_expert_weights
     return {
         "family": config.family,
         "layers": f"{config.num_hidden_layers}" + (f", {dense} of them dense" if dense else ""),
@@ -306,14 +322,15 @@ def describe(folder: Path) -> dict[str, Any]:
         "experts": f"{config.num_moe_layers} layers x {config.num_experts}, top {config.num_experts_per_tok}, "
         f"{config.intermediate_size} channels each" + (f"; a shared one of {shared}" if shared else ""),
         "attention": "; ".join(dict.fromkeys(map(_mixer_words, (layer.mixer for layer in config.layers)))),
-        "positions": config.max_position_embeddings,
+        "positions": config.positions,
         "vocabulary": config.vocab_size,
-        "files": len({header.file for header in headers.values()}),
+        "files": len(source.files.files()),
         "bytes": f"{source.files.nbytes():,}",
         "dtypes": source.files.dtypes(),
-        "quantized": f"{weights} of {len(experts):,} expert tensors, {source.expert_bytes():,} bytes",
+        "source": f"experts: {source.expert_format()}, {bits:.2f} bits a weight",
+        "quantized": f"{weights} of {len(experts):,} expert tensors, {expert_bytes:,} bytes",
         "not quantized": f"{source.other_bytes():,} bytes: {UNQUANTIZED}",
-        "not read": f"{len(source.unread):,} tensors that the decoder has no use for",
+        "not read": unread_words(source.unread),
     }
 
 
@@ -323,6 +340,22 @@ def _mixer_words(mixer: Mixer) -> str:
     else:
         keys = f"{mixer.num_key_value_heads} of keys and values"
     return f"{mixer.num_attention_heads} heads, {keys}"
+
+
+def unread_words(names: Sequence[str]) -> str:
+    """How many tensors the decoder has no use for, and under which first parts of their names."""
+    found = Counter(_top(name) for name in names).most_common()
+    parts = [f"{shortened(part, 60)}: {count:,}" for part, count in found[:UNREAD_PARTS]]
+    more = [f"and {len(found) - UNREAD_PARTS} more"] if len(found) > UNREAD_PARTS else []
+    listed = f" ({', '.join(parts + more)})" if parts else ""
+    return f"{len(names):,} tensors that the decoder has no use for{listed}"
+
+
+def _top(name: str) -> str:
+    """The first part of a name, behind "model." and with a layer's number."""
+    parts = name.split(".")
+    depth = 3 if parts[:2] == ["model", "layers"] else 2 if parts[0] == "model" else 1
+    return ".".join(parts[:depth])
 
 
 def load_decoder(folder: str | Path) -> Decoder:

@@ -94,7 +94,7 @@ class Facts(NamedTuple):
     """Of a quantized model. window: tokens of a calibration window; spare: slots beside the baseline's, as a share of
     its pages; max_width: of the planes; expert_bytes, other_bytes: of what was quantized and of all else that was read,
     0 where that is not known; not_read: tensors of the model that the decoder has no use for; job: what made it, None
-    where that cannot be made again."""
+    where that cannot be made again; expert_format: what the experts were stored in, where that is known."""
 
     window: int
     spare: float
@@ -103,6 +103,7 @@ class Facts(NamedTuple):
     other_bytes: int = 0
     not_read: tuple[str, ...] = ()
     job: dict[str, Any] | None = None
+    expert_format: str = ""
 
 
 def publish(
@@ -157,6 +158,7 @@ class Meta:
     other_bytes: int
     not_read: tuple[str, ...]
     job: dict[str, Any] | None
+    expert_format: str = ""
     channel_block: int
     group_size: int
     per_projection: bool

@@ -1,11 +1,14 @@
 """A quantized model back as a Hugging Face folder: dequantized bfloat16 experts, everything else as it was.
 
 What stands in the folder is what the quantized model computes with at its baseline plan: run-time
-weights are the planes' sum rounded to bfloat16. A layer is in memory at a time.
+weights are the planes' sum rounded to bfloat16. A layer is in memory at a time. Tensors that the decoder has no use
+for are not in a quantized folder; they are copied from the folder that it was made from, if that is at hand.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,12 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int
 
-from dynamo_jax.files import read_json, write_bytes, write_json
+from dynamo_jax.files import read_json, shortened, write_bytes, write_json
 from dynamo_jax.kernels.layout import WIDTHS
-from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.families.names import expert_names
+from dynamo_jax.models.formats.declared import KEY, OLDER_KEY
 from dynamo_jax.models.formats.expert_files import Triple, expert_tensors
-from dynamo_jax.models.huggingface import layer_tensor_names, tensor_names, write_shards
+from dynamo_jax.models.huggingface import Source, layer_tensor_names, tensor_names, unread_words, write_shards
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.progress import Log, Progress, no_log, no_progress
 from dynamo_jax.quant.planes import Planes, dequantize
@@ -29,6 +32,7 @@ from dynamo_jax.storage.bundles import Bundle, layer_planes
 from dynamo_jax.storage.results import JOB, LOCK, SUMS, Making, digest_of, is_done, located
 
 EXPORT_FORMAT = 1  # raised when the same model is exported otherwise
+SHARD_BYTES = 2**31  # of tensors that are copied, in one file
 MARKER = "dynamo_jax_export.json"  # what made the folder
 
 
@@ -37,6 +41,7 @@ def export(
     out: str | Path,
     progress: Progress = no_progress,
     *,
+    source: str | Path | None = None,
     overwrite: bool = False,
     log: Log = no_log,
 ) -> None:
@@ -44,9 +49,11 @@ def export(
     ``overwrite`` an earlier export.
 
     Experts are bfloat16 there, at the widths of the baseline: as many bytes as before quantization. A layer is in
-    memory at a time. What config.json promises and the export does not have is taken out, and ``log`` is told: Python
-    files of the model's own (``auto_map``) and layers that predict further tokens. ValueError: ``out`` is not free, or
-    ``folder`` is not a whole quantized model.
+    memory at a time. source: the Hugging Face folder that was quantized; tensors that were not read, such as a vision
+    tower's, are copied from it, as floats where they are packed there. What config.json promises and the export does
+    not have is taken out, and ``log`` is told: Python files of the model's own (``auto_map``) and, without ``source``,
+    layers that predict further tokens. ValueError: ``out`` is not free, ``folder`` is not a whole quantized model, or
+    ``source`` is not what it was made from.
     """
     folder, out = Path(folder), Path(out).resolve()
     description = checkpoint.read_description(folder)
@@ -56,19 +63,24 @@ def export(
             f"{folder / checkpoint.SOURCE / 'config.json'}: no such file; "
             "this model did not come from a checkpoint folder"
         )
+    origin = _origin(description, Path(source)) if source else None
     job = {"command": "export", "format": EXPORT_FORMAT, "model": digest_of(located(folder, SUMS))}
+    if origin:
+        job["source"] = hashlib.sha256(json.dumps(origin.fingerprint()).encode()).hexdigest()
     if is_done(out, MARKER, job):
         log(f"{out}: done already, by the same command")
         return
     with Making(out, MARKER, job, overwrite=overwrite, resumes=False) as making:
-        write_shards(making.folder, _shards(description, progress), config.num_hidden_layers + 1)
+        copied = _parts(origin) if origin else []
+        count = config.num_hidden_layers + 1 + len(copied)
+        write_shards(making.folder, _shards(description, origin, copied, progress), count)
         for name in result.sums:
             if name.startswith(f"{checkpoint.SOURCE}/"):
                 own = making.folder / name.removeprefix(f"{checkpoint.SOURCE}/")
                 own.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(own, result.path(name).read_bytes())
         raw = read_json(making.folder / "config.json")
-        write_json(making.folder / "config.json", _config_of(raw, config, log))
+        write_json(making.folder / "config.json", _config_of(raw, description, origin, log))
         settings = making.folder / "tokenizer_config.json"
         if settings.is_file() and "auto_map" in (raw := read_json(settings)):
             raw.pop("auto_map")
@@ -78,29 +90,67 @@ def export(
         making.publish({p.relative_to(making.folder).as_posix(): digest_of(p) for p in files})
 
 
-def _config_of(raw: dict[str, Any], config: ModelConfig, log: Log) -> dict[str, Any]:
+def _origin(description: checkpoint.Description, folder: Path) -> Source:
+    """The folder that was quantized. ValueError: it is another one."""
+    source = Source(folder)
+    if digest_of(folder / "config.json") != description.result.sums[f"{checkpoint.SOURCE}/config.json"]:
+        raise ValueError(f"{folder / 'config.json'}: not what was quantized, which {description.result.folder} says")
+    if other := sorted(set(source.unread) ^ set(description.meta.not_read)):
+        said = f"{shortened(other[0])} is not read of one of this and what {description.result.folder} was made from"
+        raise ValueError(f"{source.files.listing}: {said}")
+    return source
+
+
+def _parts(source: Source) -> list[list[str]]:
+    """The tensors that were not read, some for each file."""
+    parts: list[list[str]] = []
+    room = 0
+    for name in source.unread:
+        size = source.files.headers[name].nbytes
+        if not parts or size > room:
+            parts.append([])
+            room = SHARD_BYTES
+        parts[-1].append(name)
+        room -= size
+    return parts
+
+
+def _config_of(
+    raw: dict[str, Any], description: checkpoint.Description, origin: Source | None, log: Log
+) -> dict[str, Any]:
     """config.json of the export from that of the model."""
     raw = (
         raw
-        | {"dtype": "bfloat16", "tie_word_embeddings": config.tie_word_embeddings}
+        | {"dtype": "bfloat16", "tie_word_embeddings": description.config.tie_word_embeddings}
         | ({"torch_dtype": "bfloat16"} if "torch_dtype" in raw else {})
     )
-    raw.pop("quantization_config", None)  # MXFP4 experts are bfloat16 now
+    inner = raw.get("text_config")
+    for place in (raw, inner if isinstance(inner, dict) else {}):
+        for key in (KEY, OLDER_KEY):
+            place.pop(key, None)  # what another tool packed is floats now
     if raw.pop("auto_map", None) is not None:
         log("config.json: auto_map is left out, since the model's own Python files are not copied")
-    if raw.get("num_nextn_predict_layers"):
+    if (left := description.meta.not_read) and not origin:
+        log(f"left out, since --source is not given: {unread_words(left)}")
+    if raw.get("num_nextn_predict_layers") and not origin:
         raw["num_nextn_predict_layers"] = 0
         log("config.json: num_nextn_predict_layers is 0 now, since layers that predict further tokens are not kept")
     return raw
 
 
-def _shards(description: checkpoint.Description, progress: Progress) -> Iterator[Bundle]:
+def _shards(
+    description: checkpoint.Description, origin: Source | None, copied: list[list[str]], progress: Progress
+) -> Iterator[Bundle]:
     config = description.config
     for layer in range(config.num_hidden_layers):
         yield _layer_tensors(description, layer)
         progress("export layers", layer + 1, config.num_hidden_layers)
     top = checkpoint.top_bundle(description.result, config)
     yield {theirs: top[ours] for ours, theirs, _ in tensor_names(config) if not ours.startswith("layers.")}
+    for names in copied:
+        assert origin is not None
+        yield {name: origin.files.read(name) for name in names}
+        origin.release()
 
 
 def _layer_tensors(description: checkpoint.Description, layer: int) -> Bundle:
@@ -109,7 +159,7 @@ def _layer_tensors(description: checkpoint.Description, layer: int) -> Bundle:
     own = {k.removeprefix("parameters/"): a for k, a in bundle.items() if k.startswith("parameters/")}
     tensors = {}
     for ours, theirs, turned in layer_tensor_names(config, layer):
-        tensors[f"model.layers.{layer}.{theirs}"] = own[ours].T if turned else own[ours]
+        tensors[f"{config.prefix}layers.{layer}.{theirs}"] = own[ours].T if turned else own[ours]
     if layer in config.dense_layers:
         return tensors
     widths = plan.page_widths()[config.moe_layers.index(layer)].reshape(config.num_experts, -1, plan.blocks)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.huggingface import unread_words
 from dynamo_jax.precision.plan import Plan, num_weights
 from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
 from dynamo_jax.runtime.memory import device_bytes, measuring_bytes
@@ -47,13 +48,19 @@ def summary(folder: Path) -> dict[str, str]:
         + (f"; {_remedy(description)}" if few else ""),
         "monitor": monitor_words(meta.names, arrays[f"{MONITOR}limit"], meta.tokens),
         "odd text": _odd(meta),
-        "not read": _not_read(meta),
+        **_source(plan, meta),
+        "not read": unread_words(meta.not_read),
     }
 
 
-def _not_read(meta: Meta) -> str:
-    first = f", the first is {meta.not_read[0]}" if meta.not_read else ""
-    return f"{len(meta.not_read):,} tensors that the decoder has no use for{first}"
+def _source(plan: Plan, meta: Meta) -> dict[str, str]:
+    """What the experts came in, if that is known, and how much of the plan is wider."""
+    if not meta.expert_format:
+        return {}
+    bits = 8 * meta.expert_bytes / num_weights(plan)
+    wider = int((plan.widths > bits).sum())
+    said = f"; {wider:,} of {plan.widths.size:,} blocks are wider, which cannot win back what it lacks" if wider else ""
+    return {"source": f"experts: {meta.expert_format}, {bits:.2f} bits a weight{said}"}
 
 
 def _size(number: float) -> str:
@@ -98,7 +105,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "vocabulary": config.vocab_size,
-        "positions": config.max_position_embeddings,
+        "positions": config.positions,
         "experts": f"{config.num_moe_layers} layers x {config.num_experts}, top {config.num_experts_per_tok}",
         **_memory(result, config, plan, meta),
         "channel_block": plan.channel_block,
@@ -109,7 +116,8 @@ def describe(folder: Path) -> dict[str, Any]:
         "monitor": monitor_words(meta.names, arrays[f"{MONITOR}limit"], meta.tokens),
         "not of one kind": _odd(meta),
         "not quantized": meta.unquantized,
-        "not read": _not_read(meta),
+        **_source(plan, meta),
+        "not read": unread_words(meta.not_read),
     }
 
 

@@ -98,7 +98,9 @@ def tensor_edit(chance: random.Random) -> Case:
             tensors[name] = array.astype(types[detail % len(types)])
         else:
             array = array.copy()
-            array.reshape(-1)[detail % array.size] = odd[detail % len(odd)]
+            whole = np.issubdtype(array.dtype, np.integer)
+            values = [np.iinfo(array.dtype).min, np.iinfo(array.dtype).max, 1] if whole else odd
+            array.reshape(-1)[detail % array.size] = values[detail % 3]
             tensors[name] = array
 
     return with_tensors(f"tensor {number} {kind} {detail}", edit)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
+import stored
 from fuzz.configs import config_cases, rope_cases
 from fuzz.folders import GOOD, ROPE_KINDS, Made
 from fuzz.judge import Case, count, judge, seeded
@@ -106,6 +110,28 @@ def test_any_rotary_scaling(good, name, tmp_path):
 def test_any_damage_of_a_tensor_file(good, name, tmp_path):
     found = judge(tensor_cases(name), good(name), tmp_path, described)
     assert found["error"]
+
+
+PACKED = ("int4 with zero points", "gptq", "awq", "fp8, scales are bytes")
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_any_damage_of_a_file_that_another_tool_packed(good, name, tmp_path):
+    """Its header alone where it holds FP8, which safetensors' numpy part cannot write."""
+    folder, fmt, tensors = tmp_path / "packed", stored.FORMATS[name], {}
+    shutil.copytree(good("qwen3_moe"), folder)
+    for own, array in safetensors.numpy.load_file(folder / SINGLE).items():
+        if ".experts." in own and array.shape[1] % 16 == 0:
+            made = fmt.make(array.astype(np.float32))
+            tensors |= {own.removesuffix("weight") + leaf: a for leaf, a in made.tensors.items()}
+        else:
+            tensors[own] = array
+    stored.write_file(folder / SINGLE, tensors)
+    raw = json.loads((folder / "config.json").read_text()) | {"quantization_config": fmt.config}
+    (folder / "config.json").write_text(json.dumps(raw))
+    cases = [c for c in tensor_cases(name) if "fp8" not in name or not c.name.startswith("tensor ")]
+    found = judge([Case(name, lambda folder: None), *cases], folder, tmp_path / "work", described)
+    assert found["right"] and found["error"]
 
 
 def test_any_index(good, tmp_path):

@@ -18,6 +18,7 @@ UNREAD = {
 # What the classes leave open, and what makes them read a key that they else do not.
 VARIANTS = {
     "deepseek_v2": [{"num_experts_per_tok": 6}],
+    "glm4v_moe_text": [{"head_dim": 128}],
     "glm4_moe": [{"head_dim": 128}, {"head_dim": 128, "use_qk_norm": True}],
     "dots1": [{"n_routed_experts": 8, "num_experts_per_tok": 2, "max_window_layers": 5}],
     "qwen2_moe": [{}, {"use_sliding_window": True}],

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stored
 import torch
 import transformers
 from quantized_runs import signed
@@ -20,11 +22,14 @@ from dynamo_jax.generation import load_text_model, quantized_language_model
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.families.table import FAMILIES
+from dynamo_jax.models.formats.declared import declared
+from dynamo_jax.models.formats.stored import StoredTensors
 from dynamo_jax.models.huggingface import load_decoder
 from dynamo_jax.progress import no_progress
 from dynamo_jax.runtime.generate import GenerateConfig, generate
 from dynamo_jax.runtime.serving import experts
-from dynamo_jax.storage import checkpoint, results
+from dynamo_jax.storage import checkpoint, facts, results
+from dynamo_jax.storage.bundles import read_bundle
 from dynamo_jax.storage.export import export
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -87,6 +92,81 @@ def test_an_export_is_a_whole_folder_with_a_tokenizer(exported, small_folder):
     assert next(model.parameters()).dtype == torch.bfloat16
     assert (exported / "out" / "tokenizer.json").read_bytes() == (small_folder / "tokenizer.json").read_bytes()
     assert sorted(p.name for p in exported.iterdir()) == ["out", "quantized"]
+
+
+@pytest.fixture(scope="module")
+def packed_with_more(family_model, tokenizer_file, tmp_path_factory):
+    """A model in FP8 with tensors that no decoder here reads: some of them in FP8, too, and one of whole numbers."""
+    folder = tmp_path_factory.mktemp("packed") / "hub"
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 2}
+    family_model("qwen3_moe", **sizes).to(torch.bfloat16).save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    fmt = stored.FORMATS["fp8 in blocks"]
+    tensors, values = read_bundle(folder / "model.safetensors"), {}
+    packed = {name for name in tensors if ".experts." in name} | {"mtp.fc.weight"}
+    tensors["mtp.fc.weight"] = tensors["model.embed_tokens.weight"]
+    tensors |= {"mtp.norm.weight": np.ones(32, np.float32), "model.visual.at": np.arange(5)}
+    for name in packed:
+        made = fmt.make(tensors.pop(name).astype(np.float32))
+        tensors |= {name.removesuffix("weight") + leaf: a for leaf, a in made.tensors.items()}
+        values[name] = made.value
+    stored.write_file(folder / "model.safetensors", tensors)
+    raw = json.loads((folder / "config.json").read_text()) | {"quantization_config": fmt.config}
+    raw["num_nextn_predict_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder, tensors | values
+
+
+def test_what_was_not_read_is_copied_from_the_folder_that_was_quantized(packed_with_more, words, tmp_path):
+    folder, tensors = packed_with_more
+    quantize_folder(folder, tmp_path / "quantized", {"words": words(0)}, dataclasses.replace(SMALL, bits=7.0))
+    said = facts.summary(tmp_path / "quantized")
+    assert said["not read"].endswith("(mtp: 2, model.visual: 1)")
+    export(tmp_path / "quantized", tmp_path / "out", source=folder)
+    out = StoredTensors(tmp_path / "out", declared({}))
+    for name in ("mtp.fc.weight", "mtp.norm.weight", "model.visual.at"):
+        np.testing.assert_array_equal(out.read(name), tensors[name])
+        assert out.read(name).dtype == tensors[name].dtype
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in raw and raw["num_nextn_predict_layers"] == 1
+    tokens = jnp.asarray(np.random.default_rng(0).integers(3, 61, (2, 20)))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        want = theirs(torch.tensor(np.asarray(tokens))).logits.numpy()
+    got = jax.jit(load_decoder(tmp_path / "out"))(tokens)[0]
+    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max(), rtol=0)
+    logged = []
+    export(tmp_path / "quantized", tmp_path / "without", log=logged.append)
+    assert "3 tensors" in logged[0] and "--source" in logged[0]
+    assert "mtp.fc.weight" not in StoredTensors(tmp_path / "without", declared({}))
+    with pytest.raises(ValueError, match=r"config\.json: not what was quantized"):
+        export(tmp_path / "quantized", tmp_path / "other", source=tmp_path / "out")
+
+
+def test_a_plan_that_is_wider_than_its_source_says_so(packed_with_more, words, tmp_path):
+    """FP8 takes 8 bits and some for scales: no plan is wider. int4 does not, and the 8-bit blocks are counted."""
+    folder, tensors = packed_with_more
+    quantize_folder(folder, tmp_path / "eight", {"words": words(0)}, dataclasses.replace(SMALL, bits=10.0))
+    for said in (facts.summary(tmp_path / "eight"), facts.describe(tmp_path / "eight")):
+        assert re.fullmatch(r"experts: FP8 in blocks of 24 x 20, 8\.\d\d bits a weight", said["source"])
+    own = tmp_path / "hub"
+    shutil.copytree(folder, own)
+    fmt, packed = stored.FORMATS["int4 in groups"], {}
+    for name, array in tensors.items():
+        if ".experts." in name and name.endswith("proj.weight"):
+            made = fmt.make(array.astype(np.float32))
+            packed |= {name.removesuffix("weight") + leaf: a for leaf, a in made.tensors.items()}
+        elif ".experts." not in name and not name.startswith("mtp"):
+            packed[name] = array
+    stored.write_file(own / "model.safetensors", packed)
+    raw = json.loads((own / "config.json").read_text()) | {"quantization_config": fmt.config}
+    (own / "config.json").write_text(json.dumps(raw))
+    plan = quantize_folder(own, tmp_path / "four", {"words": words(0)}, dataclasses.replace(SMALL, bits=10.0))
+    wide = (plan.widths == 8).sum()
+    assert wide
+    for said in (facts.summary(tmp_path / "four"), facts.describe(tmp_path / "four")):
+        assert said["source"].startswith("experts: int4 with a scale a row, 4.")
+        assert f"; {wide:,} of {plan.widths.size:,} blocks are wider" in said["source"]
 
 
 def test_an_export_goes_to_an_empty_place_only(exported, tmp_path):

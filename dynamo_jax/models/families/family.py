@@ -42,7 +42,7 @@ COMMON: Raw = {  # keys that are left out mean the same in every family
 
 
 Rotary = Callable[..., Rope]  # a Rope with the base, the scaling and the share of a head that a config.json names:
-# takes dim of a head, the share where none is named (1 by default), and the rest
+# takes dim, the share of it that is turned where none is named (else all are), and the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Family:
     """What sets a family apart. layers: of its config.json, all keys of which have a value. names: what its files call
     parameters where that is not ``names.NAMES``'s. moe: its name for the mixture module. experts: how expert weights
     lie in the file (``formats/expert_files.py``). top: what its config.json means for the decoder as a whole.
+    limit: positions past which the decoder computes something else than the model, and what, for a reader.
     defaults: what a key means that its config.json leaves out, where that is not ``COMMON``'s; they are those of
     ``transformers``, and sizes have none. rope: the rotary scaling of a config.json that names none. short_mscale:
     whether that key of the rotary scaling is the factor of cosines and sines. partial: whether a part of a head may be
@@ -61,6 +62,7 @@ class Family:
     moe: str = "mlp"
     experts: str = "gate_proj up_proj down_proj"
     top: Callable[[Raw], Raw] = lambda _: {}
+    limit: Callable[[Raw], tuple[int, str]] = lambda _: (WHOLE_LIMIT, "")
     experts_key: str = "num_experts"
     defaults: Raw = dataclasses.field(default_factory=dict)
     rope: Raw = dataclasses.field(default_factory=dict)

@@ -55,6 +55,7 @@ _ALL: Raw = {
     "rms_norm_eps": 1e-5,
 }
 _GLM: Raw = {"intermediate_size": 10944, "first_k_dense_replace": 1, "norm_topk_prob": True, "use_qk_norm": False}
+_VISION: Raw = {"attention_bias": True}
 _SOLAR: Raw = {"norm_topk_prob": True, "head_dim": 128, "rope_theta": 1e6}
 _DOTS: Raw = {
     "intermediate_size": 10944,
@@ -69,6 +70,13 @@ _DOTS: Raw = {
 _KEY = "n_routed_experts"
 FAMILIES = {
     "glm4_moe": Family("Glm4MoeForCausalLM", _glm4_moe, experts_key=_KEY, defaults=_ALL | _GLM, partial=True),
+    "glm4v_moe_text": Family(
+        "Glm4vMoeForConditionalGeneration",
+        _glm4_moe,
+        experts_key=_KEY,
+        defaults=_ALL | _GLM | _VISION,
+        partial=True,
+    ),
     "solar_open": Family("SolarOpenForCausalLM", _solar_open, experts_key=_KEY, defaults=_ALL | _SOLAR),
     "dots1": Family("Dots1ForCausalLM", _dots1, experts_key=_KEY, defaults=_ALL | _DOTS),
 }

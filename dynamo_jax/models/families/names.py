@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.families.table import FAMILIES
 from dynamo_jax.models.formats.expert_files import ExpertTensors
 
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PREFIXES = (  # of a decoder's tensors and of its head, alone or inside a model of more than text
+    ("model.", ""),
+    ("model.language_model.", ""),
+    ("language_model.model.", "language_model."),
+    ("language_model.", ""),
+    ("model.text_model.", ""),
+)
 _PARTS = ("gate", "up", "down")
 NAMES = {  # of a layer's parameters, but the routed experts' weights and biases, in most families
     "attention_norm.scale": "input_layernorm.weight",
@@ -59,7 +65,7 @@ _KEYS = {
     ),
     _MOE + r"(gate|up|down)_proj\.(weight|bias)": "which layers are dense",
 }
-_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(.*)", re.DOTALL)
+_LAYER = re.compile(r"layers\.(\d{1,9})\.(.*)", re.DOTALL)
 
 
 def extra_layers(raw: dict[str, Any], tensors: Iterable[str]) -> int:
@@ -75,9 +81,12 @@ def key_that_would_read(config: ModelConfig, name: str, extra: int) -> str:
 
     Empty for tensors that no decoder reads. extra: layers beyond the decoder's that may be there.
     """
-    if name == "lm_head.bias":
+    if name == f"{config.head_prefix}lm_head.bias":
         return "lm_head_bias"
-    if name == "model.norm.bias":
+    if not name.startswith(config.prefix):
+        return ""
+    name = name.removeprefix(config.prefix)
+    if name == "norm.bias":
         return "model_type"
     if not (match := _LAYER.fullmatch(name)):
         return ""
@@ -88,6 +97,19 @@ def key_that_would_read(config: ModelConfig, name: str, extra: int) -> str:
     return "num_hidden_layers" if layer >= config.num_hidden_layers else key
 
 
+def found_prefixes(tensors: Container[str]) -> tuple[str, str]:
+    """Which of ``PREFIXES`` the files have."""
+    return next((p for p in PREFIXES if f"{p[0]}embed_tokens.weight" in tensors), PREFIXES[0])
+
+
+def embed_name(config: ModelConfig) -> str:
+    return f"{config.prefix}embed_tokens.weight"
+
+
+def head_name(config: ModelConfig) -> str:
+    return f"{config.head_prefix}lm_head.weight"
+
+
 def names_of(config: ModelConfig) -> dict[str, str]:
     """What the files of the configuration's family call the parameters of a layer, apart from the layer's prefix."""
     return NAMES | FAMILIES[config.family].names
@@ -96,9 +118,16 @@ def names_of(config: ModelConfig) -> dict[str, str]:
 def expert_names(config: ModelConfig, layer: int) -> ExpertTensors:
     """Where the file holds the routed experts of one layer. ``layer`` counts all layers."""
     family = FAMILIES[config.family]
-    prefix = f"model.layers.{layer}.{family.moe}"
+    prefix = f"{config.prefix}layers.{layer}.{family.moe}"
     if family.experts == "concatenated":
         return ExpertTensors("concatenated", (f"{prefix}.input_linear.weight", f"{prefix}.output_linear.weight"))
     if family.experts == "interleaved":
         return ExpertTensors("interleaved", (f"{prefix}.experts.gate_up_proj", f"{prefix}.experts.down_proj"))
     return ExpertTensors("split", tuple(f"{prefix}.experts.{{e}}.{part}.weight" for part in family.experts.split()))
+
+
+def fused_names(config: ModelConfig, layer: int) -> tuple[str, str]:
+    """Where a file may hold them all together, gate and up in the first tensor and down in the second, though the
+    family has a tensor for each."""
+    prefix = f"{config.prefix}layers.{layer}.{FAMILIES[config.family].moe}.experts"
+    return f"{prefix}.gate_up_proj", f"{prefix}.down_proj"

@@ -1,4 +1,5 @@
-"""Qwen2-MoE and Qwen3-MoE: dense layers among sparse ones, a gated shared expert in the older one."""
+"""Qwen2-MoE, Qwen3-MoE and the text part of Qwen3-VL: dense layers among sparse ones, a gated shared expert in the
+oldest."""
 
 from __future__ import annotations
 
@@ -38,6 +39,11 @@ def _qwen3_moe(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     return stack(raw, grouped(raw, rope, qk_norm="head", **biased(raw)), experts, windows, _dense(raw))
 
 
+def _qwen3_vl_moe(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
+    experts = mixture(raw, Router(norm_topk_prob=True), "moe_intermediate_size")
+    return stack(raw, grouped(raw, rope, qk_norm="head", **biased(raw)), experts, dense=_dense(raw))
+
+
 def _router(raw: Raw) -> Router:
     return Router(norm_topk_prob=flag(raw, "norm_topk_prob"))
 
@@ -65,8 +71,10 @@ _QWEN2: Raw = {
     "shared_expert_intermediate_size": 5632,
 }
 _QWEN3: Raw = {"intermediate_size": 6144, "num_key_value_heads": 4}
+_VISION: Raw = {"num_key_value_heads": 16, "rope_theta": 500000.0, "tie_word_embeddings": True}
 _SHARED = {f"shared.{part}": f"mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")}
 FAMILIES = {
     "qwen2_moe": Family("Qwen2MoeForCausalLM", _qwen2_moe, _SHARED, defaults=_BOTH | _QWEN2),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", _qwen3_moe, defaults=_BOTH | _QWEN3),
+    "qwen3_vl_moe_text": Family("Qwen3VLMoeForConditionalGeneration", _qwen3_vl_moe, defaults=_BOTH | _QWEN2 | _VISION),
 }

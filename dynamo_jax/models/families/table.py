@@ -6,6 +6,7 @@ decoder cannot is an error, not ignored.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from dynamo_jax.files import shown
@@ -25,6 +26,11 @@ from dynamo_jax.models.specs import TINY, Rope, RopeScaling, check_number
 
 LINEAGES = (mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe, glm, hunyuan, minimax)
 FAMILIES: dict[str, Family] = {name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()}
+TEXT_PARTS = ("text_config", "llm_config", "language_config")
+WRAPPERS = (  # models of more than text, whose text part is read
+    *("kimi_k25", "qwen3_vl_moe", "qwen3_5_moe", "mistral3", "minimax_m3_vl", "glm4v_moe", "gemma4", "step3p7"),
+    *("interns1", "intern_s1", "interns2"),
+)
 _SIZES = ("vocab_size", "hidden_size", "max_position_embeddings")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of one number; a family writes one of them
 _NULL_IS_A_VALUE = {  # elsewhere null is as good as no key
@@ -49,6 +55,7 @@ def config_from(raw: Raw) -> ModelConfig:
     A key that is left out means what it means in ``transformers``. ValueError, which names the key: a size that is
     missing, a value of another kind or out of its range, what the decoder cannot compute.
     """
+    raw = text_part(raw)
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"unknown model_type {shown(family)}; known: {', '.join(FAMILIES)}")
@@ -59,16 +66,21 @@ def config_from(raw: Raw) -> ModelConfig:
         raise ValueError(f"hidden_act {shown(raw['hidden_act'])} is not supported; only 'silu'")
     theta, scaling, partial = _rope(raw, known)
     sizes: Raw = {name: whole(raw, name) for name in _SIZES}
+    length = sizes["max_position_embeddings"]
     raw["num_experts"] = _experts(given, known)
 
-    def rope(dim: int, share: float = 1.0, **own: Any) -> Rope:
-        turned = int(dim * (share if partial is None else partial))
+    def rope(dim: int, share: float | None = None, **own: Any) -> Rope:
+        turned = dim if share is None else int(dim * (share if partial is None else partial))
         return Rope(dim=turned, rope_theta=theta, scaling=scaling, **own)
 
+    limit, why = known.limit(raw)
+    if scaling.rope_type == "longrope" and scaling.original_max_position_embeddings:
+        limit, why = scaling.original_max_position_embeddings, "past them other frequencies hold for all"
+    if limit < length:
+        sizes |= {"max_position_embeddings": limit, "capped": f"{why}; config.json says {length:,}"}
+    if limit < length and scaling.rope_type != "default" and not scaling.original_max_position_embeddings:
+        scaling = dataclasses.replace(scaling, original_max_position_embeddings=length)
     layers = known.layers(raw, rope)
-    if scaling.rope_type == "longrope":  # past it other frequencies would hold for the whole sequence
-        limit = scaling.original_max_position_embeddings or sizes["max_position_embeddings"]
-        sizes["max_position_embeddings"] = min(limit, sizes["max_position_embeddings"])
     return ModelConfig(
         **sizes,
         family=family,
@@ -78,6 +90,21 @@ def config_from(raw: Raw) -> ModelConfig:
         layers=layers,
         **known.top(raw),
     )
+
+
+def text_part(raw: Raw) -> Raw:
+    """The configuration of the language model in that of a model of more than text; any other as it is.
+
+    ValueError: there is no such part.
+    """
+    kind = raw.get("model_type")
+    for key in TEXT_PARTS:
+        if isinstance(part := raw.get(key), dict):
+            outer = {name: raw[name] for name in ("tie_word_embeddings",) if name in raw and name not in part}
+            return outer | part
+    if isinstance(kind, str) and kind in WRAPPERS:
+        raise ValueError(f"model_type {kind!r} has no text part ({', '.join(TEXT_PARTS)})")
+    return raw
 
 
 def _experts(given: Raw, known: Family) -> int:

@@ -1,7 +1,8 @@
-"""How expert weights lie in files: one tensor an expert, gate and up in one, or MXFP4.
+"""How expert weights lie in files: one tensor an expert, or all experts of a layer in one, gate and up together.
 
 Here they are channel-major, (F, D) for gate, up and down of one expert. Reading takes one expert at a
-time, so that one expert is all that has to be in memory. Which tensors a family has is ``families/names.py``'s.
+time, so that one expert is all that has to be in memory. Which tensors a family has is ``families/names.py``'s, and
+what they are stored in ``stored.py``'s.
 
 Axes: E experts, F channels, D hidden.
 """
@@ -14,8 +15,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.formats.mxfp4 import FP4_GROUP, from_mxfp4
-from dynamo_jax.models.formats.tensor_files import TensorFiles
+from dynamo_jax.models.formats.stored import StoredTensors
+from dynamo_jax.models.formats.tensor_files import Header
 
 Shapes = dict[str, tuple[int, ...]]
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -26,19 +27,45 @@ class ExpertTensors:
     """The tensors that hold the experts of one layer.
 
     kind: ``split``, a tensor an expert and projection, three names with ``{e}`` for the expert's number;
-    ``concatenated``, gate before up in one tensor of all experts, and down in another; ``interleaved``, the same with
-    gate and up channel by channel, and biases, in bfloat16 or MXFP4.
+    ``concatenated``, gate before up in one tensor of all experts, (E, 2F, D), and down in another, (E, D, F);
+    ``interleaved``, (E, D, 2F) with gate and up channel by channel, (E, F, D), and biases.
+    turned: of concatenated ones, whether the first is (E, D, 2F), and whether the second is (E, F, D).
     """
 
     kind: str
     names: tuple[str, ...]
+    turned: tuple[bool, bool] = (False, False)
 
     def each(self, expert: int) -> list[str]:
         """Of one expert where they are split: gate, up, down."""
         return [name.format(e=expert) for name in self.names]
 
 
-def expert_shapes(config: ModelConfig, of: ExpertTensors, mxfp4: bool) -> Shapes:
+def as_found(
+    config: ModelConfig, of: ExpertTensors, fused: tuple[str, str], headers: Mapping[str, Header]
+) -> ExpertTensors:
+    """How a layer's experts lie in the files at hand, where a family has them split, or fused under other names.
+
+    Fused ones are (E, outputs, inputs), as transformers 5 writes them, or turned, as in Qwen3-VL's files; their shapes
+    say which, and where one of both is square, the other's.
+    """
+    if of.kind != "split" or fused[0] not in headers:
+        return of
+    channels, hidden = config.intermediate_size, config.hidden_size
+    turned: list[bool | None] = []
+    for name, rows, columns in ((fused[0], 2 * channels, hidden), (fused[1], hidden, channels)):
+        shape = headers[name].shape[1:] if name in headers else ()
+        if rows != columns and shape in ((rows, columns), (columns, rows)):
+            turned.append(shape == (columns, rows))
+        else:
+            turned.append(None)
+    gate_up, down = turned
+    return ExpertTensors(
+        "concatenated", fused, (bool(down if gate_up is None else gate_up), bool(gate_up if down is None else down))
+    )
+
+
+def expert_shapes(config: ModelConfig, of: ExpertTensors) -> Shapes:
     """The tensors of one layer's experts, with their shapes."""
     experts, channels, hidden = config.num_experts, config.intermediate_size, config.hidden_size
     if of.kind == "split":
@@ -46,41 +73,26 @@ def expert_shapes(config: ModelConfig, of: ExpertTensors, mxfp4: bool) -> Shapes
         return {name: shape for e in range(experts) for name, shape in zip(of.each(e), each)}
     gate_up, down = of.names
     if of.kind == "concatenated":
-        return {gate_up: (experts, 2 * channels, hidden), down: (experts, hidden, channels)}
+        rows = ((2 * channels, hidden), (hidden, channels))
+        return {name: (experts, *(r[::-1] if t else r)) for name, r, t in zip(of.names, rows, of.turned)}
     shapes: Shapes = {f"{gate_up}_bias": (experts, 2 * channels), f"{down}_bias": (experts, hidden)}
-    if not mxfp4:
-        return shapes | {gate_up: (experts, hidden, 2 * channels), down: (experts, channels, hidden)}
-    for name, rows, columns in ((gate_up, 2 * channels, hidden), (down, hidden, channels)):
-        groups = (experts, rows, columns // FP4_GROUP)
-        shapes |= {f"{name}_blocks": (*groups, FP4_GROUP // 2), f"{name}_scales": groups}
-    return shapes
+    return shapes | {gate_up: (experts, hidden, 2 * channels), down: (experts, channels, hidden)}
 
 
-def is_mxfp4(tensors: TensorFiles, of: ExpertTensors) -> bool:
-    return of.kind == "interleaved" and f"{of.names[0]}_blocks" in tensors
-
-
-def read_expert(tensors: TensorFiles, of: ExpertTensors, expert: int) -> Triple:
-    """Gate, up and down of one expert, each (F, D), in the file's dtype (bfloat16 from MXFP4)."""
+def read_expert(tensors: StoredTensors, of: ExpertTensors, expert: int) -> Triple:
+    """Gate, up and down of one expert, each (F, D), in the file's dtype (bfloat16 where it is packed)."""
     if of.kind == "split":
         gate, up, down = (tensors.read(name) for name in of.each(expert))
         return gate, up, down.T
-    fused, last = of.names
     at = slice(expert, expert + 1)
+    both, out = (tensors.read(name, at)[0] for name in of.names)
     if of.kind == "concatenated":
-        both, out = tensors.read(fused, at)[0], tensors.read(last, at)[0]
+        both, out = (array.T if turned else array for array, turned in zip((both, out), of.turned))
         return both[: len(both) // 2], both[len(both) // 2 :], out.T
-    if is_mxfp4(tensors, of):  # rows are outputs here
-        both, out = (
-            from_mxfp4(tensors.read(f"{name}_blocks", at)[0], tensors.read(f"{name}_scales", at)[0])
-            for name in (fused, last)
-        )
-        return both[::2], both[1::2], out.T
-    both, out = tensors.read(fused, at)[0].T, tensors.read(last, at)[0]
-    return both[::2], both[1::2], out
+    return both.T[::2], both.T[1::2], out
 
 
-def read_biases(tensors: TensorFiles, of: ExpertTensors) -> dict[str, np.ndarray]:
+def read_biases(tensors: StoredTensors, of: ExpertTensors) -> dict[str, np.ndarray]:
     """gate_bias, up_bias (E, F) and down_bias (E, D), where there are some."""
     if of.kind != "interleaved":
         return {}
@@ -89,7 +101,7 @@ def read_biases(tensors: TensorFiles, of: ExpertTensors) -> dict[str, np.ndarray
 
 
 def expert_tensors(of: ExpertTensors, experts: list[Triple], biases: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The file's tensors from one layer's experts: what ``read_expert`` and ``read_biases`` undo."""
+    """The file's tensors from one layer's experts, none turned: what ``read_expert`` and ``read_biases`` undo."""
     if of.kind == "split":
         parts = [part for e, triple in enumerate(experts) for part in zip(of.each(e), _rows_are_outputs(triple))]
         return {name: np.ascontiguousarray(w) for name, w in parts}
