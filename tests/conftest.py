@@ -218,6 +218,8 @@ CORRECTED = {
 }  # fmt: skip
 INDEXED = LATENT | {"index_topk": 64, "index_n_heads": 2, "index_head_dim": 8, "routed_scaling_factor": 2.5}
 LOCAL = {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2}
+SIX = {"intermediate_size": 40, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
+SOME_SLIDE = ["sliding_attention", "full_attention", "sliding_attention"]
 # family -> (prefix of its classes in transformers, the smallest configuration that has all its parts)
 FAMILY_MODELS = {
     "mixtral": ("Mixtral", LOCAL | {"sliding_window": 7}),
@@ -269,6 +271,23 @@ FAMILY_MODELS = {
         },
     ),
     "minimax_m2": ("MiniMaxM2", LOCAL | {"head_dim": 8, "rotary_dim": 4}),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {
+            "intermediate_size": 40, "moe_intermediate_size": 24, "moe_num_experts": 6, "moe_k": 2,
+            "moe_num_shared_experts": 2, "tie_word_embeddings": False,
+        },
+    ),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", SIX | {"moe_topk": 2, "intermediate_size": 24, "head_dim": 8}),
+    "mellum": ("Mellum", SIX | {"head_dim": 16, "sliding_window": 7, "layer_types": SOME_SLIDE}),
+    "exaone_moe": (
+        "ExaoneMoe",
+        SIX
+        | {
+            "num_shared_experts": 2, "routed_scaling_factor": 1.5, "n_group": 3, "topk_group": 2, "head_dim": 16,
+            "sliding_window": 7, "layer_types": SOME_SLIDE,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -285,10 +304,10 @@ def transformers_model(family, **changes):
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+            if parameter.ndim == 1 or parameter.min() == parameter.max():
+                parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.3))
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias", "layer_scalar")):
                 buffer.add_(torch.rand_like(buffer) * 0.3)
     return model
 

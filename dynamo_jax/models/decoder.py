@@ -82,7 +82,7 @@ class Layer(nnx.Module):
         self.router = normal(rngs, (c.hidden_size, m.num_experts), c)
         if m.router.router_bias:
             self.router_bias = nnx.Param(jnp.zeros(m.num_experts))
-        if m.router.routing == "sigmoid":
+        if m.router.choice_bias:
             self.router_correction = nnx.Param(jnp.zeros(m.num_experts))
         shape = (m.num_experts, m.intermediate_size, c.hidden_size)
         if with_experts:
@@ -120,7 +120,7 @@ class Layer(nnx.Module):
     def route(self, x: Float[Array, "N D"]) -> Routing:
         router = self.mixture.router
         bias = self.router_bias[...] if router.router_bias else None
-        correction = self.router_correction[...] if router.routing == "sigmoid" else None
+        correction = self.router_correction[...] if router.choice_bias else None
         return route(x, self.router[...], self.mixture, bias, correction)
 
     def beside(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:

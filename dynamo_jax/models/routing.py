@@ -39,6 +39,8 @@ def route(
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     spec = mixture.router
+    if cap := spec.router_logit_softcapping:
+        logits = jnp.tanh(logits / cap) * cap
     experts, gates = CHOICES[spec.routing](logits, spec, mixture.num_experts_per_tok, correction)
     return Routing(logits, experts.astype(jnp.int32), gates * spec.routed_scaling_factor)
 
@@ -81,7 +83,7 @@ def _best(
     _, experts = jax.lax.top_k(choice, k)
     gates = jnp.take_along_axis(scores, experts, axis=-1)
     if spec.norm_topk_prob:
-        gates = gates / (gates.sum(axis=-1, keepdims=True) + least)
+        gates = gates / (gates.sum(axis=-1, keepdims=True) + max(spec.norm_floor, least))
     return experts, gates
 
 

@@ -18,8 +18,11 @@ from typing import Any
 from dynamo_jax.files import shown
 
 ROUTINGS = ("softmax", "topk_softmax", "sigmoid", "sparsemixer")
-QK_NORMS = ("none", "vector", "head")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+QK_NORMS = ("none", "vector", "head", "turned")
+GATINGS = ("none", "per-head", "per-element")
+GATE_FUNCTIONS = ("sigmoid", "softplus")
+NORMS = ("before", "both")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "ntk_alpha")
 WHOLE_LIMIT = 2**31 - 1
 LAYERS_LIMIT = 10_000
 TINY, NUMBER_LIMIT = 1e-12, 1e6  # a constant outside of these is a mistake; products of a few stay finite in float32
@@ -28,13 +31,15 @@ TINY, NUMBER_LIMIT = 1e-12, 1e6  # a constant outside of these is a mistake; pro
 _AT_LEAST_ONE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("num_experts", "num_experts_per_tok", "max_position_embeddings", "dense_intermediate_size"),
-    *("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"),
+    *("kv_lora_rank", "qk_nope_head_dim"),
 )
 _RANGES = {  # of float fields; others are not negative and at most NUMBER_LIMIT
     "rms_norm_eps": (TINY, 1.0),
     "rope_theta": (1.001, 1e30),  # 1 has no logarithm to divide by
     "clip_qkv": (TINY, NUMBER_LIMIT),
     "router_jitter_noise": (0.0, 1.0),
+    "attention_value_scale": (TINY, NUMBER_LIMIT),
+    "alpha": (1.0, NUMBER_LIMIT),
     **dict.fromkeys(("routed_scaling_factor", "swiglu_alpha"), (TINY, NUMBER_LIMIT)),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), (TINY, NUMBER_LIMIT)),
     **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), (TINY, NUMBER_LIMIT)),
@@ -103,7 +108,7 @@ def check_fields(config: Any) -> None:
 class RopeScaling:
     """How rotary frequencies are stretched; ``rope_type`` says which of the other fields count."""
 
-    rope_type: str = "default"  # default | linear | llama3 | yarn | longrope
+    rope_type: str = "default"  # of ROPE_TYPES
     factor: float = 1.0
     original_max_position_embeddings: int = 0
     low_freq_factor: float = 1.0  # llama3
@@ -115,6 +120,7 @@ class RopeScaling:
     mscale_all_dim: float = 0.0
     attention_factor: float = 0.0  # multiplies cosines and sines; 0: as the type derives it
     short_factor: tuple[float, ...] = ()  # longrope: one divisor a frequency
+    alpha: float = 1.0  # ntk_alpha: the base grows by a power of it
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -149,24 +155,31 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grouped:
-    """Grouped-query attention (``mixers/grouped.py``). window: newest positions that a token sees, 0 for all."""
+    """Grouped-query attention (``mixers/grouped.py``). window: newest positions that a token sees, 0 for all.
+    gating: of outputs, by a projection of its own."""
 
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     rope: Rope | None
     window: int = 0
-    qk_norm: str = "none"  # over the whole query and key vectors, or over each head
+    v_head_dim: int = 0  # 0: head_dim
+    qk_norm: str = "none"  # over whole query and key vectors, over each head, or over each head when it is turned
     clip_qkv: float | None = None
     qkv_bias: bool = False
     output_bias: bool = False
     attention_scale: float = 0.0  # 0: 1 / sqrt(head_dim)
     attention_sinks: bool = False
+    attention_value_scale: float = 1.0
+    gating: str = "none"
+    gate_function: str = "sigmoid"
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_divides("num_key_value_heads", self.num_key_value_heads, self.num_attention_heads)
         check_known("qk_norm", self.qk_norm, QK_NORMS)
+        check_known("gating", self.gating, GATINGS)
+        check_known("gate_function", self.gate_function, GATE_FUNCTIONS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,14 +199,19 @@ class Latent:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_number("v_head_dim", self.v_head_dim, low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Router:
-    """How a token's experts and gates are chosen (``routing.py``)."""
+    """How a token's experts and gates are chosen (``routing.py``). choice_bias: added to the scores by which experts
+    are chosen, not to their gates. norm_floor: added to the sum by which gates are divided."""
 
     routing: str = "softmax"
     norm_topk_prob: bool = False
+    norm_floor: float = 0.0
+    choice_bias: bool = False
+    router_logit_softcapping: float = 0.0
     n_group: int = 0
     topk_group: int = 0
     routed_scaling_factor: float = 1.0
@@ -250,10 +268,19 @@ Channel = Dense | Mixture
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """A residual block: a mixer, then a channel part, each behind a norm."""
+    """A residual block: a mixer, then a channel part, each behind a norm, or between two."""
 
     mixer: Mixer
     channel: Channel
+    norms: str = "before"
+
+    def __post_init__(self) -> None:
+        check_known("norms", self.norms, NORMS)
+
+    @property
+    def adds(self) -> bool:
+        """Whether what the experts give is added to the stream as it is, but for a factor."""
+        return self.norms == "before"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with the names of the parts' kinds."""

@@ -25,7 +25,7 @@ MASK[2, 15:] = False  # and after
 def run_theirs(model):
     """Logits and chosen experts, layer by layer."""
     chosen = []
-    routers = [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
+    routers = [m for m in model.modules() if type(m).__name__.lower().endswith(("topkrouter", "v1gate"))]
     hooks = [m.register_forward_hook(lambda m, i, out: chosen.append(out[2].numpy())) for m in routers]
     positions = torch.tensor(np.maximum(MASK.cumsum(axis=1) - 1, 0))
     with torch.no_grad():
@@ -64,10 +64,24 @@ LONGROPE = {
         "original_max_position_embeddings": 32,
     }
 }  # fmt: skip
+
+
+def of_types(full, sliding):
+    return {
+        "rope_parameters": {"full_attention": full["rope_parameters"], "sliding_attention": sliding["rope_parameters"]}
+    }
+
+
 TIED = ("mixtral", "phimoe")  # without and with a bias of the head; the others' tied head is mixtral's
 NO_CLASS = {"kimi_k2"}  # of its own in transformers
 OWN = [family for family in FAMILIES if family not in NO_CLASS]
 FIRST = {next(iter(lineage.FAMILIES)) for lineage in LINEAGES}
+SLOW = [
+    ("ernie4_5_moe", {"moe_layer_interval": 2, "moe_num_shared_experts": 0, **yarn()}),
+    ("hunyuan_v1_moe", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}}),
+    ("mellum", {"mlp_layer_types": ["dense", "sparse", "sparse"], **of_types(yarn(), LINEAR)}),
+    ("exaone_moe", {"layer_types": None, "sliding_window_pattern": 2, "n_group": 1, "topk_group": 1}),
+]
 VARIETIES = [
     *(pytest.param(family, {}, marks=[] if family in FIRST else [pytest.mark.slow]) for family in OWN),
     *(
@@ -90,6 +104,7 @@ VARIETIES = [
     ("granitemoe", LLAMA3),
     ("olmoe", LLAMA3 | {"attention_bias": True}),
     ("phimoe", LONGROPE | {"attention_bias": False, "lm_head_bias": False}),
+    *(pytest.param(family, changes, marks=pytest.mark.slow) for family, changes in SLOW),
 ]
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Container, Iterable
 from typing import Any
 
+import numpy as np
+
 from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.families.family import ROW
 from dynamo_jax.models.families.table import FAMILIES
 from dynamo_jax.models.formats.expert_files import ExpertTensors
 
@@ -27,6 +31,7 @@ NAMES = {  # of a layer's parameters, but the routed experts' weights and biases
     **{f"attention.{part}_bias": f"self_attn.{part}_proj.bias" for part in "qkvo"},
     **{f"attention.{part}_norm": f"self_attn.{part}_norm.weight" for part in "qk"},
     "attention.sinks": "self_attn.sinks",
+    "attention.gate": "self_attn.g_proj.weight",
     "attention.q_down": "self_attn.q_a_proj.weight",
     "attention.q_down_bias": "self_attn.q_a_proj.bias",
     "attention.q_down_norm": "self_attn.q_a_layernorm.weight",
@@ -42,10 +47,31 @@ NAMES = {  # of a layer's parameters, but the routed experts' weights and biases
     **{f"shared.{part}": f"mlp.shared_experts.{part}_proj.weight" for part in _PARTS},
     "shared_gate": "mlp.shared_expert_gate.weight",
 }
-TURNED = {  # files have (outputs, inputs), and these parameters the other way round
+_TURNED = {  # files have (outputs, inputs), and these parameters the other way round
     *("router", "shared_gate", "dense.down", "shared.down"),
-    *(f"attention.{part}" for part in ("q", "k", "v", "o", "q_down", "q_up", "kv_down", "kv_up")),
+    *(f"attention.{part}" for part in ("q", "k", "v", "o", "gate", "q_down", "q_up", "kv_down", "kv_up")),
 }
+
+
+class Filed(enum.Enum):
+    """How an array of ours lies in a file: as it is, with its axes the other way round, or as the only row of a
+    matrix."""
+
+    PLAIN = 0
+    TURNED = 1
+    ROW = 2
+
+    def to_file(self, array: np.ndarray) -> np.ndarray:
+        return array.T if self is Filed.TURNED else array[None] if self is Filed.ROW else array
+
+    def from_file(self, array: np.ndarray) -> np.ndarray:
+        return array.T if self is Filed.TURNED else array[0] if self is Filed.ROW else array
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the array in the file."""
+        return shape[::-1] if self is Filed.TURNED else (1, *shape) if self is Filed.ROW else shape
+
+
 _MOE = r"(mlp|block_sparse_moe)\."
 # Tensors of one layer of any family, by the part of the name that follows the layer's number, and the keys of
 # config.json by which a model has them.
@@ -110,9 +136,15 @@ def head_name(config: ModelConfig) -> str:
     return f"{config.head_prefix}lm_head.weight"
 
 
-def names_of(config: ModelConfig) -> dict[str, str]:
-    """What the files of the configuration's family call the parameters of a layer, apart from the layer's prefix."""
-    return NAMES | FAMILIES[config.family].names
+def names_of(config: ModelConfig) -> dict[str, tuple[str, Filed]]:
+    """What the files of the configuration's family call the parameters of a layer, apart from the layer's prefix, and
+    how they hold them."""
+    named = NAMES | FAMILIES[config.family].names
+    return {ours: (theirs.removesuffix(ROW), _filed(ours, theirs)) for ours, theirs in named.items()}
+
+
+def _filed(ours: str, theirs: str) -> Filed:
+    return Filed.ROW if theirs.endswith(ROW) else Filed.TURNED if ours in _TURNED else Filed.PLAIN
 
 
 def expert_names(config: ModelConfig, layer: int) -> ExpertTensors:
