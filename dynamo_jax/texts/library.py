@@ -3,6 +3,7 @@
     datasets:Salesforce/wikitext,wikitext-2-raw-v1,test:text
 
 Rows are read one after the other until ``MOST`` characters are there, so that no large dataset is downloaded whole.
+With ``HF_HUB_OFFLINE=1`` they come from the library's local cache.
 """
 
 from __future__ import annotations
@@ -47,13 +48,17 @@ def read_library(given: str) -> str:
     except ImportError:
         raise ValueError(f"{given}: the library is not installed: pip install datasets, or give a file") from None
     try:
-        rows = datasets.load_dataset(named.name, named.config, split=named.split, streaming=True)
+        offline = getattr(getattr(datasets, "config", None), "HF_HUB_OFFLINE", False)  # then from its local cache
+        rows = datasets.load_dataset(named.name, named.config, split=named.split, streaming=not offline)
         texts = list(_texts(given, named, rows))
     except ValueError:
         raise
     except Exception as error:  # of the library, of what it reads, of the network
         said = shortened(str(error).strip().partition("\n")[0])
-        raise ValueError(f"{given}: the datasets library cannot load it: {type(error).__name__}: {said}") from error
+        raise ValueError(
+            f"{given}: the datasets library cannot load it: {type(error).__name__}: {said} (HF_HUB_OFFLINE=1 takes it "
+            "from the local cache)"
+        ) from error
     if not any(map(str.strip, texts)):
         raise ValueError(f"{given}: there is no text in {named.field!r}")
     return "\n\n".join(texts)

@@ -57,7 +57,7 @@ def test_reading_ends_where_there_is_enough(asked, monkeypatch):
     [
         ("datasets:org/name:body", "no field 'body'; there are text, number"),
         ("datasets:org/name:number", "field 'number' is int, not a string"),
-        ("datasets:org/none", "cannot load it: FileNotFoundError: no dataset org/none$"),
+        ("datasets:org/none", "cannot load it: FileNotFoundError: no dataset org/none \\(HF_HUB"),
         ("datasets:org/empty", "there is no text in 'text'"),
         ("datasets:", "expected datasets:NAME"),
         ("datasets:a,b,c,d", "expected datasets:NAME"),
