@@ -5,7 +5,6 @@ A mistake is a ``ValueError`` that names the option. Heavy imports happen inside
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,14 +12,19 @@ from typing import Annotated, Any
 import typer
 
 ModelOption = Annotated[
-    str, typer.Option("--model", help="tiny-moe (bundled), a Hugging Face folder, or a folder that quantize wrote.")
+    str,
+    typer.Option(
+        "--model",
+        help="tiny-moe (bundled), a Hugging Face folder or name (org/name), or a folder that quantize wrote.",
+    ),
 ]
 KnownOption = Annotated[
     list[str],
     typer.Option(
         "--known",
         metavar="NAME=FILE",
-        help="A dataset of calibration: UTF-8 text, or .jsonl or .json (field text). Repeatable.",
+        help="A dataset of calibration: UTF-8 text, .jsonl or .json (field text), or "
+        "datasets:NAME[,CONFIG[,SPLIT]][:FIELD] of the datasets library. Repeatable.",
     ),
 ]
 NovelOption = Annotated[
@@ -47,6 +51,7 @@ WindowOption = Annotated[int, typer.Option(min=8, help="Tokens a window.")]
 def model_folder(model: str) -> Path:
     """The folder that ``--model`` means. ValueError, which says what is taken: it is none."""
     from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME
+    from dynamo_jax.models.hub import hub_folder, is_hub_name
 
     if not model:
         raise ValueError("--model is empty")
@@ -55,16 +60,14 @@ def model_folder(model: str) -> Path:
     folder = Path(model)
     taken = (
         f"--model takes {BUNDLED_NAME} (bundled), a Hugging Face folder (config.json, tokenizer.json, "
-        "model.safetensors or shards with model.safetensors.index.json), or a folder that quantize wrote"
+        "model.safetensors or shards with model.safetensors.index.json), a name of the hub (org/name), or a folder "
+        "that quantize wrote"
     )
     if not folder.is_dir():
         if folder.exists():
             raise ValueError(f"{model}: a file, not a model folder; {taken}")
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII):
-            taken = (
-                f"a model of the Hugging Face hub has to be downloaded first, hf download {model} --local-dir "
-                f"{folder.name}, and then --model {folder.name}; {taken}"
-            )
+        if is_hub_name(model):
+            return hub_folder(model)
         raise ValueError(f"{model}: no such model folder; {taken}")
     if not ((folder / "config.json").is_file() or (folder / "dynamo_jax.json").is_file()):
         inside = sorted(p.parent for p in folder.glob("snapshots/*/config.json"))
@@ -92,6 +95,7 @@ def load_float(model: str) -> Any:
 
 def read_datasets(known: list[str], novel: list[str]) -> dict[str, dict[str, str]]:
     """The texts of all NAME=FILE arguments, read before any long work."""
+    from dynamo_jax.texts.library import PREFIX, read_library
     from dynamo_jax.texts.reading import read_text
 
     texts: dict[str, dict[str, str]] = {"known": {}, "novel": {}}
@@ -104,7 +108,7 @@ def read_datasets(known: list[str], novel: list[str]) -> dict[str, dict[str, str
             if name in seen:
                 raise ValueError(f"--{kind} {item}: the name {name} is given twice")
             seen.add(name)
-            texts[kind][name] = read_text(path)
+            texts[kind][name] = read_library(path) if path.startswith(PREFIX) else read_text(path)
     return texts
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from conftest import FAMILY_MODELS
 
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
@@ -26,7 +27,6 @@ from dynamo_jax.generation import (
 from dynamo_jax.models import chat
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import parameters
-from dynamo_jax.models.families.table import FAMILIES
 from dynamo_jax.models.huggingface import load_decoder, side_files
 from dynamo_jax.models.stacked import stacked
 from dynamo_jax.quant.planes import dequantize
@@ -71,7 +71,7 @@ def family_case(family):
     return pytest.param(family, marks=[] if family in OWN_DECODING else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize("family", [*map(family_case, FAMILIES)])
+@pytest.mark.parametrize("family", [*map(family_case, FAMILY_MODELS)])
 def test_greedy_tokens_equal_those_of_transformers(family_model, family, tmp_path):
     """Beyond every sliding window, with prompts of different lengths in one batch."""
     model = family_model(family)

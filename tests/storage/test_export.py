@@ -14,6 +14,7 @@ import pytest
 import stored
 import torch
 import transformers
+from conftest import FAMILY_MODELS
 from quantized_runs import signed
 
 from dynamo_jax.calibration.config import QuantizeConfig
@@ -21,7 +22,6 @@ from dynamo_jax.calibration.pipeline import quantize_folder
 from dynamo_jax.generation import load_text_model, quantized_language_model
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import with_parameters
-from dynamo_jax.models.families.table import FAMILIES
 from dynamo_jax.models.formats.declared import declared
 from dynamo_jax.models.formats.stored import StoredTensors
 from dynamo_jax.models.huggingface import load_decoder
@@ -45,7 +45,7 @@ def family_case(family):
     return pytest.param(family, False, marks=[] if family == "gpt_oss" else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize(("family", "apart"), [*map(family_case, FAMILIES), ("olmoe", True)])
+@pytest.mark.parametrize(("family", "apart"), [*map(family_case, FAMILY_MODELS), ("olmoe", True)])
 def test_transformers_loads_an_export_and_has_our_logits(family_model, family, apart, tokenizer_file, tmp_path):
     """A bfloat16 checkpoint in several shards, quantized with several widths, exported, loaded in float32."""
     model = family_model(family).to(torch.bfloat16)
