@@ -281,6 +281,31 @@ FAMILY_MODELS = {
     ),
     "hunyuan_v1_moe": ("HunYuanMoEV1", SIX | {"moe_topk": 2, "intermediate_size": 24, "head_dim": 8}),
     "mellum": ("Mellum", SIX | {"head_dim": 16, "sliding_window": 7, "layer_types": SOME_SLIDE}),
+    "mimo_v2_flash": (
+        "MiMoV2Flash",
+        {
+            "intermediate_size": 40, "moe_intermediate_size": 24, "n_routed_experts": 6, "num_experts_per_tok": 2,
+            "head_dim": 12, "v_head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 1, "n_group": 3,
+            "topk_group": 2, "sliding_window": 7, "layer_types": SOME_SLIDE, "attention_bias": True,
+        },
+    ),
+    "laguna": (
+        "Laguna",
+        SIX
+        | {
+            "shared_expert_intermediate_size": 20, "head_dim": 8, "sliding_window": 7, "layer_types": SOME_SLIDE,
+            "num_attention_heads_per_layer": [4, 2, 6], "moe_routed_scaling_factor": 1.5,
+            "moe_router_logit_softcapping": 2.0,
+        },
+    ),
+    "afmoe": (
+        "Afmoe",
+        SIX
+        | {
+            "num_shared_experts": 2, "head_dim": 8, "sliding_window": 7, "layer_types": SOME_SLIDE,
+            "num_dense_layers": 1, "route_scale": 1.5, "mup_enabled": True,
+        },
+    ),
     "exaone_moe": (
         "ExaoneMoe",
         SIX

@@ -74,6 +74,8 @@ class Layer(nnx.Module):
         self.attention_norm = Norm(c)
         self.attention = mixer(c, spec.mixer, rngs)
         self.experts_norm = Norm(c)
+        if spec.norms == "both":
+            self.attention_post_norm, self.experts_post_norm = Norm(c), Norm(c)
         m = spec.channel
         if isinstance(m, Dense):
             self.dense = Mlp(c, m.dense_intermediate_size, rngs=rngs)
@@ -102,16 +104,20 @@ class Layer(nnx.Module):
         x, cache = self.attend(x, places, cache)
         flat = self.experts_norm(x).reshape(-1, x.shape[-1])
         if self.expert_index is None:
-            return self.add(x, self.dense(flat)), None, cache
+            return self.joined(x, self.dense(flat)), None, cache
         out, aux = experts(self.expert_index, flat, self.route(flat), self.expert_weights(), self.form())
-        return self.add(x, out + self.beside(flat)), aux, cache
+        return self.joined(x, out + self.beside(flat)), aux, cache
 
     def attend(
         self, x: Float[Array, "B T D"], places: Places, cache: LayerCache | None = None
     ) -> tuple[Array, LayerCache | None]:
         """The residual stream after attention."""
         out, cache = self.attention(self.attention_norm(x), places, cache)
-        return self.add(x, out), cache
+        return self.add(x, self.attention_post_norm(out) if self.spec.norms == "both" else out), cache
+
+    def joined(self, x: Float[Array, "B T D"], out: Array) -> Float[Array, "B T D"]:
+        """The residual stream ``x`` after the channel part, which gave ``out``."""
+        return self.add(x, self.experts_post_norm(out) if self.spec.norms == "both" else out)
 
     def add(self, x: Float[Array, "B T D"], out: Array) -> Float[Array, "B T D"]:
         scale = self.config.residual_multiplier

@@ -26,7 +26,7 @@ MASK[2, 15:] = False  # and after
 def run_theirs(model):
     """Logits and chosen experts, layer by layer."""
     chosen = []
-    routers = [m for m in model.modules() if type(m).__name__.lower().endswith(("topkrouter", "v1gate"))]
+    routers = [m for m in model.modules() if type(m).__name__.lower().endswith(("topkrouter", "v1gate", "choicerouter"))]
     hooks = [m.register_forward_hook(lambda m, i, out: chosen.append(out[2].numpy())) for m in routers]
     positions = torch.tensor(np.maximum(MASK.cumsum(axis=1) - 1, 0))
     with torch.no_grad():

@@ -12,6 +12,7 @@ from typing import Any
 from dynamo_jax.files import shown
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.families import (
+    afmoe,
     deepseek,
     ernie,
     exaone,
@@ -19,7 +20,9 @@ from dynamo_jax.models.families import (
     gpt_oss,
     granite,
     hunyuan,
+    laguna,
     mellum,
+    mimo,
     minimax,
     mixtral,
     olmoe,
@@ -40,7 +43,7 @@ from dynamo_jax.models.specs import TINY, Rope, RopeScaling, check_number
 
 LINEAGES = (
     *(mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe, glm, hunyuan, minimax),
-    *(ernie, mellum, exaone),
+    *(ernie, mellum, exaone, mimo, laguna, afmoe),
 )
 FAMILIES: dict[str, Family] = {name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()}
 TEXT_PARTS = ("text_config", "llm_config", "language_config")
@@ -55,7 +58,7 @@ _EXPERTS = (  # names of one number; a family writes one of them
 _NULL_IS_A_VALUE = {  # elsewhere null is as good as no key
     *("head_dim", "num_key_value_heads", "sliding_window", "clip_qkv", "q_lora_rank", "n_group", "topk_group"),
     *("n_shared_experts", "first_k_dense_replace", "mlp_only_layers", "norm_topk_prob", "rope_interleave"),
-    *("mlp_layer_types", "layer_types", "max_window_layers"),
+    *("mlp_layer_types", "layer_types", "max_window_layers", "attention_value_scale"),
 }
 _ROPE_KEYS = {  # type -> keys that it needs, and others that it knows
     "linear": (("factor",), ()),
