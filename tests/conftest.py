@@ -217,6 +217,11 @@ CORRECTED = {
     "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5,
 }  # fmt: skip
 LOCAL = {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2}
+DELTA = {
+    "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20, "num_experts": 6, "num_experts_per_tok": 2,
+    "head_dim": 16, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6,
+}  # fmt: skip
 # family -> (prefix of its classes in transformers, the smallest configuration that has all its parts)
 FAMILY_MODELS = {
     "mixtral": ("Mixtral", LOCAL | {"sliding_window": 7}),
@@ -262,6 +267,11 @@ FAMILY_MODELS = {
             "num_shared_experts": 1, "head_dim": 16, "attention_bias": True,
         },
     ),
+    "qwen3_next": (
+        "Qwen3Next",
+        DELTA | {"intermediate_size": 40, "mlp_only_layers": [2]},
+    ),
+    "qwen3_5_moe_text": ("Qwen3_5Moe", DELTA),
     "minimax_m2": ("MiniMaxM2", LOCAL | {"head_dim": 8, "rotary_dim": 4}),
 }  # fmt: skip
 
@@ -275,8 +285,8 @@ def transformers_model(family, **changes):
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     prefix, values = FAMILY_MODELS[family]
-    config = getattr(transformers, f"{prefix}Config")(**{**SMALL, **values, **changes})
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    kind = getattr(transformers, f"{prefix}ForCausalLM")
+    model = kind(kind.config_class(**{**SMALL, **values, **changes})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

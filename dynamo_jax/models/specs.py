@@ -29,6 +29,8 @@ _AT_LEAST_ONE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("num_experts", "num_experts_per_tok", "max_position_embeddings", "dense_intermediate_size"),
     *("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"),
+    *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    "linear_conv_kernel_dim",
 )
 _RANGES = {  # of float fields; others are not negative and at most NUMBER_LIMIT
     "rms_norm_eps": (TINY, 1.0),
@@ -149,7 +151,8 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grouped:
-    """Grouped-query attention (``mixers/grouped.py``). window: newest positions that a token sees, 0 for all."""
+    """Grouped-query attention (``mixers/grouped.py``). window: newest positions that a token sees, 0 for all;
+    output_gate: beside each head's query there is a gate, whose sigmoid multiplies the head's output."""
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -162,6 +165,7 @@ class Grouped:
     output_bias: bool = False
     attention_scale: float = 0.0  # 0: 1 / sqrt(head_dim)
     attention_sinks: bool = False
+    output_gate: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -186,6 +190,23 @@ class Latent:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaNet:
+    """The gated delta net (``mixers/delta.py``; arXiv 2412.06464). linear_conv_kernel_dim: tokens that its convolution
+    sees, the newest one too; fused_projections: queries, keys, values and z in one matrix, b and a in another."""
+
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int = 4
+    fused_projections: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_divides("linear_num_key_heads", self.linear_num_key_heads, self.linear_num_value_heads)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,7 +265,7 @@ class Mixture:
             raise ValueError(f"sparsemixer routing chooses 2 experts, not {self.num_experts_per_tok}")
 
 
-Mixer = Grouped | Latent
+Mixer = Grouped | Latent | DeltaNet
 Channel = Dense | Mixture
 
 

@@ -17,6 +17,7 @@ from dynamo_jax.models.specs import (
     Grouped,
     Latent,
     LayerSpec,
+    Mixer,
     Mixture,
     Rope,
     Router,
@@ -29,7 +30,7 @@ Raw = dict[str, Any]  # what a config.json holds
 SPARSE = "block_sparse_moe"
 SPARSE_NAMES = {"router": f"{SPARSE}.gate.weight"}
 W123 = "w1 w3 w2"  # gate, up and down
-SLIDING, FULL = "sliding_attention", "full_attention"
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 COMMON: Raw = {  # keys that are left out mean the same in every family
     "hidden_act": "silu",
     "initializer_range": 0.02,
@@ -132,17 +133,22 @@ def shared_beside(raw: Raw, key: str = "n_shared_experts") -> Raw:
 
 def stack(
     raw: Raw,
-    mixer: Grouped | Latent,
+    mixer: Grouped | Latent | list[Mixer],
     experts: Mixture,
     windows: tuple[int, ...] = (),
     dense: Collection[int] = (),
 ) -> tuple[LayerSpec, ...]:
-    """All layers: alike but for the windows of attention, and for those that are dense."""
+    """All layers: alike but for their mixers, if there is one for each, for the windows of attention, and for those
+    that are dense."""
     channels = Dense(dense_intermediate_size=whole(raw, "intermediate_size")) if dense else None
-    mixers = {w: dataclasses.replace(mixer, window=w) for w in windows or (0,)}
+    count = layers_of(raw)
+    if isinstance(mixer, list):
+        mixers = mixer
+    else:
+        of_window: dict[int, Mixer] = {w: dataclasses.replace(mixer, window=w) for w in windows or (0,)}
+        mixers = [of_window[w] for w in windows or (0,) * count]
     return tuple(
-        LayerSpec(mixer=mixers[windows[i] if windows else 0], channel=channels if channels and i in dense else experts)
-        for i in range(layers_of(raw))
+        LayerSpec(mixer=mixers[i], channel=channels if channels and i in dense else experts) for i in range(count)
     )
 
 
@@ -186,13 +192,14 @@ def biased(raw: Raw) -> Raw:
     return dict.fromkeys(("qkv_bias", "output_bias"), flag(raw, "attention_bias"))
 
 
-def layer_types(raw: Raw, default: list[str]) -> list[str]:
-    """What each layer's attention sees, from ``layer_types`` or else ``default``."""
+def layer_types(raw: Raw, default: list[str], known: tuple[str, str] = (SLIDING, FULL)) -> list[str]:
+    """What each layer's mixer is, from ``layer_types`` or else ``default``; known: the two kinds of the family."""
     types = raw.get("layer_types")
     if types is None:
         return default
-    if not isinstance(types, list) or any(t not in (SLIDING, FULL) for t in types) or len(types) != len(default):
-        raise ValueError(f"layer_types={shown(types)}: expected {SLIDING} or {FULL} for each of {len(default)} layers")
+    if not isinstance(types, list) or any(t not in known for t in types) or len(types) != len(default):
+        kinds = " or ".join(known)
+        raise ValueError(f"layer_types={shown(types)}: expected {kinds} for each of {len(default)} layers")
     return types
 
 

@@ -10,7 +10,19 @@ from typing import Any
 
 from dynamo_jax.files import shown
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.families import deepseek, glm, gpt_oss, granite, hunyuan, minimax, mixtral, olmoe, phimoe, qwen
+from dynamo_jax.models.families import (
+    deepseek,
+    glm,
+    gpt_oss,
+    granite,
+    hunyuan,
+    minimax,
+    mixtral,
+    olmoe,
+    phimoe,
+    qwen,
+    qwen_delta,
+)
 from dynamo_jax.models.families.family import (
     COMMON,
     FULL,
@@ -23,7 +35,7 @@ from dynamo_jax.models.families.family import (
 )
 from dynamo_jax.models.specs import TINY, Rope, RopeScaling, check_number
 
-LINEAGES = (mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe, glm, hunyuan, minimax)
+LINEAGES = (mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe, glm, hunyuan, minimax, qwen_delta)
 FAMILIES: dict[str, Family] = {name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()}
 _SIZES = ("vocab_size", "hidden_size", "max_position_embeddings")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of one number; a family writes one of them
