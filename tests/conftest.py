@@ -221,6 +221,11 @@ INDEXED = LATENT | {"index_topk": 64, "index_n_heads": 2, "index_head_dim": 8, "
 LOCAL = {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2}
 SIX = {"intermediate_size": 40, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
 SOME_SLIDE = ["sliding_attention", "full_attention", "sliding_attention"]
+DELTA = {
+    "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20, "num_experts": 6, "num_experts_per_tok": 2,
+    "head_dim": 16, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6,
+}  # fmt: skip
 # family -> (prefix of its classes in transformers, the smallest configuration that has all its parts)
 FAMILY_MODELS = {
     "mixtral": ("Mixtral", LOCAL | {"sliding_window": 7}),
@@ -271,6 +276,11 @@ FAMILY_MODELS = {
             "num_shared_experts": 1, "head_dim": 16, "attention_bias": True,
         },
     ),
+    "qwen3_next": (
+        "Qwen3Next",
+        DELTA | {"intermediate_size": 40, "mlp_only_layers": [2]},
+    ),
+    "qwen3_5_moe_text": ("Qwen3_5Moe", DELTA),
     "minimax_m2": ("MiniMaxM2", LOCAL | {"head_dim": 8, "rotary_dim": 4}),
     "ernie4_5_moe": (
         "Ernie4_5_Moe",
@@ -326,8 +336,8 @@ def transformers_model(family, **changes):
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     prefix, values = FAMILY_MODELS[family]
-    config = getattr(transformers, f"{prefix}Config")(**{**SMALL, **values, **changes})
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    kind = getattr(transformers, f"{prefix}ForCausalLM")
+    model = kind(kind.config_class(**{**SMALL, **values, **changes})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1 or parameter.min() == parameter.max():

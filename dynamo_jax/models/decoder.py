@@ -1,7 +1,8 @@
 """The mixture-of-experts decoder in Flax NNX: the whole forward pass in reading order.
 
-Pre-norm residual blocks: attention, then a mixture of experts with an optional shared expert, or a
-dense MLP. The layers' specifications say which parts there are; no part asks for the family's name.
+Pre-norm residual blocks: attention or another mixer, then a mixture of experts with an optional
+shared expert, or a dense MLP. The layers' specifications say which parts there are; no part asks for
+the family's name.
 
 Axes: B batch, T tokens, N = B*T, S cached tokens, D hidden, E experts, k experts a token,
 F channels of an expert, V vocabulary.
@@ -18,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.kernels.products import matmul
-from dynamo_jax.models.attention import LayerCache, Places
+from dynamo_jax.models.attention import Places
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.experts import (
     ExpertBiases,
@@ -29,7 +30,7 @@ from dynamo_jax.models.experts import (
     float_experts,
     silu_gated,
 )
-from dynamo_jax.models.mixers import empty_cache, mixer
+from dynamo_jax.models.mixers import LayerCache, empty_cache, mixer
 from dynamo_jax.models.norms import Norm, normal
 from dynamo_jax.models.rotary import angles
 from dynamo_jax.models.routing import Routing, route
@@ -37,8 +38,8 @@ from dynamo_jax.models.specs import Dense
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers for sequences of one batch. key_positions: position of the token in each
-    slot, -1 for none; used: slots that are filled, one number for the batch."""
+    """What the layers keep of the tokens before, for sequences of one batch. key_positions: position of the token in
+    each slot, -1 for none; used: slots that are filled, one number for the batch."""
 
     layers: tuple[LayerCache, ...]
     key_positions: Int[Array, "B S"]
@@ -63,7 +64,7 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One residual block: attention, then experts or a dense MLP. ``index`` counts all layers, ``expert_index``
+    """One residual block: a mixer, then experts or a dense MLP. ``index`` counts all layers, ``expert_index``
     those with experts (None in a dense layer)."""
 
     def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs, with_experts: bool = True):
@@ -111,7 +112,7 @@ class Layer(nnx.Module):
     def attend(
         self, x: Float[Array, "B T D"], places: Places, cache: LayerCache | None = None
     ) -> tuple[Array, LayerCache | None]:
-        """The residual stream after attention."""
+        """The residual stream after the mixer."""
         out, cache = self.attention(self.attention_norm(x), places, cache)
         return self.add(x, self.attention_post_norm(out) if self.spec.norms == "both" else out), cache
 
@@ -149,7 +150,7 @@ class Layer(nnx.Module):
 
 
 class CachedPass:
-    """The forward pass behind a key/value cache, of a decoder that has ``embedded`` and ``run``."""
+    """The forward pass behind a cache, of a decoder that has ``embedded`` and ``run``."""
 
     config: ModelConfig
     embedded: Callable[..., Float[Array, "B T D"]]
@@ -212,7 +213,7 @@ class Decoder(nnx.Module, CachedPass):
     ) -> tuple[Float[Array, "B T D"], list[Any]]:
         """What ``next_token_nll`` and ``logits`` take; for losses that need not hold all logits."""
         positions, keys = positions_of(tokens.shape, mask)
-        places = Places(positions, keys, angles(self.config, positions))
+        places = Places(positions, keys, angles(self.config, positions), mask=mask)
         x, extras, _ = self.run(self.embedded(tokens, dtype), experts, places, None)
         return x, extras
 
@@ -272,7 +273,7 @@ def next_places(config: ModelConfig, mask: Bool[Array, "B T"], cache: Cache) -> 
     positions = before + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
     new = jnp.where(mask, positions, -1)
     keys = jax.lax.dynamic_update_slice(cache.key_positions, new, (0, cache.used))
-    return Places(positions, keys, angles(config, positions), cache.used), keys
+    return Places(positions, keys, angles(config, positions), cache.used, mask), keys
 
 
 def parameters(model: nnx.Module) -> dict[str, Array]:

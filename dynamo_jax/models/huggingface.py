@@ -49,7 +49,7 @@ from dynamo_jax.models.formats.expert_files import (
 )
 from dynamo_jax.models.formats.stored import StoredTensors
 from dynamo_jax.models.formats.tensor_files import FLOATS, INDEX, SINGLE, write_tensors
-from dynamo_jax.models.specs import Grouped, Latent, Mixer
+from dynamo_jax.models.specs import DeltaNet, Grouped, Latent, Mixer
 from dynamo_jax.models.tokenizer import TOKENIZER
 
 UNREAD_PARTS = 8  # first parts of names that are listed
@@ -332,6 +332,9 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def _mixer_words(mixer: Mixer) -> str:
+    if isinstance(mixer, DeltaNet):
+        size = f"{mixer.linear_key_head_dim} x {mixer.linear_value_head_dim}"
+        return f"{mixer.linear_num_value_heads} heads of a gated delta net, states of {size}"
     if isinstance(mixer, Latent):
         keys = f"keys and values from {mixer.kv_lora_rank} latent numbers"
     else:

@@ -32,6 +32,8 @@ _AT_LEAST_ONE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("num_experts", "num_experts_per_tok", "max_position_embeddings", "dense_intermediate_size"),
     *("kv_lora_rank", "qk_nope_head_dim"),
+    *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    "linear_conv_kernel_dim",
 )
 _RANGES = {  # of float fields; others are not negative and at most NUMBER_LIMIT
     "rms_norm_eps": (TINY, 1.0),
@@ -155,8 +157,9 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grouped:
-    """Grouped-query attention (``mixers/grouped.py``). window: newest positions that a token sees, 0 for all.
-    gating: of outputs, by a projection of its own."""
+    """Grouped-query attention (``mixers/grouped.py``). window: newest positions that a token sees, 0 for all;
+    gating: of outputs, by a projection of its own; output_gate: beside each head's query there is a gate, whose sigmoid
+    multiplies the head's output."""
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -173,6 +176,7 @@ class Grouped:
     attention_value_scale: float = 1.0
     gating: str = "none"
     gate_function: str = "sigmoid"
+    output_gate: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -200,6 +204,23 @@ class Latent:
     def __post_init__(self) -> None:
         check_fields(self)
         check_number("v_head_dim", self.v_head_dim, low=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaNet:
+    """The gated delta net (``mixers/delta.py``; arXiv 2412.06464). linear_conv_kernel_dim: tokens that its convolution
+    sees, the newest one too; fused_projections: queries, keys, values and z in one matrix, b and a in another."""
+
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int = 4
+    fused_projections: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_divides("linear_num_key_heads", self.linear_num_key_heads, self.linear_num_value_heads)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,7 +283,7 @@ class Mixture:
             raise ValueError(f"sparsemixer routing chooses 2 experts, not {self.num_experts_per_tok}")
 
 
-Mixer = Grouped | Latent
+Mixer = Grouped | Latent | DeltaNet
 Channel = Dense | Mixture
 
 

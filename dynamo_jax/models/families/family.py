@@ -31,7 +31,7 @@ SPARSE = "block_sparse_moe"
 SPARSE_NAMES = {"router": f"{SPARSE}.gate.weight"}
 W123 = "w1 w3 w2"  # gate, up and down
 ROW = "[0]"  # behind the name of a tensor that has an axis of length one more, the first
-SLIDING, FULL = "sliding_attention", "full_attention"
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 PLAIN_ROPES = tuple(kind for kind in ROPE_TYPES if kind != "ntk_alpha")
 COMMON: Raw = {  # keys that are left out mean the same in every family
     "hidden_act": "silu",
@@ -160,12 +160,14 @@ def stack(
     each layer. own: what else a family says of all."""
     channels = Dense(dense_intermediate_size=whole(raw, "intermediate_size")) if dense else None
     count = layers_of(raw)
-    if not isinstance(mixer, Sequence):
-        mixers = {w: dataclasses.replace(mixer, window=w) for w in windows or (0,)}
-        mixer = [mixers[w] for w in windows or (0,) * count]
+    if isinstance(mixer, Sequence):
+        mixers = list(mixer)
+    else:
+        of_window: dict[int, Mixer] = {w: dataclasses.replace(mixer, window=w) for w in windows or (0,)}
+        mixers = [of_window[w] for w in windows or (0,) * count]
     experts = experts if isinstance(experts, Sequence) else [experts] * count
     return tuple(
-        LayerSpec(mixer=mixer[i], channel=channels if channels and i in dense else experts[i], **own)
+        LayerSpec(mixer=mixers[i], channel=channels if channels and i in dense else experts[i], **own)
         for i in range(count)
     )
 
@@ -210,13 +212,14 @@ def biased(raw: Raw) -> Raw:
     return dict.fromkeys(("qkv_bias", "output_bias"), flag(raw, "attention_bias"))
 
 
-def layer_types(raw: Raw, default: list[str]) -> list[str]:
-    """What each layer's attention sees, from ``layer_types`` or else ``default``."""
+def layer_types(raw: Raw, default: list[str], known: tuple[str, str] = (SLIDING, FULL)) -> list[str]:
+    """What each layer's mixer is, from ``layer_types`` or else ``default``; known: the two kinds of the family."""
     types = raw.get("layer_types")
     if types is None:
         return default
-    if not isinstance(types, list) or any(t not in (SLIDING, FULL) for t in types) or len(types) != len(default):
-        raise ValueError(f"layer_types={shown(types)}: expected {SLIDING} or {FULL} for each of {len(default)} layers")
+    if not isinstance(types, list) or any(t not in known for t in types) or len(types) != len(default):
+        kinds = " or ".join(known)
+        raise ValueError(f"layer_types={shown(types)}: expected {kinds} for each of {len(default)} layers")
     return types
 
 

@@ -30,7 +30,7 @@ def _laguna(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     if flag(raw, "moe_apply_router_weight_on_input"):
         raise ValueError("moe_apply_router_weight_on_input is not supported")
     types = layer_types(raw, [FULL] * layers_of(raw))
-    gates = {"gating": _gating(raw["gating"]), "gate_function": "softplus"}
+    gates: Raw = {"gating": _gating(raw["gating"]), "gate_function": "softplus"}
     mixers = by_type(raw, rope, types, qk_norm="head", **gates, **biased(raw))
     router = Router(
         routing="sigmoid",
@@ -75,7 +75,5 @@ _NAMES = {
     **{f"shared.{part}": f"mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")},
 }
 FAMILIES = {
-    "laguna": Family(
-        "LagunaForCausalLM", _laguna, _NAMES, defaults=_DEFAULTS, rope=_ROPE, partial=True, by_type=True
-    ),
+    "laguna": Family("LagunaForCausalLM", _laguna, _NAMES, defaults=_DEFAULTS, rope=_ROPE, partial=True, by_type=True),
 }

@@ -40,6 +40,12 @@ NAMES = {  # of a layer's parameters, but the routed experts' weights and biases
     "attention.kv_down_bias": "self_attn.kv_a_proj_with_mqa.bias",
     "attention.kv_norm": "self_attn.kv_a_layernorm.weight",
     "attention.kv_up": "self_attn.kv_b_proj.weight",
+    **{f"attention.{part}": f"linear_attn.in_proj_{part}.weight" for part in ("qkvz", "ba", "qkv", "z", "b", "a")},
+    "attention.conv": "linear_attn.conv1d.weight",
+    "attention.a_log": "linear_attn.A_log",
+    "attention.dt_bias": "linear_attn.dt_bias",
+    "attention.gated_norm": "linear_attn.norm.weight",
+    "attention.out": "linear_attn.out_proj.weight",
     "router": "mlp.gate.weight",
     "router_bias": "mlp.gate.bias",
     "router_correction": "mlp.gate.e_score_correction_bias",
@@ -50,6 +56,7 @@ NAMES = {  # of a layer's parameters, but the routed experts' weights and biases
 _TURNED = {  # files have (outputs, inputs), and these parameters the other way round
     *("router", "shared_gate", "dense.down", "shared.down"),
     *(f"attention.{part}" for part in ("q", "k", "v", "o", "gate", "q_down", "q_up", "kv_down", "kv_up")),
+    *(f"attention.{part}" for part in ("qkvz", "ba", "qkv", "z", "b", "a", "out")),
 }
 
 
@@ -82,6 +89,7 @@ _KEYS = {
     r"self_attn\.q_proj\.weight": "q_lora_rank",
     r"self_attn\.(sinks|[qkvo]_proj\.weight|[qk]_norm\.(weight|bias))": "model_type",
     r"self_attn\.(g|gate)_proj\.weight": "model_type",
+    r"linear_attn\..*": "layer_types, or model_type",
     r"(input|post_attention)_layernorm\.bias": "model_type",
     r"(pre|post)_(mlp|feedforward)_layernorm(_[12])?\.weight": "model_type",
     _MOE + r"shared_experts\..*": "n_shared_experts",

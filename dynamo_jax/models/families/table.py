@@ -28,6 +28,7 @@ from dynamo_jax.models.families import (
     olmoe,
     phimoe,
     qwen,
+    qwen_delta,
 )
 from dynamo_jax.models.families.family import (
     COMMON,
@@ -42,7 +43,7 @@ from dynamo_jax.models.families.family import (
 from dynamo_jax.models.specs import TINY, Rope, RopeScaling, check_number
 
 LINEAGES = (
-    *(mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe, glm, hunyuan, minimax),
+    *(mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe, glm, hunyuan, minimax, qwen_delta),
     *(ernie, mellum, exaone, mimo, laguna, afmoe),
 )
 FAMILIES: dict[str, Family] = {name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()}
