@@ -43,6 +43,7 @@ class ModelConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0  # logits are divided by it
+    final_logit_softcapping: float = 0.0  # logits stay within it; 0: no such limit
     prefix: str = "model."  # of the tensors in files, but of the head, which has one of its own
     head_prefix: str = ""
     capped: str = ""  # why positions end earlier than config.json says

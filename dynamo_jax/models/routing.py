@@ -33,8 +33,10 @@ def route(
     mixture: Mixture,
     bias: Float[Array, " E"] | None = None,
     correction: Float[Array, " E"] | None = None,
+    scale: Float[Array, " E"] | None = None,
 ) -> Routing:
-    """``bias`` is added to the logits; ``correction`` only to the scores by which experts are chosen."""
+    """``bias`` is added to the logits; ``correction`` only to the scores by which experts are chosen; ``scale``
+    multiplies gates."""
     logits = x.astype(jnp.float32) @ router.astype(jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
@@ -42,7 +44,8 @@ def route(
     if cap := spec.router_logit_softcapping:
         logits = jnp.tanh(logits / cap) * cap
     experts, gates = CHOICES[spec.routing](logits, spec, mixture.num_experts_per_tok, correction)
-    return Routing(logits, experts.astype(jnp.int32), gates * spec.routed_scaling_factor)
+    gates = gates * spec.routed_scaling_factor
+    return Routing(logits, experts.astype(jnp.int32), gates if scale is None else gates * scale[experts])
 
 
 Choice = tuple[Int[Array, "N k"], Float[Array, "N k"]]

@@ -34,7 +34,8 @@ class GroupedAttention(nnx.Module):
         self.config, self.spec = c, s
         self.q = normal(rngs, (c.hidden_size, asked), c)
         self.k = normal(rngs, (c.hidden_size, kv), c)
-        self.v = normal(rngs, (c.hidden_size, value), c)
+        if not s.attention_k_eq_v:
+            self.v = normal(rngs, (c.hidden_size, value), c)
         self.o = normal(rngs, (out, c.hidden_size), c)
         if s.gating != "none":
             gates = s.num_attention_heads if s.gating == "per-head" else out
@@ -54,7 +55,9 @@ class GroupedAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         s = self.spec
         flat = x.reshape(-1, x.shape[-1])
-        q, k, v = (matmul(flat, w[...].astype(x.dtype)) for w in (self.q, self.k, self.v))
+        weights = (self.q, self.k) if s.attention_k_eq_v else (self.q, self.k, self.v)
+        q, k, *own = (matmul(flat, w[...].astype(x.dtype)) for w in weights)
+        v = own[0] if own else k
         if s.qkv_bias:
             biases = (self.q_bias, self.k_bias, self.v_bias)
             q, k, v = (a + b[...].astype(x.dtype) for a, b in zip((q, k, v), biases))
@@ -72,6 +75,8 @@ class GroupedAttention(nnx.Module):
             q, k = (rotate(a, turns, s.rope.rope_interleave) for a in (q, k))
         if s.qk_norm == "turned":
             q, k = self.normed(q, k)
+        if s.v_norm:
+            v = rms_norm(v, jnp.ones(v.shape[-1]), self.config.rms_norm_eps)
         if s.attention_value_scale != 1.0:
             v = v * jnp.asarray(s.attention_value_scale, v.dtype)
         cache = write(cache, k, v, places)
