@@ -143,7 +143,8 @@ class Layer(nnx.Module):
         """Of the tokens in the stream ``x``, which the experts take ``normed``."""
         c, router = self.config, self.mixture.router
         if router.own_norm:
-            normed = rms_norm(x, norm_scale(c, self.router_norm) * c.hidden_size**-0.5, c.rms_norm_eps)
+            scale = norm_scale(c, self.router_norm).astype(jnp.float32) * c.hidden_size**-0.5
+            normed = rms_norm(x, scale, c.rms_norm_eps)
         scale = self.router_scale[...].astype(jnp.float32) if router.expert_scale else None
         bias = self.router_bias[...] if router.router_bias else None
         correction = self.router_correction[...] if router.choice_bias else None

@@ -21,15 +21,13 @@ TOKENS = np.random.default_rng(0).integers(3, 61, (3, 20))
 MASK = np.ones((3, 20), bool)
 MASK[1, :6] = False  # padding before
 MASK[2, 15:] = False  # and after
-ROUTERS = ("topkrouter", "v1gate", "choicerouter")  # ends of the names of their classes
+ROUTERS = ("topkrouter", "v1gate", "choicerouter", "textrouter")  # ends of the names of their classes
 
 
 def run_theirs(model):
     """Logits and chosen experts, layer by layer."""
     chosen = []
-    routers = [
-        m for m in model.modules() if type(m).__name__.lower().endswith(("topkrouter", "v1gate", "choicerouter"))
-    ]
+    routers = [m for m in model.modules() if type(m).__name__.lower().endswith(ROUTERS)]
     hooks = [m.register_forward_hook(lambda m, i, out: chosen.append(out[2].numpy())) for m in routers]
     positions = torch.tensor(np.maximum(MASK.cumsum(axis=1) - 1, 0))
     with torch.no_grad():
@@ -83,6 +81,14 @@ SLOW = [
     ("ernie4_5_moe", {"moe_layer_interval": 2, "moe_num_shared_experts": 0, **yarn()}),
     ("hunyuan_v1_moe", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}}),
     ("mellum", {"mlp_layer_types": ["dense", "sparse", "sparse"], **of_types(yarn(), LINEAR)}),
+    ("gemma4_text", {"attention_k_eq_v": False, "final_logit_softcapping": None, "layer_types": None}),
+    (
+        "laguna",
+        {"gating": "per-element", "layer_types": None, "moe_router_logit_softcapping": 0.0, "attention_bias": True},
+    ),
+    ("laguna", of_types(yarn(partial_rotary_factor=0.5), LINEAR)),
+    ("mimo_v2_flash", {"layer_types": None, "attention_value_scale": None, **of_types(yarn(), LINEAR)}),
+    ("afmoe", {"layer_types": None, "global_attn_every_n_layers": 2, "mup_enabled": False, "attention_bias": True}),
     ("exaone_moe", {"layer_types": None, "sliding_window_pattern": 2, "n_group": 1, "topk_group": 1}),
 ]
 VARIETIES = [

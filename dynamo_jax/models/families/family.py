@@ -32,7 +32,7 @@ SPARSE_NAMES = {"router": f"{SPARSE}.gate.weight"}
 W123 = "w1 w3 w2"  # gate, up and down
 ROW = "[0]"  # behind the name of a tensor that has an axis of length one more, the first
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
-PLAIN_ROPES = tuple(kind for kind in ROPE_TYPES if kind != "ntk_alpha")
+PLAIN_ROPES = tuple(kind for kind in ROPE_TYPES if kind not in ("ntk_alpha", "proportional"))
 COMMON: Raw = {  # keys that are left out mean the same in every family
     "hidden_act": "silu",
     "initializer_range": 0.02,

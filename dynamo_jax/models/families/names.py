@@ -92,6 +92,7 @@ _KEYS = {
     r"linear_attn\..*": "layer_types, or model_type",
     r"(input|post_attention)_layernorm\.bias": "model_type",
     r"(pre|post)_(mlp|feedforward)_layernorm(_[12])?\.weight": "model_type",
+    r"(router|experts)\..*": "model_type",
     _MOE + r"shared_experts\..*": "n_shared_experts",
     _MOE + r"shared_expert(_gate)?\..*": "shared_expert_intermediate_size",
     _MOE + r"experts\.\d+\.\w+\.weight": "the number of experts, or which layers are dense",
@@ -160,16 +161,24 @@ def _filed(ours: str, theirs: str) -> Filed:
 def expert_names(config: ModelConfig, layer: int) -> ExpertTensors:
     """Where the file holds the routed experts of one layer. ``layer`` counts all layers."""
     family = FAMILIES[config.family]
-    prefix = f"{config.prefix}layers.{layer}.{family.moe}"
+    prefix = _module(config, layer)
     if family.experts == "concatenated":
-        return ExpertTensors("concatenated", (f"{prefix}.input_linear.weight", f"{prefix}.output_linear.weight"))
+        return ExpertTensors("concatenated", (f"{prefix}input_linear.weight", f"{prefix}output_linear.weight"))
+    if family.experts == "fused":
+        return ExpertTensors("concatenated", fused_names(config, layer))
     if family.experts == "interleaved":
-        return ExpertTensors("interleaved", (f"{prefix}.experts.gate_up_proj", f"{prefix}.experts.down_proj"))
-    return ExpertTensors("split", tuple(f"{prefix}.experts.{{e}}.{part}.weight" for part in family.experts.split()))
+        return ExpertTensors("interleaved", fused_names(config, layer))
+    return ExpertTensors("split", tuple(f"{prefix}experts.{{e}}.{part}.weight" for part in family.experts.split()))
 
 
 def fused_names(config: ModelConfig, layer: int) -> tuple[str, str]:
     """Where a file may hold them all together, gate and up in the first tensor and down in the second, though the
     family has a tensor for each."""
-    prefix = f"{config.prefix}layers.{layer}.{FAMILIES[config.family].moe}.experts"
+    prefix = f"{_module(config, layer)}experts"
     return f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
+
+
+def _module(config: ModelConfig, layer: int) -> str:
+    """What the names of a layer's mixture module begin with."""
+    moe = FAMILIES[config.family].moe
+    return f"{config.prefix}layers.{layer}." + (f"{moe}." if moe else "")

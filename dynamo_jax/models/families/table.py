@@ -16,6 +16,7 @@ from dynamo_jax.models.families import (
     deepseek,
     ernie,
     exaone,
+    gemma,
     glm,
     gpt_oss,
     granite,
@@ -44,7 +45,7 @@ from dynamo_jax.models.specs import TINY, Rope, RopeScaling, check_number
 
 LINEAGES = (
     *(mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe, glm, hunyuan, minimax, qwen_delta),
-    *(ernie, mellum, exaone, mimo, laguna, afmoe),
+    *(ernie, mellum, exaone, mimo, laguna, afmoe, gemma),
 )
 FAMILIES: dict[str, Family] = {name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()}
 TEXT_PARTS = ("text_config", "llm_config", "language_config")
@@ -60,10 +61,12 @@ _NULL_IS_A_VALUE = {  # elsewhere null is as good as no key
     *("head_dim", "num_key_value_heads", "sliding_window", "clip_qkv", "q_lora_rank", "n_group", "topk_group"),
     *("n_shared_experts", "first_k_dense_replace", "mlp_only_layers", "norm_topk_prob", "rope_interleave"),
     *("mlp_layer_types", "layer_types", "max_window_layers", "attention_value_scale"),
+    *("hidden_size_per_layer_input", "final_logit_softcapping"),
 }
 _ROPE_KEYS = {  # type -> keys that it needs, and others that it knows
     "linear": (("factor",), ()),
     "ntk_alpha": (("alpha",), ()),
+    "proportional": ((), ("factor", "partial_rotary_factor")),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
     "yarn": (
         ("factor",),
@@ -102,6 +105,8 @@ def config_from(raw: Raw) -> ModelConfig:
 
     def rope(dim: int, share: float | None = None, of: str = "", **own: Any) -> Rope:
         theta, scaling, partial = turns[of]
+        if known.by_type and scaling.rope_type != "default" and share is not None:
+            share = 1.0  # only of what is not scaled families turn a part by default
         if limit < length and scaling.rope_type != "default" and not scaling.original_max_position_embeddings:
             scaling = dataclasses.replace(scaling, original_max_position_embeddings=length)
         turned = dim if share is None else int(dim * (share if partial is None else partial))
@@ -167,7 +172,7 @@ def _rope(raw: Raw, known: Family, of: str) -> tuple[Any, RopeScaling, float | N
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial is not None:
         check_number("partial_rotary_factor", partial, TINY, 1.0, whole=False)
-        if partial != 1 and not known.partial:
+        if partial != 1 and not known.partial and kind != "proportional":
             raise ValueError("partial_rotary_factor is not supported")
     if kind == "default":
         return theta, RopeScaling(), partial
@@ -192,4 +197,4 @@ def _rope(raw: Raw, known: Family, of: str) -> tuple[Any, RopeScaling, float | N
             values["factor"] = whole(raw, "max_position_embeddings") / original
         if known.short_mscale:
             values["attention_factor"] = number(rope, "short_mscale")
-    return theta, RopeScaling(rope_type=kind, **values), partial
+    return theta, RopeScaling(rope_type=kind, **values), None if kind == "proportional" else partial
