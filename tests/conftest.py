@@ -325,6 +325,14 @@ FAMILY_MODELS = {
             "final_logit_softcapping": 3.0, "hidden_size_per_layer_input": 0, "tie_word_embeddings": False,
         },
     ),
+    "lfm2_moe": (
+        "Lfm2Moe",
+        SIX
+        | {
+            "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1, "routed_scaling_factor": 1.5,
+            "tie_word_embeddings": False,
+        },
+    ),
     "exaone_moe": (
         "ExaoneMoe",
         SIX

@@ -34,7 +34,7 @@ _AT_LEAST_ONE = (
     *("num_experts", "num_experts_per_tok", "max_position_embeddings", "dense_intermediate_size"),
     *("kv_lora_rank", "qk_nope_head_dim"),
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
-    "linear_conv_kernel_dim",
+    *("linear_conv_kernel_dim", "conv_L_cache", "channels"),
 )
 _RANGES = {  # of float fields; others are not negative and at most NUMBER_LIMIT
     "rms_norm_eps": (TINY, 1.0),
@@ -234,6 +234,19 @@ class DeltaNet:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ShortConv:
+    """A short convolution between gates (``mixers/short_conv.py``). conv_L_cache: tokens that it sees, the newest one
+    too; channels: of the stream."""
+
+    channels: int
+    conv_L_cache: int = 3
+    conv_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Router:
     """How a token's experts and gates are chosen (``routing.py``). choice_bias: added to the scores by which experts
     are chosen, not to their gates. norm_floor: added to the sum by which gates are divided.
@@ -305,7 +318,7 @@ class Mixture:
             raise ValueError(f"sparsemixer routing chooses 2 experts, not {self.num_experts_per_tok}")
 
 
-Mixer = Grouped | Latent | DeltaNet
+Mixer = Grouped | Latent | DeltaNet | ShortConv
 Channel = Dense | Mixture
 
 

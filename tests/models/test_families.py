@@ -89,6 +89,7 @@ SLOW = [
     ("laguna", of_types(yarn(partial_rotary_factor=0.5), LINEAR)),
     ("mimo_v2_flash", {"layer_types": None, "attention_value_scale": None, **of_types(yarn(), LINEAR)}),
     ("afmoe", {"layer_types": None, "global_attn_every_n_layers": 2, "mup_enabled": False, "attention_bias": True}),
+    ("lfm2_moe", {"use_expert_bias": False, "conv_L_cache": 4, "norm_topk_prob": False}),
     ("exaone_moe", {"layer_types": None, "sliding_window_pattern": 2, "n_group": 1, "topk_group": 1}),
 ]
 VARIETIES = [

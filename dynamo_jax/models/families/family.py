@@ -58,7 +58,8 @@ class Family:
     defaults: what a key means that its config.json leaves out, where that is not ``COMMON``'s; they are those of
     ``transformers``, and sizes have none. rope: the rotary scaling of a config.json that names none. short_mscale:
     whether that key of the rotary scaling is the factor of cosines and sines. partial: whether a part of a head may be
-    turned. by_type: whether rotary parameters, and ``rope``, are an object for each type of layer."""
+    turned. by_type: whether rotary parameters, and ``rope``, are an object for each type of layer. eps_key:
+    of what norms add to mean squares."""
 
     architecture: str
     layers: Callable[[Raw, Rotary], tuple[LayerSpec, ...]]
@@ -74,6 +75,7 @@ class Family:
     short_mscale: bool = False
     partial: bool = False
     by_type: bool = False
+    eps_key: str = "rms_norm_eps"
 
 
 def grouped(raw: Raw, rope: Rotary, share: float = 1.0, **own: Any) -> Grouped:

@@ -23,6 +23,7 @@ PREFIXES = (  # of a decoder's tensors and of its head, alone or inside a model 
 )
 _PARTS = ("gate", "up", "down")
 NAMES = {  # of a layer's parameters, but the routed experts' weights and biases, in most families
+    **{"norm.scale": "norm.weight", "norm.bias": "norm.bias"},  # of the decoder
     "attention_norm.scale": "input_layernorm.weight",
     "attention_norm.bias": "input_layernorm.bias",
     "experts_norm.scale": "post_attention_layernorm.weight",
@@ -56,7 +57,7 @@ NAMES = {  # of a layer's parameters, but the routed experts' weights and biases
 _TURNED = {  # files have (outputs, inputs), and these parameters the other way round
     *("router", "shared_gate", "dense.down", "shared.down"),
     *(f"attention.{part}" for part in ("q", "k", "v", "o", "gate", "q_down", "q_up", "kv_down", "kv_up")),
-    *(f"attention.{part}" for part in ("qkvz", "ba", "qkv", "z", "b", "a", "out")),
+    *(f"attention.{part}" for part in ("qkvz", "ba", "qkv", "z", "b", "a", "in_proj", "out")),
 }
 
 
@@ -79,7 +80,7 @@ class Filed(enum.Enum):
         return shape[::-1] if self is Filed.TURNED else (1, *shape) if self is Filed.ROW else shape
 
 
-_MOE = r"(mlp|block_sparse_moe)\."
+_MOE = r"(mlp|block_sparse_moe|feed_forward)\."
 # Tensors of one layer of any family, by the part of the name that follows the layer's number, and the keys of
 # config.json by which a model has them.
 _KEYS = {
@@ -89,7 +90,7 @@ _KEYS = {
     r"self_attn\.q_proj\.weight": "q_lora_rank",
     r"self_attn\.(sinks|[qkvo]_proj\.weight|[qk]_norm\.(weight|bias))": "model_type",
     r"self_attn\.(g|gate)_proj\.weight": "model_type",
-    r"linear_attn\..*": "layer_types, or model_type",
+    r"(linear_attn|conv)\..*": "layer_types, or model_type",
     r"(input|post_attention)_layernorm\.bias": "model_type",
     r"(pre|post)_(mlp|feedforward)_layernorm(_[12])?\.weight": "model_type",
     r"(router|experts)\..*": "model_type",

@@ -22,6 +22,7 @@ from dynamo_jax.models.families import (
     granite,
     hunyuan,
     laguna,
+    lfm2,
     mellum,
     mimo,
     minimax,
@@ -45,7 +46,7 @@ from dynamo_jax.models.specs import TINY, Rope, RopeScaling, check_number
 
 LINEAGES = (
     *(mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe, glm, hunyuan, minimax, qwen_delta),
-    *(ernie, mellum, exaone, mimo, laguna, afmoe, gemma),
+    *(ernie, mellum, exaone, mimo, laguna, afmoe, gemma, lfm2),
 )
 FAMILIES: dict[str, Family] = {name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()}
 TEXT_PARTS = ("text_config", "llm_config", "language_config")
@@ -113,15 +114,12 @@ def config_from(raw: Raw) -> ModelConfig:
         return Rope(dim=turned, rope_theta=theta, scaling=scaling, **own)
 
     layers = known.layers(raw, rope)
-    return ModelConfig(
-        **sizes,
-        family=family,
-        rms_norm_eps=number(raw, "rms_norm_eps", high=1.0),
-        initializer_range=number(raw, "initializer_range", 0.0),
-        tie_word_embeddings=flag(raw, "tie_word_embeddings"),
-        layers=layers,
-        **known.top(raw),
-    )
+    top: Raw = {
+        "rms_norm_eps": number(raw, known.eps_key, high=1.0),
+        "initializer_range": number(raw, "initializer_range", 0.0),
+        "tie_word_embeddings": flag(raw, "tie_word_embeddings"),
+    }
+    return ModelConfig(**sizes, family=family, layers=layers, **(top | known.top(raw)))
 
 
 def text_part(raw: Raw) -> Raw:
