@@ -1,4 +1,4 @@
-"""A short causal convolution between two gates, in place of attention (LFM2, arXiv 2511.23404, section 2.1).
+"""A short causal convolution between two gates, in place of attention (LFM2, arXiv 2511.23404).
 
     B, C, x = in_proj(input);  out = out_proj(C * convolution(B * x))
 
