@@ -113,7 +113,7 @@ def output_gradients(config, params, tokens, key, drawn):
             return expert_outputs(x, routing, weights, form) + shifts[layer], None
 
         hidden, _ = model.hidden_states(tokens[:, :-1], experts=experts)
-        return next_token_nll(hidden, model.head_weights(), labels, model.logit_bias()).sum()
+        return next_token_nll(hidden, model.head_weights(), labels, *model.logit_form()).sum()
 
     zero = jnp.zeros((config.num_moe_layers, tokens[:, 1:].size, config.hidden_size))
     return jax.grad(loss)(zero)

@@ -19,7 +19,7 @@ import numpy as np
 
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.families.names import expert_names
+from dynamo_jax.models.families.names import Filed, expert_names
 from dynamo_jax.models.families.table import FAMILIES, config_from
 from dynamo_jax.models.formats.expert_files import expert_tensors
 from dynamo_jax.models.huggingface import parameter_shapes, tensor_names, write_shards
@@ -54,23 +54,23 @@ def parts(config: ModelConfig, seed: int) -> Iterator[dict[str, np.ndarray]]:
     shapes = parameter_shapes(config)
     rng = np.random.default_rng(seed)
 
-    def make(name: str, theirs: str, turned: bool) -> np.ndarray:
+    def make(name: str, theirs: str, filed: Filed) -> np.ndarray:
         shape = shapes[name]
         if len(shape) == 1:
             return np.ones(shape, ml_dtypes.bfloat16)
-        return random_tensor(rng, shape[::-1] if turned else shape, 0.02 if "embed" in theirs else shape[0] ** -0.5)
+        return random_tensor(rng, filed.shape(shape), 0.02 if "embed" in theirs else shape[0] ** -0.5)
 
     names = list(tensor_names(config))
     for layer in range(config.num_hidden_layers):
         prefix = f"layers.{layer}."
-        tensors = {theirs: make(ours, theirs, turned) for ours, theirs, turned in names if ours.startswith(prefix)}
+        tensors = {theirs: make(ours, theirs, filed) for ours, theirs, filed in names if ours.startswith(prefix)}
         if layer in config.moe_layers:
             size = (config.intermediate_size, config.hidden_size)
             scales = (size[1] ** -0.5, size[1] ** -0.5, size[0] ** -0.5)
             experts = [tuple(random_tensor(rng, size, s) for s in scales) for _ in range(config.num_experts)]
             tensors |= expert_tensors(expert_names(config, layer), experts, {})
         yield tensors
-    yield {theirs: make(ours, theirs, turned) for ours, theirs, turned in names if not ours.startswith("layers.")}
+    yield {theirs: make(ours, theirs, filed) for ours, theirs, filed in names if not ours.startswith("layers.")}
 
 
 def make_checkpoint(out: Path, shape: str, layers: int | None = None, seed: int = 0) -> ModelConfig:

@@ -149,7 +149,7 @@ def router_losses(routing: Routing) -> tuple[Float[Array, ""], Float[Array, ""]]
 
 def loss_and_metrics(model: Decoder, tokens: Int[Array, "B T1"], config: TrainConfig) -> tuple[Array, dict[str, Array]]:
     hidden, routings = model.hidden_states(tokens[:, :-1], experts=float_experts, dtype=jnp.bfloat16)
-    nll = next_token_nll(hidden, model.head_weights(), tokens[:, 1:], model.logit_bias()).mean()
+    nll = next_token_nll(hidden, model.head_weights(), tokens[:, 1:], *model.logit_form()).mean()
     balance, z = (jnp.mean(jnp.stack(x)) for x in zip(*map(router_losses, routings)))
     loss = nll + config.balance_loss * balance + config.z_loss * z
     return loss, {"nll": nll, "balance": balance, "z": z}

@@ -219,6 +219,13 @@ CORRECTED = {
 }  # fmt: skip
 INDEXED = LATENT | {"index_topk": 64, "index_n_heads": 2, "index_head_dim": 8, "routed_scaling_factor": 2.5}
 LOCAL = {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2}
+SIX = {"intermediate_size": 40, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
+SOME_SLIDE = ["sliding_attention", "full_attention", "sliding_attention"]
+DELTA = {
+    "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20, "num_experts": 6, "num_experts_per_tok": 2,
+    "head_dim": 16, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6,
+}  # fmt: skip
 # family -> (prefix of its classes in transformers, the smallest configuration that has all its parts)
 FAMILY_MODELS = {
     "mixtral": ("Mixtral", LOCAL | {"sliding_window": 7}),
@@ -269,7 +276,54 @@ FAMILY_MODELS = {
             "num_shared_experts": 1, "head_dim": 16, "attention_bias": True,
         },
     ),
+    "qwen3_next": (
+        "Qwen3Next",
+        DELTA | {"intermediate_size": 40, "mlp_only_layers": [2]},
+    ),
+    "qwen3_5_moe_text": ("Qwen3_5Moe", DELTA),
     "minimax_m2": ("MiniMaxM2", LOCAL | {"head_dim": 8, "rotary_dim": 4}),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {
+            "intermediate_size": 40, "moe_intermediate_size": 24, "moe_num_experts": 6, "moe_k": 2,
+            "moe_num_shared_experts": 2, "tie_word_embeddings": False,
+        },
+    ),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", SIX | {"moe_topk": 2, "intermediate_size": 24, "head_dim": 8}),
+    "mellum": ("Mellum", SIX | {"head_dim": 16, "sliding_window": 7, "layer_types": SOME_SLIDE}),
+    "mimo_v2_flash": (
+        "MiMoV2Flash",
+        {
+            "intermediate_size": 40, "moe_intermediate_size": 24, "n_routed_experts": 6, "num_experts_per_tok": 2,
+            "head_dim": 12, "v_head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 1, "n_group": 3,
+            "topk_group": 2, "sliding_window": 7, "layer_types": SOME_SLIDE, "attention_bias": True,
+        },
+    ),
+    "laguna": (
+        "Laguna",
+        SIX
+        | {
+            "shared_expert_intermediate_size": 20, "head_dim": 8, "sliding_window": 7, "layer_types": SOME_SLIDE,
+            "num_attention_heads_per_layer": [4, 2, 6], "moe_routed_scaling_factor": 1.5,
+            "moe_router_logit_softcapping": 2.0,
+        },
+    ),
+    "afmoe": (
+        "Afmoe",
+        SIX
+        | {
+            "num_shared_experts": 2, "head_dim": 8, "sliding_window": 7, "layer_types": SOME_SLIDE,
+            "num_dense_layers": 1, "route_scale": 1.5, "mup_enabled": True,
+        },
+    ),
+    "exaone_moe": (
+        "ExaoneMoe",
+        SIX
+        | {
+            "num_shared_experts": 2, "routed_scaling_factor": 1.5, "n_group": 3, "topk_group": 2, "head_dim": 16,
+            "sliding_window": 7, "layer_types": SOME_SLIDE,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -282,14 +336,14 @@ def transformers_model(family, **changes):
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     prefix, values = FAMILY_MODELS[family]
-    config = getattr(transformers, f"{prefix}Config")(**{**SMALL, **values, **changes})
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    kind = getattr(transformers, f"{prefix}ForCausalLM")
+    model = kind(kind.config_class(**{**SMALL, **values, **changes})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+            if parameter.ndim == 1 or parameter.min() == parameter.max():
+                parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.3))
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias", "layer_scalar")):
                 buffer.add_(torch.rand_like(buffer) * 0.3)
     return model
 

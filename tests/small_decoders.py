@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.specs import Dense, Grouped, Latent, LayerSpec, Mixture, Rope, Router
+from dynamo_jax.models.specs import DeltaNet, Dense, Grouped, Latent, LayerSpec, Mixture, Rope, Router
 
 
 def fields(kind):
     return {f.name for f in dataclasses.fields(kind)}
 
 
-def decoder_config(*, windows=(), dense_layers=(), **given) -> ModelConfig:
-    """OLMoE's parts, all layers alike but for ``windows`` and ``dense_layers``; ``given``: fields of any part."""
+def decoder_config(*, windows=(), dense_layers=(), delta_layers=(), **given) -> ModelConfig:
+    """OLMoE's parts, all layers alike but for ``windows``, and ``dense_layers`` and ``delta_layers``, numbers of layers
+    with another part; ``given``: fields of any part."""
     given = {"qk_norm": "vector", "num_hidden_layers": 2} | given
 
     def of(kind, **own):
@@ -23,11 +24,14 @@ def decoder_config(*, windows=(), dense_layers=(), **given) -> ModelConfig:
     given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
     rope = of(Rope, dim=given.get("qk_rope_head_dim", given["head_dim"]))
     mixers = [of(Latent if "kv_lora_rank" in given else Grouped, rope=rope, window=w) for w in windows or [0] * count]
+    mixers = [of(DeltaNet) if i in delta_layers else mixer for i, mixer in enumerate(mixers)]
     experts = of(Mixture, router=of(Router))
     layers = tuple(
         LayerSpec(mixer=mixer, channel=of(Dense) if i in dense_layers else experts) for i, mixer in enumerate(mixers)
     )
-    unknown = given.keys() - set.union(*map(fields, (ModelConfig, Grouped, Latent, Rope, Router, Mixture, Dense)))
+    unknown = given.keys() - set.union(
+        *map(fields, (ModelConfig, Grouped, Latent, Rope, Router, Mixture, Dense, DeltaNet))
+    )
     assert unknown <= {"num_hidden_layers", "qk_rope_head_dim"}, unknown
     return of(ModelConfig, layers=layers)
 

@@ -155,8 +155,8 @@ def mixture_tensors(
             yield name, a.astype(dtype)
         print(f"\rlayer {index + 1} of {config.num_hidden_layers}", end="", flush=True)
     print()
-    for ours, theirs, turned in tensor_names(config):
-        a = arrays[ours].T if turned else arrays[ours]
+    for ours, theirs, filed in tensor_names(config):
+        a = filed.to_file(arrays[ours])
         yield theirs, a.astype(np.float32 if ours.endswith("router") else dtype)
 
 

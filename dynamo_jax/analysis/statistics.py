@@ -174,7 +174,7 @@ def token_importance(model: Decoder, tokens: Int[Array, "B T1"], mask: Float[Arr
             return expert_outputs(x, routing, weights, form) + shifts[layer], None
 
         hidden, _ = model.hidden_states(tokens[:, :-1], experts=experts)
-        return jnp.sum(next_token_nll(hidden, model.head_weights(), tokens[:, 1:], model.logit_bias()) * mask)
+        return jnp.sum(next_token_nll(hidden, model.head_weights(), tokens[:, 1:], *model.logit_form()) * mask)
 
     zero = jnp.zeros((mask.size, config.hidden_size))
     gradients = jax.grad(loss)([zero] * config.num_moe_layers)

@@ -30,7 +30,16 @@ from dynamo_jax.calibration.sources import LayerSource
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.experts import activation_of
 from dynamo_jax.models.formats.expert_files import Triple
-from dynamo_jax.models.layerwise import Outer, dense, dense_vjp, loss_gradient_of, outer_of, outer_vjp
+from dynamo_jax.models.layerwise import (
+    Outer,
+    dense,
+    dense_vjp,
+    joined,
+    joined_vjp,
+    loss_gradient_of,
+    outer_of,
+    outer_vjp,
+)
 from dynamo_jax.models.tokenizer import check_ids
 from dynamo_jax.progress import Progress
 from dynamo_jax.quant.planes import narrowed
@@ -110,6 +119,7 @@ def calibrate(job: Calibration) -> None:
     for layer in range(config.num_hidden_layers + 1):
         job.work.drop(_gradient(layer))
         job.work.drop(_draft(layer))
+        job.work.drop(_added(layer))
     job.work.drop(_hidden(config.num_hidden_layers))
     job.work.drop(EMPHASIS_NAME)
 
@@ -146,6 +156,10 @@ def _gradient(layer: int) -> str:
 
 def _draft(layer: int) -> str:
     return f"draft-{layer:03d}"
+
+
+def _added(layer: int) -> str:
+    return f"added-{layer:03d}"
 
 
 def statistics_of(work: Work, config: ModelConfig, fields: tuple[str, ...] = Statistics._fields) -> list[Bundle]:
@@ -191,7 +205,13 @@ def _layer_up(job: Calibration, layer: int) -> None:
     added, errors, counts = outputs_and_drafts(own, _routed(outer), job.drafts)
     if job.drafts:
         job.work.put(_draft(layer), {"errors": errors, "counts": counts})
-    out = np.asarray(outer.residual) + added.reshape(outer.residual.shape) * np.float32(config.residual_multiplier)
+    added = added.reshape(outer.residual.shape)
+    if config.layers[layer].adds:
+        out = np.asarray(outer.residual) + added * np.float32(config.residual_multiplier)
+    else:  # the gradient depends on it
+        job.work.put(_added(layer), {"y": added})
+        parts = np.asarray(outer.residual), np.asarray(outer.beside), added
+        out = _batched(job, lambda *part: joined(config, config.kinds[layer], rest, *part), *parts)
     job.work.put(_hidden(layer + 1), {"x": out})
 
 
@@ -202,7 +222,8 @@ def _parameters(rest: Bundle) -> Bundle:
 def _outer_of(job: Calibration, layer: int, rest: Bundle, x: Float[np.ndarray, "S T D"]) -> Outer:
     config = job.source.config
     parts = _batched(job, lambda part: outer_of(config, config.kinds[layer], rest, part), x)
-    return Outer(parts.residual, *(a.reshape(-1, a.shape[-1]) for a in parts[1:]))
+    normed, experts, gates = (a.reshape(-1, a.shape[-1]) for a in parts[1:4])
+    return Outer(parts.residual, normed, experts, gates, parts.beside)
 
 
 def _job_of_layer(job: Calibration, layer: int, rest: Bundle, done: Callable[[float], None]) -> LayerJob:
@@ -233,7 +254,7 @@ def biases_of(rest: Bundle, expert: int) -> Triple | None:
 
 
 def _routed(outer: Outer) -> Routed:
-    return Routed(*(np.asarray(a) for a in outer[1:]))
+    return Routed(*(np.asarray(a) for a in outer[1:4]))
 
 
 def _owner(job: Calibration) -> Int[np.ndarray, " N"]:
@@ -254,34 +275,55 @@ def _sweep_down(job: Calibration) -> None:
         work.drop(_hidden(layers))
     for layer in range(min([layers, *reached]) - 1, lowest - 1, -1):
         d_out = work.get(_gradient(layer + 1))["d"]
+        parts = Parts(d_out, d_out, d_out)
         if layer in config.moe_layers:
-            work.put(_sensitivity(layer), _importance(job, d_out))
+            parts = _by_parts(job, layer, d_out)
+            work.put(_sensitivity(layer), _importance(job, parts.added))
         if layer > lowest:
-            work.put(_gradient(layer), {"d": _layer_down(job, layer, d_out)})
+            work.put(_gradient(layer), {"d": _layer_down(job, layer, parts)})
         work.drop(_gradient(layer + 1))
+        work.drop(_added(layer))
         job.source.release()
         job.progress(BACKWARD, layers - layer, layers - lowest)
 
 
-def _importance(job: Calibration, d_out: Float[np.ndarray, "S T D"]) -> Bundle:
+class Parts(NamedTuple):
+    """Loss gradients by what a layer's output is made of; where the layer is dense, all by its output. beside: as that
+    of ``Outer``; added: what routed experts give."""
+
+    residual: Float[np.ndarray, "S T D"]
+    beside: Float[np.ndarray, "S T D"] | Float[np.ndarray, "S T 0"]
+    added: Float[np.ndarray, "S T D"]
+
+
+def _by_parts(job: Calibration, layer: int, d_out: Float[np.ndarray, "S T D"]) -> Parts:
+    config = job.source.config
+    if config.layers[layer].adds:
+        return Parts(d_out, d_out[..., :0], d_out * np.float32(config.residual_multiplier))
+    rest, added = job.source.layer(layer), job.work.get(_added(layer))["y"]
+    outer = _outer_of(job, layer, rest, job.work.get(_hidden(layer))["x"])
+    arrays = np.asarray(outer.residual), np.asarray(outer.beside), added, d_out
+    return Parts(*_batched(job, lambda *part: joined_vjp(config, config.kinds[layer], rest, *part), *arrays))
+
+
+def _importance(job: Calibration, d_added: Float[np.ndarray, "S T D"]) -> Bundle:
     """importance (N,) of each token (``statistics.token_importance``), sensitivity (A,): its sums."""
-    scaled = d_out * np.float32(job.source.config.residual_multiplier)
-    importance = np.square(scaled).sum(axis=2).reshape(-1) / np.float32(2 * scaled.shape[2])
+    importance = np.square(d_added).sum(axis=2).reshape(-1) / np.float32(2 * d_added.shape[2])
     sensitivity = np.bincount(_owner(job), weights=importance, minlength=job.datasets)
     return {"importance": importance, "sensitivity": sensitivity}
 
 
-def _layer_down(job: Calibration, layer: int, d_out: Float[np.ndarray, "S T D"]) -> Float[np.ndarray, "S T D"]:
-    """The loss gradient by the layer's input from that by its output."""
+def _layer_down(job: Calibration, layer: int, d: Parts) -> Float[np.ndarray, "S T D"]:
+    """The loss gradient by the layer's input from those by what its output is made of."""
     config = job.source.config
     rest = job.source.layer(layer)
     like = config.kinds[layer]
     x = job.work.get(_hidden(layer))["x"]
     if layer in config.dense_layers:
-        return _batched(job, lambda a, d: dense_vjp(config, like, rest, a, d), x, d_out)
+        return _batched(job, lambda a, d: dense_vjp(config, like, rest, a, d), x, d.residual)
     outer = _outer_of(job, layer, rest, x)
     routed = _routed(outer)
-    scaled = d_out.reshape(outer.normed.shape) * np.float32(config.residual_multiplier)
+    d_added = d.added.reshape(outer.normed.shape)
     d_normed = np.zeros(outer.normed.shape, np.float32)
     d_gates = np.zeros(outer.gates.shape, np.float32)
     for expert in range(config.num_experts):
@@ -291,7 +333,7 @@ def _layer_down(job: Calibration, layer: int, d_out: Float[np.ndarray, "S T D"])
         weights = np.stack(job.source.expert(layer, expert))
         job.source.release()
         d_rows = np.zeros_like(rows.x)
-        d_rows[: len(token)] = scaled[token]
+        d_rows[: len(token)] = d_added[token]
         d_x, d_gate = expert_vjp(
             activation_of(config.mixture_of(layer)), rows.x, rows.gates, weights, biases_of(rest, expert), d_rows
         )
@@ -301,7 +343,7 @@ def _layer_down(job: Calibration, layer: int, d_out: Float[np.ndarray, "S T D"])
         job.progress(BACKWARD, done, config.num_hidden_layers - config.moe_layers[0])
     shape = x.shape[:2]
     parts = (a.reshape(*shape, -1) for a in (d_normed, d_gates))
-    return _batched(job, lambda *part: outer_vjp(config, like, rest, *part), x, d_out, *parts)
+    return _batched(job, lambda *part: outer_vjp(config, like, rest, *part), x, d.residual, *parts, d.beside)
 
 
 def _quantize_layer(job: Calibration, layer: int, emphasis: Float[np.ndarray, "E U 3"]) -> None:

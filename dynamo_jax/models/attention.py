@@ -1,4 +1,4 @@
-"""Softmax attention with windows and sinks, where tokens stand, and a layer's key/value cache.
+"""Softmax attention with windows and sinks, where tokens stand, and the keys and values of a layer.
 
 The scores' gradient is written out: one sequence at a time, so that its score matrix stays in cache;
 the gradient recomputes the scores (as FlashAttention does, arXiv 2205.14135, appendix B) and uses
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.kernels.products import transpose_by_product
 from dynamo_jax.models.rotary import Angles
@@ -24,8 +24,8 @@ from dynamo_jax.models.rotary import Angles
 MASKED = -1e30  # finite, so that a query that sees no key at all gets no NaN
 
 
-class LayerCache(NamedTuple):
-    """Keys and values of one layer. Latent attention keeps its latent vectors as keys, and no values."""
+class KeyValues(NamedTuple):
+    """Cached keys and values of one layer. Latent attention keeps its latent vectors as keys, and no values."""
 
     keys: Float[Array, "B S J C"]
     values: Float[Array, "B S J V"]
@@ -33,12 +33,14 @@ class LayerCache(NamedTuple):
 
 class Places(NamedTuple):
     """Where tokens stand. positions: of the queries; key_positions: of the keys, -1 for none; angles: of each of
-    ``config.ropes``; slot: where in the cache the queries' own keys go, None without a cache."""
+    ``config.ropes``; slot: where in the cache the queries' own keys go, None without a cache; mask: False where a query
+    is padding, None where none is."""
 
     positions: Int[Array, "B T"]
     key_positions: Int[Array, "B S"]
     angles: tuple[Angles, ...]
     slot: Int[Array, ""] | None = None
+    mask: Bool[Array, "B T"] | None = None
 
 
 def attend(
@@ -119,12 +121,12 @@ def _backward(scale, residual, d_out):
 _attend_one.defvjp(_forward, _backward)
 
 
-def write(cache: LayerCache | None, k: Array, v: Array, places: Places) -> LayerCache | None:
+def write(cache: KeyValues | None, k: Array, v: Array, places: Places) -> KeyValues | None:
     """The cache with the new keys and values at ``places.slot``."""
     if cache is None or places.slot is None:
         return None
     at = (0, places.slot, 0, 0)
-    return LayerCache(
+    return KeyValues(
         jax.lax.dynamic_update_slice(cache.keys, k.astype(cache.keys.dtype), at),
         jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), at),
     )

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-from dynamo_jax.models.specs import Dense, LayerSpec, Mixture, Rope, check_fields
+from dynamo_jax.models.specs import DeltaNet, Dense, LayerSpec, Mixture, Rope, check_fields
 
 
 class ExpertSizes(NamedTuple):
@@ -36,12 +36,14 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
     layer_norm: bool = False  # LayerNorm with bias in place of RMS norm
+    zero_centred_norms: bool = False  # norms multiply by 1 + weight
     tie_word_embeddings: bool = False
     head_bias: bool = False
     initializer_range: float = 0.02
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0  # logits are divided by it
+    final_logit_softcapping: float = 0.0  # logits stay within it; 0: no such limit
     prefix: str = "model."  # of the tensors in files, but of the head, which has one of its own
     head_prefix: str = ""
     capped: str = ""  # why positions end earlier than config.json says
@@ -96,7 +98,7 @@ class ModelConfig:
     @functools.cached_property
     def ropes(self) -> tuple[Rope, ...]:
         """The different ones of all layers, in order."""
-        found = (layer.mixer.rope for layer in self.layers)
+        found = (layer.mixer.rope for layer in self.layers if not isinstance(layer.mixer, DeltaNet))
         return tuple(dict.fromkeys(rope for rope in found if rope is not None))
 
     @functools.cached_property

@@ -1,7 +1,8 @@
 """The mixture-of-experts decoder in Flax NNX: the whole forward pass in reading order.
 
-Pre-norm residual blocks: attention, then a mixture of experts with an optional shared expert, or a
-dense MLP. The layers' specifications say which parts there are; no part asks for the family's name.
+Pre-norm residual blocks: attention or another mixer, then a mixture of experts with an optional
+shared expert, or a dense MLP. The layers' specifications say which parts there are; no part asks for
+the family's name.
 
 Axes: B batch, T tokens, N = B*T, S cached tokens, D hidden, E experts, k experts a token,
 F channels of an expert, V vocabulary.
@@ -18,27 +19,28 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.kernels.products import matmul
-from dynamo_jax.models.attention import LayerCache, Places
+from dynamo_jax.models.attention import Places
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.experts import (
+    GATED,
     ExpertBiases,
     ExpertForm,
     ExpertsFn,
     ExpertWeights,
     activation_of,
     float_experts,
-    silu_gated,
 )
-from dynamo_jax.models.mixers import empty_cache, mixer
-from dynamo_jax.models.norms import Norm, normal
+from dynamo_jax.models.loss import capped
+from dynamo_jax.models.mixers import LayerCache, empty_cache, mixer
+from dynamo_jax.models.norms import Norm, norm_scale, norm_weight, normal, rms_norm
 from dynamo_jax.models.rotary import angles
 from dynamo_jax.models.routing import Routing, route
 from dynamo_jax.models.specs import Dense
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers for sequences of one batch. key_positions: position of the token in each
-    slot, -1 for none; used: slots that are filled, one number for the batch."""
+    """What the layers keep of the tokens before, for sequences of one batch. key_positions: position of the token in
+    each slot, -1 for none; used: slots that are filled, one number for the batch."""
 
     layers: tuple[LayerCache, ...]
     key_positions: Int[Array, "B S"]
@@ -54,16 +56,17 @@ def new_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.f
 class Mlp(nnx.Module):
     """A gated MLP that every token goes through; channel-major weights (F, D), as an expert's."""
 
-    def __init__(self, config: ModelConfig, channels: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, channels: int, hidden_act: str, *, rngs: nnx.Rngs):
+        self.gated = GATED[hidden_act]
         self.gate, self.up, self.down = (normal(rngs, (channels, config.hidden_size), config) for _ in range(3))
 
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
         gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-        return matmul(silu_gated(matmul(x, gate.T), matmul(x, up.T)), down)
+        return matmul(self.gated(matmul(x, gate.T), matmul(x, up.T)), down)
 
 
 class Layer(nnx.Module):
-    """One residual block: attention, then experts or a dense MLP. ``index`` counts all layers, ``expert_index``
+    """One residual block: a mixer, then experts or a dense MLP. ``index`` counts all layers, ``expert_index``
     those with experts (None in a dense layer)."""
 
     def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs, with_experts: bool = True):
@@ -74,16 +77,24 @@ class Layer(nnx.Module):
         self.attention_norm = Norm(c)
         self.attention = mixer(c, spec.mixer, rngs)
         self.experts_norm = Norm(c)
+        if spec.norms == "both":
+            self.attention_post_norm, self.experts_post_norm = Norm(c), Norm(c)
+        if spec.layer_scalar:
+            self.layer_scalar = nnx.Param(jnp.ones(1))
         m = spec.channel
         if isinstance(m, Dense):
-            self.dense = Mlp(c, m.dense_intermediate_size, rngs=rngs)
+            self.dense = Mlp(c, m.dense_intermediate_size, m.hidden_act, rngs=rngs)
             return
         self.mixture = m
         self.router = normal(rngs, (c.hidden_size, m.num_experts), c)
         if m.router.router_bias:
             self.router_bias = nnx.Param(jnp.zeros(m.num_experts))
-        if m.router.routing == "sigmoid":
+        if m.router.choice_bias:
             self.router_correction = nnx.Param(jnp.zeros(m.num_experts))
+        if m.router.own_norm:
+            self.router_norm = norm_weight(c, c.hidden_size)
+        if m.router.expert_scale:
+            self.router_scale = nnx.Param(jnp.ones(m.num_experts))
         shape = (m.num_experts, m.intermediate_size, c.hidden_size)
         if with_experts:
             self.gate, self.up, self.down = (normal(rngs, shape, c) for _ in range(3))
@@ -91,7 +102,9 @@ class Layer(nnx.Module):
             self.gate_bias, self.up_bias = nnx.Param(jnp.zeros(shape[:2])), nnx.Param(jnp.zeros(shape[:2]))
             self.down_bias = nnx.Param(jnp.zeros((m.num_experts, c.hidden_size)))
         if m.shared_intermediate_size:
-            self.shared = Mlp(c, m.shared_intermediate_size, rngs=rngs)
+            self.shared = Mlp(c, m.shared_intermediate_size, m.hidden_act, rngs=rngs)
+        if m.own_norms:
+            self.shared_norm, self.shared_post_norm, self.routed_post_norm = Norm(c), Norm(c), Norm(c)
         if m.shared_gate:
             self.shared_gate = normal(rngs, (c.hidden_size, 1), c)
 
@@ -100,36 +113,52 @@ class Layer(nnx.Module):
     ) -> tuple[Array, Any, LayerCache | None]:
         """The block's output, what ``experts`` returned beside it (None in a dense layer), and the cache."""
         x, cache = self.attend(x, places, cache)
-        flat = self.experts_norm(x).reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1])
+        normed = self.experts_norm(flat)
         if self.expert_index is None:
-            return self.add(x, self.dense(flat)), None, cache
-        out, aux = experts(self.expert_index, flat, self.route(flat), self.expert_weights(), self.form())
-        return self.add(x, out + self.beside(flat)), aux, cache
+            return self.joined(x, self.dense(normed)), None, cache
+        out, aux = experts(self.expert_index, normed, self.route(flat, normed), self.expert_weights(), self.form())
+        return self.joined(x, out, self.beside(flat, normed)), aux, cache
 
     def attend(
         self, x: Float[Array, "B T D"], places: Places, cache: LayerCache | None = None
     ) -> tuple[Array, LayerCache | None]:
-        """The residual stream after attention."""
+        """The residual stream after the mixer."""
         out, cache = self.attention(self.attention_norm(x), places, cache)
-        return self.add(x, out), cache
+        return self.add(x, self.attention_post_norm(out) if self.spec.norms == "both" else out), cache
+
+    def joined(self, x: Float[Array, "B T D"], out: Array, beside: Array | None = None) -> Float[Array, "B T D"]:
+        """The residual stream ``x`` after the channel part. out: of routed experts, or of a dense part; beside: of the
+        shared expert."""
+        if beside is not None:
+            out = (self.routed_post_norm(out) if self.mixture.own_norms else out) + beside
+        x = self.add(x, self.experts_post_norm(out) if self.spec.norms == "both" else out)
+        return x * self.layer_scalar[...].astype(x.dtype) if self.spec.layer_scalar else x
 
     def add(self, x: Float[Array, "B T D"], out: Array) -> Float[Array, "B T D"]:
         scale = self.config.residual_multiplier
         return x + (out if scale == 1.0 else out * jnp.asarray(scale, out.dtype)).reshape(x.shape)
 
-    def route(self, x: Float[Array, "N D"]) -> Routing:
-        router = self.mixture.router
+    def route(self, x: Float[Array, "N D"], normed: Float[Array, "N D"]) -> Routing:
+        """Of the tokens in the stream ``x``, which the experts take ``normed``."""
+        c, router = self.config, self.mixture.router
+        if router.own_norm:
+            normed = rms_norm(x, norm_scale(c, self.router_norm) * c.hidden_size**-0.5, c.rms_norm_eps)
+        scale = self.router_scale[...].astype(jnp.float32) if router.expert_scale else None
         bias = self.router_bias[...] if router.router_bias else None
-        correction = self.router_correction[...] if router.routing == "sigmoid" else None
-        return route(x, self.router[...], self.mixture, bias, correction)
+        correction = self.router_correction[...] if router.choice_bias else None
+        return route(normed, self.router[...], self.mixture, bias, correction, scale)
 
-    def beside(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
-        """What the shared expert adds to the routed ones: zero where there is none."""
+    def beside(self, x: Float[Array, "N D"], normed: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        """What the shared expert adds to the routed ones, from the stream and from what these take: zero where there is
+        none."""
         if not self.mixture.shared_intermediate_size:
             return jnp.zeros((), x.dtype)
-        out = self.shared(x)
+        if self.mixture.own_norms:
+            return self.shared_post_norm(self.shared(self.shared_norm(x)))
+        out = self.shared(normed)
         if self.mixture.shared_gate:
-            out = out * jax.nn.sigmoid(x @ self.shared_gate[...].astype(x.dtype))
+            out = out * jax.nn.sigmoid(normed @ self.shared_gate[...].astype(x.dtype))
         return out
 
     def expert_weights(self) -> ExpertWeights | None:
@@ -143,7 +172,7 @@ class Layer(nnx.Module):
 
 
 class CachedPass:
-    """The forward pass behind a key/value cache, of a decoder that has ``embedded`` and ``run``."""
+    """The forward pass behind a cache, of a decoder that has ``embedded`` and ``run``."""
 
     config: ModelConfig
     embedded: Callable[..., Float[Array, "B T D"]]
@@ -206,7 +235,7 @@ class Decoder(nnx.Module, CachedPass):
     ) -> tuple[Float[Array, "B T D"], list[Any]]:
         """What ``next_token_nll`` and ``logits`` take; for losses that need not hold all logits."""
         positions, keys = positions_of(tokens.shape, mask)
-        places = Places(positions, keys, angles(self.config, positions))
+        places = Places(positions, keys, angles(self.config, positions), mask=mask)
         x, extras, _ = self.run(self.embedded(tokens, dtype), experts, places, None)
         return x, extras
 
@@ -235,14 +264,15 @@ class Decoder(nnx.Module, CachedPass):
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         out = jnp.einsum("btd,vd->btv", x, self.head_weights().astype(x.dtype), preferred_element_type=jnp.float32)
-        bias = self.logit_bias()
-        return out if bias is None else out + bias.astype(jnp.float32)
+        bias, cap = self.logit_form()
+        return capped(out if bias is None else out + bias.astype(jnp.float32), cap)
 
     def head_weights(self) -> Float[Array, "V D"]:
         return (self.embed if self.config.tie_word_embeddings else self.head)[...]
 
-    def logit_bias(self) -> Float[Array, " V"] | None:
-        return self.head_bias[...] if self.config.head_bias else None
+    def logit_form(self) -> tuple[Float[Array, " V"] | None, float]:
+        """What is added to logits, and what they stay within, as the losses take both."""
+        return self.head_bias[...] if self.config.head_bias else None, self.config.final_logit_softcapping
 
     def moe_layers(self) -> list[Layer]:
         """The layers that have experts, in order."""
@@ -266,7 +296,7 @@ def next_places(config: ModelConfig, mask: Bool[Array, "B T"], cache: Cache) -> 
     positions = before + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
     new = jnp.where(mask, positions, -1)
     keys = jax.lax.dynamic_update_slice(cache.key_positions, new, (0, cache.used))
-    return Places(positions, keys, angles(config, positions), cache.used), keys
+    return Places(positions, keys, angles(config, positions), cache.used, mask), keys
 
 
 def parameters(model: nnx.Module) -> dict[str, Array]:

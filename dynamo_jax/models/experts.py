@@ -10,6 +10,7 @@ Axes: N tokens, D hidden, E experts, F channels of an expert, R rows (tokens tim
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,9 +59,20 @@ def silu_gated(gate: Array, up: Array) -> Array:
     return jax.nn.silu(gate) * up
 
 
+def gelu_gated(gate: Array, up: Array) -> Array:
+    """With GELU's approximation by tanh (arXiv 1606.08415, section 2), written as a logistic function, which every
+    kernel has."""
+    return gate * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (gate + 0.044715 * gate * gate * gate)) * up
+
+
+GATED: dict[str, Activation] = {"silu": silu_gated, "gelu_pytorch_tanh": gelu_gated}
+
+
 def activation_of(mixture: Mixture) -> Activation:
-    """SwiGLU (arXiv 2002.05202), or its clamped form with a linear offset of one (gpt-oss)."""
-    return clamped_gated(mixture.swiglu_limit, mixture.swiglu_alpha) if mixture.swiglu_limit else silu_gated
+    """SwiGLU or GEGLU (arXiv 2002.05202), or the clamped form of the first with a linear offset of one (gpt-oss)."""
+    if mixture.swiglu_limit:
+        return clamped_gated(mixture.swiglu_limit, mixture.swiglu_alpha)
+    return GATED[mixture.hidden_act]
 
 
 @functools.cache  # one function for one form, by which programs are told apart

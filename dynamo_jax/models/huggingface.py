@@ -25,7 +25,7 @@ from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, Layer, parameters, with_parameters
 from dynamo_jax.models.experts import ExpertBiases
 from dynamo_jax.models.families.names import (
-    TURNED,
+    Filed,
     embed_name,
     expert_names,
     extra_layers,
@@ -49,7 +49,7 @@ from dynamo_jax.models.formats.expert_files import (
 )
 from dynamo_jax.models.formats.stored import StoredTensors
 from dynamo_jax.models.formats.tensor_files import FLOATS, INDEX, SINGLE, write_tensors
-from dynamo_jax.models.specs import Grouped, Latent, Mixer
+from dynamo_jax.models.specs import DeltaNet, Grouped, Latent, Mixer
 from dynamo_jax.models.tokenizer import TOKENIZER
 
 UNREAD_PARTS = 8  # first parts of names that are listed
@@ -173,9 +173,7 @@ class Source:
 
     def _expected(self) -> Shapes:
         config, shapes = self.config, parameter_shapes(self.config)
-        expected = {
-            theirs: shapes[ours][::-1] if turned else shapes[ours] for ours, theirs, turned in tensor_names(config)
-        }
+        expected = {theirs: filed.shape(shapes[ours]) for ours, theirs, filed in tensor_names(config)}
         for layer in config.moe_layers:
             expected |= expert_shapes(config, self.expert_tensors(layer))
         return expected
@@ -196,9 +194,8 @@ class Source:
     def layer(self, layer: int) -> dict[str, np.ndarray]:
         """Parameters of one layer but its routed experts' weights, names without the layer's prefix."""
         arrays = {}
-        for ours, theirs, turned in layer_tensor_names(self.config, layer):
-            array = self.files.read(f"{self.config.prefix}layers.{layer}.{theirs}")
-            arrays[ours] = array.T if turned else array
+        for ours, theirs, filed in layer_tensor_names(self.config, layer):
+            arrays[ours] = filed.from_file(self.files.read(f"{self.config.prefix}layers.{layer}.{theirs}"))
         if layer in self.config.moe_layers:
             arrays |= read_biases(self.files, self.expert_tensors(layer))
         return arrays
@@ -240,28 +237,28 @@ def _shapes(module: Any) -> Shapes:
     return {".".join(map(str, p)): v.shape for p, v in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
 
-def tensor_names(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
-    """(our name, the file's name, transposed) of every parameter but the routed experts' weights and biases."""
-    yield "embed", embed_name(config), False
+def tensor_names(config: ModelConfig) -> Iterator[tuple[str, str, Filed]]:
+    """(our name, the file's name, how it lies there) of every parameter but the routed experts' weights and biases."""
+    yield "embed", embed_name(config), Filed.PLAIN
     for layer in range(config.num_hidden_layers):
-        for ours, theirs, turned in layer_tensor_names(config, layer):
-            yield f"layers.{layer}.{ours}", f"{config.prefix}layers.{layer}.{theirs}", turned
-    yield "norm.scale", f"{config.prefix}norm.weight", False
+        for ours, theirs, filed in layer_tensor_names(config, layer):
+            yield f"layers.{layer}.{ours}", f"{config.prefix}layers.{layer}.{theirs}", filed
+    yield "norm.scale", f"{config.prefix}norm.weight", Filed.PLAIN
     if config.layer_norm:
-        yield "norm.bias", f"{config.prefix}norm.bias", False
+        yield "norm.bias", f"{config.prefix}norm.bias", Filed.PLAIN
     if not config.tie_word_embeddings:
-        yield "head", head_name(config), False
+        yield "head", head_name(config), Filed.PLAIN
     if config.head_bias:
-        yield "head_bias", f"{config.head_prefix}lm_head.bias", False
+        yield "head_bias", f"{config.head_prefix}lm_head.bias", Filed.PLAIN
 
 
-def layer_tensor_names(config: ModelConfig, layer: int) -> Iterator[tuple[str, str, bool]]:
+def layer_tensor_names(config: ModelConfig, layer: int) -> Iterator[tuple[str, str, Filed]]:
     """As ``tensor_names``, for one layer and without the layer's prefix."""
     names = names_of(config)
     of_experts = {f"{part}_bias" for part in ExpertBiases._fields}
     for ours in layer_shapes(config, layer):
         if ours not in of_experts:
-            yield ours, names[ours], ours in TURNED
+            yield ours, *names[ours]
 
 
 def parameter_shapes(config: ModelConfig) -> Shapes:
@@ -335,6 +332,9 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def _mixer_words(mixer: Mixer) -> str:
+    if isinstance(mixer, DeltaNet):
+        size = f"{mixer.linear_key_head_dim} x {mixer.linear_value_head_dim}"
+        return f"{mixer.linear_num_value_heads} heads of a gated delta net, states of {size}"
     if isinstance(mixer, Latent):
         keys = f"keys and values from {mixer.kv_lora_rank} latent numbers"
     else:
@@ -386,7 +386,7 @@ def save_checkpoint(folder: Path, model: Decoder, tokenizer: Path, dtype: Any = 
             f"a model of family {config.family} is written by export, from the checkpoint that it came from"
         )
     arrays = {name: np.asarray(a).astype(dtype) for name, a in parameters(model).items()}
-    tensors = {theirs: arrays[ours].T if turned else arrays[ours] for ours, theirs, turned in tensor_names(config)}
+    tensors = {theirs: filed.to_file(arrays[ours]) for ours, theirs, filed in tensor_names(config)}
     for layer in config.moe_layers:
         parts = [arrays[f"layers.{layer}.{part}"] for part in ("gate", "up", "down")]
         tensors |= expert_tensors(expert_names(config, layer), list(zip(*parts)), {})

@@ -24,12 +24,14 @@ from dynamo_jax.models.rotary import angles
 
 
 class Outer(NamedTuple):
-    """A layer but its routed experts. residual: the stream with attention and shared experts added."""
+    """A layer but its routed experts. residual: the stream with attention and shared experts added. beside: what shared
+    experts give, where it is joined with what the routed ones give before both are added; else it has no axis D."""
 
     residual: Float[Array, "S T D"]
     normed: Float[Array, "N D"]
     experts: Int[Array, "N k"]
     gates: Float[Array, "N k"]
+    beside: Float[Array, "S T D"] | Float[Array, "S T 0"]
 
 
 def places_of(config: ModelConfig, x: Array) -> Places:
@@ -40,12 +42,22 @@ def places_of(config: ModelConfig, x: Array) -> Places:
 def _outer_function(config: ModelConfig, like: int, rest: dict[str, Array], x: Array) -> Outer:
     layer = layer_with_parameters(config, like, rest)
     x, _ = layer.attend(x, places_of(config, x))
-    normed = layer.experts_norm(x)
-    flat = normed.reshape(-1, x.shape[-1])
-    routing = layer.route(flat)
+    flat = x.reshape(-1, x.shape[-1])
+    normed = layer.experts_norm(flat)
+    routing = layer.route(flat, normed)
     shape = (*x.shape[:2], -1)
-    residual = layer.add(x, jnp.broadcast_to(layer.beside(flat), flat.shape))
-    return Outer(residual, normed, routing.experts.reshape(shape), routing.gates.reshape(shape))
+    beside = jnp.broadcast_to(layer.beside(flat, normed), flat.shape).reshape(x.shape)
+    if layer.spec.adds:
+        x, beside = layer.add(x, beside), beside[..., :0]
+    return Outer(x, normed.reshape(x.shape), routing.experts.reshape(shape), routing.gates.reshape(shape), beside)
+
+
+def _joined_function(
+    config: ModelConfig, like: int, rest: dict[str, Array], residual: Array, beside: Array, added: Array
+) -> Array:
+    """The output of a layer that does not just add; added: what its routed experts give, (S, T, D)."""
+    flat = (a.reshape(-1, a.shape[-1]) for a in (added, beside))
+    return layer_with_parameters(config, like, rest).joined(residual, *flat)
 
 
 def _dense_function(config: ModelConfig, like: int, rest: dict[str, Array], x: Array) -> Array:
@@ -56,16 +68,22 @@ def _dense_function(config: ModelConfig, like: int, rest: dict[str, Array], x: A
 
 
 outer_of = functools.partial(jax.jit, static_argnames=("config", "like"))(_outer_function)
+joined = functools.partial(jax.jit, static_argnames=("config", "like"))(_joined_function)
 dense = functools.partial(jax.jit, static_argnames=("config", "like"))(_dense_function)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "like"))
-def outer_vjp(config, like, rest, x, d_residual, d_normed, d_gates):
+def outer_vjp(config, like, rest, x, d_residual, d_normed, d_gates, d_beside):
     def differentiable(x):
         outer = _outer_function(config, like, rest, x)
-        return outer.residual, outer.normed, outer.gates
+        return outer.residual, outer.normed, outer.gates, outer.beside
 
-    return jax.vjp(differentiable, x)[1]((d_residual, d_normed, d_gates))[0]
+    return jax.vjp(differentiable, x)[1]((d_residual, d_normed, d_gates, d_beside))[0]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "like"))
+def joined_vjp(config, like, rest, residual, beside, added, d_out):
+    return jax.vjp(functools.partial(_joined_function, config, like, rest), residual, beside, added)[1](d_out)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "like"))
@@ -83,7 +101,8 @@ def loss_gradient_of(config: ModelConfig, top: dict[str, np.ndarray]) -> Callabl
 def _loss_gradient(config, top, x, targets):
     """d loss / d x, the loss being each window's summed next-token negative log-likelihood."""
     head = top["embed"] if config.tie_word_embeddings else top["head"]
-    return jax.grad(lambda x: next_token_nll(_finished(config, top, x), head, targets, top.get("head_bias")).sum())(x)
+    form = (top.get("head_bias"), config.final_logit_softcapping)
+    return jax.grad(lambda x: next_token_nll(_finished(config, top, x), head, targets, *form).sum())(x)
 
 
 def _finished(config, top, x):

@@ -23,9 +23,10 @@ def next_token_nll(
     head: Float[Array, "V D"],
     targets: Int[Array, "B T"],
     bias: Float[Array, " V"] | None = None,
+    cap: float = 0.0,
 ) -> Float[Array, "B T"]:
-    """-log p(target) in nats, float32, from the hidden states that the head takes."""
-    logits = _logits_of(head, bias, hidden.dtype)
+    """-log p(target) in nats, float32, from the hidden states that the head takes. cap: as ``capped`` takes it."""
+    logits = _logits_of(head, bias, hidden.dtype, cap)
 
     def nll(row, label):
         own = logits(row)
@@ -40,9 +41,11 @@ def next_token_divergence(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "V D"],
     bias: Float[Array, " V"] | None = None,
+    cap: float = 0.0,
 ) -> Float[Array, "B T"]:
-    """The Kullback-Leibler divergence in nats, float32, of what ``hidden`` predicts from what ``exact`` does."""
-    logits = _logits_of(head, bias, hidden.dtype)
+    """The Kullback-Leibler divergence in nats, float32, of what ``hidden`` predicts from what ``exact`` does.
+    cap: as ``capped`` takes it."""
+    logits = _logits_of(head, bias, hidden.dtype, cap)
 
     def divergence(row, other):
         p, q = jax.nn.log_softmax(logits(row)), jax.nn.log_softmax(logits(other))
@@ -51,12 +54,19 @@ def next_token_divergence(
     return _by_chunk(divergence, head.shape[0], exact, hidden)
 
 
-def _logits_of(head: Float[Array, "V D"], bias: Float[Array, " V"] | None, dtype: Any) -> Callable[[Array], Array]:
+def capped(logits: Float[Array, "*N V"], cap: float) -> Float[Array, "*N V"]:
+    """Logits within ``cap`` of zero, by tanh; as they are where it is 0."""
+    return jnp.tanh(logits / cap) * cap if cap else logits
+
+
+def _logits_of(
+    head: Float[Array, "V D"], bias: Float[Array, " V"] | None, dtype: Any, cap: float
+) -> Callable[[Array], Array]:
     head_t = head.astype(dtype).T
 
     def logits(rows: Float[Array, "C D"]) -> Float[Array, "C V"]:
         out = matmul(rows, head_t).astype(jnp.float32)
-        return out if bias is None else out + bias.astype(jnp.float32)
+        return capped(out if bias is None else out + bias.astype(jnp.float32), cap)
 
     return logits
 

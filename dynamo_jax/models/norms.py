@@ -19,21 +19,32 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) ->
     return (normed * scale).astype(x.dtype)
 
 
+def norm_weight(config: ModelConfig, size: int) -> nnx.Param:
+    """A norm's weight, such that it multiplies by 1."""
+    return nnx.Param(jnp.zeros(size) if config.zero_centred_norms else jnp.ones(size))
+
+
+def norm_scale(config: ModelConfig, weight: nnx.Param) -> Float[Array, " D"]:
+    """What a norm with this weight multiplies by; one more than it in float32 where weights are zero-centred."""
+    return 1.0 + weight[...].astype(jnp.float32) if config.zero_centred_norms else weight[...]
+
+
 class Norm(nnx.Module):
     """RMS norm, or LayerNorm with a bias where the configuration says so."""
 
     def __init__(self, config: ModelConfig):
-        self.eps = config.rms_norm_eps
-        self.scale = nnx.Param(jnp.ones(config.hidden_size))
+        self.config, self.eps = config, config.rms_norm_eps
+        self.scale = norm_weight(config, config.hidden_size)
         self.bias = nnx.Param(jnp.zeros(config.hidden_size)) if config.layer_norm else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = norm_scale(self.config, self.scale)
         if self.bias is None:
-            return rms_norm(x, self.scale[...], self.eps)
+            return rms_norm(x, scale, self.eps)
         x32 = x.astype(jnp.float32)
         centred = x32 - x32.mean(axis=-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return (normed * scale + self.bias[...]).astype(x.dtype)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], config: ModelConfig) -> nnx.Param:

@@ -34,6 +34,11 @@ def frequencies(rope: Rope, positions: int) -> tuple[Float[np.ndarray, " K"], fl
     length = scaling.original_max_position_embeddings or positions
     if scaling.rope_type == "default":
         return plain, 1.0
+    if scaling.rope_type == "ntk_alpha":
+        return plain * scaling.alpha ** (-np.arange(0, dim, 2) / (dim - 2)), 1.0
+    if scaling.rope_type == "proportional":
+        turned = np.arange(dim // 2) < int(scaling.partial_rotary_factor * dim // 2)
+        return np.where(turned, plain / scaling.factor, 0.0), 1.0
     if scaling.rope_type == "linear":
         return plain / scaling.factor, 1.0
     if scaling.rope_type == "llama3":

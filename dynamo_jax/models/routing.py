@@ -33,14 +33,19 @@ def route(
     mixture: Mixture,
     bias: Float[Array, " E"] | None = None,
     correction: Float[Array, " E"] | None = None,
+    scale: Float[Array, " E"] | None = None,
 ) -> Routing:
-    """``bias`` is added to the logits; ``correction`` only to the scores by which experts are chosen."""
+    """``bias`` is added to the logits; ``correction`` only to the scores by which experts are chosen; ``scale``
+    multiplies gates."""
     logits = x.astype(jnp.float32) @ router.astype(jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     spec = mixture.router
+    if cap := spec.router_logit_softcapping:
+        logits = jnp.tanh(logits / cap) * cap
     experts, gates = CHOICES[spec.routing](logits, spec, mixture.num_experts_per_tok, correction)
-    return Routing(logits, experts.astype(jnp.int32), gates * spec.routed_scaling_factor)
+    gates = gates * spec.routed_scaling_factor
+    return Routing(logits, experts.astype(jnp.int32), gates if scale is None else gates * scale[experts])
 
 
 Choice = tuple[Int[Array, "N k"], Float[Array, "N k"]]
@@ -81,7 +86,7 @@ def _best(
     _, experts = jax.lax.top_k(choice, k)
     gates = jnp.take_along_axis(scores, experts, axis=-1)
     if spec.norm_topk_prob:
-        gates = gates / (gates.sum(axis=-1, keepdims=True) + least)
+        gates = gates / (gates.sum(axis=-1, keepdims=True) + max(spec.norm_floor, least))
     return experts, gates
 
 

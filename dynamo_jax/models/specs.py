@@ -18,8 +18,12 @@ from typing import Any
 from dynamo_jax.files import shown
 
 ROUTINGS = ("softmax", "topk_softmax", "sigmoid", "sparsemixer")
-QK_NORMS = ("none", "vector", "head")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+QK_NORMS = ("none", "vector", "head", "turned")
+GATINGS = ("none", "per-head", "per-element")
+GATE_FUNCTIONS = ("sigmoid", "softplus")
+NORMS = ("before", "both")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "ntk_alpha", "proportional")
+HIDDEN_ACTS = ("silu", "gelu_pytorch_tanh")
 WHOLE_LIMIT = 2**31 - 1
 LAYERS_LIMIT = 10_000
 TINY, NUMBER_LIMIT = 1e-12, 1e6  # a constant outside of these is a mistake; products of a few stay finite in float32
@@ -28,13 +32,18 @@ TINY, NUMBER_LIMIT = 1e-12, 1e6  # a constant outside of these is a mistake; pro
 _AT_LEAST_ONE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("num_experts", "num_experts_per_tok", "max_position_embeddings", "dense_intermediate_size"),
-    *("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"),
+    *("kv_lora_rank", "qk_nope_head_dim"),
+    *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    "linear_conv_kernel_dim",
 )
 _RANGES = {  # of float fields; others are not negative and at most NUMBER_LIMIT
     "rms_norm_eps": (TINY, 1.0),
     "rope_theta": (1.001, 1e30),  # 1 has no logarithm to divide by
     "clip_qkv": (TINY, NUMBER_LIMIT),
     "router_jitter_noise": (0.0, 1.0),
+    "attention_value_scale": (TINY, NUMBER_LIMIT),
+    "alpha": (1.0, NUMBER_LIMIT),
+    "partial_rotary_factor": (TINY, 1.0),
     **dict.fromkeys(("routed_scaling_factor", "swiglu_alpha"), (TINY, NUMBER_LIMIT)),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), (TINY, NUMBER_LIMIT)),
     **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), (TINY, NUMBER_LIMIT)),
@@ -103,7 +112,7 @@ def check_fields(config: Any) -> None:
 class RopeScaling:
     """How rotary frequencies are stretched; ``rope_type`` says which of the other fields count."""
 
-    rope_type: str = "default"  # default | linear | llama3 | yarn | longrope
+    rope_type: str = "default"  # of ROPE_TYPES
     factor: float = 1.0
     original_max_position_embeddings: int = 0
     low_freq_factor: float = 1.0  # llama3
@@ -115,6 +124,8 @@ class RopeScaling:
     mscale_all_dim: float = 0.0
     attention_factor: float = 0.0  # multiplies cosines and sines; 0: as the type derives it
     short_factor: tuple[float, ...] = ()  # longrope: one divisor a frequency
+    alpha: float = 1.0  # ntk_alpha: the base grows by a power of it
+    partial_rotary_factor: float = 1.0  # proportional: the share of frequencies that are not zero
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -149,24 +160,40 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grouped:
-    """Grouped-query attention (``mixers/grouped.py``). window: newest positions that a token sees, 0 for all."""
+    """Grouped-query attention (``mixers/grouped.py``). window: newest positions that a token sees, 0 for all.
+
+    gating: of outputs, by a projection of its own. output_gate: beside each head's query there is a gate, whose sigmoid
+    multiplies the head's output. attention_k_eq_v: values are what keys are made of. v_norm: each head's values are
+    divided by their root mean square.
+    """
 
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     rope: Rope | None
     window: int = 0
-    qk_norm: str = "none"  # over the whole query and key vectors, or over each head
+    v_head_dim: int = 0  # 0: head_dim
+    qk_norm: str = "none"  # over whole query and key vectors, over each head, or over each head when it is turned
     clip_qkv: float | None = None
     qkv_bias: bool = False
     output_bias: bool = False
     attention_scale: float = 0.0  # 0: 1 / sqrt(head_dim)
     attention_sinks: bool = False
+    attention_value_scale: float = 1.0
+    attention_k_eq_v: bool = False
+    v_norm: bool = False
+    gating: str = "none"
+    gate_function: str = "sigmoid"
+    output_gate: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_divides("num_key_value_heads", self.num_key_value_heads, self.num_attention_heads)
         check_known("qk_norm", self.qk_norm, QK_NORMS)
+        check_known("gating", self.gating, GATINGS)
+        if self.attention_k_eq_v and self.qkv_bias:
+            raise ValueError("attention_k_eq_v is not supported with biases of queries, keys and values")
+        check_known("gate_function", self.gate_function, GATE_FUNCTIONS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,14 +213,40 @@ class Latent:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_number("v_head_dim", self.v_head_dim, low=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaNet:
+    """The gated delta net (``mixers/delta.py``; arXiv 2412.06464). linear_conv_kernel_dim: tokens that its convolution
+    sees, the newest one too; fused_projections: queries, keys, values and z in one matrix, b and a in another."""
+
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int = 4
+    fused_projections: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_divides("linear_num_key_heads", self.linear_num_key_heads, self.linear_num_value_heads)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Router:
-    """How a token's experts and gates are chosen (``routing.py``)."""
+    """How a token's experts and gates are chosen (``routing.py``). choice_bias: added to the scores by which experts
+    are chosen, not to their gates. norm_floor: added to the sum by which gates are divided.
+    own_norm: the router reads the stream, normed with a weight of its own and divided by the root of its size;
+    expert_scale: each expert's gates are multiplied by a number of its own."""
 
     routing: str = "softmax"
     norm_topk_prob: bool = False
+    norm_floor: float = 0.0
+    choice_bias: bool = False
+    router_logit_softcapping: float = 0.0
+    own_norm: bool = False
+    expert_scale: bool = False
     n_group: int = 0
     topk_group: int = 0
     routed_scaling_factor: float = 1.0
@@ -212,14 +265,17 @@ class Dense:
     """A gated MLP that every token goes through."""
 
     dense_intermediate_size: int
+    hidden_act: str = "silu"
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_known("hidden_act", self.hidden_act, HIDDEN_ACTS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Routed experts of ``intermediate_size`` channels, with a shared one beside them or not."""
+    """Routed experts of ``intermediate_size`` channels, with a shared one beside them or not. own_norms: the routed
+    ones have a norm before and after them, and so has the shared one."""
 
     num_experts: int
     num_experts_per_tok: int
@@ -230,9 +286,14 @@ class Mixture:
     swiglu_alpha: float = 1.702
     shared_intermediate_size: int = 0
     shared_gate: bool = False
+    hidden_act: str = "silu"  # of gates, where swiglu_limit says nothing else
+    own_norms: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_known("hidden_act", self.hidden_act, HIDDEN_ACTS)
+        if self.own_norms and not self.shared_intermediate_size:
+            raise ValueError("own_norms: there is no shared expert")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} is not in 1..{self.num_experts}")
         router = self.router
@@ -244,16 +305,29 @@ class Mixture:
             raise ValueError(f"sparsemixer routing chooses 2 experts, not {self.num_experts_per_tok}")
 
 
-Mixer = Grouped | Latent
+Mixer = Grouped | Latent | DeltaNet
 Channel = Dense | Mixture
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """A residual block: a mixer, then a channel part, each behind a norm."""
+    """A residual block: a mixer, then a channel part, each behind a norm, or between two. layer_scalar: the stream is
+    multiplied by a number at its end."""
 
     mixer: Mixer
     channel: Channel
+    norms: str = "before"
+    layer_scalar: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_known("norms", self.norms, NORMS)
+
+    @property
+    def adds(self) -> bool:
+        """Whether what the experts give is added to the stream as it is, but for a factor."""
+        apart = isinstance(self.channel, Mixture) and self.channel.own_norms
+        return self.norms == "before" and not self.layer_scalar and not apart
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with the names of the parts' kinds."""

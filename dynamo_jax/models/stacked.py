@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dynamo_jax.models.attention import LayerCache, Places
+from dynamo_jax.models.attention import Places
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import (
     Cache,
@@ -33,6 +33,7 @@ from dynamo_jax.models.decoder import (
     with_parameters,
 )
 from dynamo_jax.models.experts import ExpertsFn
+from dynamo_jax.models.mixers import LayerCache
 
 
 class Loop(NamedTuple):

@@ -178,7 +178,7 @@ def window_losses(
     """Each window's summed next-token loss in nats, and where its tokens were routed, in K pieces of ``HOP``."""
     model = with_parameters(config, parameters)
     hidden, routings = model.hidden_states(tokens[:, :-1], **run)
-    nll = next_token_nll(hidden, model.head_weights(), tokens[:, 1:], model.logit_bias())
+    nll = next_token_nll(hidden, model.head_weights(), tokens[:, 1:], *model.logit_form())
     return nll.sum(axis=1), piece_counts(routings, tokens.shape[0], config.num_experts, HOP)
 
 
@@ -216,4 +216,4 @@ def switched_divergence(
     """Summed over each window, how far what ``tables[index]`` predicts is from what the hidden states ``exact`` do."""
     model = with_parameters(config, parameters)
     hidden, _ = model.hidden_states(tokens, experts=switched_experts(resident, tables, index))
-    return next_token_divergence(exact, hidden, model.head_weights(), model.logit_bias()).sum(axis=1)
+    return next_token_divergence(exact, hidden, model.head_weights(), *model.logit_form()).sum(axis=1)

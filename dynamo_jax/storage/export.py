@@ -158,8 +158,8 @@ def _layer_tensors(description: checkpoint.Description, layer: int) -> Bundle:
     bundle = checkpoint.layer_bundle(result, config, plan, meta.max_width, layer)
     own = {k.removeprefix("parameters/"): a for k, a in bundle.items() if k.startswith("parameters/")}
     tensors = {}
-    for ours, theirs, turned in layer_tensor_names(config, layer):
-        tensors[f"{config.prefix}layers.{layer}.{theirs}"] = own[ours].T if turned else own[ours]
+    for ours, theirs, filed in layer_tensor_names(config, layer):
+        tensors[f"{config.prefix}layers.{layer}.{theirs}"] = filed.to_file(own[ours])
     if layer in config.dense_layers:
         return tensors
     widths = plan.page_widths()[config.moe_layers.index(layer)].reshape(config.num_experts, -1, plan.blocks)

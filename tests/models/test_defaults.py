@@ -64,7 +64,7 @@ def test_a_missing_key_is_the_classs_default_or_an_error_that_names_it(family):
 SIZES = {
     *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_experts_per_tok", "max_position_embeddings"),
-    *("num_experts", "num_local_experts", "n_routed_experts"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_k", "moe_topk"),
 }
 
 

@@ -21,12 +21,15 @@ TOKENS = np.random.default_rng(0).integers(3, 61, (3, 20))
 MASK = np.ones((3, 20), bool)
 MASK[1, :6] = False  # padding before
 MASK[2, 15:] = False  # and after
+ROUTERS = ("topkrouter", "v1gate", "choicerouter")  # ends of the names of their classes
 
 
 def run_theirs(model):
     """Logits and chosen experts, layer by layer."""
     chosen = []
-    routers = [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
+    routers = [
+        m for m in model.modules() if type(m).__name__.lower().endswith(("topkrouter", "v1gate", "choicerouter"))
+    ]
     hooks = [m.register_forward_hook(lambda m, i, out: chosen.append(out[2].numpy())) for m in routers]
     positions = torch.tensor(np.maximum(MASK.cumsum(axis=1) - 1, 0))
     with torch.no_grad():
@@ -65,9 +68,23 @@ LONGROPE = {
         "original_max_position_embeddings": 32,
     }
 }  # fmt: skip
+
+
+def of_types(full, sliding):
+    return {
+        "rope_parameters": {"full_attention": full["rope_parameters"], "sliding_attention": sliding["rope_parameters"]}
+    }
+
+
 TIED = ("mixtral", "phimoe")  # without and with a bias of the head; the others' tied head is mixtral's
 OWN = list(FAMILY_MODELS)  # others are tested under another name or inside a wrapper
 FIRST = {next(iter(lineage.FAMILIES)) for lineage in LINEAGES}
+SLOW = [
+    ("ernie4_5_moe", {"moe_layer_interval": 2, "moe_num_shared_experts": 0, **yarn()}),
+    ("hunyuan_v1_moe", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}}),
+    ("mellum", {"mlp_layer_types": ["dense", "sparse", "sparse"], **of_types(yarn(), LINEAR)}),
+    ("exaone_moe", {"layer_types": None, "sliding_window_pattern": 2, "n_group": 1, "topk_group": 1}),
+]
 VARIETIES = [
     *(pytest.param(family, {}, marks=[] if family in FIRST else [pytest.mark.slow]) for family in OWN),
     *(
@@ -76,6 +93,14 @@ VARIETIES = [
     ),
     ("glm4_moe", {"use_qk_norm": False, "partial_rotary_factor": 0.25}),
     ("minimax_m2", {"rotary_dim": None}),
+    pytest.param(
+        "qwen3_next",
+        {"layer_types": None, "full_attention_interval": 2, "attention_bias": True, "mlp_only_layers": []},
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        "qwen3_5_moe_text", {"linear_num_key_heads": 4, **yarn(partial_rotary_factor=0.5)}, marks=pytest.mark.slow
+    ),
     ("mixtral", {"sliding_window": None, **LLAMA3}),
     ("mixtral", LINEAR),
     ("qwen2_moe", {"use_sliding_window": False, "decoder_sparse_step": 2, "mlp_only_layers": [], **yarn()}),
@@ -90,6 +115,7 @@ VARIETIES = [
     ("granitemoe", LLAMA3),
     ("olmoe", LLAMA3 | {"attention_bias": True}),
     ("phimoe", LONGROPE | {"attention_bias": False, "lm_head_bias": False}),
+    *(pytest.param(family, changes, marks=pytest.mark.slow) for family, changes in SLOW),
 ]
 
 
@@ -202,6 +228,21 @@ PUBLISHED = [
         "qwen3_moe", 30.5, (48, 128), vocab_size=151936, hidden_size=2048, intermediate_size=6144,
         moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
         num_experts=128, num_experts_per_tok=8, max_position_embeddings=40960, norm_topk_prob=True,
+    ),
+    published(
+        "qwen3_next", 79.67, (48, 512), vocab_size=151936, hidden_size=2048, intermediate_size=5120,
+        moe_intermediate_size=512, shared_expert_intermediate_size=512, num_hidden_layers=48, num_attention_heads=16,
+        num_experts=512, num_experts_per_tok=10, max_position_embeddings=262144, rope_theta=1e7,
+        partial_rotary_factor=0.25,
+    ),
+    published(
+        "qwen3_5_moe_text", 34.66, (40, 256), vocab_size=248320, hidden_size=2048, moe_intermediate_size=512,
+        shared_expert_intermediate_size=512, num_hidden_layers=40, num_attention_heads=16, num_experts=256,
+        num_experts_per_tok=8, max_position_embeddings=262144, attn_output_gate=True, mtp_num_hidden_layers=1,
+        rope_parameters={
+            "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+        },
     ),
     published(
         "deepseek_v2", 15.7, (26, 64), vocab_size=102400, hidden_size=2048, intermediate_size=10944,

@@ -222,7 +222,7 @@ def test_a_hundred_gigabytes_are_described_from_headers_alone(tmp_path):
     }  # fmt: skip
     config = config_from(raw)
     shapes = parameter_shapes(config)
-    named = {theirs: shapes[ours][::-1] if turned else shapes[ours] for ours, theirs, turned in tensor_names(config)}
+    named = {theirs: filed.shape(shapes[ours]) for ours, theirs, filed in tensor_names(config)}
     for layer in config.moe_layers:
         named |= expert_shapes(config, expert_names(config, layer))
     places = {}

@@ -28,6 +28,9 @@ BASE = dict(
     max_position_embeddings=64,
 )
 DENSE = {"dense_intermediate_size": 24}
+DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6,
+}  # fmt: skip
 UNTIED = {"tie_word_embeddings": False, "shared_intermediate_size": 8, "logits_scaling": 2.0}
 KINDS = {
     "alike": ({}, [Loop(0, 1, 5)]),
@@ -36,6 +39,11 @@ KINDS = {
     "every second dense": ({"dense_layers": (1, 3), **DENSE}, [Loop(0, 2, 2), Loop(4, 1, 1)]),
     "windows in turns": ({"num_hidden_layers": 4, "windows": (3, 0, 3, 0)}, [Loop(0, 2, 2)]),
     "three and one": ({"num_hidden_layers": 10, "windows": (3, 3, 3, 0) * 2 + (3, 3)}, [Loop(0, 4, 2), Loop(8, 1, 2)]),
+    "three delta nets and one": (
+        {"num_hidden_layers": 40, "delta_layers": [i for i in range(40) if (i + 1) % 4], **DELTA},
+        [Loop(0, 4, 10)],
+    ),
+    "a delta net in turns": ({"num_hidden_layers": 4, "delta_layers": (0, 2), **DELTA}, [Loop(0, 2, 2)]),
     "two after two": ({"windows": (3, 3, 0, 0, 3), **UNTIED}, [Loop(0, 1, 2), Loop(2, 1, 2), Loop(4, 1, 1)]),
 }
 
@@ -52,7 +60,7 @@ def test_alike_layers_are_found(kind):
     assert loops(decoder_config(**BASE | changes)) == tuple(wanted)
 
 
-@pytest.mark.parametrize("kind", ["every second dense", "two after two"])
+@pytest.mark.parametrize("kind", ["every second dense", "two after two", "a delta net in turns"])
 def test_loops_do_what_the_layers_do_one_after_the_other(kind):
     config = decoder_config(**BASE | KINDS[kind][0])
     arrays = parameters(Decoder(config, rngs=nnx.Rngs(0)))

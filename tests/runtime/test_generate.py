@@ -64,7 +64,12 @@ def theirs(model, prompts, new):
     return [row[: row.index(1)] if 1 in row else row for row in rows]
 
 
-OWN_DECODING = ("olmoe", "gpt_oss", "deepseek_v3")  # the others' attention and experts are as one of these has them
+OWN_DECODING = (
+    "olmoe",
+    "gpt_oss",
+    "deepseek_v3",
+    "qwen3_next",
+)  # the others' attention and experts are as one of these has them
 
 
 def family_case(family):

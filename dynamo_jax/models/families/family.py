@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from dynamo_jax.files import shown
@@ -17,6 +17,7 @@ from dynamo_jax.models.specs import (
     Grouped,
     Latent,
     LayerSpec,
+    Mixer,
     Mixture,
     Rope,
     Router,
@@ -29,7 +30,9 @@ Raw = dict[str, Any]  # what a config.json holds
 SPARSE = "block_sparse_moe"
 SPARSE_NAMES = {"router": f"{SPARSE}.gate.weight"}
 W123 = "w1 w3 w2"  # gate, up and down
-SLIDING, FULL = "sliding_attention", "full_attention"
+ROW = "[0]"  # behind the name of a tensor that has an axis of length one more, the first
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
+PLAIN_ROPES = tuple(kind for kind in ROPE_TYPES if kind != "ntk_alpha")
 COMMON: Raw = {  # keys that are left out mean the same in every family
     "hidden_act": "silu",
     "initializer_range": 0.02,
@@ -42,7 +45,8 @@ COMMON: Raw = {  # keys that are left out mean the same in every family
 
 
 Rotary = Callable[..., Rope]  # a Rope with the base, the scaling and the share of a head that a config.json names:
-# takes dim, the share of it that is turned where none is named (else all are), and the rest
+# takes dim, the share of it that is turned where none is named (else all are), the type of layer that it is of where a
+# family has one for each, and the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Family:
     defaults: what a key means that its config.json leaves out, where that is not ``COMMON``'s; they are those of
     ``transformers``, and sizes have none. rope: the rotary scaling of a config.json that names none. short_mscale:
     whether that key of the rotary scaling is the factor of cosines and sines. partial: whether a part of a head may be
-    turned."""
+    turned. by_type: whether rotary parameters, and ``rope``, are an object for each type of layer."""
 
     architecture: str
     layers: Callable[[Raw, Rotary], tuple[LayerSpec, ...]]
@@ -66,9 +70,10 @@ class Family:
     experts_key: str = "num_experts"
     defaults: Raw = dataclasses.field(default_factory=dict)
     rope: Raw = dataclasses.field(default_factory=dict)
-    rope_types: tuple[str, ...] = ROPE_TYPES
+    rope_types: tuple[str, ...] = PLAIN_ROPES
     short_mscale: bool = False
     partial: bool = False
+    by_type: bool = False
 
 
 def grouped(raw: Raw, rope: Rotary, share: float = 1.0, **own: Any) -> Grouped:
@@ -78,20 +83,30 @@ def grouped(raw: Raw, rope: Rotary, share: float = 1.0, **own: Any) -> Grouped:
     if not size:
         check_divides("num_attention_heads", heads, whole(raw, "hidden_size"))
         size = whole(raw, "hidden_size") // heads
-    return Grouped(
-        num_attention_heads=heads,
-        num_key_value_heads=whole_or_none(raw, "num_key_value_heads") or heads,
-        head_dim=size,
-        rope=rope(dim=size, share=share),
-        **own,
-    )
+    own.setdefault("num_key_value_heads", whole_or_none(raw, "num_key_value_heads") or heads)
+    return Grouped(num_attention_heads=heads, head_dim=size, rope=rope(dim=size, share=share), **own)
 
 
-def mixture(raw: Raw, router: Router, size: str = "intermediate_size", **own: Any) -> Mixture:
-    """Routed experts by the keys that families share. size: the key of an expert's channels."""
+def by_type(raw: Raw, rope: Rotary, types: list[str], share: float = 1.0, **own: Any) -> list[Grouped]:
+    """``grouped`` for each layer, with the rotary positions of its type, and a window where its type has one."""
+    windows = windows_of(raw, types) or (0,) * len(types)
+    found = {of: grouped(raw, lambda of=of, **given: rope(of=of, **given), share, **own) for of in set(types)}
+    return [dataclasses.replace(found[of], window=w) for of, w in zip(types, windows)]
+
+
+def unturned(mixer: Grouped, window: int, turned: bool = False) -> Grouped:
+    """The mixer with a window, and without positions where there is none, unless ``turned``."""
+    return dataclasses.replace(mixer, window=window, rope=mixer.rope if window or turned else None)
+
+
+def mixture(
+    raw: Raw, router: Router, size: str = "intermediate_size", chosen: str = "num_experts_per_tok", **own: Any
+) -> Mixture:
+    """Routed experts by the keys that families share. size, chosen: the keys of an expert's channels and of a token's
+    experts."""
     return Mixture(
         num_experts=whole(raw, "num_experts"),
-        num_experts_per_tok=whole(raw, "num_experts_per_tok"),
+        num_experts_per_tok=whole(raw, chosen),
         intermediate_size=whole(raw, size),
         router=router,
         **own,
@@ -102,6 +117,7 @@ def corrected(raw: Raw) -> Router:
     """DeepSeek-V3's router by its keys: sigmoid scores, chosen with a correction, from the best groups."""
     return Router(
         routing="sigmoid",
+        choice_bias=True,
         norm_topk_prob=flag(raw, "norm_topk_prob"),
         n_group=whole_or_none(raw, "n_group"),
         topk_group=whole_or_none(raw, "topk_group"),
@@ -134,17 +150,25 @@ def shared_beside(raw: Raw, key: str = "n_shared_experts") -> Raw:
 
 def stack(
     raw: Raw,
-    mixer: Grouped | Latent,
-    experts: Mixture,
+    mixer: Grouped | Latent | Sequence[Mixer],
+    experts: Mixture | Sequence[Mixture],
     windows: tuple[int, ...] = (),
     dense: Collection[int] = (),
+    **own: Any,
 ) -> tuple[LayerSpec, ...]:
-    """All layers: alike but for the windows of attention, and for those that are dense."""
+    """All layers: alike but for those that are dense, and for the windows of attention, or with a mixer or experts for
+    each layer. own: what else a family says of all."""
     channels = Dense(dense_intermediate_size=whole(raw, "intermediate_size")) if dense else None
-    mixers = {w: dataclasses.replace(mixer, window=w) for w in windows or (0,)}
+    count = layers_of(raw)
+    if isinstance(mixer, Sequence):
+        mixers = list(mixer)
+    else:
+        of_window: dict[int, Mixer] = {w: dataclasses.replace(mixer, window=w) for w in windows or (0,)}
+        mixers = [of_window[w] for w in windows or (0,) * count]
+    experts = experts if isinstance(experts, Sequence) else [experts] * count
     return tuple(
-        LayerSpec(mixer=mixers[windows[i] if windows else 0], channel=channels if channels and i in dense else experts)
-        for i in range(layers_of(raw))
+        LayerSpec(mixer=mixers[i], channel=channels if channels and i in dense else experts[i], **own)
+        for i in range(count)
     )
 
 
@@ -188,13 +212,14 @@ def biased(raw: Raw) -> Raw:
     return dict.fromkeys(("qkv_bias", "output_bias"), flag(raw, "attention_bias"))
 
 
-def layer_types(raw: Raw, default: list[str]) -> list[str]:
-    """What each layer's attention sees, from ``layer_types`` or else ``default``."""
+def layer_types(raw: Raw, default: list[str], known: tuple[str, str] = (SLIDING, FULL)) -> list[str]:
+    """What each layer's mixer is, from ``layer_types`` or else ``default``; known: the two kinds of the family."""
     types = raw.get("layer_types")
     if types is None:
         return default
-    if not isinstance(types, list) or any(t not in (SLIDING, FULL) for t in types) or len(types) != len(default):
-        raise ValueError(f"layer_types={shown(types)}: expected {SLIDING} or {FULL} for each of {len(default)} layers")
+    if not isinstance(types, list) or any(t not in known for t in types) or len(types) != len(default):
+        kinds = " or ".join(known)
+        raise ValueError(f"layer_types={shown(types)}: expected {kinds} for each of {len(default)} layers")
     return types
 
 

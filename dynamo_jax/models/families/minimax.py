@@ -22,7 +22,7 @@ def _minimax_m2(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     size = whole_or_none(raw, "head_dim") or whole(raw, "hidden_size") // whole(raw, "num_attention_heads")
     turned = whole(raw, "rotary_dim", high=size) if raw.get("rotary_dim") is not None else size
     mixer = grouped(raw, rope, share=turned / size, qk_norm="vector")
-    return stack(raw, mixer, mixture(raw, Router(routing="sigmoid", norm_topk_prob=True)))
+    return stack(raw, mixer, mixture(raw, Router(routing="sigmoid", choice_bias=True, norm_topk_prob=True)))
 
 
 _NAMES = SPARSE_NAMES | {"router_correction": f"{SPARSE}.e_score_correction_bias"}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Container, Iterable
 from typing import Any
 
+import numpy as np
+
 from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.families.family import ROW
 from dynamo_jax.models.families.table import FAMILIES
 from dynamo_jax.models.formats.expert_files import ExpertTensors
 
@@ -27,6 +31,7 @@ NAMES = {  # of a layer's parameters, but the routed experts' weights and biases
     **{f"attention.{part}_bias": f"self_attn.{part}_proj.bias" for part in "qkvo"},
     **{f"attention.{part}_norm": f"self_attn.{part}_norm.weight" for part in "qk"},
     "attention.sinks": "self_attn.sinks",
+    "attention.gate": "self_attn.g_proj.weight",
     "attention.q_down": "self_attn.q_a_proj.weight",
     "attention.q_down_bias": "self_attn.q_a_proj.bias",
     "attention.q_down_norm": "self_attn.q_a_layernorm.weight",
@@ -35,6 +40,12 @@ NAMES = {  # of a layer's parameters, but the routed experts' weights and biases
     "attention.kv_down_bias": "self_attn.kv_a_proj_with_mqa.bias",
     "attention.kv_norm": "self_attn.kv_a_layernorm.weight",
     "attention.kv_up": "self_attn.kv_b_proj.weight",
+    **{f"attention.{part}": f"linear_attn.in_proj_{part}.weight" for part in ("qkvz", "ba", "qkv", "z", "b", "a")},
+    "attention.conv": "linear_attn.conv1d.weight",
+    "attention.a_log": "linear_attn.A_log",
+    "attention.dt_bias": "linear_attn.dt_bias",
+    "attention.gated_norm": "linear_attn.norm.weight",
+    "attention.out": "linear_attn.out_proj.weight",
     "router": "mlp.gate.weight",
     "router_bias": "mlp.gate.bias",
     "router_correction": "mlp.gate.e_score_correction_bias",
@@ -42,10 +53,32 @@ NAMES = {  # of a layer's parameters, but the routed experts' weights and biases
     **{f"shared.{part}": f"mlp.shared_experts.{part}_proj.weight" for part in _PARTS},
     "shared_gate": "mlp.shared_expert_gate.weight",
 }
-TURNED = {  # files have (outputs, inputs), and these parameters the other way round
+_TURNED = {  # files have (outputs, inputs), and these parameters the other way round
     *("router", "shared_gate", "dense.down", "shared.down"),
-    *(f"attention.{part}" for part in ("q", "k", "v", "o", "q_down", "q_up", "kv_down", "kv_up")),
+    *(f"attention.{part}" for part in ("q", "k", "v", "o", "gate", "q_down", "q_up", "kv_down", "kv_up")),
+    *(f"attention.{part}" for part in ("qkvz", "ba", "qkv", "z", "b", "a", "out")),
 }
+
+
+class Filed(enum.Enum):
+    """How an array of ours lies in a file: as it is, with its axes the other way round, or as the only row of a
+    matrix."""
+
+    PLAIN = 0
+    TURNED = 1
+    ROW = 2
+
+    def to_file(self, array: np.ndarray) -> np.ndarray:
+        return array.T if self is Filed.TURNED else array[None] if self is Filed.ROW else array
+
+    def from_file(self, array: np.ndarray) -> np.ndarray:
+        return array.T if self is Filed.TURNED else array[0] if self is Filed.ROW else array
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the array in the file."""
+        return shape[::-1] if self is Filed.TURNED else (1, *shape) if self is Filed.ROW else shape
+
+
 _MOE = r"(mlp|block_sparse_moe)\."
 # Tensors of one layer of any family, by the part of the name that follows the layer's number, and the keys of
 # config.json by which a model has them.
@@ -55,7 +88,10 @@ _KEYS = {
     r"self_attn\.(kv_a_proj_with_mqa|kv_a_layernorm|kv_b_proj)\.weight": "kv_lora_rank",
     r"self_attn\.q_proj\.weight": "q_lora_rank",
     r"self_attn\.(sinks|[qkvo]_proj\.weight|[qk]_norm\.(weight|bias))": "model_type",
+    r"self_attn\.(g|gate)_proj\.weight": "model_type",
+    r"linear_attn\..*": "layer_types, or model_type",
     r"(input|post_attention)_layernorm\.bias": "model_type",
+    r"(pre|post)_(mlp|feedforward)_layernorm(_[12])?\.weight": "model_type",
     _MOE + r"shared_experts\..*": "n_shared_experts",
     _MOE + r"shared_expert(_gate)?\..*": "shared_expert_intermediate_size",
     _MOE + r"experts\.\d+\.\w+\.weight": "the number of experts, or which layers are dense",
@@ -110,9 +146,15 @@ def head_name(config: ModelConfig) -> str:
     return f"{config.head_prefix}lm_head.weight"
 
 
-def names_of(config: ModelConfig) -> dict[str, str]:
-    """What the files of the configuration's family call the parameters of a layer, apart from the layer's prefix."""
-    return NAMES | FAMILIES[config.family].names
+def names_of(config: ModelConfig) -> dict[str, tuple[str, Filed]]:
+    """What the files of the configuration's family call the parameters of a layer, apart from the layer's prefix, and
+    how they hold them."""
+    named = NAMES | FAMILIES[config.family].names
+    return {ours: (theirs.removesuffix(ROW), _filed(ours, theirs)) for ours, theirs in named.items()}
+
+
+def _filed(ours: str, theirs: str) -> Filed:
+    return Filed.ROW if theirs.endswith(ROW) else Filed.TURNED if ours in _TURNED else Filed.PLAIN
 
 
 def expert_names(config: ModelConfig, layer: int) -> ExpertTensors:

@@ -20,7 +20,7 @@ from dynamo_jax.models.families.family import (
     whole,
     windows_of,
 )
-from dynamo_jax.models.specs import LayerSpec, Router
+from dynamo_jax.models.specs import LayerSpec, Mixture, Router
 
 
 def _qwen2_moe(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
@@ -28,27 +28,33 @@ def _qwen2_moe(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     default = [FULL if i % 2 or i >= last else SLIDING for i in range(layers_of(raw))]
     types = layer_types(raw, default)
     windows = windows_of(raw, types) if flag(raw, "use_sliding_window") else ()
-    shared = whole(raw, "shared_expert_intermediate_size")
-    experts = mixture(raw, _router(raw), "moe_intermediate_size", shared_intermediate_size=shared, shared_gate=True)
-    return stack(raw, grouped(raw, rope, qkv_bias=flag(raw, "qkv_bias")), experts, windows, _dense(raw))
+    experts = beside_shared(raw, softmax_router(raw))
+    return stack(raw, grouped(raw, rope, qkv_bias=flag(raw, "qkv_bias")), experts, windows, dense_by_step(raw))
 
 
 def _qwen3_moe(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     windows = windows_of(raw) if flag(raw, "use_sliding_window") else ()
-    experts = mixture(raw, _router(raw), "moe_intermediate_size")
-    return stack(raw, grouped(raw, rope, qk_norm="head", **biased(raw)), experts, windows, _dense(raw))
+    experts = mixture(raw, softmax_router(raw), "moe_intermediate_size")
+    return stack(raw, grouped(raw, rope, qk_norm="head", **biased(raw)), experts, windows, dense_by_step(raw))
 
 
 def _qwen3_vl_moe(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     experts = mixture(raw, Router(norm_topk_prob=True), "moe_intermediate_size")
-    return stack(raw, grouped(raw, rope, qk_norm="head", **biased(raw)), experts, dense=_dense(raw))
+    return stack(raw, grouped(raw, rope, qk_norm="head", **biased(raw)), experts, dense=dense_by_step(raw))
 
 
-def _router(raw: Raw) -> Router:
+def beside_shared(raw: Raw, router: Router) -> Mixture:
+    """Routed experts beside a shared one that has a gate."""
+    shared = whole(raw, "shared_expert_intermediate_size")
+    return mixture(raw, router, "moe_intermediate_size", shared_intermediate_size=shared, shared_gate=True)
+
+
+def softmax_router(raw: Raw) -> Router:
     return Router(norm_topk_prob=flag(raw, "norm_topk_prob"))
 
 
-def _dense(raw: Raw) -> set[int]:
+def dense_by_step(raw: Raw) -> set[int]:
+    """The dense layers: those named, and all but each ``decoder_sparse_step``-th."""
     step, only = whole(raw, "decoder_sparse_step"), raw["mlp_only_layers"] or []
     if not isinstance(only, list) or any(not isinstance(i, int) or isinstance(i, bool) for i in only):
         raise ValueError(f"mlp_only_layers={shown(only)}: expected a list of whole numbers")
@@ -72,9 +78,9 @@ _QWEN2: Raw = {
 }
 _QWEN3: Raw = {"intermediate_size": 6144, "num_key_value_heads": 4}
 _VISION: Raw = {"num_key_value_heads": 16, "rope_theta": 500000.0, "tie_word_embeddings": True}
-_SHARED = {f"shared.{part}": f"mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")}
+SHARED = {f"shared.{part}": f"mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")}
 FAMILIES = {
-    "qwen2_moe": Family("Qwen2MoeForCausalLM", _qwen2_moe, _SHARED, defaults=_BOTH | _QWEN2),
+    "qwen2_moe": Family("Qwen2MoeForCausalLM", _qwen2_moe, SHARED, defaults=_BOTH | _QWEN2),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", _qwen3_moe, defaults=_BOTH | _QWEN3),
     "qwen3_vl_moe_text": Family("Qwen3VLMoeForConditionalGeneration", _qwen3_vl_moe, defaults=_BOTH | _QWEN2 | _VISION),
 }

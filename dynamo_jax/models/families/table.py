@@ -11,7 +11,25 @@ from typing import Any
 
 from dynamo_jax.files import shown
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.families import deepseek, glm, gpt_oss, granite, hunyuan, minimax, mixtral, olmoe, phimoe, qwen
+from dynamo_jax.models.families import (
+    afmoe,
+    deepseek,
+    ernie,
+    exaone,
+    glm,
+    gpt_oss,
+    granite,
+    hunyuan,
+    laguna,
+    mellum,
+    mimo,
+    minimax,
+    mixtral,
+    olmoe,
+    phimoe,
+    qwen,
+    qwen_delta,
+)
 from dynamo_jax.models.families.family import (
     COMMON,
     FULL,
@@ -24,7 +42,10 @@ from dynamo_jax.models.families.family import (
 )
 from dynamo_jax.models.specs import TINY, Rope, RopeScaling, check_number
 
-LINEAGES = (mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe, glm, hunyuan, minimax)
+LINEAGES = (
+    *(mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe, glm, hunyuan, minimax, qwen_delta),
+    *(ernie, mellum, exaone, mimo, laguna, afmoe),
+)
 FAMILIES: dict[str, Family] = {name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()}
 TEXT_PARTS = ("text_config", "llm_config", "language_config")
 WRAPPERS = (  # models of more than text, whose text part is read
@@ -32,14 +53,17 @@ WRAPPERS = (  # models of more than text, whose text part is read
     *("interns1", "intern_s1", "interns2"),
 )
 _SIZES = ("vocab_size", "hidden_size", "max_position_embeddings")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of one number; a family writes one of them
+_EXPERTS = (  # names of one number; a family writes one of them
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+)
 _NULL_IS_A_VALUE = {  # elsewhere null is as good as no key
     *("head_dim", "num_key_value_heads", "sliding_window", "clip_qkv", "q_lora_rank", "n_group", "topk_group"),
     *("n_shared_experts", "first_k_dense_replace", "mlp_only_layers", "norm_topk_prob", "rope_interleave"),
-    *("mlp_layer_types", "layer_types", "max_window_layers"),
+    *("mlp_layer_types", "layer_types", "max_window_layers", "attention_value_scale"),
 }
 _ROPE_KEYS = {  # type -> keys that it needs, and others that it knows
     "linear": (("factor",), ()),
+    "ntk_alpha": (("alpha",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
     "yarn": (
         ("factor",),
@@ -64,22 +88,25 @@ def config_from(raw: Raw) -> ModelConfig:
     raw = COMMON | known.defaults | given
     if raw["hidden_act"] != "silu":
         raise ValueError(f"hidden_act {shown(raw['hidden_act'])} is not supported; only 'silu'")
-    theta, scaling, partial = _rope(raw, known)
+    turns = {of: _rope(raw, known, of) for of in ((FULL, SLIDING) if known.by_type else ("",))}
     sizes: Raw = {name: whole(raw, name) for name in _SIZES}
     length = sizes["max_position_embeddings"]
     raw["num_experts"] = _experts(given, known)
 
-    def rope(dim: int, share: float | None = None, **own: Any) -> Rope:
+    limit, why = known.limit(raw)
+    for _, scaling, _ in turns.values():
+        if scaling.rope_type == "longrope" and scaling.original_max_position_embeddings:
+            limit, why = scaling.original_max_position_embeddings, "past them other frequencies hold for all"
+    if limit < length:
+        sizes |= {"max_position_embeddings": limit, "capped": f"{why}; config.json says {length:,}"}
+
+    def rope(dim: int, share: float | None = None, of: str = "", **own: Any) -> Rope:
+        theta, scaling, partial = turns[of]
+        if limit < length and scaling.rope_type != "default" and not scaling.original_max_position_embeddings:
+            scaling = dataclasses.replace(scaling, original_max_position_embeddings=length)
         turned = dim if share is None else int(dim * (share if partial is None else partial))
         return Rope(dim=turned, rope_theta=theta, scaling=scaling, **own)
 
-    limit, why = known.limit(raw)
-    if scaling.rope_type == "longrope" and scaling.original_max_position_embeddings:
-        limit, why = scaling.original_max_position_embeddings, "past them other frequencies hold for all"
-    if limit < length:
-        sizes |= {"max_position_embeddings": limit, "capped": f"{why}; config.json says {length:,}"}
-    if limit < length and scaling.rope_type != "default" and not scaling.original_max_position_embeddings:
-        scaling = dataclasses.replace(scaling, original_max_position_embeddings=length)
     layers = known.layers(raw, rope)
     return ModelConfig(
         **sizes,
@@ -118,16 +145,23 @@ def _experts(given: Raw, known: Family) -> int:
     return whole(given, known.experts_key if known.experts_key in names or not names else names[0])
 
 
-def _rope(raw: Raw, known: Family) -> tuple[Any, RopeScaling, float | None]:
+def _rope(raw: Raw, known: Family, of: str) -> tuple[Any, RopeScaling, float | None]:
     """The base, the scaling and the share of a head that is turned, from the older ``rope_scaling`` with
-    ``rope_theta``, or ``rope_parameters``. The share is None where none is named."""
+    ``rope_theta``, or ``rope_parameters``. The share is None where none is named. of: the type of layer, where a
+    family has rotary parameters for each."""
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(key, {}), dict):
             raise ValueError(f"{key}={shown(raw[key])}: expected an object")
     rope: Raw = raw.get("rope_scaling") or raw.get("rope_parameters", known.rope)
+    if own := [key for key in (FULL, SLIDING) if key in rope and not of]:
+        raise ValueError(f"rotary parameters of their own for {own[0]} are not supported")
+    if of and not isinstance(rope := rope.get(of, {}), dict):
+        raise ValueError(f"rope_parameters: {of}={shown(rope)}: expected an object")
     rope = {key: value for key, value in rope.items() if value is not None}
     theta = rope.get("rope_theta", raw["rope_theta"])
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "dynamic" and "alpha" in rope and "ntk_alpha" in known.rope_types:
+        kind = "ntk_alpha"
     if kind not in known.rope_types:
         raise ValueError(f"rope_type {shown(kind)} is not supported; known: {', '.join(known.rope_types)}")
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
@@ -135,8 +169,6 @@ def _rope(raw: Raw, known: Family) -> tuple[Any, RopeScaling, float | None]:
         check_number("partial_rotary_factor", partial, TINY, 1.0, whole=False)
         if partial != 1 and not known.partial:
             raise ValueError("partial_rotary_factor is not supported")
-    if own := [key for key in (FULL, SLIDING) if key in rope]:
-        raise ValueError(f"rotary parameters of their own for {own[0]} are not supported")
     if kind == "default":
         return theta, RopeScaling(), partial
     needed, others = _ROPE_KEYS[kind]

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from dynamo_jax.models.attention import LayerCache
+from dynamo_jax.models.attention import KeyValues
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.mixers import grouped, latent
-from dynamo_jax.models.specs import Grouped, Latent, Mixer
+from dynamo_jax.models.mixers import delta, grouped, latent
+from dynamo_jax.models.specs import DeltaNet, Grouped, Latent, Mixer
+
+LayerCache = KeyValues | delta.DeltaCache  # what a layer keeps of the tokens before: whatever its mixer says
 
 
 class Kind(NamedTuple):
@@ -23,6 +25,7 @@ class Kind(NamedTuple):
 KINDS: dict[type, Kind] = {
     Grouped: Kind(grouped.GroupedAttention, grouped.empty_cache),
     Latent: Kind(latent.LatentAttention, latent.empty_cache),
+    DeltaNet: Kind(delta.GatedDeltaNet, delta.empty_cache),
 }
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynamo_jax.kernels.products import matmul
-from dynamo_jax.models.attention import LayerCache, Places, attend, write
+from dynamo_jax.models.attention import KeyValues, Places, attend, write
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.norms import normal, rms_norm
 from dynamo_jax.models.rotary import rotate, yarn_mscale
@@ -49,8 +49,8 @@ class LatentAttention(nnx.Module):
             self.o_bias = nnx.Param(jnp.zeros(c.hidden_size))
 
     def __call__(
-        self, x: Float[Array, "B T D"], places: Places, cache: LayerCache | None
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        self, x: Float[Array, "B T D"], places: Places, cache: KeyValues | None
+    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         s = self.spec
         turns, interleave = places.angles[self.config.ropes.index(s.rope)], s.rope.rope_interleave
         flat = x.reshape(-1, x.shape[-1])
@@ -94,8 +94,8 @@ class LatentAttention(nnx.Module):
         return scale
 
 
-def empty_cache(spec: Latent, batch: int, capacity: int, dtype: Any) -> LayerCache:
+def empty_cache(spec: Latent, batch: int, capacity: int, dtype: Any) -> KeyValues:
     """One layer's cache of ``capacity`` tokens a sequence: latent vectors with rotary keys, and no values."""
     shape = (batch, capacity, 1)
     keys = jnp.zeros((*shape, spec.kv_lora_rank + spec.rope.dim), dtype)
-    return LayerCache(keys, jnp.zeros((*shape, 0), dtype))
+    return KeyValues(keys, jnp.zeros((*shape, 0), dtype))
