@@ -22,7 +22,7 @@ from dynamo_jax.kernels.products import matmul
 from dynamo_jax.models.attention import Places
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.experts import (
-    GATED,
+    Activation,
     ExpertBiases,
     ExpertForm,
     ExpertsFn,
@@ -56,8 +56,8 @@ def new_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.f
 class Mlp(nnx.Module):
     """A gated MLP that every token goes through; channel-major weights (F, D), as an expert's."""
 
-    def __init__(self, config: ModelConfig, channels: int, hidden_act: str, *, rngs: nnx.Rngs):
-        self.gated = GATED[hidden_act]
+    def __init__(self, config: ModelConfig, channels: int, gated: Activation, *, rngs: nnx.Rngs):
+        self.gated = gated
         self.gate, self.up, self.down = (normal(rngs, (channels, config.hidden_size), config) for _ in range(3))
 
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
@@ -83,7 +83,7 @@ class Layer(nnx.Module):
             self.layer_scalar = nnx.Param(jnp.ones(1))
         m = spec.channel
         if isinstance(m, Dense):
-            self.dense = Mlp(c, m.dense_intermediate_size, m.hidden_act, rngs=rngs)
+            self.dense = Mlp(c, m.dense_intermediate_size, activation_of(m), rngs=rngs)
             return
         self.mixture = m
         self.router = normal(rngs, (c.hidden_size, m.num_experts), c)
@@ -102,7 +102,7 @@ class Layer(nnx.Module):
             self.gate_bias, self.up_bias = nnx.Param(jnp.zeros(shape[:2])), nnx.Param(jnp.zeros(shape[:2]))
             self.down_bias = nnx.Param(jnp.zeros((m.num_experts, c.hidden_size)))
         if m.shared_intermediate_size:
-            self.shared = Mlp(c, m.shared_intermediate_size, m.hidden_act, rngs=rngs)
+            self.shared = Mlp(c, m.shared_intermediate_size, activation_of(m), rngs=rngs)
         if m.own_norms:
             self.shared_norm, self.shared_post_norm, self.routed_post_norm = Norm(c), Norm(c), Norm(c)
         if m.shared_gate:

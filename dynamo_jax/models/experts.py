@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dynamo_jax.kernels.grouped_matmul import grouped_matmul
 from dynamo_jax.kernels.rows import RowOrder, combine_rows, gather_rows, sort_by_expert
 from dynamo_jax.models.routing import Routing
-from dynamo_jax.models.specs import Mixture
+from dynamo_jax.models.specs import Dense, Mixture
 
 
 class ExpertWeights(NamedTuple):
@@ -68,11 +68,11 @@ def gelu_gated(gate: Array, up: Array) -> Array:
 GATED: dict[str, Activation] = {"silu": silu_gated, "gelu_pytorch_tanh": gelu_gated}
 
 
-def activation_of(mixture: Mixture) -> Activation:
+def activation_of(part: Mixture | Dense) -> Activation:
     """SwiGLU or GEGLU (arXiv 2002.05202), or the clamped form of the first with a linear offset of one (gpt-oss)."""
-    if mixture.swiglu_limit:
-        return clamped_gated(mixture.swiglu_limit, mixture.swiglu_alpha)
-    return GATED[mixture.hidden_act]
+    if part.swiglu_limit:
+        return clamped_gated(part.swiglu_limit, part.swiglu_alpha)
+    return GATED[part.hidden_act]
 
 
 @functools.cache  # one function for one form, by which programs are told apart

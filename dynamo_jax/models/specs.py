@@ -279,6 +279,8 @@ class Dense:
 
     dense_intermediate_size: int
     hidden_act: str = "silu"
+    swiglu_limit: float = 0.0  # as a mixture's
+    swiglu_alpha: float = 1.702
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -193,7 +193,7 @@ def test_every_kind_of_rotary_scaling_has_a_good_case(good, tmp_path):
         folder = tmp_path / kind
         shutil.copytree(good("mixtral"), folder)
         rope(kind, {}).change(folder)
-        assert load_config(folder).rope_scaling.rope_type == kind
+        assert load_config(folder).ropes[0].scaling.rope_type == kind
 
 
 def test_a_file_that_may_not_be_read_is_called_that_and_not_damaged(good):

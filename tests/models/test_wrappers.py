@@ -34,6 +34,26 @@ SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "
 MODELS = {
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe_text", SPLIT | SECTIONS),
     "glm4v_moe": ("Glm4vMoeForConditionalGeneration", "glm4v_moe_text", CORRECTED | {"head_dim": 16} | SECTIONS),
+    "minimax_m3_vl": (
+        "MiniMaxM3SparseForConditionalGeneration",
+        "minimax_m3_vl_text",
+        {
+            "intermediate_size": 24,
+            "dense_intermediate_size": 40,
+            "shared_intermediate_size": 16,
+            "rotary_dim": 4,
+            "partial_rotary_factor": 0.5,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "head_dim": 8,
+            "index_head_dim": 8,
+            "index_n_heads": 2,
+            "index_block_size": 8,
+            "index_topk_blocks": 4,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "layer_types": ["full_attention", "full_attention", "minimax_m3_sparse"],
+        },
+    ),
     "kimi_k25": ("Kimi_K25ForConditionalGeneration", "deepseek_v3", LATENT),
     "mistral3": ("Mistral3ForConditionalGeneration", "mistral4", LATENT | {"n_group": 1, "topk_group": 1}),
 }

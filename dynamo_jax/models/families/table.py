@@ -90,7 +90,7 @@ def config_from(raw: Raw) -> ModelConfig:
     known = FAMILIES[family]
     given = {key: value for key, value in raw.items() if value is not None or key in _NULL_IS_A_VALUE}
     raw = COMMON | known.defaults | given
-    if raw["hidden_act"] != "silu":
+    if raw["hidden_act"] not in ("silu", "swigluoai"):  # the clamped one, which other keys ask for
         raise ValueError(f"hidden_act {shown(raw['hidden_act'])} is not supported; only 'silu'")
     turns = {of: _rope(raw, known, of) for of in ((FULL, SLIDING) if known.by_type else ("",))}
     sizes: Raw = {name: whole(raw, name) for name in _SIZES}
