@@ -102,7 +102,7 @@ class Layer(nnx.Module):
             self.gate_bias, self.up_bias = nnx.Param(jnp.zeros(shape[:2])), nnx.Param(jnp.zeros(shape[:2]))
             self.down_bias = nnx.Param(jnp.zeros((m.num_experts, c.hidden_size)))
         if m.shared_intermediate_size:
-            self.shared = Mlp(c, m.shared_intermediate_size, activation_of(m), rngs=rngs)
+            self.shared = Mlp(c, m.shared_intermediate_size, activation_of(m.shared), rngs=rngs)
         if m.own_norms:
             self.shared_norm, self.shared_post_norm, self.routed_post_norm = Norm(c), Norm(c), Norm(c)
         if m.shared_gate:

@@ -281,6 +281,7 @@ class Dense:
     hidden_act: str = "silu"
     swiglu_limit: float = 0.0  # as a mixture's
     swiglu_alpha: float = 1.702
+    swiglu_clamp: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -299,6 +300,8 @@ class Mixture:
     expert_bias: bool = False
     swiglu_limit: float = 0.0  # 0: SiLU(gate) * up
     swiglu_alpha: float = 1.702
+    swiglu_clamp: float = 0.0  # both factors stay within it; 0: no such limit
+    shared_swiglu_clamp: float = 0.0
     shared_intermediate_size: int = 0
     shared_gate: bool = False
     hidden_act: str = "silu"  # of gates, where swiglu_limit says nothing else
@@ -316,8 +319,21 @@ class Mixture:
             check_divides("n_group", router.n_group, self.num_experts)
             if router.topk_group * (self.num_experts // router.n_group) < self.num_experts_per_tok:
                 raise ValueError(f"{router.topk_group} groups have fewer than {self.num_experts_per_tok} experts")
+        if self.swiglu_limit and self.swiglu_clamp:
+            raise ValueError("swiglu_limit and swiglu_clamp contradict each other")
         if router.routing == "sparsemixer" and self.num_experts_per_tok != 2:
             raise ValueError(f"sparsemixer routing chooses 2 experts, not {self.num_experts_per_tok}")
+
+    @property
+    def shared(self) -> Dense:
+        """The shared expert, as a dense part."""
+        return Dense(
+            dense_intermediate_size=self.shared_intermediate_size,
+            hidden_act=self.hidden_act,
+            swiglu_limit=self.swiglu_limit,
+            swiglu_alpha=self.swiglu_alpha,
+            swiglu_clamp=self.shared_swiglu_clamp,
+        )
 
 
 Mixer = Grouped | Latent | DeltaNet | ShortConv

@@ -59,7 +59,7 @@ class Family:
     ``transformers``, and sizes have none. rope: the rotary scaling of a config.json that names none. short_mscale:
     whether that key of the rotary scaling is the factor of cosines and sines. partial: whether a part of a head may be
     turned. by_type: whether rotary parameters, and ``rope``, are an object for each type of layer. eps_key:
-    of what norms add to mean squares."""
+    of what norms add to mean squares. newer: the keys that transformers writes from those of published files."""
 
     architecture: str
     layers: Callable[[Raw, Rotary], tuple[LayerSpec, ...]]
@@ -76,6 +76,7 @@ class Family:
     partial: bool = False
     by_type: bool = False
     eps_key: str = "rms_norm_eps"
+    newer: Callable[[Raw], Raw] = lambda raw: raw
 
 
 def grouped(raw: Raw, rope: Rotary, share: float = 1.0, **own: Any) -> Grouped:

@@ -93,7 +93,7 @@ _KEYS = {
     r"(linear_attn|conv)\..*": "layer_types, or model_type",
     r"(input|post_attention)_layernorm\.bias": "model_type",
     r"(pre|post)_(mlp|feedforward)_layernorm(_[12])?\.weight": "model_type",
-    r"(router|experts)\..*": "model_type",
+    r"(router|experts|moe|share_expert)\..*": "model_type, or which layers are dense",
     _MOE + r"shared_experts\..*": "n_shared_experts",
     _MOE + r"shared_expert(_gate)?\..*": "shared_expert_intermediate_size",
     _MOE + r"experts\.\d+\.\w+\.weight": "the number of experts, or which layers are dense",
@@ -165,6 +165,8 @@ def expert_names(config: ModelConfig, layer: int) -> ExpertTensors:
     prefix = _module(config, layer)
     if family.experts == "concatenated":
         return ExpertTensors("concatenated", (f"{prefix}input_linear.weight", f"{prefix}output_linear.weight"))
+    if family.experts == "stacked":
+        return ExpertTensors("stacked", tuple(f"{prefix}{part}_proj.weight" for part in _PARTS))
     if family.experts == "fused":
         return ExpertTensors("concatenated", fused_names(config, layer))
     if family.experts == "interleaved":

@@ -31,6 +31,7 @@ from dynamo_jax.models.families import (
     phimoe,
     qwen,
     qwen_delta,
+    step,
 )
 from dynamo_jax.models.families.family import (
     COMMON,
@@ -46,7 +47,7 @@ from dynamo_jax.models.specs import TINY, Rope, RopeScaling, check_number
 
 LINEAGES = (
     *(mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe, glm, hunyuan, minimax, qwen_delta),
-    *(ernie, mellum, exaone, mimo, laguna, afmoe, gemma, lfm2),
+    *(ernie, mellum, exaone, mimo, laguna, afmoe, gemma, lfm2, step),
 )
 FAMILIES: dict[str, Family] = {name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()}
 TEXT_PARTS = ("text_config", "llm_config", "language_config")
@@ -88,7 +89,7 @@ def config_from(raw: Raw) -> ModelConfig:
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"unknown model_type {shown(family)}; known: {', '.join(FAMILIES)}")
     known = FAMILIES[family]
-    given = {key: value for key, value in raw.items() if value is not None or key in _NULL_IS_A_VALUE}
+    given = {key: value for key, value in known.newer(raw).items() if value is not None or key in _NULL_IS_A_VALUE}
     raw = COMMON | known.defaults | given
     if raw["hidden_act"] not in ("silu", "swigluoai"):  # the clamped one, which other keys ask for
         raise ValueError(f"hidden_act {shown(raw['hidden_act'])} is not supported; only 'silu'")
