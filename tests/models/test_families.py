@@ -215,6 +215,13 @@ REFUSED = {
     "missing key vocab_size": {"model_type": "mixtral"},
     "rope_type 'dynamic' is not supported": {"model_type": "mixtral", "rope_scaling": {"type": "dynamic"}},
     "partial_rotary_factor is not supported": {"model_type": "mixtral", "partial_rotary_factor": 0.5},
+    "expected an object for each type of layer": {"model_type": "laguna", "rope_parameters": {"rope_theta": 5.0}},
+    "rotary parameters of their own for full_attention": {
+        "model_type": "mixtral", "rope_parameters": {"full_attention": {}},
+    },
+    "moe_layers_enum=5: expected the sparse layers": {
+        "model_type": "step3p5", "num_hidden_layers": 3, "moe_layers_enum": 5,
+    },
     "topk_method 'noaux' is not supported": {
         "model_type": "deepseek_v2", "topk_method": "noaux", "vocab_size": 8, "hidden_size": 8,
         "max_position_embeddings": 8, "n_routed_experts": 4,

@@ -25,7 +25,8 @@ from dynamo_jax.models.specs import LayerSpec
 
 
 def _exaone_moe(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
-    types = layer_types(raw, _by_pattern(raw))
+    named = raw.get("layer_types") is not None
+    types = layer_types(raw, [FULL] * layers_of(raw)) if named else _by_pattern(raw)
     mixer = grouped(raw, rope, qk_norm="head")
     windows = windows_of(raw, types) or (0,) * layers_of(raw)
     mixers = [unturned(mixer, w, raw["sliding_window"] is None) for w in windows]

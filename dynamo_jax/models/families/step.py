@@ -92,6 +92,8 @@ def _newer(raw: Raw) -> Raw:
         raw.setdefault("num_sliding_attention_heads", other["num_attention_heads"])
     sparse = raw.get("moe_layers_enum")
     if sparse is not None and raw.get("mlp_layer_types") is None:
+        if not isinstance(sparse, str | list):
+            raise ValueError(f"moe_layers_enum={shown(sparse)}: expected the sparse layers")
         named = {str(i).strip() for i in (sparse.split(",") if isinstance(sparse, str) else sparse)}
         raw["mlp_layer_types"] = ["sparse" if str(i) in named else "dense" for i in range(count)]
     return raw if raw.get("rope_parameters") is not None else raw | _rotary(raw, count)
@@ -104,6 +106,9 @@ def _cut(value: Any, count: int, extra: int) -> Any:
 def _rotary(raw: Raw, count: int) -> Raw:
     """``rope_parameters`` by type from numbers for each layer, of which those of one type agree."""
     types, found = layer_types(raw, [FULL] * count), {}
+    for key in ("rope_theta", "partial_rotary_factors"):
+        if isinstance(raw.get(key), list) and len(raw[key]) != count:
+            raise ValueError(f"{key}={shown(raw[key])}: expected a number for each of {count} layers")
     for of in set(types):
         at = {"rope_theta": raw.get("rope_theta", 10000.0), "partial_rotary_factor": raw.get("partial_rotary_factors")}
         layers = [i for i in range(count) if types[i] == of]

@@ -93,7 +93,7 @@ def config_from(raw: Raw) -> ModelConfig:
     raw = COMMON | known.defaults | given
     if raw["hidden_act"] not in ("silu", "swigluoai"):  # the clamped one, which other keys ask for
         raise ValueError(f"hidden_act {shown(raw['hidden_act'])} is not supported; only 'silu'")
-    turns = {of: _rope(raw, known, of) for of in ((FULL, SLIDING) if known.by_type else ("",))}
+    turns = {of: _rope(raw, known, of) for of in _types(raw, known)}
     sizes: Raw = {name: whole(raw, name) for name in _SIZES}
     length = sizes["max_position_embeddings"]
     raw["num_experts"] = _experts(given, known)
@@ -106,6 +106,8 @@ def config_from(raw: Raw) -> ModelConfig:
         sizes |= {"max_position_embeddings": limit, "capped": f"{why}; config.json says {length:,}"}
 
     def rope(dim: int, share: float | None = None, of: str = "", **own: Any) -> Rope:
+        if of not in turns:
+            raise ValueError(f"rope_parameters: missing key {of}")
         theta, scaling, partial = turns[of]
         if known.by_type and scaling.rope_type != "default" and share is not None:
             share = 1.0  # only of what is not scaled families turn a part by default
@@ -149,17 +151,31 @@ def _experts(given: Raw, known: Family) -> int:
     return whole(given, known.experts_key if known.experts_key in names or not names else names[0])
 
 
+def _given_rope(raw: Raw, known: Family) -> Raw:
+    """The older ``rope_scaling``, or ``rope_parameters``, or the family's own."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(key, {}), dict):
+            raise ValueError(f"{key}={shown(raw[key])}: expected an object")
+    return raw.get("rope_scaling") or raw.get("rope_parameters", known.rope)
+
+
+def _types(raw: Raw, known: Family) -> list[str]:
+    """The types of layer that have rotary parameters of their own, or one without a name."""
+    rope = _given_rope(raw, known)
+    found = [of for of in (FULL, SLIDING) if of in rope]
+    if found and not known.by_type:
+        raise ValueError(f"rotary parameters of their own for {found[0]} are not supported")
+    if known.by_type and not found:
+        raise ValueError(f"rope_parameters={shown(rope)}: expected an object for each type of layer")
+    return found or [""]
+
+
 def _rope(raw: Raw, known: Family, of: str) -> tuple[Any, RopeScaling, float | None]:
     """The base, the scaling and the share of a head that is turned, from the older ``rope_scaling`` with
     ``rope_theta``, or ``rope_parameters``. The share is None where none is named. of: the type of layer, where a
     family has rotary parameters for each."""
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(raw.get(key, {}), dict):
-            raise ValueError(f"{key}={shown(raw[key])}: expected an object")
-    rope: Raw = raw.get("rope_scaling") or raw.get("rope_parameters", known.rope)
-    if own := [key for key in (FULL, SLIDING) if key in rope and not of]:
-        raise ValueError(f"rotary parameters of their own for {own[0]} are not supported")
-    if of and not isinstance(rope := rope.get(of, {}), dict):
+    rope: Any = _given_rope(raw, known)
+    if of and not isinstance(rope := rope[of], dict):
         raise ValueError(f"rope_parameters: {of}={shown(rope)}: expected an object")
     rope = {key: value for key, value in rope.items() if value is not None}
     theta = rope.get("rope_theta", raw["rope_theta"])
