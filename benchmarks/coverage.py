@@ -232,8 +232,13 @@ def through(model: Any, folder: Path, work: Path) -> float:
     common = ["--bits", "6", "--windows", "4", "--window", "32", "--channel-block", "8", "--group-size", "8"]
     run(["quantize", "--model", str(folder), "--known", f"a={text}", "--out", str(work / "quantized"), *common])
     run(["export", "--model", str(work / "quantized"), "--out", str(work / "export")])
+    ours = logits(work / "export")
+    path = work / "export" / "config.json"
+    raw = json.loads(path.read_text())
+    raw = raw if hasattr(model.config, "text_config") else text_part(raw)
+    path.write_text(json.dumps(raw | {"model_type": model.config.model_type}))
     exported = type(model).from_pretrained(work / "export", dtype=torch.float32).eval()
-    return relative(logits(work / "export"), logits_of(exported))
+    return relative(ours, logits_of(exported))
 
 
 def run(arguments: list[str]) -> None:
