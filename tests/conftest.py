@@ -316,6 +316,23 @@ FAMILY_MODELS = {
             "num_dense_layers": 1, "route_scale": 1.5, "mup_enabled": True,
         },
     ),
+    "gemma4_text": (
+        "Gemma4",
+        {
+            "intermediate_size": 40, "moe_intermediate_size": 24, "num_experts": 6, "top_k_experts": 2,
+            "enable_moe_block": True, "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True, "sliding_window": 7, "layer_types": SOME_SLIDE[:2] + SOME_SLIDE[1:2],
+            "final_logit_softcapping": 3.0, "hidden_size_per_layer_input": 0, "tie_word_embeddings": False,
+        },
+    ),
+    "lfm2_moe": (
+        "Lfm2Moe",
+        SIX
+        | {
+            "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1, "routed_scaling_factor": 1.5,
+            "tie_word_embeddings": False,
+        },
+    ),
     "exaone_moe": (
         "ExaoneMoe",
         SIX

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-from dynamo_jax.models.specs import DeltaNet, Dense, LayerSpec, Mixture, Rope, check_fields
+from dynamo_jax.models.specs import Dense, Grouped, Latent, LayerSpec, Mixture, Rope, check_fields
 
 
 class ExpertSizes(NamedTuple):
@@ -98,7 +98,7 @@ class ModelConfig:
     @functools.cached_property
     def ropes(self) -> tuple[Rope, ...]:
         """The different ones of all layers, in order."""
-        found = (layer.mixer.rope for layer in self.layers if not isinstance(layer.mixer, DeltaNet))
+        found = (layer.mixer.rope for layer in self.layers if isinstance(layer.mixer, Grouped | Latent))
         return tuple(dict.fromkeys(rope for rope in found if rope is not None))
 
     @functools.cached_property

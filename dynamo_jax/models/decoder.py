@@ -102,7 +102,7 @@ class Layer(nnx.Module):
             self.gate_bias, self.up_bias = nnx.Param(jnp.zeros(shape[:2])), nnx.Param(jnp.zeros(shape[:2]))
             self.down_bias = nnx.Param(jnp.zeros((m.num_experts, c.hidden_size)))
         if m.shared_intermediate_size:
-            self.shared = Mlp(c, m.shared_intermediate_size, activation_of(m), rngs=rngs)
+            self.shared = Mlp(c, m.shared_intermediate_size, activation_of(m.shared), rngs=rngs)
         if m.own_norms:
             self.shared_norm, self.shared_post_norm, self.routed_post_norm = Norm(c), Norm(c), Norm(c)
         if m.shared_gate:
@@ -143,7 +143,8 @@ class Layer(nnx.Module):
         """Of the tokens in the stream ``x``, which the experts take ``normed``."""
         c, router = self.config, self.mixture.router
         if router.own_norm:
-            normed = rms_norm(x, norm_scale(c, self.router_norm) * c.hidden_size**-0.5, c.rms_norm_eps)
+            scale = norm_scale(c, self.router_norm).astype(jnp.float32) * c.hidden_size**-0.5
+            normed = rms_norm(x, scale, c.rms_norm_eps)
         scale = self.router_scale[...].astype(jnp.float32) if router.expert_scale else None
         bias = self.router_bias[...] if router.router_bias else None
         correction = self.router_correction[...] if router.choice_bias else None

@@ -69,9 +69,12 @@ GATED: dict[str, Activation] = {"silu": silu_gated, "gelu_pytorch_tanh": gelu_ga
 
 
 def activation_of(part: Mixture | Dense) -> Activation:
-    """SwiGLU or GEGLU (arXiv 2002.05202), or the clamped form of the first with a linear offset of one (gpt-oss)."""
+    """SwiGLU or GEGLU (arXiv 2002.05202), or the clamped form of the first with a linear offset of one (gpt-oss),
+    or the first with both of its factors within a limit (Step-3.7)."""
     if part.swiglu_limit:
         return clamped_gated(part.swiglu_limit, part.swiglu_alpha)
+    if part.swiglu_clamp:
+        return bounded_gated(part.swiglu_clamp)
     return GATED[part.hidden_act]
 
 
@@ -82,6 +85,14 @@ def clamped_gated(limit: float, alpha: float) -> Activation:
         return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
 
     return clamped
+
+
+@functools.cache
+def bounded_gated(limit: float) -> Activation:
+    def bounded(gate: Array, up: Array) -> Array:
+        return jnp.minimum(jax.nn.silu(gate), limit) * jnp.clip(up, -limit, limit)
+
+    return bounded
 
 
 def row_experts(order: RowOrder) -> Int[Array, " R"]:

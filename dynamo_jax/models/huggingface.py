@@ -49,7 +49,7 @@ from dynamo_jax.models.formats.expert_files import (
 )
 from dynamo_jax.models.formats.stored import StoredTensors
 from dynamo_jax.models.formats.tensor_files import FLOATS, INDEX, SINGLE, write_tensors
-from dynamo_jax.models.specs import DeltaNet, Grouped, Latent, Mixer
+from dynamo_jax.models.specs import DeltaNet, Grouped, Latent, Mixer, ShortConv
 from dynamo_jax.models.tokenizer import TOKENIZER
 
 UNREAD_PARTS = 8  # first parts of names that are listed
@@ -243,9 +243,9 @@ def tensor_names(config: ModelConfig) -> Iterator[tuple[str, str, Filed]]:
     for layer in range(config.num_hidden_layers):
         for ours, theirs, filed in layer_tensor_names(config, layer):
             yield f"layers.{layer}.{ours}", f"{config.prefix}layers.{layer}.{theirs}", filed
-    yield "norm.scale", f"{config.prefix}norm.weight", Filed.PLAIN
-    if config.layer_norm:
-        yield "norm.bias", f"{config.prefix}norm.bias", Filed.PLAIN
+    for ours in ("norm.scale", "norm.bias")[: 1 + config.layer_norm]:
+        theirs, filed = names_of(config)[ours]
+        yield ours, f"{config.prefix}{theirs}", filed
     if not config.tie_word_embeddings:
         yield "head", head_name(config), Filed.PLAIN
     if config.head_bias:
@@ -335,6 +335,8 @@ def _mixer_words(mixer: Mixer) -> str:
     if isinstance(mixer, DeltaNet):
         size = f"{mixer.linear_key_head_dim} x {mixer.linear_value_head_dim}"
         return f"{mixer.linear_num_value_heads} heads of a gated delta net, states of {size}"
+    if isinstance(mixer, ShortConv):
+        return f"a convolution over {mixer.conv_L_cache} tokens"
     if isinstance(mixer, Latent):
         keys = f"keys and values from {mixer.kv_lora_rank} latent numbers"
     else:

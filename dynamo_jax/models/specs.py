@@ -34,7 +34,7 @@ _AT_LEAST_ONE = (
     *("num_experts", "num_experts_per_tok", "max_position_embeddings", "dense_intermediate_size"),
     *("kv_lora_rank", "qk_nope_head_dim"),
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
-    "linear_conv_kernel_dim",
+    *("linear_conv_kernel_dim", "conv_L_cache", "channels"),
 )
 _RANGES = {  # of float fields; others are not negative and at most NUMBER_LIMIT
     "rms_norm_eps": (TINY, 1.0),
@@ -234,6 +234,19 @@ class DeltaNet:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ShortConv:
+    """A short convolution between gates (``mixers/short_conv.py``). conv_L_cache: tokens that it sees, the newest one
+    too; channels: of the stream."""
+
+    channels: int
+    conv_L_cache: int = 3
+    conv_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Router:
     """How a token's experts and gates are chosen (``routing.py``). choice_bias: added to the scores by which experts
     are chosen, not to their gates. norm_floor: added to the sum by which gates are divided.
@@ -268,6 +281,7 @@ class Dense:
     hidden_act: str = "silu"
     swiglu_limit: float = 0.0  # as a mixture's
     swiglu_alpha: float = 1.702
+    swiglu_clamp: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -286,6 +300,8 @@ class Mixture:
     expert_bias: bool = False
     swiglu_limit: float = 0.0  # 0: SiLU(gate) * up
     swiglu_alpha: float = 1.702
+    swiglu_clamp: float = 0.0  # both factors stay within it; 0: no such limit
+    shared_swiglu_clamp: float = 0.0
     shared_intermediate_size: int = 0
     shared_gate: bool = False
     hidden_act: str = "silu"  # of gates, where swiglu_limit says nothing else
@@ -303,11 +319,24 @@ class Mixture:
             check_divides("n_group", router.n_group, self.num_experts)
             if router.topk_group * (self.num_experts // router.n_group) < self.num_experts_per_tok:
                 raise ValueError(f"{router.topk_group} groups have fewer than {self.num_experts_per_tok} experts")
+        if self.swiglu_limit and self.swiglu_clamp:
+            raise ValueError("swiglu_limit and swiglu_clamp contradict each other")
         if router.routing == "sparsemixer" and self.num_experts_per_tok != 2:
             raise ValueError(f"sparsemixer routing chooses 2 experts, not {self.num_experts_per_tok}")
 
+    @property
+    def shared(self) -> Dense:
+        """The shared expert, as a dense part."""
+        return Dense(
+            dense_intermediate_size=self.shared_intermediate_size,
+            hidden_act=self.hidden_act,
+            swiglu_limit=self.swiglu_limit,
+            swiglu_alpha=self.swiglu_alpha,
+            swiglu_clamp=self.shared_swiglu_clamp,
+        )
 
-Mixer = Grouped | Latent | DeltaNet
+
+Mixer = Grouped | Latent | DeltaNet | ShortConv
 Channel = Dense | Mixture
 
 

@@ -68,6 +68,7 @@ def plain(model, channel_block, apart):
         pytest.param("gpt_oss", False, marks=pytest.mark.slow),
         pytest.param("granitemoe", False, marks=pytest.mark.slow),
         pytest.param("afmoe", True, marks=pytest.mark.slow),
+        pytest.param("gemma4_text", False, marks=pytest.mark.slow),
     ],
 )
 def test_the_sweeps_give_the_sums_of_the_plain_definitions(family_model, family, apart, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 from dynamo_jax.kernels.arrangements import ARRANGEMENTS, BLOCK
 from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, BasePlanes, Pages, Resident
 from dynamo_jax.kernels.quantized_xla import quantized_experts_xla
-from dynamo_jax.models.experts import silu_gated
+from dynamo_jax.models.experts import bounded_gated, clamped_gated, gelu_gated, silu_gated
 
 
 @dataclasses.dataclass
@@ -56,6 +56,9 @@ class Case:
         return cls(put(Resident(base, pages)), put(kind.resident(kind.base(base), arranged)), tuple(tables))
 
 
+ACTIVATIONS = {"clamped": clamped_gated(0.5, 1.702), "gelu": gelu_gated, "bounded": bounded_gated(0.3)}
+
+
 def widths_of(seed, experts, channels, apart, choices=(2, 3, 4, 8)):
     shape = (2, experts, (2 if apart else 1) * channels // BLOCK)
     return np.random.default_rng(seed).choice(choices, shape)
@@ -71,12 +74,12 @@ def biases_of(seed, experts, channels, hidden):
     return tuple(jnp.asarray(rng.normal(size=(experts, n)), jnp.float32) for n in (channels, channels, hidden))
 
 
-def compared(case, kernel, rows, sizes, tolerance, biases=None, layer=1):
+def compared(case, kernel, rows, sizes, tolerance, biases=None, layer=1, activation=silu_gated):
     """What ``kernel`` finds: its largest error over the largest output of the XLA path stays within ``tolerance``."""
     with jax.default_matmul_precision("highest"):
         wide = rows.astype(jnp.float32)
-        expected = quantized_experts_xla(wide, sizes, case.resident, case.tables, layer, silu_gated, biases)
-    found = kernel(rows, sizes, case.arranged, case.tables, layer, silu_gated, biases)
+        expected = quantized_experts_xla(wide, sizes, case.resident, case.tables, layer, activation, biases)
+    found = kernel(rows, sizes, case.arranged, case.tables, layer, activation, biases)
     assert found.dtype == rows.dtype and found.shape == rows.shape
     error = np.abs(np.asarray(found, np.float32) - np.asarray(expected, np.float32)).max()
     assert error <= tolerance * np.abs(np.asarray(expected, np.float32)).max()

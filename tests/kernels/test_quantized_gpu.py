@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-from kernel_cases import Case, biases_of, compared, rows_and_sizes, widths_of
+from kernel_cases import ACTIVATIONS, Case, biases_of, compared, rows_and_sizes, widths_of
 from small_decoders import decoder_config
 
 from dynamo_jax.calibration.config import QuantizeConfig
@@ -82,6 +82,13 @@ def test_all_widths_variants_and_biases_at_once(apart):
     case = Case.of("fragments", 0, 2, 256, 256, apart, [widths_of(v, 2, 256, apart) for v in range(2)], shuffled=True)
     rows, sizes = rows_and_sizes(1, [5, 0, 20, 1], 256, jnp.bfloat16)
     compared(case, INTERPRETED, rows, sizes, TOLERANCE, biases_of(2, 2, 256, 256))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_each_activation_is_the_kernels(activation):
+    case = Case.of("fragments", 11, 1, 128, 128, False, [widths_of(0, 1, 128, False, (4,))])
+    rows, sizes = rows_and_sizes(12, [6], 128, jnp.bfloat16)
+    compared(case, INTERPRETED, rows, sizes, TOLERANCE, activation=ACTIVATIONS[activation])
 
 
 @pytest.mark.parametrize("choices", [(2, 3, 4), pytest.param((8,), marks=pytest.mark.slow)])

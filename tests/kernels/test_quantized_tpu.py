@@ -22,7 +22,7 @@ import pytest
 from flax import nnx
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from kernel_cases import Case, biases_of, rows_and_sizes, widths_of
+from kernel_cases import ACTIVATIONS, Case, biases_of, rows_and_sizes, widths_of
 from small_decoders import decoder_config
 
 from dynamo_jax.calibration.config import QuantizeConfig
@@ -48,9 +48,9 @@ TOLERANCE = {"bf16": 0.01, "int8": 0.04, "fp8": 0.08}  # of the largest output: 
 CHECKED = pltpu.InterpretParams(detect_races=True)
 
 
-def compared(case, rows, sizes, biases=None, layer=1, tolerance=0.01, **how):
+def compared(case, rows, sizes, biases=None, layer=1, tolerance=0.01, activation=silu_gated, **how):
     kernel = functools.partial(quantized_experts_tpu, **({"interpret": pltpu.InterpretParams()} | how))
-    found = kernel_cases.compared(case, kernel, rows, sizes, tolerance, biases, layer)
+    found = kernel_cases.compared(case, kernel, rows, sizes, tolerance, biases, layer, activation)
     assert how.get("interpret") is not CHECKED or not interpret_pallas_call.races.races_found
     return found
 
@@ -98,6 +98,13 @@ def test_all_widths_variants_and_biases_at_once(form, apart):
     rows, sizes = rows_and_sizes(1, [5, 0, 9, 1, 20, 0], 384)
     biases = biases_of(2, 3, 256, 384)
     compared(case, rows, sizes, biases, form=form, tolerance=TOLERANCE[form], interpret=CHECKED)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_each_activation_is_the_kernels(activation):
+    case = Case.of("tiles", 11, 1, 128, 128, False, [widths_of(0, 1, 128, False, (4,))])
+    rows, sizes = rows_and_sizes(12, [6], 128)
+    compared(case, rows, sizes, form="bf16", tolerance=TOLERANCE["bf16"], activation=ACTIVATIONS[activation])
 
 
 @pytest.mark.parametrize(
@@ -434,6 +441,25 @@ print(json.dumps(out))
 """
     found = compiler(code, chip, str(tokens), *names)
     assert len(found) == (len(names) or 5) and all(len(each) == 1 and each[0] > 100 for each in found.values()), found
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_each_activation_compiles(chip):
+    code = """
+import bundles, json, sys
+import tpu_schedule as t
+from dynamo_jax.models.experts import bounded_gated, clamped_gated, gelu_gated
+chip, found = sys.argv[1], []
+for activation in (clamped_gated(7.0, 1.702), gelu_gated, bounded_gated(7.0)):
+    run = lambda *a: t.quantized_experts_tpu(*a, 0, activation, form=t.ROUNDED[chip], blocks=1)
+    loops = bundles.compiled(bundles.CHIPS[chip], run, *t.arguments(t.SHAPES["olmoe-1b-7b"], 8, (3, 4), 256))[1]
+    found += [loop.total for name, loop in loops.items() if name.startswith("experts_")]
+print(json.dumps(found))
+"""
+    found = compiler(code, chip)
+    assert len(found) == 3 and min(found) > 100, found
 
 
 @needs_compiler

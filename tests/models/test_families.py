@@ -21,15 +21,13 @@ TOKENS = np.random.default_rng(0).integers(3, 61, (3, 20))
 MASK = np.ones((3, 20), bool)
 MASK[1, :6] = False  # padding before
 MASK[2, 15:] = False  # and after
-ROUTERS = ("topkrouter", "v1gate", "choicerouter")  # ends of the names of their classes
+ROUTERS = ("topkrouter", "v1gate", "choicerouter", "textrouter")  # ends of the names of their classes
 
 
 def run_theirs(model):
     """Logits and chosen experts, layer by layer."""
     chosen = []
-    routers = [
-        m for m in model.modules() if type(m).__name__.lower().endswith(("topkrouter", "v1gate", "choicerouter"))
-    ]
+    routers = [m for m in model.modules() if type(m).__name__.lower().endswith(ROUTERS)]
     hooks = [m.register_forward_hook(lambda m, i, out: chosen.append(out[2].numpy())) for m in routers]
     positions = torch.tensor(np.maximum(MASK.cumsum(axis=1) - 1, 0))
     with torch.no_grad():
@@ -83,6 +81,15 @@ SLOW = [
     ("ernie4_5_moe", {"moe_layer_interval": 2, "moe_num_shared_experts": 0, **yarn()}),
     ("hunyuan_v1_moe", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}}),
     ("mellum", {"mlp_layer_types": ["dense", "sparse", "sparse"], **of_types(yarn(), LINEAR)}),
+    ("gemma4_text", {"attention_k_eq_v": False, "final_logit_softcapping": None, "layer_types": None}),
+    (
+        "laguna",
+        {"gating": "per-element", "layer_types": None, "moe_router_logit_softcapping": 0.0, "attention_bias": True},
+    ),
+    ("laguna", of_types(yarn(partial_rotary_factor=0.5), LINEAR)),
+    ("mimo_v2_flash", {"layer_types": None, "attention_value_scale": None, **of_types(yarn(), LINEAR)}),
+    ("afmoe", {"layer_types": None, "global_attn_every_n_layers": 2, "mup_enabled": False, "attention_bias": True}),
+    ("lfm2_moe", {"use_expert_bias": False, "conv_L_cache": 4, "norm_topk_prob": False}),
     ("exaone_moe", {"layer_types": None, "sliding_window_pattern": 2, "n_group": 1, "topk_group": 1}),
 ]
 VARIETIES = [
@@ -131,8 +138,8 @@ def test_a_checkpoint_of_transformers_has_its_logits_and_experts_here(family_mod
 
 def test_the_smallest_models_still_have_every_part(families):
     """The parity above would say nothing about a window that no sequence outgrows or a family left out."""
-    others = {"kimi_k2", "qwen3_vl_moe_text", "glm4v_moe_text"}  # under another name, or inside a wrapper
-    assert set(families) | others == set(FAMILIES)
+    wrapped = {"qwen3_vl_moe_text", "glm4v_moe_text", "minimax_m3_vl_text", "step3p5"}
+    assert set(families) | wrapped | {"kimi_k2"} == set(FAMILIES)  # the last is tested under another name
 
 
 def to_mxfp4(weight):
@@ -182,6 +189,24 @@ def test_kimi_k2_is_deepseek_v3_by_another_name(family_model, tmp_path):
     raw = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "kimi_k2"}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert_same(model, tmp_path)
+
+
+def test_published_keys_of_step_mean_what_transformers_makes_of_them():
+    older = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 24, "head_dim": 8,
+        "num_hidden_layers": 3, "num_nextn_predict_layers": 1, "max_position_embeddings": 64, "sliding_window": 7,
+        "moe_num_experts": 6, "moe_top_k": 2, "num_attention_heads": 4, "num_attention_groups": 2,
+        "share_expert_dims": 20, "moe_layers_enum": "1,2,3", "swiglu_limits": [0.0, 0.0, 7.0, 7.0],
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "attention_other_setting": {"attention_type": "sliding_attention", "num_attention_heads": 6},
+        "rope_theta": [5e6, 10000.0, 10000.0, 5e6], "partial_rotary_factors": [0.5, 1.0, 1.0, 0.5],
+        "rope_scaling": LLAMA3["rope_parameters"] | {"rope_theta": 5e6},
+    }  # fmt: skip
+    newer = transformers.AutoConfig.for_model("step3p5", **older).to_dict()
+    config = config_from(older | {"model_type": "step3p5"})
+    assert config == config_from(newer)
+    assert [layer.mixer.rope.dim for layer in config.layers] == [4, 8, 8]
+    assert [getattr(layer.channel, "swiglu_clamp", None) for layer in config.layers] == [0.0, 0.0, 7.0]
 
 
 REFUSED = {

@@ -54,6 +54,39 @@ MODELS = {
             "layer_types": ["full_attention", "full_attention", "minimax_m3_sparse"],
         },
     ),
+    "gemma4": (
+        "Gemma4ForConditionalGeneration",
+        "gemma4_text",
+        SPLIT
+        | {
+            "top_k_experts": 2,
+            "enable_moe_block": True,
+            "hidden_size_per_layer_input": 0,
+            "global_head_dim": 16,
+            "attention_k_eq_v": True,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        },
+    ),
+    "step3p7": (
+        "Step3p7ForConditionalGeneration",
+        "step3p5",
+        SPLIT
+        | {
+            "n_routed_experts": 6,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "share_expert_dim": 20,
+            "num_sliding_attention_heads": 6,
+            "moe_router_scaling_factor": 1.5,
+            "query_pre_attn_scalar": 5,
+            "swiglu_limits": [0.0, None, 0.3],
+            "swiglu_limits_shared": [0.3, 0.0, 0.4],
+            "rope_theta": [10000.0, 5e6, 10000.0],
+            "partial_rotary_factors": [1.0, 0.5, 1.0],
+        },
+    ),
     "kimi_k25": ("Kimi_K25ForConditionalGeneration", "deepseek_v3", LATENT),
     "mistral3": ("Mistral3ForConditionalGeneration", "mistral4", LATENT | {"n_group": 1, "topk_group": 1}),
 }
@@ -70,6 +103,9 @@ def made(kind, folder):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1))
+        for name, buffer in model.named_buffers():
+            if name.endswith(("e_score_correction_bias", "layer_scalar")):
+                buffer.add_(torch.rand_like(buffer) * 0.3)
     model.save_pretrained(folder)
     if kind == "kimi_k25":  # transformers 5.24 gives the text part's layers the vision tower's name for them
         path = folder / "model.safetensors"

@@ -32,7 +32,7 @@ SPARSE_NAMES = {"router": f"{SPARSE}.gate.weight"}
 W123 = "w1 w3 w2"  # gate, up and down
 ROW = "[0]"  # behind the name of a tensor that has an axis of length one more, the first
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
-PLAIN_ROPES = tuple(kind for kind in ROPE_TYPES if kind != "ntk_alpha")
+PLAIN_ROPES = tuple(kind for kind in ROPE_TYPES if kind not in ("ntk_alpha", "proportional"))
 COMMON: Raw = {  # keys that are left out mean the same in every family
     "hidden_act": "silu",
     "initializer_range": 0.02,
@@ -58,7 +58,8 @@ class Family:
     defaults: what a key means that its config.json leaves out, where that is not ``COMMON``'s; they are those of
     ``transformers``, and sizes have none. rope: the rotary scaling of a config.json that names none. short_mscale:
     whether that key of the rotary scaling is the factor of cosines and sines. partial: whether a part of a head may be
-    turned. by_type: whether rotary parameters, and ``rope``, are an object for each type of layer."""
+    turned. by_type: whether rotary parameters, and ``rope``, are an object for each type of layer. eps_key:
+    of what norms add to mean squares. newer: the keys that transformers writes from those of published files."""
 
     architecture: str
     layers: Callable[[Raw, Rotary], tuple[LayerSpec, ...]]
@@ -74,6 +75,8 @@ class Family:
     short_mscale: bool = False
     partial: bool = False
     by_type: bool = False
+    eps_key: str = "rms_norm_eps"
+    newer: Callable[[Raw], Raw] = lambda raw: raw
 
 
 def grouped(raw: Raw, rope: Rotary, share: float = 1.0, **own: Any) -> Grouped:

@@ -23,6 +23,7 @@ PREFIXES = (  # of a decoder's tensors and of its head, alone or inside a model 
 )
 _PARTS = ("gate", "up", "down")
 NAMES = {  # of a layer's parameters, but the routed experts' weights and biases, in most families
+    **{"norm.scale": "norm.weight", "norm.bias": "norm.bias"},  # of the decoder
     "attention_norm.scale": "input_layernorm.weight",
     "attention_norm.bias": "input_layernorm.bias",
     "experts_norm.scale": "post_attention_layernorm.weight",
@@ -56,7 +57,7 @@ NAMES = {  # of a layer's parameters, but the routed experts' weights and biases
 _TURNED = {  # files have (outputs, inputs), and these parameters the other way round
     *("router", "shared_gate", "dense.down", "shared.down"),
     *(f"attention.{part}" for part in ("q", "k", "v", "o", "gate", "q_down", "q_up", "kv_down", "kv_up")),
-    *(f"attention.{part}" for part in ("qkvz", "ba", "qkv", "z", "b", "a", "out")),
+    *(f"attention.{part}" for part in ("qkvz", "ba", "qkv", "z", "b", "a", "in_proj", "out")),
 }
 
 
@@ -79,7 +80,7 @@ class Filed(enum.Enum):
         return shape[::-1] if self is Filed.TURNED else (1, *shape) if self is Filed.ROW else shape
 
 
-_MOE = r"(mlp|block_sparse_moe)\."
+_MOE = r"(mlp|block_sparse_moe|feed_forward)\."
 # Tensors of one layer of any family, by the part of the name that follows the layer's number, and the keys of
 # config.json by which a model has them.
 _KEYS = {
@@ -89,9 +90,10 @@ _KEYS = {
     r"self_attn\.q_proj\.weight": "q_lora_rank",
     r"self_attn\.(sinks|[qkvo]_proj\.weight|[qk]_norm\.(weight|bias))": "model_type",
     r"self_attn\.(g|gate)_proj\.weight": "model_type",
-    r"linear_attn\..*": "layer_types, or model_type",
+    r"(linear_attn|conv)\..*": "layer_types, or model_type",
     r"(input|post_attention)_layernorm\.bias": "model_type",
     r"(pre|post)_(mlp|feedforward)_layernorm(_[12])?\.weight": "model_type",
+    r"(router|experts|moe|share_expert)\..*": "model_type, or which layers are dense",
     _MOE + r"shared_experts\..*": "n_shared_experts",
     _MOE + r"shared_expert(_gate)?\..*": "shared_expert_intermediate_size",
     _MOE + r"experts\.\d+\.\w+\.weight": "the number of experts, or which layers are dense",
@@ -160,16 +162,26 @@ def _filed(ours: str, theirs: str) -> Filed:
 def expert_names(config: ModelConfig, layer: int) -> ExpertTensors:
     """Where the file holds the routed experts of one layer. ``layer`` counts all layers."""
     family = FAMILIES[config.family]
-    prefix = f"{config.prefix}layers.{layer}.{family.moe}"
+    prefix = _module(config, layer)
     if family.experts == "concatenated":
-        return ExpertTensors("concatenated", (f"{prefix}.input_linear.weight", f"{prefix}.output_linear.weight"))
+        return ExpertTensors("concatenated", (f"{prefix}input_linear.weight", f"{prefix}output_linear.weight"))
+    if family.experts == "stacked":
+        return ExpertTensors("stacked", tuple(f"{prefix}{part}_proj.weight" for part in _PARTS))
+    if family.experts == "fused":
+        return ExpertTensors("concatenated", fused_names(config, layer))
     if family.experts == "interleaved":
-        return ExpertTensors("interleaved", (f"{prefix}.experts.gate_up_proj", f"{prefix}.experts.down_proj"))
-    return ExpertTensors("split", tuple(f"{prefix}.experts.{{e}}.{part}.weight" for part in family.experts.split()))
+        return ExpertTensors("interleaved", fused_names(config, layer))
+    return ExpertTensors("split", tuple(f"{prefix}experts.{{e}}.{part}.weight" for part in family.experts.split()))
 
 
 def fused_names(config: ModelConfig, layer: int) -> tuple[str, str]:
     """Where a file may hold them all together, gate and up in the first tensor and down in the second, though the
     family has a tensor for each."""
-    prefix = f"{config.prefix}layers.{layer}.{FAMILIES[config.family].moe}.experts"
+    prefix = f"{_module(config, layer)}experts"
     return f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
+
+
+def _module(config: ModelConfig, layer: int) -> str:
+    """What the names of a layer's mixture module begin with."""
+    moe = FAMILIES[config.family].moe
+    return f"{config.prefix}layers.{layer}." + (f"{moe}." if moe else "")

@@ -16,11 +16,13 @@ from dynamo_jax.models.families import (
     deepseek,
     ernie,
     exaone,
+    gemma,
     glm,
     gpt_oss,
     granite,
     hunyuan,
     laguna,
+    lfm2,
     mellum,
     mimo,
     minimax,
@@ -29,6 +31,7 @@ from dynamo_jax.models.families import (
     phimoe,
     qwen,
     qwen_delta,
+    step,
 )
 from dynamo_jax.models.families.family import (
     COMMON,
@@ -44,7 +47,7 @@ from dynamo_jax.models.specs import TINY, Rope, RopeScaling, check_number
 
 LINEAGES = (
     *(mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe, glm, hunyuan, minimax, qwen_delta),
-    *(ernie, mellum, exaone, mimo, laguna, afmoe),
+    *(ernie, mellum, exaone, mimo, laguna, afmoe, gemma, lfm2, step),
 )
 FAMILIES: dict[str, Family] = {name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()}
 TEXT_PARTS = ("text_config", "llm_config", "language_config")
@@ -60,10 +63,12 @@ _NULL_IS_A_VALUE = {  # elsewhere null is as good as no key
     *("head_dim", "num_key_value_heads", "sliding_window", "clip_qkv", "q_lora_rank", "n_group", "topk_group"),
     *("n_shared_experts", "first_k_dense_replace", "mlp_only_layers", "norm_topk_prob", "rope_interleave"),
     *("mlp_layer_types", "layer_types", "max_window_layers", "attention_value_scale"),
+    *("hidden_size_per_layer_input", "final_logit_softcapping"),
 }
 _ROPE_KEYS = {  # type -> keys that it needs, and others that it knows
     "linear": (("factor",), ()),
     "ntk_alpha": (("alpha",), ()),
+    "proportional": ((), ("factor", "partial_rotary_factor")),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
     "yarn": (
         ("factor",),
@@ -84,7 +89,7 @@ def config_from(raw: Raw) -> ModelConfig:
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"unknown model_type {shown(family)}; known: {', '.join(FAMILIES)}")
     known = FAMILIES[family]
-    given = {key: value for key, value in raw.items() if value is not None or key in _NULL_IS_A_VALUE}
+    given = {key: value for key, value in known.newer(raw).items() if value is not None or key in _NULL_IS_A_VALUE}
     raw = COMMON | known.defaults | given
     if raw["hidden_act"] not in ("silu", "swigluoai"):  # the clamped one, which other keys ask for
         raise ValueError(f"hidden_act {shown(raw['hidden_act'])} is not supported; only 'silu'")
@@ -102,21 +107,20 @@ def config_from(raw: Raw) -> ModelConfig:
 
     def rope(dim: int, share: float | None = None, of: str = "", **own: Any) -> Rope:
         theta, scaling, partial = turns[of]
+        if known.by_type and scaling.rope_type != "default" and share is not None:
+            share = 1.0  # only of what is not scaled families turn a part by default
         if limit < length and scaling.rope_type != "default" and not scaling.original_max_position_embeddings:
             scaling = dataclasses.replace(scaling, original_max_position_embeddings=length)
         turned = dim if share is None else int(dim * (share if partial is None else partial))
         return Rope(dim=turned, rope_theta=theta, scaling=scaling, **own)
 
     layers = known.layers(raw, rope)
-    return ModelConfig(
-        **sizes,
-        family=family,
-        rms_norm_eps=number(raw, "rms_norm_eps", high=1.0),
-        initializer_range=number(raw, "initializer_range", 0.0),
-        tie_word_embeddings=flag(raw, "tie_word_embeddings"),
-        layers=layers,
-        **known.top(raw),
-    )
+    top: Raw = {
+        "rms_norm_eps": number(raw, known.eps_key, high=1.0),
+        "initializer_range": number(raw, "initializer_range", 0.0),
+        "tie_word_embeddings": flag(raw, "tie_word_embeddings"),
+    }
+    return ModelConfig(**sizes, family=family, layers=layers, **(top | known.top(raw)))
 
 
 def text_part(raw: Raw) -> Raw:
@@ -167,7 +171,7 @@ def _rope(raw: Raw, known: Family, of: str) -> tuple[Any, RopeScaling, float | N
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial is not None:
         check_number("partial_rotary_factor", partial, TINY, 1.0, whole=False)
-        if partial != 1 and not known.partial:
+        if partial != 1 and not known.partial and kind != "proportional":
             raise ValueError("partial_rotary_factor is not supported")
     if kind == "default":
         return theta, RopeScaling(), partial
@@ -192,4 +196,4 @@ def _rope(raw: Raw, known: Family, of: str) -> tuple[Any, RopeScaling, float | N
             values["factor"] = whole(raw, "max_position_embeddings") / original
         if known.short_mscale:
             values["attention_factor"] = number(rope, "short_mscale")
-    return theta, RopeScaling(rope_type=kind, **values), partial
+    return theta, RopeScaling(rope_type=kind, **values), None if kind == "proportional" else partial

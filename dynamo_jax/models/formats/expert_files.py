@@ -27,6 +27,7 @@ class ExpertTensors:
     """The tensors that hold the experts of one layer.
 
     kind: ``split``, a tensor an expert and projection, three names with ``{e}`` for the expert's number;
+    ``stacked``, a tensor a projection, of all experts, (E, F, D), (E, F, D) and (E, D, F);
     ``concatenated``, gate before up in one tensor of all experts, (E, 2F, D), and down in another, (E, D, F);
     ``interleaved``, (E, D, 2F) with gate and up channel by channel, (E, F, D), and biases.
     turned: of concatenated ones, whether the first is (E, D, 2F), and whether the second is (E, F, D).
@@ -71,6 +72,8 @@ def expert_shapes(config: ModelConfig, of: ExpertTensors) -> Shapes:
     if of.kind == "split":
         each = [(channels, hidden), (channels, hidden), (hidden, channels)]
         return {name: shape for e in range(experts) for name, shape in zip(of.each(e), each)}
+    if of.kind == "stacked":
+        return dict(zip(of.names, [(experts, channels, hidden)] * 2 + [(experts, hidden, channels)]))
     gate_up, down = of.names
     if of.kind == "concatenated":
         rows = ((2 * channels, hidden), (hidden, channels))
@@ -85,6 +88,9 @@ def read_expert(tensors: StoredTensors, of: ExpertTensors, expert: int) -> Tripl
         gate, up, down = (tensors.read(name) for name in of.each(expert))
         return gate, up, down.T
     at = slice(expert, expert + 1)
+    if of.kind == "stacked":
+        gate, up, down = (tensors.read(name, at)[0] for name in of.names)
+        return gate, up, down.T
     both, out = (tensors.read(name, at)[0] for name in of.names)
     if of.kind == "concatenated":
         both, out = (array.T if turned else array for array, turned in zip((both, out), of.turned))
@@ -105,8 +111,10 @@ def expert_tensors(of: ExpertTensors, experts: list[Triple], biases: Mapping[str
     if of.kind == "split":
         parts = [part for e, triple in enumerate(experts) for part in zip(of.each(e), _rows_are_outputs(triple))]
         return {name: np.ascontiguousarray(w) for name, w in parts}
-    gate_up, down = of.names
     gate, up, out = (np.stack([triple[i] for triple in experts]) for i in range(3))
+    if of.kind == "stacked":
+        return dict(zip(of.names, (gate, up, np.ascontiguousarray(out.swapaxes(1, 2)))))
+    gate_up, down = of.names
     if of.kind == "concatenated":
         return {gate_up: np.concatenate([gate, up], axis=1), down: np.ascontiguousarray(out.swapaxes(1, 2))}
     both = _interleave(gate, up)

@@ -8,10 +8,11 @@ from flax import nnx
 
 from dynamo_jax.models.attention import KeyValues
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.mixers import delta, grouped, latent
-from dynamo_jax.models.specs import DeltaNet, Grouped, Latent, Mixer
+from dynamo_jax.models.mixers import delta, grouped, latent, short_conv
+from dynamo_jax.models.specs import DeltaNet, Grouped, Latent, Mixer, ShortConv
 
-LayerCache = KeyValues | delta.DeltaCache  # what a layer keeps of the tokens before: whatever its mixer says
+# What a layer keeps of the tokens before: whatever its mixer says.
+LayerCache = KeyValues | delta.DeltaCache | short_conv.ConvCache
 
 
 class Kind(NamedTuple):
@@ -26,6 +27,7 @@ KINDS: dict[type, Kind] = {
     Grouped: Kind(grouped.GroupedAttention, grouped.empty_cache),
     Latent: Kind(latent.LatentAttention, latent.empty_cache),
     DeltaNet: Kind(delta.GatedDeltaNet, delta.empty_cache),
+    ShortConv: Kind(short_conv.ShortConvolution, short_conv.empty_cache),
 }
 
 

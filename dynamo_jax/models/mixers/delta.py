@@ -18,6 +18,7 @@ that the convolution sees, M = J (2K + GV) channels of the convolution, N chunks
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -148,8 +149,9 @@ def convolved(
     weights: Float[Array, "M W"],
     window: Float[Array, "B W-1 M"],
     mask: Bool[Array, "B T"] | None = None,
+    after: Callable[[Array], Array] = jax.nn.silu,
 ) -> tuple[Float[Array, "B T M"], Float[Array, "B W-1 M"]]:
-    """SiLU of each channel's causal convolution, and the window of the next step.
+    """SiLU, or what ``after`` makes, of each channel's causal convolution, and the window of the next step.
 
     window: inputs of the tokens before. mask: False where a token is padding, which no other token sees; its own output
     means nothing.
@@ -160,13 +162,13 @@ def convolved(
     seen = jnp.concatenate([window.astype(x.dtype), x], axis=1)
     weights = weights.astype(jnp.float32)
     terms = (seen[:, tap : tap + tokens].astype(jnp.float32) * weights[:, tap] for tap in range(taps))
-    out = jax.nn.silu(functools.reduce(jnp.add, terms)).astype(x.dtype)
+    out = after(functools.reduce(jnp.add, terms)).astype(x.dtype)
     if mask is None:
         return out, seen[:, tokens:]
     place = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     newest = mask.sum(axis=1, keepdims=True) + jnp.arange(taps - 1)
-    out, after = (jnp.take_along_axis(a, at[..., None], axis=1) for a, at in ((out, place), (seen, newest)))
-    return out, after
+    out, left = (jnp.take_along_axis(a, at[..., None], axis=1) for a, at in ((out, place), (seen, newest)))
+    return out, left
 
 
 def step(tokens: Tokens, state: Float[Array, "B J G K V"]) -> tuple[Float[Array, "B 1 J G V"], Array]:
