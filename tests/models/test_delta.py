@@ -11,7 +11,7 @@ from small_decoders import decoder_config
 
 from dynamo_jax.models.attention import Places
 from dynamo_jax.models.mixers import delta
-from dynamo_jax.models.mixers.delta import Tokens, chunked, convolved, step, unit
+from dynamo_jax.models.mixers.delta import Tokens, chunked, convolved, inverse, step, unit
 from dynamo_jax.models.specs import DeltaNet
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -71,6 +71,16 @@ def test_the_same_key_again_and_again_loses_no_digits():
     want = recurrent(Tokens(*(np.asarray(a, np.float64) for a in tokens)), np.asarray(state, np.float64), np)
     for ours, theirs in zip(jax.jit(chunked)(tokens, state), want):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_the_inverse_of_a_triangle_is_that_of_numpy():
+    rng = np.random.default_rng(0)
+    lower = np.tril(rng.normal(size=(3, 16, 16)), -1).astype(np.float32)
+    whole = lower + np.triu(rng.normal(size=(3, 16, 16))).astype(np.float32)  # what it must not read
+    want = np.linalg.inv(np.eye(16) + lower.astype(np.float64))
+    np.testing.assert_allclose(jax.jit(inverse)(whole), want, atol=1e-5 * np.abs(want).max())
+    for size in (1, 2):
+        np.testing.assert_allclose(inverse(whole[:, :size, :size]), want[:, :size, :size], atol=1e-6)
 
 
 @pytest.mark.parametrize(("count", "size"), [(4, 64), (11, 4)])

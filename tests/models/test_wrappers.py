@@ -92,37 +92,34 @@ MODELS = {
 }
 
 
-@pytest.fixture
-def wrapped(tmp_path):
-    def make(kind):
-        name, text, values = MODELS[kind]
-        config = transformers.AutoConfig.for_model(
-            kind, text_config={"model_type": text, **TEXT, **values}, vision_config=VISION, tie_word_embeddings=False
-        )
-        torch.manual_seed(0)
-        model = getattr(transformers, name)(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1))
-            for buffer_name, buffer in model.named_buffers():
-                if buffer_name.endswith(("e_score_correction_bias", "layer_scalar")):
-                    buffer.add_(torch.rand_like(buffer) * 0.3)
-        model.save_pretrained(tmp_path)
-        if kind == "kimi_k25":  # transformers 5.24 gives the text part's layers the vision tower's name for them
-            path = tmp_path / "model.safetensors"
-            tensors = safetensors.numpy.load_file(path)
-            named = {n.replace("model.blocks.", "model.layers."): a for n, a in tensors.items()}
-            safetensors.numpy.save_file(named, path)
-        return model, tmp_path
-
-    return make
+def made(kind, folder):
+    """A random model of transformers, and its folder written."""
+    name, text, values = MODELS[kind]
+    config = transformers.AutoConfig.for_model(
+        kind, text_config={"model_type": text, **TEXT, **values}, vision_config=VISION, tie_word_embeddings=False
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1))
+        for name, buffer in model.named_buffers():
+            if name.endswith(("e_score_correction_bias", "layer_scalar")):
+                buffer.add_(torch.rand_like(buffer) * 0.3)
+    model.save_pretrained(folder)
+    if kind == "kimi_k25":  # transformers 5.24 gives the text part's layers the vision tower's name for them
+        path = folder / "model.safetensors"
+        tensors = safetensors.numpy.load_file(path)
+        named = {n.replace("model.blocks.", "model.layers."): a for n, a in tensors.items()}
+        safetensors.numpy.save_file(named, path)
+    return model
 
 
 @pytest.mark.parametrize(
     "kind", [k if k == "qwen3_vl_moe" else pytest.param(k, marks=pytest.mark.slow) for k in MODELS]
 )
-def test_the_text_part_has_the_wrappers_logits(kind, wrapped):
-    model, folder = wrapped(kind)
+def test_the_text_part_has_the_wrappers_logits(kind, tmp_path):
+    model, folder = made(kind, tmp_path), tmp_path
     tokens = np.random.default_rng(0).integers(3, 61, (2, 20))
     with torch.no_grad():
         want = model(input_ids=torch.tensor(tokens)).logits.numpy()

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.lax.linalg import triangular_solve
 from jaxtyping import Array, Bool, Float
 
 from dynamo_jax.kernels.products import matmul
@@ -35,6 +34,7 @@ from dynamo_jax.models.specs import DeltaNet
 
 CHUNK = 64  # tokens; more make the products larger, and the share of them that is masked as well
 UNIT_EPS = 1e-6  # beside the squares of a query's or key's numbers
+_exact = functools.partial(jnp.matmul, precision="highest")  # errors of an inverse add up from level to level
 A_RANGE = (0.01, 16.0)  # of exp(a_log) before training
 
 
@@ -186,11 +186,12 @@ def chunked(
     """Outputs and state of many tokens, ``size`` at a time (arXiv 2412.06464, section 3.3).
 
     Within a chunk the corrections of all tokens are the solution of one triangular system; from chunk to chunk the
-    state goes on as it does from token to token in ``step``.
+    state goes on as it does from token to token in ``step``. size: a power of two.
     """
     count = tokens.key.shape[1]
+    size = min(size, 1 << (count - 1).bit_length())
     tokens = tokens._replace(query=tokens.query[..., None, :], key=tokens.key[..., None, :])  # the G of values
-    q, k, v, decay, beta = (_chunks(part, min(size, count)) for part in tokens)
+    q, k, v, decay, beta = (_chunks(part, size) for part in tokens)
     new, read = jax.checkpoint(_corrections)(k, v, decay, beta)
     state, out = jax.lax.scan(jax.checkpoint(_chunk, prevent_cse=False), state, (q, k, new, read, decay))
     out = jnp.moveaxis(out, (0, 4), (1, 2))  # (B, N, C, J, G, V)
@@ -224,11 +225,32 @@ def _corrections(
     (1 + L) x = beta v and of (1 + L) x = beta exp(total decay) k.
     """
     total, fading = _fading(decay)
-    system = beta[..., None] * (k @ k.mT) * fading  # the solver reads what is below the diagonal
-    sides = jnp.concatenate([beta[..., None] * v, (beta * total)[..., None] * k], axis=-1)
-    solved = triangular_solve(system, sides, left_side=True, lower=True, unit_diagonal=True)
-    new, read = jnp.split(solved, (v.shape[-1],), axis=-1)
-    return new, read
+    solved = inverse(beta[..., None] * (k @ k.mT) * fading)
+    return solved @ (beta[..., None] * v), solved @ ((beta * total)[..., None] * k)
+
+
+@jax.custom_vjp
+def inverse(lower: Float[Array, "*S C C"]) -> Float[Array, "*S C C"]:
+    """Of 1 + what is below the diagonal; C is a power of two.
+
+    From blocks of 1 to blocks of C: of two neighbours A and B with X below A and beside B, the inverse has
+    -B^-1 X A^-1 in the place of X (Higham, Accuracy and Stability of Numerical Algorithms, section 14.2). All blocks
+    of a size take two products of whole matrices, so that there is no loop over rows.
+    """
+    size = lower.shape[-1]
+    row, column = jnp.arange(size)[:, None], jnp.arange(size)
+    found = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
+    for half in (1 << level for level in range(size.bit_length() - 1)):
+        below = (row // half == column // half + 1) & (row // half % 2 == 1)
+        found = found - _exact(_exact(found, jnp.where(below, lower, 0)), found)
+    return found
+
+
+def _inverse_backward(found: Array, d: Array) -> tuple[Array]:
+    return (-jnp.tril(_exact(_exact(found.mT, d), found.mT), -1),)
+
+
+inverse.defvjp(lambda lower: (inverse(lower),) * 2, _inverse_backward)
 
 
 def _chunk(
