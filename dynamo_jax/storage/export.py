@@ -88,9 +88,10 @@ def _config_of(raw: dict[str, Any], config: ModelConfig, log: Log) -> dict[str, 
     raw.pop("quantization_config", None)  # MXFP4 experts are bfloat16 now
     if raw.pop("auto_map", None) is not None:
         log("config.json: auto_map is left out, since the model's own Python files are not copied")
-    if raw.get("num_nextn_predict_layers"):
-        raw["num_nextn_predict_layers"] = 0
-        log("config.json: num_nextn_predict_layers is 0 now, since layers that predict further tokens are not kept")
+    for key in ("num_nextn_predict_layers", "mtp_num_hidden_layers"):
+        if raw.get(key):
+            raw[key] = 0
+            log(f"config.json: {key} is 0 now, since layers that predict further tokens are not kept")
     return raw
 
 
