@@ -132,9 +132,10 @@ def _config_of(
         log("config.json: auto_map is left out, since the model's own Python files are not copied")
     if (left := description.meta.not_read) and not origin:
         log(f"left out, since --source is not given: {unread_words(left)}")
-    if raw.get("num_nextn_predict_layers") and not origin:
-        raw["num_nextn_predict_layers"] = 0
-        log("config.json: num_nextn_predict_layers is 0 now, since layers that predict further tokens are not kept")
+    for key in ("num_nextn_predict_layers", "mtp_num_hidden_layers"):
+        if raw.get(key) and not origin:
+            raw[key] = 0
+            log(f"config.json: {key} is 0 now, since layers that predict further tokens are not kept")
     return raw
 
 
