@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "settings": {"configs", "files"},
     "kernels": {"kernels"},
     "quant": {"quant", "kernels.layout"},
-    "texts": {"texts", "models.tokenizer"},
+    "texts": {"texts", "models.tokenizer", "files"},
     "models.formats": {"models.formats", "models.config", "models.specs", "files"},
     "models.families": {"models.families", "models.formats", "models.config", "models.specs", "files"},
     "models.tokenizer": {"files"},

@@ -43,7 +43,7 @@ def test_the_demo_preset_is_the_demos_defaults():
 
 
 def test_the_training_preset_is_the_bundled_models(bundled):
-    assert load_toml(TrainConfig, ROOT / "configs/train/tiny_moe.toml").model == bundled[0].config
+    assert load_toml(TrainConfig, ROOT / "configs/train/tiny_moe.toml").model.decoder == bundled[0].config
 
 
 def test_a_preset_is_found_by_its_short_name_and_a_file_by_its_path(tmp_path):
