@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from conftest import CORRECTED, LATENT, SMALL
+from conftest import CORRECTED, DELTA, LATENT, SMALL
 
 from dynamo_jax.models.families.table import config_from
 from dynamo_jax.models.huggingface import describe, load_decoder
@@ -33,6 +33,7 @@ SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "
 # wrapper -> (its class, the type of its text part, the smallest text part)
 MODELS = {
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe_text", SPLIT | SECTIONS),
+    "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text", DELTA),
     "glm4v_moe": ("Glm4vMoeForConditionalGeneration", "glm4v_moe_text", CORRECTED | {"head_dim": 16} | SECTIONS),
     "minimax_m3_vl": (
         "MiniMaxM3SparseForConditionalGeneration",
