@@ -162,8 +162,11 @@ def logits(folder: Path) -> np.ndarray:
 def logits_of(model: Any) -> np.ndarray:
     """Of transformers."""
     mask = torch.tensor(test_families.MASK)
+    given = {"input_ids": torch.tensor(test_families.TOKENS), "attention_mask": mask.long()}
+    if not hasattr(model.config, "text_config"):  # else it makes positions of its own, of more than text
+        given["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     with torch.no_grad():
-        out = model(input_ids=torch.tensor(test_families.TOKENS), attention_mask=mask.long())
+        out = model(**given)
     return out.logits.float().numpy()[test_families.MASK]
 
 
