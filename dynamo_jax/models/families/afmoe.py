@@ -9,31 +9,31 @@ from dynamo_jax.models.families.family import (
     Raw,
     Rotary,
     biased,
+    check_slides,
     flag,
     grouped,
     layer_types,
     layers_of,
-    mixture,
+    mixture_with_shared,
     number,
-    shared_beside,
+    sigmoid_router,
     stack,
     unturned,
     whole,
     windows_of,
 )
-from dynamo_jax.models.specs import LayerSpec, Router
+from dynamo_jax.models.specs import LayerSpec
 
 
 def _afmoe(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     count, every = layers_of(raw), whole(raw, "global_attn_every_n_layers")
     types = layer_types(raw, [SLIDING if (i + 1) % every else FULL for i in range(count)])
     mixer = grouped(raw, rope, qk_norm="head", gating="per-element", **biased(raw))
-    if SLIDING in types and raw["sliding_window"] is None:
-        raise ValueError("sliding_window=None: expected a positive whole number, since layers slide")
+    check_slides(raw, types)
     mixers = [unturned(mixer, window) for window in windows_of(raw, types) or (0,) * count]
     scale = number(raw, "route_scale")
-    router = Router(routing="sigmoid", choice_bias=True, norm_topk_prob=True, routed_scaling_factor=scale)
-    experts = mixture(raw, router, "moe_intermediate_size", **shared_beside(raw, "num_shared_experts"))
+    router = sigmoid_router(scale)
+    experts = mixture_with_shared(raw, router, "num_shared_experts")
     dense = range(whole(raw, "num_dense_layers", 0))
     return stack(raw, mixers, experts, dense=dense, norms="both")
 

@@ -17,14 +17,13 @@ from dynamo_jax.models.families.family import (
     dense_types,
     first_dense,
     flag,
-    mixture,
+    mixture_with_shared,
     number,
-    shared_beside,
     stack,
     whole,
     whole_or_none,
 )
-from dynamo_jax.models.specs import WHOLE_LIMIT, Latent, LayerSpec, Mixture, Router
+from dynamo_jax.models.specs import WHOLE_LIMIT, Latent, LayerSpec, Router
 
 
 def _latent(raw: Raw, rope: Rotary, interleave: bool) -> Latent:
@@ -42,10 +41,6 @@ def _latent(raw: Raw, rope: Rotary, interleave: bool) -> Latent:
     )
 
 
-def _experts(raw: Raw, router: Router) -> Mixture:
-    return mixture(raw, router, "moe_intermediate_size", **shared_beside(raw))
-
-
 def _deepseek_v2(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     method = raw["topk_method"]
     if method not in ("greedy", "group_limited_greedy"):
@@ -55,12 +50,12 @@ def _deepseek_v2(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     limited = method == "group_limited_greedy"
     groups: Raw = {name: whole(raw, name) for name in ("n_group", "topk_group")} if limited else {}
     router = Router(routed_scaling_factor=number(raw, "routed_scaling_factor"), **groups)
-    return stack(raw, _latent(raw, rope, True), _experts(raw, router), dense=first_dense(raw))
+    return stack(raw, _latent(raw, rope, True), mixture_with_shared(raw, router), dense=first_dense(raw))
 
 
 def _deepseek_v3(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     mixer = _latent(raw, rope, flag(raw, "rope_interleave"))
-    return stack(raw, mixer, _experts(raw, corrected(raw)), dense=first_dense(raw))
+    return stack(raw, mixer, mixture_with_shared(raw, corrected(raw)), dense=first_dense(raw))
 
 
 def _indexed(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
@@ -68,7 +63,7 @@ def _indexed(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     if flag(raw, "mlp_bias"):
         raise ValueError("mlp_bias is not supported for indexed attention")
     dense = dense_types(raw, whole(raw, "first_k_dense_replace", 0))
-    return stack(raw, _latent(raw, rope, True), _experts(raw, corrected(raw)), dense=dense)
+    return stack(raw, _latent(raw, rope, True), mixture_with_shared(raw, corrected(raw)), dense=dense)
 
 
 def _index_limit(raw: Raw) -> tuple[int, str]:
@@ -82,7 +77,7 @@ def _mistral4(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
         norm_topk_prob=flag(raw, "norm_topk_prob"), routed_scaling_factor=number(raw, "routed_scaling_factor")
     )
     mixer = _latent(raw, rope, flag(raw, "rope_interleave"))
-    return stack(raw, mixer, _experts(raw, router), dense=first_dense(raw))
+    return stack(raw, mixer, mixture_with_shared(raw, router), dense=first_dense(raw))
 
 
 def _mistral_limit(raw: Raw) -> tuple[int, str]:
@@ -94,7 +89,7 @@ def _mistral_limit(raw: Raw) -> tuple[int, str]:
 
 def _glm4_moe_lite(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     mixer = _latent(raw, rope, flag(raw, "rope_interleave"))
-    return stack(raw, mixer, _experts(raw, corrected(raw)), dense=dense_types(raw))
+    return stack(raw, mixer, mixture_with_shared(raw, corrected(raw)), dense=dense_types(raw))
 
 
 _BOTH: Raw = {

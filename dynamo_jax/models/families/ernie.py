@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from dynamo_jax.models.families.family import (
     ROW,
     Family,
@@ -10,7 +12,7 @@ from dynamo_jax.models.families.family import (
     flag,
     grouped,
     layers_of,
-    mixture,
+    mixture_with_shared,
     number,
     stack,
     whole,
@@ -21,14 +23,9 @@ from dynamo_jax.models.specs import LayerSpec, Router
 def _ernie4_5_moe(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     if flag(raw, "use_bias") or number(raw, "moe_norm_min", 0.0) > 1e-6:
         raise ValueError("use_bias, and a moe_norm_min that gates could reach, are not supported for ernie4_5_moe")
-    shared = whole(raw, "moe_num_shared_experts", 0) * whole(raw, "moe_intermediate_size")
     router = Router(norm_topk_prob=True, choice_bias=True)
-    experts = mixture(raw, router, "moe_intermediate_size", "moe_k", shared_intermediate_size=shared)
-    return stack(raw, grouped(raw, _interleaved(rope)), experts, dense=_dense(raw))
-
-
-def _interleaved(rope: Rotary) -> Rotary:
-    return lambda **given: rope(rope_interleave=True, **given)
+    experts = mixture_with_shared(raw, router, "moe_num_shared_experts", chosen="moe_k")
+    return stack(raw, grouped(raw, functools.partial(rope, rope_interleave=True)), experts, dense=_dense(raw))
 
 
 def _dense(raw: Raw) -> set[int]:

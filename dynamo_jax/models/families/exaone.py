@@ -14,8 +14,7 @@ from dynamo_jax.models.families.family import (
     grouped,
     layer_types,
     layers_of,
-    mixture,
-    shared_beside,
+    mixture_with_shared,
     stack,
     unturned,
     whole,
@@ -30,7 +29,7 @@ def _exaone_moe(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     mixer = grouped(raw, rope, qk_norm="head")
     windows = windows_of(raw, types) or (0,) * layers_of(raw)
     mixers = [unturned(mixer, w, raw["sliding_window"] is None) for w in windows]
-    experts = mixture(raw, corrected(raw), "moe_intermediate_size", **shared_beside(raw, "num_shared_experts"))
+    experts = mixture_with_shared(raw, corrected(raw), "num_shared_experts")
     return stack(raw, mixers, experts, dense=dense_types(raw, whole(raw, "first_k_dense_replace", 0)))
 
 

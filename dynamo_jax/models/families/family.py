@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from dynamo_jax.models.specs import (
 
 Raw = dict[str, Any]  # what a config.json holds
 SPARSE = "block_sparse_moe"
+PARTS = ("gate", "up", "down")
 SPARSE_NAMES = {"router": f"{SPARSE}.gate.weight"}
 W123 = "w1 w3 w2"  # gate, up and down
 ROW = "[0]"  # behind the name of a tensor that has an axis of length one more, the first
@@ -79,6 +81,16 @@ class Family:
     newer: Callable[[Raw], Raw] = lambda raw: raw
 
 
+def names_of_mlp(ours: str, theirs: str) -> dict[str, str]:
+    """Of a gated MLP's three projections."""
+    return {f"{ours}.{part}": f"{theirs}.{part}_proj.weight" for part in PARTS}
+
+
+def zero_centred(_: Raw) -> Raw:
+    """``Family.top`` of a model whose norms multiply by 1 + weight."""
+    return {"zero_centred_norms": True}
+
+
 def grouped(raw: Raw, rope: Rotary, share: float = 1.0, **own: Any) -> Grouped:
     """Grouped-query attention by the keys that families share. share: of a head that is turned where none is named;
     own: what else the family says."""
@@ -93,7 +105,7 @@ def grouped(raw: Raw, rope: Rotary, share: float = 1.0, **own: Any) -> Grouped:
 def by_type(raw: Raw, rope: Rotary, types: list[str], share: float = 1.0, **own: Any) -> list[Grouped]:
     """``grouped`` for each layer, with the rotary positions of its type, and a window where its type has one."""
     windows = windows_of(raw, types) or (0,) * len(types)
-    found = {of: grouped(raw, lambda of=of, **given: rope(of=of, **given), share, **own) for of in set(types)}
+    found = {of: grouped(raw, functools.partial(rope, of=of), share, **own) for of in set(types)}
     return [dataclasses.replace(found[of], window=w) for of, w in zip(types, windows)]
 
 
@@ -128,6 +140,11 @@ def corrected(raw: Raw) -> Router:
     )
 
 
+def sigmoid_router(scale: float = 1.0, **own: Any) -> Router:
+    """Sigmoid scores, chosen with a correction, whose gates sum to ``scale``."""
+    return Router(routing="sigmoid", choice_bias=True, norm_topk_prob=True, routed_scaling_factor=scale, **own)
+
+
 def first_dense(raw: Raw) -> range:
     """The dense layers before those with experts, by ``first_k_dense_replace``."""
     first, layers = whole_or_none(raw, "first_k_dense_replace", 0), layers_of(raw)
@@ -146,9 +163,10 @@ def dense_types(raw: Raw, first: int = 1) -> set[int]:
     return {i for i, kind in enumerate(types) if kind == "dense"}
 
 
-def shared_beside(raw: Raw, key: str = "n_shared_experts") -> Raw:
-    """Shared experts of as many channels as routed ones, as one."""
-    return {"shared_intermediate_size": whole_or_none(raw, key, 0) * whole(raw, "moe_intermediate_size")}
+def mixture_with_shared(raw: Raw, router: Router, key: str = "n_shared_experts", **own: Any) -> Mixture:
+    """``mixture`` with as many shared experts as ``key`` says, of as many channels as routed ones, as one."""
+    shared = whole_or_none(raw, key, 0) * whole(raw, "moe_intermediate_size")
+    return mixture(raw, router, "moe_intermediate_size", shared_intermediate_size=shared, **own)
 
 
 def stack(
@@ -224,6 +242,12 @@ def layer_types(raw: Raw, default: list[str], known: tuple[str, str] = (SLIDING,
         kinds = " or ".join(known)
         raise ValueError(f"layer_types={shown(types)}: expected {kinds} for each of {len(default)} layers")
     return types
+
+
+def check_slides(raw: Raw, types: list[str]) -> None:
+    """ValueError: there are sliding layers, and no window for them."""
+    if SLIDING in types and raw["sliding_window"] is None:
+        raise ValueError("sliding_window=None: expected a positive whole number, since layers slide")
 
 
 def windows_of(raw: Raw, types: list[str] | None = None) -> tuple[int, ...]:

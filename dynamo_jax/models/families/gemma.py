@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from dynamo_jax.files import shown
@@ -17,6 +18,7 @@ from dynamo_jax.models.families.family import (
     layer_types,
     layers_of,
     mixture,
+    names_of_mlp,
     number,
     stack,
     whole,
@@ -60,7 +62,7 @@ def _mixer(raw: Raw, rope: Rotary, layer: int, of: str) -> Grouped:
     full = of == FULL
     return grouped(
         raw | _sizes(raw, layer, full),
-        lambda **given: rope(of=of, **given),
+        functools.partial(rope, of=of),
         window=0 if full else whole(raw, "sliding_window"),
         qk_norm="head",
         v_norm=True,
@@ -100,7 +102,7 @@ _NAMES = {
     "routed_post_norm.scale": "post_feedforward_layernorm_2.weight",
     "shared_norm.scale": "pre_feedforward_layernorm.weight",
     "shared_post_norm.scale": "post_feedforward_layernorm_1.weight",
-    **{f"shared.{part}": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")},
+    **names_of_mlp("shared", "mlp"),
     "router": "router.proj.weight",
     "router_norm": "router.scale",
     "router_scale": "router.per_expert_scale",

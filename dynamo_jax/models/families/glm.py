@@ -15,27 +15,24 @@ from dynamo_jax.models.families.family import (
     grouped,
     layer_types,
     layers_of,
-    mixture,
-    shared_beside,
+    mixture_with_shared,
     stack,
     whole,
     windows_of,
 )
-from dynamo_jax.models.specs import LayerSpec, Mixture
-
-
-def _experts(raw: Raw) -> Mixture:
-    return mixture(raw, corrected(raw), "moe_intermediate_size", **shared_beside(raw))
+from dynamo_jax.models.specs import LayerSpec
 
 
 def _glm4_moe(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     norm = "head" if flag(raw, "use_qk_norm") else "none"
     mixer = grouped(raw, rope, share=0.5, qkv_bias=flag(raw, "attention_bias"), qk_norm=norm)
-    return stack(raw, mixer, _experts(raw), dense=first_dense(raw))
+    return stack(raw, mixer, mixture_with_shared(raw, corrected(raw)), dense=first_dense(raw))
 
 
 def _solar_open(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
-    return stack(raw, grouped(raw, rope, qkv_bias=flag(raw, "attention_bias")), _experts(raw))
+    return stack(
+        raw, grouped(raw, rope, qkv_bias=flag(raw, "attention_bias")), mixture_with_shared(raw, corrected(raw))
+    )
 
 
 def _dots1(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
@@ -43,7 +40,7 @@ def _dots1(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     first = whole(raw, "max_window_layers", 0) if slide else layers_of(raw)
     types = layer_types(raw, [SLIDING if i >= first else FULL for i in range(layers_of(raw))])
     mixer = grouped(raw, rope, qk_norm="head", **biased(raw))
-    return stack(raw, mixer, _experts(raw), windows_of(raw, types), first_dense(raw))
+    return stack(raw, mixer, mixture_with_shared(raw, corrected(raw)), windows_of(raw, types), first_dense(raw))
 
 
 _ALL: Raw = {

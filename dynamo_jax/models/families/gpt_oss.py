@@ -9,6 +9,7 @@ from dynamo_jax.models.families.family import (
     Raw,
     Rotary,
     biased,
+    check_slides,
     grouped,
     layer_types,
     layers_of,
@@ -22,8 +23,7 @@ from dynamo_jax.models.specs import LayerSpec, Router
 
 def _gpt_oss(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     types = layer_types(raw, [FULL if i % 2 else SLIDING for i in range(layers_of(raw))])
-    if SLIDING in types and raw["sliding_window"] is None:
-        raise ValueError("sliding_window=None: expected a positive whole number, since layers slide")
+    check_slides(raw, types)
     experts = mixture(
         raw,
         Router(routing="topk_softmax", router_bias=True),

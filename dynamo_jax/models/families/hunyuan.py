@@ -16,8 +16,10 @@ from dynamo_jax.models.families.family import (
     flag,
     grouped,
     mixture,
+    mixture_with_shared,
+    names_of_mlp,
     number,
-    shared_beside,
+    sigmoid_router,
     stack,
     whole,
 )
@@ -45,12 +47,12 @@ def _hy_v3(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     if flag(raw, "mlp_bias"):
         raise ValueError("mlp_bias is not supported for hy_v3")
     scale = number(raw, "router_scaling_factor")
-    router = Router(routing="sigmoid", choice_bias=True, norm_topk_prob=True, routed_scaling_factor=scale)
-    experts = mixture(raw, router, "moe_intermediate_size", **shared_beside(raw, "num_shared_experts"))
+    router = sigmoid_router(scale)
+    experts = mixture_with_shared(raw, router, "num_shared_experts")
     return stack(raw, grouped(raw, rope, qk_norm="head", **biased(raw)), experts, dense=dense_types(raw))
 
 
-_SHARED = {f"shared.{part}": f"mlp.shared_mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+_SHARED = names_of_mlp("shared", "mlp.shared_mlp")
 _V1_NAMES = {
     **_SHARED,
     "router": "mlp.gate.wg.weight",

@@ -19,11 +19,13 @@ from dynamo_jax.models.families.family import (
     layer_types,
     layers_of,
     mixture,
+    names_of_mlp,
     number,
+    sigmoid_router,
     stack,
     whole,
 )
-from dynamo_jax.models.specs import LayerSpec, Router, check_number
+from dynamo_jax.models.specs import LayerSpec, check_number
 
 
 def _laguna(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
@@ -32,13 +34,8 @@ def _laguna(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     types = layer_types(raw, [FULL] * layers_of(raw))
     gates: Raw = {"gating": _gating(raw["gating"]), "gate_function": "softplus"}
     mixers = by_type(raw, rope, types, qk_norm="head", **gates, **biased(raw))
-    router = Router(
-        routing="sigmoid",
-        choice_bias=True,
-        norm_topk_prob=True,
-        routed_scaling_factor=number(raw, "moe_routed_scaling_factor"),
-        router_logit_softcapping=number(raw, "moe_router_logit_softcapping", 0.0),
-    )
+    limit = number(raw, "moe_router_logit_softcapping", 0.0)
+    router = sigmoid_router(number(raw, "moe_routed_scaling_factor"), router_logit_softcapping=limit)
     shared = whole(raw, "shared_expert_intermediate_size")
     experts = mixture(raw, router, "moe_intermediate_size", shared_intermediate_size=shared)
     own = [dataclasses.replace(m, num_attention_heads=heads) for m, heads in zip(mixers, _heads(raw))]
@@ -72,7 +69,7 @@ _DEFAULTS: Raw = {
 _ROPE: Raw = {FULL: {"rope_theta": 500000.0, "partial_rotary_factor": 0.5}, SLIDING: {"rope_theta": 10000.0}}
 _NAMES = {
     "router_correction": "mlp.experts.e_score_correction_bias",
-    **{f"shared.{part}": f"mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")},
+    **names_of_mlp("shared", "mlp.shared_expert"),
 }
 FAMILIES = {
     "laguna": Family("LagunaForCausalLM", _laguna, _NAMES, defaults=_DEFAULTS, rope=_ROPE, partial=True, by_type=True),

@@ -20,24 +20,27 @@ from dynamo_jax.models.families.family import (
     grouped,
     layers_of,
     mixture,
+    names_of_mlp,
     number,
+    sigmoid_router,
     stack,
     whole,
     whole_or_none,
+    zero_centred,
 )
-from dynamo_jax.models.specs import WHOLE_LIMIT, Dense, LayerSpec, Router
+from dynamo_jax.models.specs import WHOLE_LIMIT, Dense, LayerSpec
 
 
 def _minimax_m2(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     mixer = grouped(raw, rope, share=_turned(raw), qk_norm="vector")
-    return stack(raw, mixer, mixture(raw, Router(routing="sigmoid", choice_bias=True, norm_topk_prob=True)))
+    return stack(raw, mixer, mixture(raw, sigmoid_router()))
 
 
 def _minimax_m3(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     mixer = grouped(raw, rope, share=_turned(raw), qk_norm="head")
     clamped: Raw = {name: number(raw, name) for name in ("swiglu_limit", "swiglu_alpha")}
     scale = number(raw, "routed_scaling_factor")
-    router = Router(routing="sigmoid", choice_bias=True, norm_topk_prob=True, routed_scaling_factor=scale)
+    router = sigmoid_router(scale)
     shared = whole_or_none(raw, "shared_intermediate_size", 0)
     experts = mixture(raw, router, shared_intermediate_size=shared, **clamped)
     dense = Dense(dense_intermediate_size=whole(raw, "dense_intermediate_size"), **clamped)
@@ -96,10 +99,10 @@ FAMILIES = {
     "minimax_m3_vl_text": Family(
         "MiniMaxM3SparseForConditionalGeneration",
         _minimax_m3,
-        _NAMES | {f"shared.{part}": f"{SPARSE}.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")},
+        _NAMES | names_of_mlp("shared", f"{SPARSE}.shared_experts"),
         SPARSE,
         W123,
-        top=lambda _: {"zero_centred_norms": True},
+        top=zero_centred,
         limit=_index_limit,
         experts_key="num_local_experts",
         defaults=_M3,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.families.family import ROW
+from dynamo_jax.models.families.family import PARTS, ROW, names_of_mlp
 from dynamo_jax.models.families.table import FAMILIES
 from dynamo_jax.models.formats.expert_files import ExpertTensors
 
@@ -21,7 +21,6 @@ PREFIXES = (  # of a decoder's tensors and of its head, alone or inside a model 
     ("language_model.", ""),
     ("model.text_model.", ""),
 )
-_PARTS = ("gate", "up", "down")
 NAMES = {  # of a layer's parameters, but the routed experts' weights and biases, in most families
     **{"norm.scale": "norm.weight", "norm.bias": "norm.bias"},  # of the decoder
     "attention_norm.scale": "input_layernorm.weight",
@@ -50,8 +49,8 @@ NAMES = {  # of a layer's parameters, but the routed experts' weights and biases
     "router": "mlp.gate.weight",
     "router_bias": "mlp.gate.bias",
     "router_correction": "mlp.gate.e_score_correction_bias",
-    **{f"dense.{part}": f"mlp.{part}_proj.weight" for part in _PARTS},
-    **{f"shared.{part}": f"mlp.shared_experts.{part}_proj.weight" for part in _PARTS},
+    **names_of_mlp("dense", "mlp"),
+    **names_of_mlp("shared", "mlp.shared_experts"),
     "shared_gate": "mlp.shared_expert_gate.weight",
 }
 _TURNED = {  # files have (outputs, inputs), and these parameters the other way round
@@ -166,7 +165,7 @@ def expert_names(config: ModelConfig, layer: int) -> ExpertTensors:
     if family.experts == "concatenated":
         return ExpertTensors("concatenated", (f"{prefix}input_linear.weight", f"{prefix}output_linear.weight"))
     if family.experts == "stacked":
-        return ExpertTensors("stacked", tuple(f"{prefix}{part}_proj.weight" for part in _PARTS))
+        return ExpertTensors("stacked", tuple(f"{prefix}{part}_proj.weight" for part in PARTS))
     if family.experts == "fused":
         return ExpertTensors("concatenated", fused_names(config, layer))
     if family.experts == "interleaved":

@@ -16,6 +16,7 @@ from dynamo_jax.models.families.family import (
     layer_types,
     layers_of,
     mixture,
+    names_of_mlp,
     stack,
     whole,
     windows_of,
@@ -78,7 +79,7 @@ _QWEN2: Raw = {
 }
 _QWEN3: Raw = {"intermediate_size": 6144, "num_key_value_heads": 4}
 _VISION: Raw = {"num_key_value_heads": 16, "rope_theta": 500000.0, "tie_word_embeddings": True}
-SHARED = {f"shared.{part}": f"mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")}
+SHARED = names_of_mlp("shared", "mlp.shared_expert")
 FAMILIES = {
     "qwen2_moe": Family("Qwen2MoeForCausalLM", _qwen2_moe, SHARED, defaults=_BOTH | _QWEN2),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", _qwen3_moe, defaults=_BOTH | _QWEN3),

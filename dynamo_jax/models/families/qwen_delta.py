@@ -18,6 +18,7 @@ from dynamo_jax.models.families.family import (
     layers_of,
     stack,
     whole,
+    zero_centred,
 )
 from dynamo_jax.models.families.qwen import SHARED, beside_shared, dense_by_step, softmax_router
 from dynamo_jax.models.specs import DeltaNet, LayerSpec, Mixer, Router
@@ -62,12 +63,10 @@ _BOTH: Raw = {
 }
 _NEXT: Raw = {"intermediate_size": 5632, "decoder_sparse_step": 1, "mlp_only_layers": None, "norm_topk_prob": True}
 
-
-def _top(raw: Raw) -> Raw:
-    return {"zero_centred_norms": True}
-
-
 FAMILIES = {
-    "qwen3_next": Family("Qwen3NextForCausalLM", _qwen3_next, SHARED, top=_top, defaults=_BOTH | _NEXT, partial=True),
-    "qwen3_5_moe_text": Family("Qwen3_5MoeForCausalLM", _qwen3_5_moe, SHARED, top=_top, defaults=_BOTH, partial=True),
+    name: Family(architecture, layers, SHARED, top=zero_centred, defaults=_BOTH | own, partial=True)
+    for name, architecture, layers, own in (
+        ("qwen3_next", "Qwen3NextForCausalLM", _qwen3_next, _NEXT),
+        ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", _qwen3_5_moe, {}),
+    )
 }

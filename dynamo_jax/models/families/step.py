@@ -15,16 +15,20 @@ from dynamo_jax.models.families.family import (
     Rotary,
     biased,
     by_type,
+    check_slides,
     dense_types,
     flag,
     layer_types,
     layers_of,
     mixture,
+    names_of_mlp,
     number,
+    sigmoid_router,
     whole,
     whole_or_none,
+    zero_centred,
 )
-from dynamo_jax.models.specs import Dense, Grouped, LayerSpec, Mixture, Router
+from dynamo_jax.models.specs import Dense, Grouped, LayerSpec, Mixture
 
 
 def _step3p5(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
@@ -33,7 +37,7 @@ def _step3p5(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     mixers, dense = _mixers(raw, rope), dense_types(raw, 3)
     routed, beside = (_limits(raw, key) for key in ("swiglu_limits", "swiglu_limits_shared"))
     scale = number(raw, "moe_router_scaling_factor")
-    router = Router(routing="sigmoid", choice_bias=True, norm_topk_prob=True, routed_scaling_factor=scale)
+    router = sigmoid_router(scale)
     shared = whole(raw, "share_expert_dim")
 
     def channel(layer: int) -> Dense | Mixture:
@@ -47,8 +51,7 @@ def _step3p5(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
 
 def _mixers(raw: Raw, rope: Rotary) -> list[Grouped]:
     types = layer_types(raw, [FULL] * layers_of(raw))
-    if SLIDING in types and raw["sliding_window"] is None:
-        raise ValueError("sliding_window=None: expected a positive whole number, since layers slide")
+    check_slides(raw, types)
     scale = whole_or_none(raw, "query_pre_attn_scalar") or whole(raw, "head_dim")
     more: Raw = {"qk_norm": "head", "gating": "per-head", "attention_scale": scale**-0.5}
     heads = whole_or_none(raw, "num_sliding_attention_heads") or whole(raw, "num_attention_heads")
@@ -124,7 +127,7 @@ def _rotary(raw: Raw, count: int) -> Raw:
 _NAMES = {
     "router": "moe.gate.weight",
     "router_correction": "moe.router_bias",
-    **{f"shared.{part}": f"share_expert.{part}_proj.weight" for part in ("gate", "up", "down")},
+    **names_of_mlp("shared", "share_expert"),
 }
 _DEFAULTS: Raw = {
     **{"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 11264, "rms_norm_eps": 1e-5},
@@ -137,7 +140,7 @@ FAMILIES = {
         _NAMES,
         moe="moe",
         experts="stacked",
-        top=lambda _: {"zero_centred_norms": True},
+        top=zero_centred,
         experts_key="n_routed_experts",
         defaults=_DEFAULTS,
         rope={FULL: {}, SLIDING: {}},

@@ -33,16 +33,7 @@ from dynamo_jax.models.families import (
     qwen_delta,
     step,
 )
-from dynamo_jax.models.families.family import (
-    COMMON,
-    FULL,
-    SLIDING,
-    Family,
-    Raw,
-    flag,
-    number,
-    whole,
-)
+from dynamo_jax.models.families.family import COMMON, FULL, SLIDING, Family, Raw, flag, number, whole
 from dynamo_jax.models.specs import TINY, Rope, RopeScaling, check_number
 
 LINEAGES = (
