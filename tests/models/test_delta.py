@@ -10,8 +10,9 @@ from flax import nnx
 from small_decoders import decoder_config
 
 from dynamo_jax.models.attention import Places
+from dynamo_jax.models.convolution import convolved
+from dynamo_jax.models.delta_rule import Tokens, chunked, inverse, step, unit
 from dynamo_jax.models.mixers import delta
-from dynamo_jax.models.mixers.delta import Tokens, chunked, convolved, inverse, step, unit
 from dynamo_jax.models.specs import DeltaNet
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -20,42 +21,47 @@ SIZES = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_d
 BATCH, HEADS, GROUP, KEY, VALUE = 2, 2, 2, 8, 6
 
 
-def made_up(count, seed=0):
-    """Tokens with keys that repeat, decays from none to all, and a state to begin with."""
+def made_up(count, rows=1, seed=0):
+    """Tokens with keys that repeat, decays from none to all, for a state or each of its rows, and a state to begin
+    with."""
     rng = np.random.default_rng(seed)
     shape = (BATCH, count, HEADS)
     key = rng.normal(size=(*shape, KEY))
     key[:, 1::5] = key[:, :1]
     key, query = (np.asarray(unit(jnp.asarray(a, jnp.float32))) for a in (key, rng.normal(size=(*shape, KEY))))
     value = rng.normal(size=(*shape, GROUP, VALUE))
-    decay = -np.exp(rng.normal(-3, 2, size=(*shape, GROUP)))
+    decay = -np.exp(rng.normal(-3, 2, size=(*shape, GROUP, rows)))
     beta = rng.uniform(size=(*shape, GROUP))
     state = rng.normal(size=(BATCH, HEADS, GROUP, KEY, VALUE))
     return Tokens(*(jnp.asarray(a, jnp.float32) for a in (query, key, value, decay, beta))), jnp.float32(state)
 
 
 def recurrent(tokens, state, numpy=jnp):
-    """The definition: (I - beta k k^T) exp(decay) S + beta k v^T, one token after the other."""
+    """The definition: (I - beta k k^T) exp(decay) S + beta k v^T, one token after the other; decay: a number, or a
+    diagonal matrix."""
     outs = []
     for t in range(tokens.key.shape[1]):
         q, k, v, decay, beta = (part[:, t] for part in tokens)
         erased = numpy.eye(k.shape[-1]) - beta[..., None, None] * (k[:, :, :, None] * k[:, :, None, :])[:, :, None]
         written = beta[..., None, None] * k[:, :, None, :, None] * v[..., None, :]
-        state = numpy.exp(decay)[..., None, None] * (erased @ state) + written
+        state = erased @ (numpy.exp(decay)[..., None] * state) + written
         outs.append(numpy.einsum("bjk,bjgkv->bjgv", q, state))
     return numpy.stack(outs, axis=1), state
 
 
-@pytest.mark.parametrize("count", [1, 63, 64, 65, 130])
-def test_chunks_do_what_the_recurrence_does(count):
-    tokens, state = made_up(count)
+@pytest.mark.parametrize(
+    ("count", "rows"), [(1, 1), (63, 1), (64, 1), (65, 1), (130, 1), (1, KEY), (17, KEY), (64, KEY)]
+)
+def test_chunks_do_what_the_recurrence_does(count, rows):
+    tokens, state = made_up(count, rows)
     want = recurrent(Tokens(*(np.asarray(a, np.float64) for a in tokens)), np.asarray(state, np.float64), np)
     for ours, theirs in zip(jax.jit(chunked)(tokens, state), want):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-def test_a_step_is_a_chunk_of_one_token():
-    tokens, state = made_up(1)
+@pytest.mark.parametrize("rows", [1, KEY])
+def test_a_step_is_a_chunk_of_one_token(rows):
+    tokens, state = made_up(1, rows)
     for ours, theirs in zip(jax.jit(step)(tokens, state), jax.jit(chunked)(tokens, state)):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
@@ -83,9 +89,9 @@ def test_the_inverse_of_a_triangle_is_that_of_numpy():
         np.testing.assert_allclose(inverse(whole[:, :size, :size]), want[:, :size, :size], atol=1e-6)
 
 
-@pytest.mark.parametrize(("count", "size"), [(4, 64), (11, 4)])
-def test_gradients_of_chunks_are_those_of_the_recurrence(count, size):
-    arguments = made_up(count)
+@pytest.mark.parametrize(("count", "size", "rows"), [(4, 64, 1), (11, 4, 1), (11, 4, KEY)])
+def test_gradients_of_chunks_are_those_of_the_recurrence(count, size, rows):
+    arguments = made_up(count, rows)
 
     def total(rule):
         return lambda tokens, state: sum(jnp.sum(jnp.sin(a)) for a in rule(tokens, state))
@@ -105,27 +111,29 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-def test_a_decay_that_forgets_all_has_a_finite_gradient():
-    tokens, state = made_up(65)
+@pytest.mark.parametrize("rows", [1, KEY])
+def test_a_decay_that_forgets_all_has_a_finite_gradient(rows):
+    tokens, state = made_up(65, rows)
     tokens = tokens._replace(decay=tokens.decay * 1e6)
     found = jax.jit(jax.grad(lambda *a: sum(jnp.sum(x) for x in chunked(*a)), (0, 1)))(tokens, state)
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(found))
 
 
-def test_the_gradient_keeps_one_state_a_chunk(optimized):
+@pytest.mark.parametrize(("rows", "size"), [(1, 64), (128, 16)])
+def test_the_gradient_keeps_one_state_a_chunk(optimized, rows, size):
     """Of heads as published, so that a state is more than what each of its tokens has beside it."""
-    count, size = 1024, 64
+    count = 1024
     shape = (1, count, 1)
     vectors = jax.ShapeDtypeStruct((*shape, 128), jnp.float32)
-    numbers = jax.ShapeDtypeStruct((*shape, 2), jnp.float32)
-    tokens = Tokens(vectors, vectors, jax.ShapeDtypeStruct((*shape, 2, 128), jnp.float32), numbers, numbers)
+    decays, betas = (jax.ShapeDtypeStruct((*shape, 2, *own), jnp.float32) for own in ((rows,), ()))
+    tokens = Tokens(vectors, vectors, jax.ShapeDtypeStruct((*shape, 2, 128), jnp.float32), decays, betas)
     state = jax.ShapeDtypeStruct((1, 1, 2, 128, 128), jnp.float32)
 
     def total(tokens, state):
-        return jnp.sum(chunked(tokens, state, size)[0] ** 2)
+        return jnp.sum(chunked(tokens, state)[0] ** 2)
 
     held = jax.jit(jax.grad(total, (0, 1))).lower(tokens, state).compile().memory_analysis().temp_size_in_bytes
-    a_state, a_token = 4 * 2 * 128 * 128, 4 * 2 * (2 * 128 + 128 + 2)  # for each value head a key, a query, a value
+    a_state, a_token = 4 * 2 * 128 * 128, 4 * 2 * (2 * 128 + 128 + rows + 1)  # of each value head
     assert held < count // size * a_state + 8 * count * a_token
     assert held < count * a_state / 4
 

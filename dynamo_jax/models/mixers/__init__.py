@@ -8,11 +8,12 @@ from flax import nnx
 
 from dynamo_jax.models.attention import KeyValues
 from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.delta_rule import DeltaCache
 from dynamo_jax.models.mixers import delta, grouped, latent, short_conv
 from dynamo_jax.models.specs import DeltaNet, Grouped, Latent, Mixer, ShortConv
 
 # What a layer keeps of the tokens before: whatever its mixer says.
-LayerCache = KeyValues | delta.DeltaCache | short_conv.ConvCache
+LayerCache = KeyValues | DeltaCache | short_conv.ConvCache
 
 
 class Kind(NamedTuple):

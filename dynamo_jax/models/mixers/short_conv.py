@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from dynamo_jax.kernels.products import matmul
 from dynamo_jax.models.attention import Places
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.mixers.delta import convolved
+from dynamo_jax.models.convolution import convolved
 from dynamo_jax.models.norms import normal
 from dynamo_jax.models.specs import ShortConv
 
