@@ -333,6 +333,15 @@ FAMILY_MODELS = {
             "tie_word_embeddings": False,
         },
     ),
+    "kimi_linear": (
+        "KimiLinear",
+        LATENT
+        | {
+            "n_routed_experts": None, "num_local_experts": 8, "q_lora_rank": None,
+            "linear_num_heads": 2, "linear_head_dim": 8, "routed_scaling_factor": 1.5,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
     "exaone_moe": (
         "ExaoneMoe",
         SIX

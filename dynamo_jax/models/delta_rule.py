@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 CHUNK = 64  # tokens; more make the products larger, and the share of them that is masked as well
 CHANNEL_CHUNK = 16  # where each row has a decay, and a pair of tokens takes K numbers
@@ -49,6 +49,27 @@ class Tokens(NamedTuple):
 def unit(x: Float[Array, "*S K"]) -> Float[Array, "*S K"]:
     """Vectors of length one, or 0 where they are 0."""
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + UNIT_EPS)
+
+
+def tokens_of(
+    query: Float[Array, "B T J K"],
+    key: Float[Array, "B T J K"],
+    value: Float[Array, "B T J G V"],
+    decay: Float[Array, "B T J G F"],
+    beta: Float[Array, "B T J G"],
+    mask: Bool[Array, "B T"] | None,
+) -> Tokens:
+    """Of any queries, keys and values, with unit vectors, queries divided by sqrt(K). mask: False where a token is
+    padding, which then changes nothing."""
+    if mask is not None:
+        decay, beta = (jnp.where(mask.reshape(*mask.shape, *(1,) * (a.ndim - 2)), a, 0.0) for a in (decay, beta))
+    query, key, value = (a.astype(jnp.float32) for a in (query, key, value))
+    return Tokens(unit(query) * query.shape[-1] ** -0.5, unit(key), value, decay, beta)
+
+
+def advance(tokens: Tokens, state: Float[Array, "B J G K V"]) -> tuple[Float[Array, "B T J G V"], Array]:
+    """Outputs, and the state after all tokens."""
+    return (step if tokens.key.shape[1] == 1 else chunked)(tokens, state)
 
 
 def step(tokens: Tokens, state: Float[Array, "B J G K V"]) -> tuple[Float[Array, "B 1 J G V"], Array]:

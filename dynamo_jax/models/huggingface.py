@@ -49,7 +49,7 @@ from dynamo_jax.models.formats.expert_files import (
 )
 from dynamo_jax.models.formats.stored import StoredTensors
 from dynamo_jax.models.formats.tensor_files import FLOATS, INDEX, SINGLE, write_tensors
-from dynamo_jax.models.specs import DeltaNet, Grouped, Latent, Mixer, ShortConv
+from dynamo_jax.models.specs import DeltaNet, Grouped, KimiDelta, Latent, Mixer, ShortConv
 from dynamo_jax.models.tokenizer import TOKENIZER
 
 UNREAD_PARTS = 8  # first parts of names that are listed
@@ -98,7 +98,7 @@ class Source:
         self.folder = Path(folder)
         raw = _read_config(self.folder)
         self.config, said = _config(self.folder, raw)
-        self.files = StoredTensors(self.folder, said)
+        self.files = StoredTensors(self.folder, said, FAMILIES[self.config.family].respelled)
         prefix, head_prefix = found_prefixes(self.files.headers)
         self.config = dataclasses.replace(self.config, prefix=prefix, head_prefix=head_prefix)
         self._check_counts()
@@ -335,6 +335,9 @@ def _mixer_words(mixer: Mixer) -> str:
     if isinstance(mixer, DeltaNet):
         size = f"{mixer.linear_key_head_dim} x {mixer.linear_value_head_dim}"
         return f"{mixer.linear_num_value_heads} heads of a gated delta net, states of {size}"
+    if isinstance(mixer, KimiDelta):
+        size = f"{mixer.linear_head_dim} x {mixer.linear_head_dim}"
+        return f"{mixer.linear_num_heads} heads of Kimi's delta attention, states of {size}"
     if isinstance(mixer, ShortConv):
         return f"a convolution over {mixer.conv_L_cache} tokens"
     if isinstance(mixer, Latent):

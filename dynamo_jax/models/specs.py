@@ -34,7 +34,7 @@ _AT_LEAST_ONE = (
     *("num_experts", "num_experts_per_tok", "max_position_embeddings", "dense_intermediate_size"),
     *("kv_lora_rank", "qk_nope_head_dim"),
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
-    *("linear_conv_kernel_dim", "conv_L_cache", "channels"),
+    *("linear_conv_kernel_dim", "linear_num_heads", "linear_head_dim", "conv_L_cache", "channels"),
 )
 _RANGES = {  # of float fields; others are not negative and at most NUMBER_LIMIT
     "rms_norm_eps": (TINY, 1.0),
@@ -199,21 +199,27 @@ class Grouped:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Latent:
     """Latent attention: keys and values from one low-rank vector (``mixers/latent.py``; arXiv 2405.04434, section
-    2.1). The rotary part of a key has ``rope.dim`` numbers."""
+    2.1). qk_rope_head_dim: numbers of a key that all heads share; rope turns them, or None does not. gating: of
+    outputs, by a projection of its own."""
 
     num_attention_heads: int
     kv_lora_rank: int
     q_lora_rank: int = 0  # 0: queries straight from the stream
     qk_nope_head_dim: int
+    qk_rope_head_dim: int
     v_head_dim: int
-    rope: Rope
+    rope: Rope | None
     window: int = 0
     qkv_bias: bool = False
     output_bias: bool = False
+    gating: str = "none"
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_number("v_head_dim", self.v_head_dim, low=1)
+        check_known("gating", self.gating, GATINGS)
+        if self.rope and self.rope.dim != self.qk_rope_head_dim:
+            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim}, of which rope turns {self.rope.dim}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,6 +237,22 @@ class DeltaNet:
     def __post_init__(self) -> None:
         check_fields(self)
         check_divides("linear_num_key_heads", self.linear_num_key_heads, self.linear_num_value_heads)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KimiDelta:
+    """Kimi's delta attention (``mixers/kimi_delta.py``; arXiv 2510.26692). low_rank: what decays and gates are made of
+    goes through ``linear_head_dim`` numbers; decay_limit: no decay is below minus it, by a sigmoid; 0: a softplus,
+    without a limit."""
+
+    linear_num_heads: int
+    linear_head_dim: int
+    linear_conv_kernel_dim: int = 4
+    low_rank: bool = True
+    decay_limit: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -336,7 +358,7 @@ class Mixture:
         )
 
 
-Mixer = Grouped | Latent | DeltaNet | ShortConv
+Mixer = Grouped | Latent | DeltaNet | KimiDelta | ShortConv
 Channel = Dense | Mixture
 
 

@@ -7,6 +7,8 @@ softmax router.
 
 from __future__ import annotations
 
+from typing import Any
+
 from dynamo_jax.files import shown
 from dynamo_jax.models.families.family import (
     Family,
@@ -26,7 +28,8 @@ from dynamo_jax.models.families.family import (
 from dynamo_jax.models.specs import WHOLE_LIMIT, Latent, LayerSpec, Router
 
 
-def _latent(raw: Raw, rope: Rotary, interleave: bool) -> Latent:
+def latent(raw: Raw, rope: Rotary | None, interleave: bool = False, **own: Any) -> Latent:
+    """Latent attention by DeepSeek's keys. rope: None for attention without positions; own: what else a family says."""
     turned = whole(raw, "qk_rope_head_dim")
     if turned % 2:
         raise ValueError(f"qk_rope_head_dim={turned}: expected an even number, since rotary positions turn pairs")
@@ -35,9 +38,11 @@ def _latent(raw: Raw, rope: Rotary, interleave: bool) -> Latent:
         q_lora_rank=whole_or_none(raw, "q_lora_rank"),
         kv_lora_rank=whole(raw, "kv_lora_rank"),
         qk_nope_head_dim=whole(raw, "qk_nope_head_dim"),
+        qk_rope_head_dim=turned,
         v_head_dim=whole(raw, "v_head_dim"),
-        rope=rope(dim=turned, rope_interleave=interleave),
+        rope=rope and rope(dim=turned, rope_interleave=interleave),
         **biased(raw),
+        **own,
     )
 
 
@@ -50,11 +55,11 @@ def _deepseek_v2(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     limited = method == "group_limited_greedy"
     groups: Raw = {name: whole(raw, name) for name in ("n_group", "topk_group")} if limited else {}
     router = Router(routed_scaling_factor=number(raw, "routed_scaling_factor"), **groups)
-    return stack(raw, _latent(raw, rope, True), mixture_with_shared(raw, router), dense=first_dense(raw))
+    return stack(raw, latent(raw, rope, True), mixture_with_shared(raw, router), dense=first_dense(raw))
 
 
 def _deepseek_v3(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
-    mixer = _latent(raw, rope, flag(raw, "rope_interleave"))
+    mixer = latent(raw, rope, flag(raw, "rope_interleave"))
     return stack(raw, mixer, mixture_with_shared(raw, corrected(raw)), dense=first_dense(raw))
 
 
@@ -63,7 +68,7 @@ def _indexed(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     if flag(raw, "mlp_bias"):
         raise ValueError("mlp_bias is not supported for indexed attention")
     dense = dense_types(raw, whole(raw, "first_k_dense_replace", 0))
-    return stack(raw, _latent(raw, rope, True), mixture_with_shared(raw, corrected(raw)), dense=dense)
+    return stack(raw, latent(raw, rope, True), mixture_with_shared(raw, corrected(raw)), dense=dense)
 
 
 def _index_limit(raw: Raw) -> tuple[int, str]:
@@ -76,7 +81,7 @@ def _mistral4(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     router = Router(
         norm_topk_prob=flag(raw, "norm_topk_prob"), routed_scaling_factor=number(raw, "routed_scaling_factor")
     )
-    mixer = _latent(raw, rope, flag(raw, "rope_interleave"))
+    mixer = latent(raw, rope, flag(raw, "rope_interleave"))
     return stack(raw, mixer, mixture_with_shared(raw, router), dense=first_dense(raw))
 
 
@@ -88,7 +93,7 @@ def _mistral_limit(raw: Raw) -> tuple[int, str]:
 
 
 def _glm4_moe_lite(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
-    mixer = _latent(raw, rope, flag(raw, "rope_interleave"))
+    mixer = latent(raw, rope, flag(raw, "rope_interleave"))
     return stack(raw, mixer, mixture_with_shared(raw, corrected(raw)), dense=dense_types(raw))
 
 

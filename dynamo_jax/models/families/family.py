@@ -33,6 +33,7 @@ PARTS = ("gate", "up", "down")
 SPARSE_NAMES = {"router": f"{SPARSE}.gate.weight"}
 W123 = "w1 w3 w2"  # gate, up and down
 ROW = "[0]"  # behind the name of a tensor that has an axis of length one more, the first
+MIDDLE = "[0, 0, :, 0]"  # of a tensor that is an array of one axis between others of length one
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 PLAIN_ROPES = tuple(kind for kind in ROPE_TYPES if kind not in ("ntk_alpha", "proportional"))
 COMMON: Raw = {  # keys that are left out mean the same in every family
@@ -61,7 +62,8 @@ class Family:
     ``transformers``, and sizes have none. rope: the rotary scaling of a config.json that names none. short_mscale:
     whether that key of the rotary scaling is the factor of cosines and sines. partial: whether a part of a head may be
     turned. by_type: whether rotary parameters, and ``rope``, are an object for each type of layer. eps_key:
-    of what norms add to mean squares. newer: the keys that transformers writes from those of published files."""
+    of what norms add to mean squares. newer: the keys that transformers writes from those of published files.
+    respelled: pieces of tensors' names that some files have, and what others, and ``names``, have there."""
 
     architecture: str
     layers: Callable[[Raw, Rotary], tuple[LayerSpec, ...]]
@@ -78,6 +80,7 @@ class Family:
     partial: bool = False
     by_type: bool = False
     eps_key: str = "rms_norm_eps"
+    respelled: dict[str, str] = dataclasses.field(default_factory=dict)
     newer: Callable[[Raw], Raw] = lambda raw: raw
 
 

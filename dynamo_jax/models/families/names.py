@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.families.family import PARTS, ROW, names_of_mlp
+from dynamo_jax.models.families.family import MIDDLE, PARTS, ROW, names_of_mlp
 from dynamo_jax.models.families.table import FAMILIES
 from dynamo_jax.models.formats.expert_files import ExpertTensors
 
@@ -57,25 +57,31 @@ _TURNED = {  # files have (outputs, inputs), and these parameters the other way 
     *("router", "shared_gate", "dense.down", "shared.down"),
     *(f"attention.{part}" for part in ("q", "k", "v", "o", "gate", "q_down", "q_up", "kv_down", "kv_up")),
     *(f"attention.{part}" for part in ("qkvz", "ba", "qkv", "z", "b", "a", "in_proj", "out")),
+    *(f"attention.{part}" for part in ("decay", "decay_down", "decay_up", "gate_down", "gate_up")),
 }
 
 
 class Filed(enum.Enum):
-    """How an array of ours lies in a file: as it is, with its axes the other way round, or as the only row of a
-    matrix."""
+    """How an array of ours lies in a file: as it is, with its axes the other way round, as the only row of a matrix,
+    or between axes of length one."""
 
     PLAIN = 0
     TURNED = 1
     ROW = 2
+    MIDDLE = 3
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
-        return array.T if self is Filed.TURNED else array[None] if self is Filed.ROW else array
+        return array.T if self is Filed.TURNED else array.reshape(self.shape(array.shape))
 
     def from_file(self, array: np.ndarray) -> np.ndarray:
+        if self is Filed.MIDDLE:
+            return array[0, 0, :, 0]
         return array.T if self is Filed.TURNED else array[0] if self is Filed.ROW else array
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of the array in the file."""
+        if self is Filed.MIDDLE:
+            return (1, 1, *shape, 1)
         return shape[::-1] if self is Filed.TURNED else (1, *shape) if self is Filed.ROW else shape
 
 
@@ -151,11 +157,14 @@ def names_of(config: ModelConfig) -> dict[str, tuple[str, Filed]]:
     """What the files of the configuration's family call the parameters of a layer, apart from the layer's prefix, and
     how they hold them."""
     named = NAMES | FAMILIES[config.family].names
-    return {ours: (theirs.removesuffix(ROW), _filed(ours, theirs)) for ours, theirs in named.items()}
+    return {ours: _filed(ours, theirs) for ours, theirs in named.items()}
 
 
-def _filed(ours: str, theirs: str) -> Filed:
-    return Filed.ROW if theirs.endswith(ROW) else Filed.TURNED if ours in _TURNED else Filed.PLAIN
+def _filed(ours: str, theirs: str) -> tuple[str, Filed]:
+    for mark, filed in ((ROW, Filed.ROW), (MIDDLE, Filed.MIDDLE)):
+        if theirs.endswith(mark):
+            return theirs.removesuffix(mark), filed
+    return theirs, Filed.TURNED if ours in _TURNED else Filed.PLAIN
 
 
 def expert_names(config: ModelConfig, layer: int) -> ExpertTensors:

@@ -21,6 +21,7 @@ from dynamo_jax.models.families import (
     gpt_oss,
     granite,
     hunyuan,
+    kimi_linear,
     laguna,
     lfm2,
     mellum,
@@ -38,7 +39,7 @@ from dynamo_jax.models.specs import TINY, Rope, RopeScaling, check_number
 
 LINEAGES = (
     *(mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe, glm, hunyuan, minimax, qwen_delta),
-    *(ernie, mellum, exaone, mimo, laguna, afmoe, gemma, lfm2, step),
+    *(ernie, mellum, exaone, mimo, laguna, afmoe, gemma, lfm2, step, kimi_linear),
 )
 FAMILIES: dict[str, Family] = {name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()}
 TEXT_PARTS = ("text_config", "llm_config", "language_config")

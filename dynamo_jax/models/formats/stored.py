@@ -44,12 +44,15 @@ class StoredTensors:
     """The tensors in ``folder`` by logical name.
 
     headers: of all of them, bfloat16 where they are packed. listing: the file that says which tensors there are.
+    respelled: pieces of names in some files, and what stands there in logical names.
     ValueError, which names file and tensor: as ``TensorFiles``; codes without their scales, of another shape or dtype
     than the format has, or whose format cannot be told.
     """
 
-    def __init__(self, folder: Path, said: Declared):
+    def __init__(self, folder: Path, said: Declared, respelled: dict[str, str] | None = None):
         self._files = TensorFiles(folder)
+        self._respelled = respelled or {}
+        self._filed: dict[str, str] = {}  # logical names, and what the file has, of tensors that are not packed
         self._said = said
         self.listing = self._files.listing
         self.packed: dict[str, Packed] = {}
@@ -66,11 +69,21 @@ class StoredTensors:
         for name, header in self._files.headers.items():
             if name not in parts and not self._is_of_activations(name):
                 self._check_alone(name, modules, fused)
-                if name in self.packed:
+                logical = self._logical(name)
+                if logical in self.packed:
                     raise ValueError(f"{header.file}: {shortened(name)} is there twice, as floats and packed")
-                self.headers[name] = header
+                if logical in self._filed:
+                    raise ValueError(f"{header.file}: {shortened(name)} is there twice, as {self._filed[logical]} too")
+                self._filed[logical] = name
+                self.headers[logical] = header
 
-    def _add(self, logical: str, packed: Packed, header: Header) -> None:
+    def _logical(self, name: str) -> str:
+        for theirs, ours in self._respelled.items():
+            name = name.replace(theirs, ours)
+        return name
+
+    def _add(self, name: str, packed: Packed, header: Header) -> None:
+        logical = self._logical(name)
         if logical in self.packed:
             raise ValueError(f"{header.file}: {shortened(logical)} is there twice, in two formats")
         self.packed[logical] = packed
@@ -142,7 +155,7 @@ class StoredTensors:
         """
         packed = self.packed.get(name)
         if packed is None:
-            return self._files.read(name, part)
+            return self._files.read(self._filed[name], part)
         fused = len(packed.shape) == 3
         arrays = []
         for stored in packed.parts:
@@ -176,7 +189,7 @@ class StoredTensors:
 
     def stored_bytes(self, name: str) -> int:
         """Of one tensor with its scales."""
-        parts = self.packed[name].parts if name in self.packed else (name,)
+        parts = self.packed[name].parts if name in self.packed else (self._filed[name],)
         return sum(self._files.headers[part].nbytes for part in parts)
 
     def words(self, name: str) -> str:

@@ -9,8 +9,8 @@ from flax import nnx
 from dynamo_jax.models.attention import KeyValues
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.delta_rule import DeltaCache
-from dynamo_jax.models.mixers import delta, grouped, latent, short_conv
-from dynamo_jax.models.specs import DeltaNet, Grouped, Latent, Mixer, ShortConv
+from dynamo_jax.models.mixers import delta, grouped, kimi_delta, latent, short_conv
+from dynamo_jax.models.specs import DeltaNet, Grouped, KimiDelta, Latent, Mixer, ShortConv
 
 # What a layer keeps of the tokens before: whatever its mixer says.
 LayerCache = KeyValues | DeltaCache | short_conv.ConvCache
@@ -28,6 +28,7 @@ KINDS: dict[type, Kind] = {
     Grouped: Kind(grouped.GroupedAttention, grouped.empty_cache),
     Latent: Kind(latent.LatentAttention, latent.empty_cache),
     DeltaNet: Kind(delta.GatedDeltaNet, delta.empty_cache),
+    KimiDelta: Kind(kimi_delta.KimiDeltaAttention, kimi_delta.empty_cache),
     ShortConv: Kind(short_conv.ShortConvolution, short_conv.empty_cache),
 }
 

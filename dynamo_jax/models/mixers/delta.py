@@ -22,7 +22,7 @@ from dynamo_jax.kernels.products import matmul
 from dynamo_jax.models.attention import Places
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.convolution import convolved
-from dynamo_jax.models.delta_rule import DeltaCache, Tokens, chunked, step, unit
+from dynamo_jax.models.delta_rule import DeltaCache, Tokens, advance, tokens_of
 from dynamo_jax.models.norms import normal, rms_norm
 from dynamo_jax.models.specs import DeltaNet
 
@@ -57,7 +57,7 @@ class GatedDeltaNet(nnx.Module):
         mixed, z, b, a = self.projected(x)
         mixed, window = convolved(mixed, self.conv[...][:, 0], before.window, places.mask)
         tokens = self.tokens(mixed, b, a, places.mask)
-        out, state = (step if x.shape[1] == 1 else chunked)(tokens, before.state)
+        out, state = advance(tokens, before.state)
         out = rms_norm(out, self.gated_norm[...], self.config.rms_norm_eps) * jax.nn.silu(z.astype(jnp.float32))
         out = out.astype(x.dtype).reshape(-1, _value_size(self.spec))
         out = matmul(out, self.out[...].astype(x.dtype)).reshape(x.shape)
@@ -83,16 +83,13 @@ class GatedDeltaNet(nnx.Module):
     def tokens(self, mixed: Float[Array, "B T M"], b: Array, a: Array, mask: Bool[Array, "B T"] | None) -> Tokens:
         s = self.spec
         size = s.linear_num_key_heads * s.linear_key_head_dim
-        q, k, v = jnp.split(mixed.astype(jnp.float32), (size, 2 * size), axis=-1)
-        q, k = (unit(part.reshape(*part.shape[:2], s.linear_num_key_heads, -1)) for part in (q, k))
+        q, k, v = jnp.split(mixed, (size, 2 * size), axis=-1)
+        q, k = (part.reshape(*part.shape[:2], s.linear_num_key_heads, -1) for part in (q, k))
         of_head = (self.a_log[...].astype(jnp.float32), self.dt_bias[...].astype(jnp.float32))
         a_log, dt_bias = (part.reshape(a.shape[2:]) for part in of_head)
         decay = -jnp.exp(a_log) * jax.nn.softplus(a.astype(jnp.float32) + dt_bias)
         beta = jax.nn.sigmoid(b.astype(jnp.float32))
-        if mask is not None:
-            decay, beta = (jnp.where(mask[..., None, None], part, 0.0) for part in (decay, beta))
-        value = v.reshape(*a.shape, s.linear_value_head_dim)
-        return Tokens(q * s.linear_key_head_dim**-0.5, k, value, decay[..., None], beta)
+        return tokens_of(q, k, v.reshape(*a.shape, s.linear_value_head_dim), decay[..., None], beta, mask)
 
 
 def empty_cache(spec: DeltaNet, batch: int, capacity: int, dtype: Any) -> DeltaCache:
