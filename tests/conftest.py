@@ -342,6 +342,13 @@ FAMILY_MODELS = {
             "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         },
     ),
+    "bailing_hybrid": (
+        "BailingHybrid",
+        LATENT | {
+            "n_routed_experts": None, "num_local_experts": 8, "layer_group_size": 2, "head_dim": 8,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
     "exaone_moe": (
         "ExaoneMoe",
         SIX

@@ -99,7 +99,7 @@ class Source:
         raw = _read_config(self.folder)
         self.config, said = _config(self.folder, raw)
         self.files = StoredTensors(self.folder, said, FAMILIES[self.config.family].respelled)
-        prefix, head_prefix = found_prefixes(self.files.headers)
+        prefix, head_prefix = found_prefixes(self.config, self.files.headers)
         self.config = dataclasses.replace(self.config, prefix=prefix, head_prefix=head_prefix)
         self._check_counts()
         self.expected = self._expected()

@@ -1,4 +1,4 @@
-"""The gated delta net against its recurrence, token by token, in float64."""
+"""The delta rule against its recurrence, token by token, in float64, and the mixers that have it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 from small_decoders import decoder_config
 
+from dynamo_jax.models import mixers
 from dynamo_jax.models.attention import Places
 from dynamo_jax.models.convolution import convolved
 from dynamo_jax.models.delta_rule import Tokens, chunked, inverse, step, unit
-from dynamo_jax.models.mixers import delta
-from dynamo_jax.models.specs import DeltaNet
+from dynamo_jax.models.specs import DeltaNet, KimiDelta
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -138,13 +138,22 @@ def test_the_gradient_keeps_one_state_a_chunk(optimized, rows, size):
     assert held < count * a_state / 4
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["separate", "fused"])
+KIMI = dict(linear_num_heads=2, linear_head_dim=8, linear_conv_kernel_dim=3)
+SPECS = {
+    "separate": DeltaNet(**SIZES),
+    "fused": DeltaNet(**SIZES, fused_projections=True),
+    "kimi's": KimiDelta(**KIMI),
+    "kimi's with a limit": KimiDelta(**KIMI, low_rank=False, decay_limit=2.0),
+}
+
+
+@pytest.fixture(scope="module", params=SPECS)
 def mixer(request):
-    spec = DeltaNet(**SIZES, fused_projections=request.param)
+    spec = SPECS[request.param]
     config = decoder_config(vocab_size=8, hidden_size=16, intermediate_size=8, num_attention_heads=2, num_experts=2,
                             num_key_value_heads=2, num_experts_per_tok=1, max_position_embeddings=64,
                             initializer_range=0.5)  # fmt: skip
-    return delta.GatedDeltaNet(config, spec, rngs=nnx.Rngs(0))
+    return mixers.mixer(config, spec, nnx.Rngs(0))
 
 
 @nnx.jit
@@ -158,7 +167,7 @@ def states(count):
 
 
 def empty(mixer, batch=3):
-    return delta.empty_cache(mixer.spec, batch, 0, jnp.float32)
+    return mixers.empty_cache(mixer.spec, batch, 0, jnp.float32)
 
 
 def assert_same(ours, theirs):
@@ -223,7 +232,7 @@ def test_the_convolution_is_that_of_numpy():
 
 
 def test_bfloat16_keeps_its_state_in_float32(mixer):
-    cache = delta.empty_cache(mixer.spec, 3, 0, jnp.bfloat16)
+    cache = mixers.empty_cache(mixer.spec, 3, 0, jnp.bfloat16)
     out, after = run(mixer, states(5).astype(jnp.bfloat16), None, cache)
     full, _ = run(mixer, states(5), None)
     assert (out.dtype, after.window.dtype, after.state.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)

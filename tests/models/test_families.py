@@ -91,6 +91,9 @@ SLOW = [
     ("afmoe", {"layer_types": None, "global_attn_every_n_layers": 2, "mup_enabled": False, "attention_bias": True}),
     ("lfm2_moe", {"use_expert_bias": False, "conv_L_cache": 4, "norm_topk_prob": False}),
     ("exaone_moe", {"layer_types": None, "sliding_window_pattern": 2, "n_group": 1, "topk_group": 1}),
+    ("kimi_linear", {"q_lora_rank": 12, "attention_bias": True, "mlp_layer_types": ["sparse", "dense", "sparse"]}),
+    ("bailing_hybrid", {"kda_safe_gate": False, "q_lora_rank": None, "short_conv_kernel_size": 3}),
+    ("bailing_hybrid", {"attention_bias": True, "kda_lower_bound": -2.0, "n_group": 1, "topk_group": 1, **yarn()}),
 ]
 VARIETIES = [
     *(pytest.param(family, {}, marks=[] if family in FIRST else [pytest.mark.slow]) for family in OWN),
@@ -209,6 +212,38 @@ def test_published_keys_of_step_mean_what_transformers_makes_of_them():
     assert [getattr(layer.channel, "swiglu_clamp", None) for layer in config.layers] == [0.0, 0.0, 7.0]
 
 
+def test_published_keys_of_kimi_linear_mean_what_transformers_makes_of_them():
+    older = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 24, "head_dim": 72,
+        "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 8,
+        "num_experts_per_token": 2, "num_shared_experts": 1, "num_expert_group": 1, "topk_group": 1,
+        "kv_lora_rank": 16, "q_lora_rank": None, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
+        "model_max_length": 64, "moe_renormalize": True, "first_k_dense_replace": 1,
+        "mla_use_nope": True, "moe_router_activation_func": "sigmoid",
+        "linear_attn_config": {
+            "full_attn_layers": [4], "kda_layers": [1, 2, 3, 5], "head_dim": 8, "num_heads": 2,
+            "short_conv_kernel_size": 3,
+        },
+    }  # fmt: skip
+    config = config_from(older | {"model_type": "kimi_linear"})
+    assert config == config_from(transformers.AutoConfig.for_model("kimi_linear", **older).to_dict())
+    assert [type(layer.mixer).__name__ for layer in config.layers] == [*["KimiDelta"] * 3, "Latent", "KimiDelta"]
+    for wrong, message in (
+        ({"mla_use_nope": False}, "mla_use_nope=False is not supported; only True"),
+        ({"linear_attn_config": 7}, "linear_attn_config=7: expected an object"),
+        (
+            {"moe_renormalize": False, "norm_topk_prob": True},
+            "moe_renormalize=False and norm_topk_prob=True contradict",
+        ),
+        (
+            {"linear_attn_config": older["linear_attn_config"] | {"kda_layers": [1, 2, 3]}},
+            r"\[4\], \[1, 2, 3\], do not name each of 5 layers once",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config_from(older | {"model_type": "kimi_linear"} | wrong)
+
+
 REFUSED = {
     "unknown model_type 'gpt2'; known: mixtral, olmoe, qwen2_moe": {"model_type": "gpt2"},
     "hidden_act 'gelu' is not supported": {"model_type": "mixtral", "hidden_act": "gelu"},
@@ -221,6 +256,10 @@ REFUSED = {
     },
     "moe_layers_enum=5: expected the sparse layers": {
         "model_type": "step3p5", "num_hidden_layers": 3, "moe_layers_enum": 5,
+    },
+    "kda_lower_bound=0: expected": {
+        "model_type": "bailing_hybrid", "kda_lower_bound": 0, "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 2,
+        "max_position_embeddings": 8, "num_experts": 4, "num_attention_heads": 2,
     },
     "topk_method 'noaux' is not supported": {
         "model_type": "deepseek_v2", "topk_method": "noaux", "vocab_size": 8, "hidden_size": 8,
@@ -293,6 +332,17 @@ PUBLISHED = [
         n_shared_experts=1, num_experts_per_tok=8, first_k_dense_replace=3, q_lora_rank=1536, kv_lora_rank=512,
         qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_group=8, topk_group=4,
         routed_scaling_factor=2.5, max_position_embeddings=163840,
+    ),
+    published(
+        "kimi_linear", 49.1, (26, 256), vocab_size=163840, hidden_size=2304, intermediate_size=9216,
+        moe_intermediate_size=1024, num_hidden_layers=27, num_attention_heads=32, num_key_value_heads=32, head_dim=72,
+        num_experts=256, num_experts_per_token=8, num_shared_experts=1, kv_lora_rank=512, q_lora_rank=None,
+        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, model_max_length=1048576, first_k_dense_replace=1,
+    ),
+    published(
+        "bailing_hybrid", 124, (40, 512), vocab_size=157184, hidden_size=2560, intermediate_size=6144,
+        moe_intermediate_size=768, num_hidden_layers=42, num_attention_heads=32, num_experts=512,
+        num_experts_per_tok=8, num_shared_experts=1, max_position_embeddings=262144,
     ),
     published(
         "gpt_oss", 20.9, (24, 32), vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=24,

@@ -32,6 +32,9 @@ from dynamo_jax.models.specs import KimiDelta, LayerSpec, Mixer
 
 
 def _kimi_linear(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
+    for key, only in _ONLY.items():
+        if raw.get(key, only) != only:
+            raise ValueError(f"{key}={shown(raw[key])} is not supported; only {only}")
     kinds: dict[str, Mixer] = {
         FULL: latent(raw, None),
         LINEAR: KimiDelta(
@@ -46,7 +49,7 @@ def _kimi_linear(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     return stack(raw, mixers, mixture_with_shared(raw, corrected(raw)), dense=dense)
 
 
-_NEWER = {  # what published files say, and what transformers writes
+_RENAMED = {  # two names of one key
     **{"model_max_length": "max_position_embeddings", "moe_renormalize": "norm_topk_prob"},
     **{"num_expert_group": "n_group", "num_experts_per_token": "num_experts_per_tok"},
     "num_shared_experts": "n_shared_experts",
@@ -56,8 +59,18 @@ _OF_LINEAR = {"head_dim": "linear_head_dim", "num_heads": "linear_num_heads"} | 
 }
 
 
-def newer(raw: Raw) -> Raw:
-    raw = {_NEWER.get(key, key): value for key, value in raw.items()}
+def renamed(raw: Raw) -> Raw:
+    """With DeepSeek's names of the keys."""
+    for theirs, ours in _RENAMED.items():
+        if theirs in raw and ours in raw and raw[theirs] != raw[ours]:
+            said = f"{theirs}={shown(raw[theirs])} and {ours}={shown(raw[ours])}"
+            raise ValueError(f"{said} contradict each other")
+    return {_RENAMED.get(key, key): value for key, value in raw.items()}
+
+
+def _newer(raw: Raw) -> Raw:
+    """With transformers' keys for the layers, in the place of those of published files."""
+    raw = renamed(raw)
     given = raw.get("linear_attn_config") or {}
     if not isinstance(given, dict):
         raise ValueError(f"linear_attn_config={shown(given)}: expected an object")
@@ -78,16 +91,25 @@ def _types(numbers: dict[str, Any], count: int) -> list[str]:
     return [of[i + 1] for i in range(count)]
 
 
+def names_of_delta(module: str) -> dict[str, str]:
+    """Of a layer with Kimi's delta attention."""
+    return {
+        **{f"attention.{part}": f"{module}.{part}_proj.weight" for part in "qkvb"},
+        **{f"attention.{part}_conv": f"{module}.{part}_conv1d.weight" for part in "qkv"},
+        **{"attention.a_log": f"{module}.A_log", "attention.dt_bias": f"{module}.dt_bias"},
+        "attention.gated_norm": f"{module}.o_norm.weight",
+    }
+
+
 _NAMES = {
-    **{f"attention.{part}": f"self_attn.{part}_proj.weight" for part in "qkvob"},
-    **{f"attention.{part}_conv": f"self_attn.{part}_conv1d.weight" for part in "qkv"},
+    **names_of_delta("self_attn"),
     **{"attention.decay_down": "self_attn.f_a_proj.weight", "attention.decay_up": "self_attn.f_b_proj.weight"},
     **{"attention.gate_down": "self_attn.g_a_proj.weight", "attention.gate_up": "self_attn.g_b_proj.weight"},
-    **{"attention.a_log": f"self_attn.A_log{MIDDLE}", "attention.dt_bias": "self_attn.dt_bias"},
-    "attention.gated_norm": "self_attn.o_norm.weight",
+    "attention.a_log": f"self_attn.A_log{MIDDLE}",
     **{"router": f"{SPARSE}.gate.weight", "router_correction": f"{SPARSE}.gate.e_score_correction_bias"},
     **names_of_mlp("shared", f"{SPARSE}.shared_experts"),
 }
+_ONLY = {"mla_use_nope": True, "moe_router_activation_func": "sigmoid", "moe_layer_freq": 1}
 _DEFAULTS: Raw = {
     **{"intermediate_size": 9216, "num_key_value_heads": 32, "rms_norm_eps": 1e-5, "q_lora_rank": None},
     **{"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
@@ -103,7 +125,7 @@ FAMILIES = {
         SPARSE,
         W123,
         defaults=_DEFAULTS,
-        newer=newer,
+        newer=_newer,
         respelled={f".{SPARSE}.{part}_proj.": f".mlp.{part}_proj." for part in PARTS},  # as transformers writes them
     ),
 }

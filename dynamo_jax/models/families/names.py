@@ -22,7 +22,7 @@ PREFIXES = (  # of a decoder's tensors and of its head, alone or inside a model 
     ("model.text_model.", ""),
 )
 NAMES = {  # of a layer's parameters, but the routed experts' weights and biases, in most families
-    **{"norm.scale": "norm.weight", "norm.bias": "norm.bias"},  # of the decoder
+    **{"embed": "embed_tokens.weight", "norm.scale": "norm.weight", "norm.bias": "norm.bias"},  # of the decoder
     "attention_norm.scale": "input_layernorm.weight",
     "attention_norm.bias": "input_layernorm.bias",
     "experts_norm.scale": "post_attention_layernorm.weight",
@@ -96,6 +96,9 @@ _KEYS = {
     r"self_attn\.(sinks|[qkvo]_proj\.weight|[qk]_norm\.(weight|bias))": "model_type",
     r"self_attn\.(g|gate)_proj\.weight": "model_type",
     r"(linear_attn|conv)\..*": "layer_types, or model_type",
+    r"(self_attn|attention)\.([qkv]_conv1d|o_norm|b_proj|f_proj|[fg]_[ab]_proj|A_log|dt_bias)(\.weight)?": (
+        "layer_types, or model_type"
+    ),
     r"(input|post_attention)_layernorm\.bias": "model_type",
     r"(pre|post)_(mlp|feedforward)_layernorm(_[12])?\.weight": "model_type",
     r"(router|experts|moe|share_expert)\..*": "model_type, or which layers are dense",
@@ -140,13 +143,14 @@ def key_that_would_read(config: ModelConfig, name: str, extra: int) -> str:
     return "num_hidden_layers" if layer >= config.num_hidden_layers else key
 
 
-def found_prefixes(tensors: Container[str]) -> tuple[str, str]:
+def found_prefixes(config: ModelConfig, tensors: Container[str]) -> tuple[str, str]:
     """Which of ``PREFIXES`` the files have."""
-    return next((p for p in PREFIXES if f"{p[0]}embed_tokens.weight" in tensors), PREFIXES[0])
+    name, _ = names_of(config)["embed"]
+    return next((p for p in PREFIXES if f"{p[0]}{name}" in tensors), PREFIXES[0])
 
 
 def embed_name(config: ModelConfig) -> str:
-    return f"{config.prefix}embed_tokens.weight"
+    return config.prefix + names_of(config)["embed"][0]
 
 
 def head_name(config: ModelConfig) -> str:
