@@ -158,11 +158,9 @@ def first_dense(raw: Raw) -> range:
 
 def dense_types(raw: Raw, first: int = 1) -> set[int]:
     """The dense layers by ``mlp_layer_types``, or else the ``first`` ones."""
-    types, count = raw.get("mlp_layer_types"), layers_of(raw)
+    types = per_layer(raw, "mlp_layer_types", "dense or sparse", ("dense", "sparse").__contains__)
     if types is None:
-        return set(range(min(first, count)))
-    if not isinstance(types, list) or any(t not in ("dense", "sparse") for t in types) or len(types) != count:
-        raise ValueError(f"mlp_layer_types={shown(types)}: expected dense or sparse for each of {count} layers")
+        return set(range(min(first, layers_of(raw))))
     return {i for i, kind in enumerate(types) if kind == "dense"}
 
 
@@ -218,6 +216,15 @@ def layers_of(raw: Raw) -> int:
     return whole(raw, "num_hidden_layers", high=LAYERS_LIMIT)
 
 
+def per_layer(raw: Raw, key: str, members: str, known: Callable[[Any], bool] = lambda _: True) -> list[Any] | None:
+    """The list under ``key``, a value for each layer, or None where there is none. members: its values, for a reader;
+    known: whether one is such a value."""
+    found, count = raw.get(key), layers_of(raw)
+    if found is not None and not (isinstance(found, list) and len(found) == count and all(map(known, found))):
+        raise ValueError(f"{key}={shown(found)}: expected {members} for each of {count} layers")
+    return found
+
+
 def flag(raw: Raw, key: str) -> bool:
     """Whether the key says true; null says false."""
     if raw.get(key) is None:
@@ -238,13 +245,8 @@ def biased(raw: Raw) -> Raw:
 
 def layer_types(raw: Raw, default: list[str], known: tuple[str, str] = (SLIDING, FULL)) -> list[str]:
     """What each layer's mixer is, from ``layer_types`` or else ``default``; known: the two kinds of the family."""
-    types = raw.get("layer_types")
-    if types is None:
-        return default
-    if not isinstance(types, list) or any(t not in known for t in types) or len(types) != len(default):
-        kinds = " or ".join(known)
-        raise ValueError(f"layer_types={shown(types)}: expected {kinds} for each of {len(default)} layers")
-    return types
+    types = per_layer(raw, "layer_types", " or ".join(known), known.__contains__)
+    return default if types is None else types
 
 
 def check_slides(raw: Raw, types: list[str]) -> None:

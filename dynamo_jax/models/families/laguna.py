@@ -21,6 +21,7 @@ from dynamo_jax.models.families.family import (
     mixture,
     names_of_mlp,
     number,
+    per_layer,
     sigmoid_router,
     stack,
     whole,
@@ -49,12 +50,10 @@ def _gating(found: Any) -> str:
 
 
 def _heads(raw: Raw) -> list[int]:
-    key, count = "num_attention_heads_per_layer", layers_of(raw)
-    found = raw.get(key)
+    key = "num_attention_heads_per_layer"
+    found = per_layer(raw, key, "a number")
     if found is None:
-        return [whole(raw, "num_attention_heads")] * count
-    if not isinstance(found, list) or len(found) != count:
-        raise ValueError(f"{key}={shown(found)}: expected a number for each of {count} layers")
+        return [whole(raw, "num_attention_heads")] * layers_of(raw)
     for heads in found:
         check_number(f"{key}: a member", heads, 1)
     return found

@@ -22,6 +22,7 @@ from dynamo_jax.models.families.family import (
     mixture,
     names_of_mlp,
     number,
+    per_layer,
     sigmoid_router,
     stack,
     whole,
@@ -50,11 +51,9 @@ def _minimax_m3(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
 
 def _dense(raw: Raw) -> set[int]:
     """The dense layers, by ``mlp_layer_types`` or by the published files' ``moe_layer_freq``, a number for each."""
-    sparse = raw.get("moe_layer_freq")
-    if sparse is None or raw.get("mlp_layer_types") is not None:
+    sparse = None if raw.get("mlp_layer_types") is not None else per_layer(raw, "moe_layer_freq", "0 or 1")
+    if sparse is None:
         return dense_types(raw, 0)
-    if not isinstance(sparse, list) or len(sparse) != layers_of(raw):
-        raise ValueError(f"moe_layer_freq={shown(sparse)}: expected 0 or 1 for each of {layers_of(raw)} layers")
     return {i for i, has in enumerate(sparse) if not has}
 
 

@@ -23,6 +23,7 @@ from dynamo_jax.models.families.family import (
     mixture,
     names_of_mlp,
     number,
+    per_layer,
     sigmoid_router,
     whole,
     whole_or_none,
@@ -69,12 +70,8 @@ def _agrees(raw: Raw, types: list[str], heads: int) -> None:
 
 def _limits(raw: Raw, key: str) -> list[float]:
     """What a layer's activations stay within, 0 where nothing limits them."""
-    found, count = raw.get(key), layers_of(raw)
-    if found is None:
-        return [0.0] * count
-    if not isinstance(found, list) or len(found) != count:
-        raise ValueError(f"{key}={shown(found)}: expected a number or null for each of {count} layers")
-    return [0.0 if one is None else one for one in found]
+    found = per_layer(raw, key, "a number or null")
+    return [0.0 if one is None else one for one in found or [None] * layers_of(raw)]
 
 
 _OLDER = {  # names of published files
