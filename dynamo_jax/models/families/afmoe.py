@@ -30,7 +30,7 @@ def _afmoe(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     types = layer_types(raw, [SLIDING if (i + 1) % every else FULL for i in range(count)])
     mixer = grouped(raw, rope, qk_norm="head", gating="per-element", **biased(raw))
     check_slides(raw, types)
-    mixers = [unturned(mixer, window) for window in windows_of(raw, types) or (0,) * count]
+    mixers = [unturned(mixer, window) for window in windows_of(raw, types)]
     scale = number(raw, "route_scale")
     router = sigmoid_router(scale)
     experts = mixture_with_shared(raw, router, "num_shared_experts")

@@ -27,7 +27,7 @@ def _exaone_moe(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
     named = raw.get("layer_types") is not None
     types = layer_types(raw, [FULL] * layers_of(raw)) if named else _by_pattern(raw)
     mixer = grouped(raw, rope, qk_norm="head")
-    windows = windows_of(raw, types) or (0,) * layers_of(raw)
+    windows = windows_of(raw, types)
     mixers = [unturned(mixer, w, raw["sliding_window"] is None) for w in windows]
     experts = mixture_with_shared(raw, corrected(raw), "num_shared_experts")
     return stack(raw, mixers, experts, dense=dense_types(raw, whole(raw, "first_k_dense_replace", 0)))

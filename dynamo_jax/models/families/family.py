@@ -107,7 +107,7 @@ def grouped(raw: Raw, rope: Rotary, share: float = 1.0, **own: Any) -> Grouped:
 
 def by_type(raw: Raw, rope: Rotary, types: list[str], share: float = 1.0, **own: Any) -> list[Grouped]:
     """``grouped`` for each layer, with the rotary positions of its type, and a window where its type has one."""
-    windows = windows_of(raw, types) or (0,) * len(types)
+    windows = windows_of(raw, types)
     found = {of: grouped(raw, functools.partial(rope, of=of), share, **own) for of in set(types)}
     return [dataclasses.replace(found[of], window=w) for of, w in zip(types, windows)]
 
@@ -258,6 +258,6 @@ def check_slides(raw: Raw, types: list[str]) -> None:
 def windows_of(raw: Raw, types: list[str] | None = None) -> tuple[int, ...]:
     """The window of each layer, 0 where attention sees all; types: of each layer, all sliding by default."""
     if raw.get("sliding_window") is None or (types is not None and SLIDING not in types):
-        return ()
+        return (0,) * layers_of(raw)
     window = whole(raw, "sliding_window")
     return tuple(window if t == SLIDING else 0 for t in types or [SLIDING] * layers_of(raw))
