@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from dynamo_jax.files import read_json, shortened, write_bytes, write_json
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.families.names import expert_names
+from dynamo_jax.models.families.table import TEXT_PARTS
 from dynamo_jax.models.formats.declared import KEY, OLDER_KEY
 from dynamo_jax.models.formats.expert_files import Triple, expert_tensors
 from dynamo_jax.models.huggingface import Source, layer_tensor_names, tensor_names, unread_words, write_shards
@@ -124,19 +125,29 @@ def _config_of(
         | {"dtype": "bfloat16", "tie_word_embeddings": description.config.tie_word_embeddings}
         | ({"torch_dtype": "bfloat16"} if "torch_dtype" in raw else {})
     )
-    inner = raw.get("text_config")
-    for place in (raw, inner if isinstance(inner, dict) else {}):
+    places = [raw, *(raw[key] for key in TEXT_PARTS if isinstance(raw.get(key), dict))]
+    for place in places:
         for key in (KEY, OLDER_KEY):
             place.pop(key, None)  # what another tool packed is floats now
     if raw.pop("auto_map", None) is not None:
         log("config.json: auto_map is left out, since the model's own Python files are not copied")
     if (left := description.meta.not_read) and not origin:
         log(f"left out, since --source is not given: {unread_words(left)}")
-    for key in ("num_nextn_predict_layers", "mtp_num_hidden_layers"):
-        if raw.get(key) and not origin:
-            raw[key] = 0
-            log(f"config.json: {key} is 0 now, since layers that predict further tokens are not kept")
+    for place in places if not origin else ():
+        for key in ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"):
+            if isinstance(place.get(key), int) and place[key] > 0:
+                _without_further_layers(place, key, description.config.num_hidden_layers)
+                log(f"config.json: {key} is 0 now, since layers that predict further tokens are not kept")
     return raw
+
+
+def _without_further_layers(raw: dict[str, Any], key: str, layers: int) -> None:
+    """Without the layers that ``key`` counts, in lists with a value for each layer too."""
+    every = layers + raw[key]
+    for name, own in raw.items():
+        if isinstance(own, list) and len(own) == every and not name.endswith("_token_id"):
+            raw[name] = own[:layers]
+    raw[key] = 0
 
 
 def _shards(

@@ -197,14 +197,18 @@ def test_what_config_json_promises_and_an_export_does_not_have_is_taken_out(expo
     shutil.copytree(exported / "quantized", folder)
     own = folder / "source" / "config.json"
     more = {"auto_map": {"AutoConfig": "a.B"}, "num_nextn_predict_layers": 1, "torch_dtype": "float16"}
-    own.write_text(json.dumps(json.loads(own.read_text()) | more))
+    raw = json.loads(own.read_text()) | more
+    layers = raw["num_hidden_layers"]
+    raw["text_config"] = {"mtp_num_hidden_layers": 2, "layer_types": [*range(layers + 2)], "other": [1]}
+    own.write_text(json.dumps(raw))
     signed(folder, "source/config.json")
     said = []
     export(folder, tmp_path / "out", log=said.append)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "auto_map" not in config and config["num_nextn_predict_layers"] == 0
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
-    assert len(said) == 2 and "auto_map" in said[0] and "num_nextn_predict_layers" in said[1]
+    assert config["text_config"] == {"mtp_num_hidden_layers": 0, "layer_types": [*range(layers)], "other": [1]}
+    assert len(said) == 3 and "auto_map" in said[0] and "num_nextn" in said[1] and "mtp_num" in said[2]
 
 
 def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch):
