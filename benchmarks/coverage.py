@@ -86,6 +86,7 @@ CHECKPOINTS: dict[tuple[str, str], list[str]] = {
     ("mimo_v2_flash", "fp8"): [f"XiaomiMiMo/MiMo-V2{v}" for v in ("-Flash", ".5", ".5-Pro")],
     ("afmoe", "bf16"): ["arcee-ai/Trinity-Large-Thinking"],
     ("ernie4_5_moe", "bf16"): ["baidu/ERNIE-4.5-21B-A3B-PT"],
+    ("ernie4_5_vl_moe", "bf16"): ["baidu/ERNIE-4.5-VL-28B-A3B-PT"],
     ("gemma4", "bf16"): ["google/gemma-4-26B-A4B-it"],
     ("bailing_hybrid", "bf16"): ["inclusionAI/Ling-3.0-flash"],
     ("kimi_linear", "bf16"): ["moonshotai/Kimi-Linear-48B-A3B-Instruct"],
@@ -96,7 +97,6 @@ CHECKPOINTS: dict[tuple[str, str], list[str]] = {
     ("exaone_moe", "bf16"): [],
 }
 UNREAD = {  # why
-    "baidu/ERNIE-4.5-VL-28B-A3B-PT": "experts of text and of images in one layer",
     "deepseek-ai/DeepSeek-V4-Flash": "hyper-connections, compressed attention",
     "deepseek-ai/DeepSeek-V4-Pro": "hyper-connections, compressed attention",
     "dots-studio/dots3-note-prev": "not looked at",

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from dynamo_jax.files import read_json, shortened, write_bytes, write_json
 from dynamo_jax.kernels.layout import WIDTHS
-from dynamo_jax.models.families.names import expert_names
+from dynamo_jax.models.families.names import Filed, expert_names, names_alone
 from dynamo_jax.models.families.table import TEXT_PARTS
 from dynamo_jax.models.formats.declared import KEY, OLDER_KEY
 from dynamo_jax.models.formats.expert_files import Triple, expert_tensors
@@ -65,6 +65,8 @@ def export(
             "this model did not come from a checkpoint folder"
         )
     origin = _origin(description, Path(source)) if source else None
+    if not origin:
+        description = description._replace(config=names_alone(config))
     job = {"command": "export", "format": EXPORT_FORMAT, "model": digest_of(located(folder, SUMS))}
     if origin:
         job["source"] = hashlib.sha256(json.dumps(origin.fingerprint()).encode()).hexdigest()
@@ -155,7 +157,7 @@ def _shards(
 ) -> Iterator[Bundle]:
     config = description.config
     for layer in range(config.num_hidden_layers):
-        yield _layer_tensors(description, layer)
+        yield _layer_tensors(description, origin, layer)
         progress("export layers", layer + 1, config.num_hidden_layers)
     top = checkpoint.top_bundle(description.result, config)
     yield {theirs: top[ours] for ours, theirs, _ in tensor_names(config) if not ours.startswith("layers.")}
@@ -165,13 +167,15 @@ def _shards(
         origin.release()
 
 
-def _layer_tensors(description: checkpoint.Description, layer: int) -> Bundle:
+def _layer_tensors(description: checkpoint.Description, origin: Source | None, layer: int) -> Bundle:
     result, meta, config, plan, _ = description
     bundle = checkpoint.layer_bundle(result, config, plan, meta.max_width, layer)
     own = {k.removeprefix("parameters/"): a for k, a in bundle.items() if k.startswith("parameters/")}
     tensors = {}
     for ours, theirs, filed in layer_tensor_names(config, layer):
-        tensors[f"{config.prefix}layers.{layer}.{theirs}"] = filed.to_file(own[ours])
+        name = f"{config.prefix}layers.{layer}.{theirs}"
+        beside = origin.files.read(name) if origin and filed is Filed.FIRST else None
+        tensors[name] = filed.to_file(own[ours], beside)
     if layer in config.dense_layers:
         return tensors
     widths = plan.page_widths()[config.moe_layers.index(layer)].reshape(config.num_experts, -1, plan.blocks)

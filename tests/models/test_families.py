@@ -141,8 +141,9 @@ def test_a_checkpoint_of_transformers_has_its_logits_and_experts_here(family_mod
 
 def test_the_smallest_models_still_have_every_part(families):
     """The parity above would say nothing about a window that no sequence outgrows or a family left out."""
-    wrapped = {"qwen3_vl_moe_text", "glm4v_moe_text", "minimax_m3_vl_text", "step3p5"}
-    assert set(families) | wrapped | {"kimi_k2"} == set(FAMILIES)  # the last is tested under another name
+    wrapped = {"qwen3_vl_moe_text", "glm4v_moe_text", "minimax_m3_vl_text", "step3p5", "ernie4_5_vl_moe_text"}
+    renamed = {"kimi_k2", "ernie4_5_moe_vl"}  # tested under another name
+    assert set(families) | wrapped | renamed == set(FAMILIES)
 
 
 def to_mxfp4(weight):

@@ -32,8 +32,9 @@ SPARSE = "block_sparse_moe"
 PARTS = ("gate", "up", "down")
 SPARSE_NAMES = {"router": f"{SPARSE}.gate.weight"}
 W123 = "w1 w3 w2"  # gate, up and down
-ROW = "[0]"  # behind the name of a tensor that has an axis of length one more, the first
-MIDDLE = "[0, 0, :, 0]"  # of a tensor that is an array of one axis between others of length one
+# Behind the name of a tensor that has an axis of length one more, the first; of two such rows, the first being ours;
+# of an array of one axis between others of length one; of one whose axes are not the other way round, as elsewhere.
+ROW, FIRST, MIDDLE, PLAIN = "[0]", "[0 of 2]", "[0, 0, :, 0]", "[plain]"
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 PLAIN_ROPES = tuple(kind for kind in ROPE_TYPES if kind not in ("ntk_alpha", "proportional"))
 COMMON: Raw = {  # keys that are left out mean the same in every family
@@ -63,7 +64,10 @@ class Family:
     whether that key of the rotary scaling is the factor of cosines and sines. partial: whether a part of a head may be
     turned. by_type: whether rotary parameters, and ``rope``, are an object for each type of layer. eps_key:
     of what norms add to mean squares. newer: the keys that transformers writes from those of published files.
-    respelled: pieces of tensors' names that some files have, and what others, and ``names``, have there."""
+    respelled: pieces of tensors' names that some files have, and what others, and ``names``, have there.
+    by_prefix: the family that tells names instead, where a file's tensors begin with this. beside: a pattern of a
+    layer's tensors that belong to more than text, though other families read their like. alone: the prefix under whose
+    names transformers takes what is read of a file without the rest of it; empty: its own."""
 
     architecture: str
     layers: Callable[[Raw, Rotary], tuple[LayerSpec, ...]]
@@ -82,6 +86,9 @@ class Family:
     eps_key: str = "rms_norm_eps"
     respelled: dict[str, str] = dataclasses.field(default_factory=dict)
     newer: Callable[[Raw], Raw] = lambda raw: raw
+    by_prefix: dict[str, Family] = dataclasses.field(default_factory=dict)
+    beside: str = ""
+    alone: str = ""
 
 
 def names_of_mlp(ours: str, theirs: str) -> dict[str, str]:

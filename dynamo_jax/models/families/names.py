@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import re
 from collections.abc import Container, Iterable
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.families.family import MIDDLE, PARTS, ROW, names_of_mlp
+from dynamo_jax.models.families.family import FIRST, MIDDLE, PARTS, PLAIN, ROW, Family, names_of_mlp
 from dynamo_jax.models.families.table import FAMILIES
 from dynamo_jax.models.formats.expert_files import ExpertTensors
 
@@ -63,28 +64,34 @@ _TURNED = {  # files have (outputs, inputs), and these parameters the other way 
 
 class Filed(enum.Enum):
     """How an array of ours lies in a file: as it is, with its axes the other way round, as the only row of a matrix,
-    or between axes of length one."""
+    between axes of length one, or as the first of two rows, of which the other is not read."""
 
     PLAIN = 0
     TURNED = 1
     ROW = 2
     MIDDLE = 3
+    FIRST = 4
 
-    def to_file(self, array: np.ndarray) -> np.ndarray:
+    def to_file(self, array: np.ndarray, beside: np.ndarray | None = None) -> np.ndarray:
+        """beside: the tensor that has the row that is not read; without one, there are zeros."""
+        if self is Filed.FIRST:
+            return np.stack([array, np.zeros_like(array) if beside is None else beside[1].astype(array.dtype)])
         return array.T if self is Filed.TURNED else array.reshape(self.shape(array.shape))
 
     def from_file(self, array: np.ndarray) -> np.ndarray:
         if self is Filed.MIDDLE:
             return array[0, 0, :, 0]
-        return array.T if self is Filed.TURNED else array[0] if self is Filed.ROW else array
+        return array.T if self is Filed.TURNED else array[0] if self in (Filed.ROW, Filed.FIRST) else array
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of the array in the file."""
         if self is Filed.MIDDLE:
             return (1, 1, *shape, 1)
-        return shape[::-1] if self is Filed.TURNED else (1, *shape) if self is Filed.ROW else shape
+        rows = {Filed.ROW: (1,), Filed.FIRST: (2,)}
+        return shape[::-1] if self is Filed.TURNED else (*rows.get(self, ()), *shape)
 
 
+_MARKS = {ROW: Filed.ROW, FIRST: Filed.FIRST, MIDDLE: Filed.MIDDLE, PLAIN: Filed.PLAIN}
 _MOE = r"(mlp|block_sparse_moe|feed_forward)\."
 # Tensors of one layer of any family, by the part of the name that follows the layer's number, and the keys of
 # config.json by which a model has them.
@@ -137,6 +144,8 @@ def key_that_would_read(config: ModelConfig, name: str, extra: int) -> str:
     if not (match := _LAYER.fullmatch(name)):
         return ""
     layer, rest = int(match[1]), match[2]
+    if re.fullmatch(_family(config).beside, rest, re.DOTALL):
+        return ""
     key = next((key for pattern, key in _KEYS.items() if re.fullmatch(pattern, rest, re.DOTALL)), "")
     if not key or config.num_hidden_layers <= layer < config.num_hidden_layers + extra:
         return ""
@@ -157,15 +166,25 @@ def head_name(config: ModelConfig) -> str:
     return f"{config.head_prefix}lm_head.weight"
 
 
+def _family(config: ModelConfig) -> Family:
+    """What tells the names of tensors that begin with the configuration's prefix."""
+    family = FAMILIES[config.family]
+    return family.by_prefix.get(config.prefix, family)
+
+
+def names_alone(config: ModelConfig) -> ModelConfig:
+    """The same with the names by which ``transformers`` takes what is read without the rest of a file."""
+    return dataclasses.replace(config, prefix=_family(config).alone or config.prefix)
+
+
 def names_of(config: ModelConfig) -> dict[str, tuple[str, Filed]]:
     """What the files of the configuration's family call the parameters of a layer, apart from the layer's prefix, and
     how they hold them."""
-    named = NAMES | FAMILIES[config.family].names
-    return {ours: _filed(ours, theirs) for ours, theirs in named.items()}
+    return {ours: _filed(ours, theirs) for ours, theirs in (NAMES | _family(config).names).items()}
 
 
 def _filed(ours: str, theirs: str) -> tuple[str, Filed]:
-    for mark, filed in ((ROW, Filed.ROW), (MIDDLE, Filed.MIDDLE)):
+    for mark, filed in _MARKS.items():
         if theirs.endswith(mark):
             return theirs.removesuffix(mark), filed
     return theirs, Filed.TURNED if ours in _TURNED else Filed.PLAIN
@@ -173,7 +192,7 @@ def _filed(ours: str, theirs: str) -> tuple[str, Filed]:
 
 def expert_names(config: ModelConfig, layer: int) -> ExpertTensors:
     """Where the file holds the routed experts of one layer. ``layer`` counts all layers."""
-    family = FAMILIES[config.family]
+    family = _family(config)
     prefix = _module(config, layer)
     if family.experts == "concatenated":
         return ExpertTensors("concatenated", (f"{prefix}input_linear.weight", f"{prefix}output_linear.weight"))
@@ -195,5 +214,5 @@ def fused_names(config: ModelConfig, layer: int) -> tuple[str, str]:
 
 def _module(config: ModelConfig, layer: int) -> str:
     """What the names of a layer's mixture module begin with."""
-    moe = FAMILIES[config.family].moe
+    moe = _family(config).moe
     return f"{config.prefix}layers.{layer}." + (f"{moe}." if moe else "")

@@ -46,7 +46,7 @@ FAMILIES: dict[str, Family] = {name: family for lineage in LINEAGES for name, fa
 TEXT_PARTS = ("text_config", "llm_config", "language_config")
 WRAPPERS = (  # models of more than text, whose text part is read
     *("kimi_k25", "qwen3_vl_moe", "qwen3_5_moe", "mistral3", "minimax_m3_vl", "glm4v_moe", "gemma4", "step3p7"),
-    *("interns1", "intern_s1", "interns2"),
+    *("interns1", "intern_s1", "interns2", "ernie4_5_vl_moe"),
 )
 _SIZES = ("vocab_size", "hidden_size", "max_position_embeddings")
 _EXPERTS = (  # names of one number; a family writes one of them
