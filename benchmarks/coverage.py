@@ -12,7 +12,8 @@ It needs the test extra (transformers, torch), and a working tree: models are th
 - ``whole_error``: quantized at 6 bits and exported by the commands, transformers' logits of the export against ours.
 
 The checkpoints are those of a list of recipes of a large serving project (August 2026), with the format that each is
-published in first. Their model types are those of their config.json as far as known; none was downloaded.
+published in first. Their model types are those of their config.json as far as known; none was downloaded. transformers
+has no bailing_moe: tests/ling_oracle.py, which is ours, stands for it.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from dynamo_jax.runtime.generate import GenerateConfig, LanguageModel, generate 
 
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
 PROJECTIONS = r"(self_attn|linear_attn|mlp|block_sparse_moe|feed_forward).*(proj|w[123])\.weight$"
+PROJECTIONS += r"|\.attention\.(query_key_value|dense)\.weight$"
 ROUTED = r"experts\.\d+\..*(proj|w[123])\.weight$"
 FORMATS: dict[str, Any] = {  # as published: how a weight is packed, quantization_config, and which tensors are
     "fp8": (lambda w: stored.fp8(w, (16, 16)), BLOCKS, PROJECTIONS),
@@ -88,6 +90,7 @@ CHECKPOINTS: dict[tuple[str, str], list[str]] = {
     ("ernie4_5_moe", "bf16"): ["baidu/ERNIE-4.5-21B-A3B-PT"],
     ("ernie4_5_vl_moe", "bf16"): ["baidu/ERNIE-4.5-VL-28B-A3B-PT"],
     ("gemma4", "bf16"): ["google/gemma-4-26B-A4B-it"],
+    ("bailing_moe", "fp8"): ["inclusionAI/Ring-1T-FP8"],
     ("bailing_hybrid", "bf16"): ["inclusionAI/Ling-3.0-flash"],
     ("kimi_linear", "bf16"): ["moonshotai/Kimi-Linear-48B-A3B-Instruct"],
     ("laguna", "bf16"): [f"poolside/Laguna-{v}" for v in ("M.1", "S-2.1", "XS-2.1", "XS.2")],
@@ -102,7 +105,6 @@ UNREAD = {  # why
     "dots-studio/dots3-note-prev": "not looked at",
     "inclusionAI/Ling-2.6-1T": "lightning attention in most layers",
     "inclusionAI/Ling-2.6-flash": "lightning attention in most layers",
-    "inclusionAI/Ring-1T-FP8": "bailing_moe, which transformers does not have",
     "inclusionAI/Ring-2.6-1T": "lightning attention in most layers",
     "meta-llama/Llama-4-Scout-17B-16E-Instruct": "a gate multiplies the expert's input",
     "mistralai/Mistral-Large-3-675B-Instruct-2512": "files in Mistral's own layout",
@@ -120,7 +122,9 @@ UNREAD = {  # why
 }
 
 
-OTHER_NAMES = {"kimi_k2": "deepseek_v3", "interns1": "qwen3_moe"}  # types that transformers has under another
+OTHER_NAMES = {  # types that transformers, or our oracle, has under another
+    **{"kimi_k2": "deepseek_v3", "interns1": "qwen3_moe", "bailing_moe": "bailing_moe_v2"},
+}
 PROMPTS = [[5, 9, 33, 7, 50, 12, 8, 3, 21, 44, 17, 29], [40, 6], [11, 12, 13, 14, 15, 16, 17]]
 
 

@@ -349,6 +349,14 @@ FAMILY_MODELS = {
             "routed_scaling_factor": 1.5,
         },
     ),
+    "bailing_moe_v2": (  # an oracle of our own: transformers has no such model
+        "BailingMoeV2",
+        SIX
+        | {
+            "num_experts": 8, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "num_shared_experts": 1,
+            "first_k_dense_replace": 1, "head_dim": 16, "partial_rotary_factor": 0.5, "use_qkv_bias": True,
+        },
+    ),
     "exaone_moe": (
         "ExaoneMoe",
         SIX
@@ -362,6 +370,7 @@ FAMILY_MODELS = {
 
 def transformers_model(family, **changes):
     """A random model of the family as transformers makes it, with no parameter left at zero or one."""
+    import ling_oracle
     import torch
     import transformers
 
@@ -369,7 +378,7 @@ def transformers_model(family, **changes):
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     prefix, values = FAMILY_MODELS[family]
-    kind = getattr(transformers, f"{prefix}ForCausalLM")
+    kind = getattr(ling_oracle if prefix == "BailingMoeV2" else transformers, f"{prefix}ForCausalLM")
     model = kind(kind.config_class(**{**SMALL, **values, **changes})).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -164,7 +164,7 @@ class Grouped:
 
     gating: of outputs, by a projection of its own. output_gate: beside each head's query there is a gate, whose sigmoid
     multiplies the head's output. attention_k_eq_v: values are what keys are made of. v_norm: each head's values are
-    divided by their root mean square.
+    divided by their root mean square. fused_projections: queries, keys and values are made by one matrix.
     """
 
     num_attention_heads: int
@@ -185,6 +185,7 @@ class Grouped:
     gating: str = "none"
     gate_function: str = "sigmoid"
     output_gate: bool = False
+    fused_projections: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -193,6 +194,8 @@ class Grouped:
         check_known("gating", self.gating, GATINGS)
         if self.attention_k_eq_v and self.qkv_bias:
             raise ValueError("attention_k_eq_v is not supported with biases of queries, keys and values")
+        if self.fused_projections and (self.attention_k_eq_v or self.output_gate):
+            raise ValueError("fused_projections are not supported with attention_k_eq_v or output_gate")
         check_known("gate_function", self.gate_function, GATE_FUNCTIONS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -103,6 +104,13 @@ VARIETIES = [
     ),
     ("glm4_moe", {"use_qk_norm": False, "partial_rotary_factor": 0.25}),
     ("minimax_m2", {"rotary_dim": None}),
+    ("bailing_moe_v2", {"moe_router_enable_expert_bias": False, "use_qk_norm": False, "use_qkv_bias": False}),
+    pytest.param(
+        "bailing_moe_v2",
+        {"num_shared_experts": 0, "first_k_dense_replace": 0, "num_experts_per_tok": 1, "head_dim": None},
+        marks=pytest.mark.slow,
+    ),
+    pytest.param("bailing_moe_v2", yarn(partial_rotary_factor=0.5), marks=pytest.mark.slow),
     pytest.param(
         "qwen3_next",
         {"layer_types": None, "full_attention_interval": 2, "attention_bias": True, "mlp_only_layers": []},
@@ -142,7 +150,7 @@ def test_a_checkpoint_of_transformers_has_its_logits_and_experts_here(family_mod
 def test_the_smallest_models_still_have_every_part(families):
     """The parity above would say nothing about a window that no sequence outgrows or a family left out."""
     wrapped = {"qwen3_vl_moe_text", "glm4v_moe_text", "minimax_m3_vl_text", "step3p5", "ernie4_5_vl_moe_text"}
-    renamed = {"kimi_k2", "ernie4_5_moe_vl"}  # tested under another name
+    renamed = {"kimi_k2", "ernie4_5_moe_vl", "bailing_moe"}  # tested under another name
     assert set(families) | wrapped | renamed == set(FAMILIES)
 
 
@@ -243,6 +251,57 @@ def test_published_keys_of_kimi_linear_mean_what_transformers_makes_of_them():
     ):
         with pytest.raises(ValueError, match=message):
             config_from(older | {"model_type": "kimi_linear"} | wrong)
+
+
+RING = {
+    "vocab_size": 157184, "hidden_size": 8192, "intermediate_size": 18432, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "num_experts": 256,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "first_k_dense_replace": 4, "num_shared_experts": 1,
+    "max_position_embeddings": 65536, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5,
+    "architectures": ["BailingMoeV2ForCausalLM"],
+}  # fmt: skip
+
+
+def test_rings_model_types_and_names_of_the_turned_part_mean_the_same():
+    """Published files say ``bailing_moe``, and a share of a head or, in the largest, a size."""
+    half = config_from(RING | {"model_type": "bailing_moe_v2", "partial_rotary_factor": 0.5})
+    assert half.layers[0].mixer.rope.dim == 64
+    for keys in ({"rotary_dim": 64}, {"rotary_dim": 64, "partial_rotary_factor": 0.5}):
+        other = config_from(RING | {"model_type": "bailing_moe", **keys})
+        assert dataclasses.replace(other, family=half.family) == half
+    with pytest.raises(ValueError, match="rotary_dim=32 and partial_rotary_factor contradict each other"):
+        config_from(RING | {"model_type": "bailing_moe", "rotary_dim": 32, "partial_rotary_factor": 0.5})
+    narrower = config_from(RING | {"model_type": "bailing_moe", "moe_shared_expert_intermediate_size": 512})
+    assert narrower.mixture.shared_intermediate_size == 512
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": ["BailingMoeForCausalLM"]}, {"use_bias": True}, {"norm_head": True},
+        {"score_function": "softmax"}, {"norm_topk_prob": False}, {"use_rmsnorm": False}, {"use_sliding_window": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_keys_of_ring_that_change_what_is_computed_are_refused(changes):
+    (key,) = changes
+    with pytest.raises(ValueError, match=f"^{key}=.* is not supported for bailing_moe"):
+        config_from(RING | {"model_type": "bailing_moe"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("use_qkv_bias", "attention.query_key_value.bias"), ("use_qk_norm", "attention.key_layernorm.weight"),
+        ("moe_router_enable_expert_bias", "mlp.gate.expert_bias"),
+    ],
+)  # fmt: skip
+def test_tensors_of_ring_that_its_keys_do_not_ask_for_are_errors(family_model, key, name, tmp_path):
+    family_model("bailing_moe_v2").save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text()) | {key: False}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=rf"holds model\.layers\.\d\.{name}, which config.json .*{key}"):
+        load_decoder(tmp_path)
 
 
 REFUSED = {

@@ -22,6 +22,7 @@ TOKENS = np.random.default_rng(0).integers(3, 61, (2, 12))
 MODELS = {
     "qwen3_moe": {"hidden_size": 96, "intermediate_size": 64, "moe_intermediate_size": 64, "num_experts": 4},
     "deepseek_v3": {"hidden_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 4, "n_group": 2},
+    "bailing_moe_v2": {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 4, "n_group": 2},
 }
 
 
@@ -99,6 +100,18 @@ def test_deepseek_in_fp8_has_the_logits_of_its_values(model_folders, tmp_path):
         model_folders["deepseek_v3"], tmp_path, lambda w: stored.fp8(w, (16, 16)), config, r"_proj(_with_mqa)?\.weight"
     )
     assert "FP8 in blocks of 16 x 16" in describe(packed)["source"]
+    assert_alike(packed, values)
+
+
+def test_ring_in_fp8_has_the_logits_of_its_values(model_folders, tmp_path):
+    """Queries, keys and values are one matrix of 128 rows, and no block ends where the queries do."""
+    packed, values = packed_folders(
+        *(model_folders["bailing_moe_v2"], tmp_path, lambda w: stored.fp8(w, (24, 20))),
+        stored.FP8 | {"weight_block_size": [24, 20]},
+        r"_proj\.weight|\.(query_key_value|dense)\.weight",
+    )
+    assert "model.layers.0.attention.query_key_value.weight" in Source(packed).files.packed
+    assert "FP8 in blocks of 24 x 20" in describe(packed)["source"]
     assert_alike(packed, values)
 
 

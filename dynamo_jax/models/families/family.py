@@ -112,6 +112,12 @@ def grouped(raw: Raw, rope: Rotary, share: float = 1.0, **own: Any) -> Grouped:
     return Grouped(num_attention_heads=heads, head_dim=size, rope=rope(dim=size, share=share), **own)
 
 
+def share_turned(raw: Raw) -> float:
+    """Of a head, by ``rotary_dim``."""
+    size = whole_or_none(raw, "head_dim") or whole(raw, "hidden_size") // whole(raw, "num_attention_heads")
+    return whole(raw, "rotary_dim", high=size) / size if raw.get("rotary_dim") is not None else 1.0
+
+
 def by_type(raw: Raw, rope: Rotary, types: list[str], share: float = 1.0, **own: Any) -> list[Grouped]:
     """``grouped`` for each layer, with the rotary positions of its type, and a window where its type has one."""
     windows = windows_of(raw, types)

@@ -23,6 +23,7 @@ from dynamo_jax.models.families.family import (
     names_of_mlp,
     number,
     per_layer,
+    share_turned,
     sigmoid_router,
     stack,
     whole,
@@ -33,12 +34,12 @@ from dynamo_jax.models.specs import WHOLE_LIMIT, Dense, LayerSpec
 
 
 def _minimax_m2(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
-    mixer = grouped(raw, rope, share=_turned(raw), qk_norm="vector")
+    mixer = grouped(raw, rope, share=share_turned(raw), qk_norm="vector")
     return stack(raw, mixer, mixture(raw, sigmoid_router()))
 
 
 def _minimax_m3(raw: Raw, rope: Rotary) -> tuple[LayerSpec, ...]:
-    mixer = grouped(raw, rope, share=_turned(raw), qk_norm="head")
+    mixer = grouped(raw, rope, share=share_turned(raw), qk_norm="head")
     clamped: Raw = {name: number(raw, name) for name in ("swiglu_limit", "swiglu_alpha")}
     scale = number(raw, "routed_scaling_factor")
     router = sigmoid_router(scale)
@@ -55,12 +56,6 @@ def _dense(raw: Raw) -> set[int]:
     if sparse is None:
         return dense_types(raw, 0)
     return {i for i, has in enumerate(sparse) if not has}
-
-
-def _turned(raw: Raw) -> float:
-    """The share of a head that is turned, by ``rotary_dim``."""
-    size = whole_or_none(raw, "head_dim") or whole(raw, "hidden_size") // whole(raw, "num_attention_heads")
-    return whole(raw, "rotary_dim", high=size) / size if raw.get("rotary_dim") is not None else 1.0
 
 
 def _index_limit(raw: Raw) -> tuple[int, str]:

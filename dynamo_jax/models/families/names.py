@@ -101,6 +101,10 @@ _KEYS = {
     r"self_attn\.(kv_a_proj_with_mqa|kv_a_layernorm|kv_b_proj)\.weight": "kv_lora_rank",
     r"self_attn\.q_proj\.weight": "q_lora_rank",
     r"self_attn\.(sinks|[qkvo]_proj\.weight|[qk]_norm\.(weight|bias))": "model_type",
+    r"attention\.(query_key_value|dense)\.bias": "use_qkv_bias or use_bias",
+    r"attention\.(query|key)_layernorm\.weight": "use_qk_norm",
+    r"attention\.(query_key_value|dense)\.weight": "model_type",
+    r"mlp\.gate\.expert_bias": "moe_router_enable_expert_bias, or which layers are dense",
     r"self_attn\.(g|gate)_proj\.weight": "model_type",
     r"(linear_attn|conv)\..*": "layer_types, or model_type",
     r"(self_attn|attention)\.([qkv]_conv1d|o_norm|b_proj|f_proj|[fg]_[ab]_proj|A_log|dt_bias)(\.weight)?": (

@@ -25,6 +25,7 @@ from dynamo_jax.models.families import (
     kimi_linear,
     laguna,
     lfm2,
+    ling,
     mellum,
     mimo,
     minimax,
@@ -40,7 +41,7 @@ from dynamo_jax.models.specs import TINY, Rope, RopeScaling, check_number
 
 LINEAGES = (
     *(mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe, glm, hunyuan, minimax, qwen_delta),
-    *(ernie, mellum, exaone, mimo, laguna, afmoe, gemma, lfm2, step, kimi_linear, bailing),
+    *(ernie, mellum, exaone, mimo, laguna, afmoe, gemma, lfm2, step, kimi_linear, bailing, ling),
 )
 FAMILIES: dict[str, Family] = {name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()}
 TEXT_PARTS = ("text_config", "llm_config", "language_config")

@@ -32,15 +32,20 @@ class GroupedAttention(nnx.Module):
         value, out = s.num_key_value_heads * size, s.num_attention_heads * size
         asked = 2 * query if s.output_gate else query
         self.config, self.spec = c, s
-        self.q = normal(rngs, (c.hidden_size, asked), c)
-        self.k = normal(rngs, (c.hidden_size, kv), c)
-        if not s.attention_k_eq_v:
-            self.v = normal(rngs, (c.hidden_size, value), c)
+        if s.fused_projections:
+            self.qkv = normal(rngs, (c.hidden_size, query + kv + value), c)
+        else:
+            self.q = normal(rngs, (c.hidden_size, asked), c)
+            self.k = normal(rngs, (c.hidden_size, kv), c)
+            if not s.attention_k_eq_v:
+                self.v = normal(rngs, (c.hidden_size, value), c)
         self.o = normal(rngs, (out, c.hidden_size), c)
         if s.gating != "none":
             gates = s.num_attention_heads if s.gating == "per-head" else out
             self.gate = normal(rngs, (c.hidden_size, gates), c)
-        if s.qkv_bias:
+        if s.qkv_bias and s.fused_projections:
+            self.qkv_bias = nnx.Param(jnp.zeros(query + kv + value))
+        elif s.qkv_bias:
             self.q_bias, self.k_bias, self.v_bias = (nnx.Param(jnp.zeros(n)) for n in (asked, kv, value))
         if s.output_bias:
             self.o_bias = nnx.Param(jnp.zeros(c.hidden_size))
@@ -55,12 +60,7 @@ class GroupedAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         s = self.spec
         flat = x.reshape(-1, x.shape[-1])
-        weights = (self.q, self.k) if s.attention_k_eq_v else (self.q, self.k, self.v)
-        q, k, *own = (matmul(flat, w[...].astype(x.dtype)) for w in weights)
-        v = own[0] if own else k
-        if s.qkv_bias:
-            biases = (self.q_bias, self.k_bias, self.v_bias)
-            q, k, v = (a + b[...].astype(x.dtype) for a, b in zip((q, k, v), biases))
+        q, k, v = self.projected(flat)
         if s.output_gate:  # head by head, a query and a gate
             q, gate = (a.reshape(len(flat), -1) for a in jnp.split(q.reshape(-1, 2 * s.head_dim), 2, axis=1))
         if s.qk_norm == "vector":
@@ -93,6 +93,23 @@ class GroupedAttention(nnx.Module):
         if s.output_bias:
             out = out + self.o_bias[...].astype(x.dtype)
         return out.reshape(x.shape), cache
+
+    def projected(self, x: Float[Array, "N D"]) -> tuple[Array, Array, Array]:
+        """Queries, keys and values, all heads side by side."""
+        s = self.spec
+        if s.fused_projections:
+            both = matmul(x, self.qkv[...].astype(x.dtype))
+            if s.qkv_bias:
+                both = both + self.qkv_bias[...].astype(x.dtype)
+            query, kv = s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim
+            return both[:, :query], both[:, query : query + kv], both[:, query + kv :]
+        weights = (self.q, self.k) if s.attention_k_eq_v else (self.q, self.k, self.v)
+        q, k, *own = (matmul(x, w[...].astype(x.dtype)) for w in weights)
+        v = own[0] if own else k
+        if s.qkv_bias:
+            biases = (self.q_bias, self.k_bias, self.v_bias)
+            q, k, v = (a + b[...].astype(x.dtype) for a, b in zip((q, k, v), biases))
+        return q, k, v
 
     def normed(self, q: Array, k: Array) -> tuple[Array, Array]:
         c = self.config
