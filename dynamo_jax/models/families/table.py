@@ -13,7 +13,6 @@ from dynamo_jax.files import shown
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.families import (
     afmoe,
-    bailing,
     deepseek,
     ernie,
     exaone,
@@ -41,7 +40,7 @@ from dynamo_jax.models.specs import TINY, Rope, RopeScaling, check_number
 
 LINEAGES = (
     *(mixtral, olmoe, qwen, deepseek, gpt_oss, granite, phimoe, glm, hunyuan, minimax, qwen_delta),
-    *(ernie, mellum, exaone, mimo, laguna, afmoe, gemma, lfm2, step, kimi_linear, bailing, ling),
+    *(ernie, mellum, exaone, mimo, laguna, afmoe, gemma, lfm2, step, kimi_linear, ling),
 )
 FAMILIES: dict[str, Family] = {name: family for lineage in LINEAGES for name, family in lineage.FAMILIES.items()}
 TEXT_PARTS = ("text_config", "llm_config", "language_config")
