@@ -158,7 +158,7 @@ def test_the_objective_decides_which_datasets_a_plan_serves(bundled):
         assert losses("sum", analyses, {"b": 0.0}, share).tolist() == without.tolist()
 
 
-@pytest.mark.parametrize("objective", ["sum", "worst"])
+@pytest.mark.parametrize("objective", ["sum", pytest.param("worst", marks=pytest.mark.slow)])
 def test_the_more_text_is_expected_that_nobody_has_seen_the_less_it_loses(bundled, objective):
     """Two datasets that use few experts each; a row costs what its expert's do, whoever sends it."""
     config = bundled[0].config

@@ -96,7 +96,12 @@ def both(cases: list[Case], good: Path, work: Path, kind: str, share: int) -> No
         jax.clear_caches()  # what memory is taken is that of a few passes
 
 
-@pytest.mark.parametrize("name", GOOD)
+OFTEN = ("mixtral", "deepseek_v3")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.slow]) for name in GOOD]
+)
 def test_any_field_of_a_config(good, name, tmp_path):
     both(list(config_cases(good(name), name)), good(name), tmp_path, f"config {name}", SHARE)
 

@@ -91,7 +91,9 @@ def test_tiles_hold_the_planes_bits_where_the_page_says():
         assert bits(tiles[8].codes[0, projection, group], row // 8, 4 * i, 4) ^ 8 == q[8][projection][at]
 
 
-@pytest.mark.parametrize(("form", "apart"), [("bf16", True), ("int8", False), ("fp8", True)])
+@pytest.mark.parametrize(
+    ("form", "apart"), [("bf16", True), ("int8", False), pytest.param("fp8", True, marks=pytest.mark.slow)]
+)
 def test_all_widths_variants_and_biases_at_once(form, apart):
     """With the interpreter's look for races between copies and their readers."""
     case = Case.of("tiles", 0, 3, 256, 384, apart, [widths_of(v, 3, 256, apart) for v in range(2)])
@@ -149,9 +151,9 @@ def test_any_widths_groups_and_tiling(sizes, all_blocks, widths, form, blocks, t
     ("form", "apart", "channels", "blocks", "tile_rows", "variants", "shuffled"),
     [
         ("int8", False, 640, 2, None, 2, True),
-        ("fp8", False, 640, 2, None, 1, False),
+        pytest.param("fp8", False, 640, 2, None, 1, False, marks=pytest.mark.slow),
         pytest.param("bf16", True, 384, 2, None, 1, True, marks=pytest.mark.slow),
-        ("fp8", False, 384, 9, 8, 1, True),
+        pytest.param("fp8", False, 384, 9, 8, 1, True, marks=pytest.mark.slow),
         ("bf16", True, 384, 2, 64, 2, True),
         pytest.param("bf16", True, 640, 2, 64, 1, False, marks=pytest.mark.slow),
     ],
@@ -423,7 +425,12 @@ EVERY_CASE = [
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("chip", "tokens", "names"), [("tpu7x", 8, ("olmoe-1b-7b",)), ("v5e", 8, ("gpt-oss-20b",)), *EVERY_CASE]
+    ("chip", "tokens", "names"),
+    [
+        ("tpu7x", 8, ("olmoe-1b-7b",)),
+        pytest.param("v5e", 8, ("gpt-oss-20b",), marks=pytest.mark.slow),
+        *EVERY_CASE,
+    ],
 )
 def test_every_shape_compiles_for_every_chip(chip, tokens, names):
     """One block a step, so that it does not take minutes; memory that does not fit is an error of the compiler. No

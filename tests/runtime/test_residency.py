@@ -57,7 +57,7 @@ def check_budget(here, slots):
         assert len(set(taken.tolist())) == len(taken) and (taken < slots[level]).all()
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
 @settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_any_row_of_switches_stays_in_the_budget_and_reads_what_its_plans_say(apart, data):
