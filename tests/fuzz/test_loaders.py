@@ -106,7 +106,7 @@ def test_any_field_of_a_config(good, name, tmp_path):
     both(list(config_cases(good(name), name)), good(name), tmp_path, f"config {name}", SHARE)
 
 
-@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("name", ROPE_KINDS)
 def test_any_rotary_scaling(good, name, tmp_path):
     both(list(rope_cases(name, ROPE_KINDS[name])), good(name), tmp_path, f"rope {name}", SHARE)
 

@@ -94,8 +94,6 @@ def test_tiles_hold_the_planes_bits_where_the_page_says():
 @pytest.mark.parametrize(
     ("form", "apart"), [("bf16", True), ("int8", False), pytest.param("fp8", True, marks=pytest.mark.slow)]
 )
-    ("form", "apart"), [("bf16", True), ("int8", False), pytest.param("fp8", True, marks=pytest.mark.slow)]
-)
 def test_all_widths_variants_and_biases_at_once(form, apart):
     """With the interpreter's look for races between copies and their readers."""
     case = Case.of("tiles", 0, 3, 256, 384, apart, [widths_of(v, 3, 256, apart) for v in range(2)])
