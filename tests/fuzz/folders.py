@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fuzz.configs import ROPES
 
-TYPES = ["sliding_attention", "full_attention"]
+TYPES, LINEAR = ["sliding_attention", "full_attention"], ["linear_attention", "full_attention"]
 # name -> (family, what differs from the smallest model of its family)
 GOOD = {
     "mixtral": ("mixtral", {"num_local_experts": 4}),
@@ -20,8 +20,8 @@ GOOD = {
                | {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **ROPES["longrope"]}}),
     "laguna": ("laguna", {"num_attention_heads_per_layer": [4, 2], "layer_types": TYPES, "num_experts": 4}),
     "gemma4_text": ("gemma4_text", {"layer_types": TYPES, "num_experts": 4}),
-    "qwen3_next": ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4}),
-    "kimi_linear": ("kimi_linear", {"layer_types": ["linear_attention", "full_attention"], "n_group": 2, "topk_group": 1}),
+    "qwen3_next": ("qwen3_next", {"layer_types": LINEAR, "num_experts": 4}),
+    "kimi_linear": ("kimi_linear", {"layer_types": LINEAR, "n_group": 2, "topk_group": 1}),
     "lfm2_moe": ("lfm2_moe", {"layer_types": ["conv", "full_attention"], "num_experts": 4}),
 }  # fmt: skip
 ROPE_KINDS = {
