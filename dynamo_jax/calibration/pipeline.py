@@ -219,7 +219,7 @@ def quantize_folder(
         try:
             chosen, knowledge, _ = _plan_and_knowledge(source, windows, known, config, work, progress)
             sizes = config.window, config.spare, config.max_width, source.expert_bytes(), source.other_bytes()
-            facts = checkpoint.Facts(*sizes, tuple(source.unread), job, source.expert_format())
+            facts = checkpoint.Facts(*sizes, tuple(source.unread), job, source.expert_format(), source.fused())
             checkpoint.publish(making, work, source.config, chosen, facts, knowledge, files)
         except (KeyboardInterrupt, OSError) as error:
             if work.names():

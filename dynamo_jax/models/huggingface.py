@@ -183,6 +183,12 @@ class Source:
         names = expert_names(self.config, layer), fused_names(self.config, layer)
         return as_found(self.config, *names, self.files.headers)
 
+    def fused(self) -> tuple[bool, ...]:
+        """Where experts are in two tensors a layer though their family has them apart, whether each is turned."""
+        first = self.config.moe_layers[0]
+        found = self.expert_tensors(first)
+        return () if found == expert_names(self.config, first) else found.turned
+
     def expert(self, layer: int, expert: int) -> Triple:
         """Gate, up and down of one expert, each (F, D), in float32 where experts' dtypes differ. ``layer`` counts all
         layers."""

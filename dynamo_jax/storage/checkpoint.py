@@ -94,7 +94,8 @@ class Facts(NamedTuple):
     """Of a quantized model. window: tokens of a calibration window; spare: slots beside the baseline's, as a share of
     its pages; max_width: of the planes; expert_bytes, other_bytes: of what was quantized and of all else that was read,
     0 where that is not known; not_read: tensors of the model that the decoder has no use for; job: what made it, None
-    where that cannot be made again; expert_format: what the experts were stored in, where that is known."""
+    where that cannot be made again; expert_format: what the experts were stored in, where that is known; fused: where
+    they were in two tensors a layer though their family has them apart, whether each was turned."""
 
     window: int
     spare: float
@@ -104,6 +105,7 @@ class Facts(NamedTuple):
     not_read: tuple[str, ...] = ()
     job: dict[str, Any] | None = None
     expert_format: str = ""
+    fused: tuple[bool, ...] = ()
 
 
 def publish(
@@ -159,6 +161,7 @@ class Meta:
     not_read: tuple[str, ...]
     job: dict[str, Any] | None
     expert_format: str = ""
+    fused: tuple[bool, ...] = ()
     channel_block: int
     group_size: int
     per_projection: bool
@@ -176,6 +179,8 @@ class Meta:
             raise ValueError(f"max_width {self.max_width} is none of {WIDTHS}")
         if not (math.isfinite(self.spare) and self.spare >= 0):
             raise ValueError(f"spare {self.spare} is no share")
+        if len(self.fused) not in (0, 2):
+            raise ValueError(f"fused {self.fused} is not of two tensors")
         if not self.names or not all(isinstance(name, str) for name in self.names):
             raise ValueError(f"names {self.names} are not those of datasets")
         for key, found in (("calibrated", self.calibrated), ("odd", self.odd)):

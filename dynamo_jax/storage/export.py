@@ -181,7 +181,7 @@ def _layer_tensors(description: checkpoint.Description, origin: Source | None, l
     widths = plan.page_widths()[config.moe_layers.index(layer)].reshape(config.num_experts, -1, plan.blocks)
     planes = layer_planes(bundle)
     experts = [dequantized_expert(_expert(planes, e), widths[e], plan) for e in range(config.num_experts)]
-    return tensors | expert_tensors(expert_names(config, layer), experts, own)
+    return tensors | expert_tensors(expert_names(config, layer, meta.fused), experts, own)
 
 
 def _expert(planes: Planes, expert: int) -> Planes:

@@ -19,11 +19,13 @@ WAYS = [
     ExpertTensors("split", ("e.{e}.gate", "e.{e}.up", "e.{e}.down")),
     ExpertTensors("stacked", ("gate", "up", "down")),
     ExpertTensors("concatenated", ("gate_up", "down")),
+    ExpertTensors("concatenated", ("gate_up", "down"), (True, True)),
+    ExpertTensors("concatenated", ("gate_up", "down"), (False, True)),
     ExpertTensors("interleaved", ("gate_up", "down")),
 ]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.kind)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way.kind}, {way.turned}")
 def test_experts_are_read_as_they_were_written(way, tmp_path):
     rng = np.random.default_rng(0)
     experts = [tuple(rng.normal(size=(4, 6)).astype(np.float32) for _ in range(3)) for _ in range(3)]

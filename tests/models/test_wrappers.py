@@ -240,6 +240,20 @@ def test_keys_that_would_change_what_is_computed_are_refused(changes, message):
         config_from(FLAT | changes)
 
 
+@pytest.mark.parametrize("kind", [pytest.param("qwen3_vl_moe", marks=pytest.mark.slow), "mistral3"])
+def test_experts_that_were_in_two_tensors_a_layer_are_so_in_an_export(tokenizer_file, kind, tmp_path):
+    """Which transformers looks for alone; they are turned in Qwen3-VL's files."""
+    model = made(kind, tmp_path / "hub")
+    assert any(name.endswith("experts.gate_up_proj") for name in tensors_of(tmp_path / "hub"))
+    (tmp_path / "hub" / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    text = " ".join(f"w{i}" for i in np.random.default_rng(0).integers(3, 61, 200))
+    settings = QuantizeConfig(bits=5.8, group_size=8, channel_block=8, window=24, calibration_windows=2, batch_size=2)
+    quantize_folder(tmp_path / "hub", tmp_path / "quantized", {"words": text}, settings)
+    export(tmp_path / "quantized", tmp_path / "out")
+    want = logits_of(type(model).from_pretrained(tmp_path / "out", dtype=torch.float32).eval())
+    np.testing.assert_allclose(logits(tmp_path / "out"), want, atol=1e-4 * np.abs(want).max(), rtol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("published", [True, False])
 def test_an_export_has_our_logits_in_transformers_with_and_without_the_rest(tokenizer_file, published, tmp_path):

@@ -194,9 +194,12 @@ def _filed(ours: str, theirs: str) -> tuple[str, Filed]:
     return theirs, Filed.TURNED if ours in _TURNED else Filed.PLAIN
 
 
-def expert_names(config: ModelConfig, layer: int) -> ExpertTensors:
-    """Where the file holds the routed experts of one layer. ``layer`` counts all layers."""
+def expert_names(config: ModelConfig, layer: int, fused: tuple[bool, ...] = ()) -> ExpertTensors:
+    """Where the file holds the routed experts of one layer. ``layer`` counts all layers; fused: as ``Source.fused``
+    says of a file."""
     family = _family(config)
+    if fused:
+        return ExpertTensors("concatenated", fused_names(config, layer), (fused[0], fused[1]))
     prefix = _module(config, layer)
     if family.experts == "concatenated":
         return ExpertTensors("concatenated", (f"{prefix}input_linear.weight", f"{prefix}output_linear.weight"))

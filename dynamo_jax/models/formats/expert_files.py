@@ -107,7 +107,7 @@ def read_biases(tensors: StoredTensors, of: ExpertTensors) -> dict[str, np.ndarr
 
 
 def expert_tensors(of: ExpertTensors, experts: list[Triple], biases: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The file's tensors from one layer's experts, none turned: what ``read_expert`` and ``read_biases`` undo."""
+    """The file's tensors from one layer's experts: what ``read_expert`` and ``read_biases`` undo."""
     if of.kind == "split":
         parts = [part for e, triple in enumerate(experts) for part in zip(of.each(e), _rows_are_outputs(triple))]
         return {name: np.ascontiguousarray(w) for name, w in parts}
@@ -116,7 +116,8 @@ def expert_tensors(of: ExpertTensors, experts: list[Triple], biases: Mapping[str
         return dict(zip(of.names, (gate, up, np.ascontiguousarray(out.swapaxes(1, 2)))))
     gate_up, down = of.names
     if of.kind == "concatenated":
-        return {gate_up: np.concatenate([gate, up], axis=1), down: np.ascontiguousarray(out.swapaxes(1, 2))}
+        pairs = zip(of.names, (np.concatenate([gate, up], axis=1), out.swapaxes(1, 2)), of.turned)
+        return {name: np.ascontiguousarray(w.swapaxes(1, 2) if turned else w) for name, w, turned in pairs}
     both = _interleave(gate, up)
     return {
         gate_up: np.ascontiguousarray(both.swapaxes(1, 2)),
