@@ -124,12 +124,11 @@ def _next(
     spread = None if placement is None else placement.spread(len(tokens))
     hidden, routings, cache = model.cached_states(tokens, mask, cache, experts=run, dtype=dtype, spread=spread)
     logits = model.logits(hidden[:, -1:])[:, 0]
-    token, seen = choose(logits, sampling, cache.used), state and observe(state, routings, watched).watch
+    token = choose(logits, sampling, cache.used)
     if placement is not None:  # each step gives what the next one takes
-        rows = P(placement.rows(len(tokens)))
+        token = constrained(placement, token, P(placement.rows(len(tokens))))
         cache = constrained(placement, cache, cache_specs(placement, cache, is_stacked(parameters)))
-        token, seen = constrained(placement, (token, seen), jax.tree.map(lambda _: rows, (token, seen)))
-    return token, cache, seen
+    return token, cache, state and observe(state, routings, watched).watch
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="cache")

@@ -138,11 +138,9 @@ def _slots(kind: Arrangement, placement: Placement | None, count: int, *sizes: A
     if placement is None:
         return kind.empty(count, *sizes)
     whole = jax.eval_shape(lambda: kind.empty(count * placement.shards, *sizes))
-    made = jax.jit(
-        lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), whole),
-        out_shardings=jax.tree.map(lambda _: placement.sharding(P(placement.both)), whole),
-    )
-    return made()
+    over = placement.sharding(P(placement.both) if count else P())  # XLA has no parts of an empty array
+    make = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), whole), out_shardings=over)
+    return make()
 
 
 def residency(

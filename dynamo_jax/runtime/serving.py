@@ -34,7 +34,7 @@ from dynamo_jax.models.routing import Routing
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime import memory
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows
-from dynamo_jax.runtime.mesh import Placement, fetch, put, put_by
+from dynamo_jax.runtime.mesh import Placement, constrained, fetch, put, put_by
 from dynamo_jax.runtime.monitor import HOP, Watch, start, watch
 from dynamo_jax.runtime.quantized import QuantizedExperts, QuantizedModel
 from dynamo_jax.runtime.residency import (
@@ -184,7 +184,11 @@ def observe(state: State, routings: list[Routing], mask: Bool[Array, "B T"] | No
     counts = piece_counts(routings, requests, num_experts, size, mask)
     real = jnp.ones((requests, tokens)) if mask is None else mask.astype(jnp.float32)
     seen = jnp.pad(real, ((0, 0), (0, -tokens % size))).reshape(requests, -1, size).sum(axis=2)
-    return state._replace(watch=watch(state.signatures, state.watch, counts, seen))
+    after = watch(state.signatures, state.watch, counts, seen)
+    if (placement := state.placement) is not None:  # where they lay before, so that a step gives what it takes
+        rows = P(placement.rows(requests))
+        after = constrained(placement, after, jax.tree.map(lambda _: rows, after))
+    return state._replace(watch=after)
 
 
 def switch(state: State, number: Int[ArrayLike, "*B"]) -> State:
