@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from dynamo_jax.kernels.layout import Resident
@@ -48,21 +48,22 @@ DATA, MODEL = "data", "model"
 class Placement:
     """experts, blocks: the axes of ``mesh`` that split the experts, and each expert's channel blocks."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     experts: tuple[str, ...]
     blocks: tuple[str, ...]
 
     @staticmethod
-    def of(mesh: Mesh, num_experts: int, num_blocks: int) -> Placement | None:
+    def of(mesh: Mesh | AbstractMesh, num_experts: int, num_blocks: int) -> Placement | None:
         """What a mesh with the axes ``data`` and ``model`` makes of so many experts of so many channel blocks; None for
         one device. ValueError: other axes, or no way to split them evenly. Axes of any type serve: the program is
-        divided as the specifications here say."""
+        divided as the specifications here say. A mesh without devices serves for shapes."""
         if set(mesh.axis_names) != {DATA, MODEL}:
             raise ValueError(f"the mesh has the axes {', '.join(mesh.axis_names)}: expected {DATA} and {MODEL}")
         if mesh.size == 1:
             return None
         names = mesh.axis_names
-        mesh = Mesh(mesh.devices, names, axis_types=(AxisType.Auto,) * len(names))
+        if isinstance(mesh, Mesh):
+            mesh = Mesh(mesh.devices, names, axis_types=(AxisType.Auto,) * len(names))
         for count in range(len(names), -1, -1):
             for experts in itertools.combinations((DATA, MODEL), count):
                 blocks = tuple(name for name in (DATA, MODEL) if name not in experts)
