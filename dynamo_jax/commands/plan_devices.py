@@ -44,7 +44,7 @@ def plan_devices(
         plan = devices.plan_of_bits(config.expert_sizes, bits)
     shapes = huggingface.parameter_shapes(config)
     found = devices.least_devices(config, shapes, plan, gib, batch, length, room=room)
-    print_facts(_facts(found, chip, gib, room))
+    print_facts(_facts(found, gib, room))
     if json:
         share = found.share._asdict() | {"total": found.share.total}
         settings = {"chip": chip, "gib": gib, "batch": batch, "length": length, "room": room}
@@ -66,19 +66,22 @@ def _memory(chip: str) -> float:
     return gib
 
 
-def _facts(found: DevicePlan, chip: str, gib: float, room: float) -> dict[str, str]:
-    from dynamo_jax.runtime.devices import GIB
+def _facts(found: DevicePlan, gib: float, room: float) -> dict[str, str]:
+    from dynamo_jax.runtime.devices import GIB, size_words
 
     share, count = found.share, found.data * found.model
-    split = f"{found.experts} ways" + (
-        f", and the channel blocks of each {found.blocks} ways" if found.blocks > 1 else ""
-    )
+    split = f"{found.experts} ways"
+    if found.blocks > 1:
+        split += f", and the channel blocks of each {found.blocks} ways"
+    named = {
+        "planes and page tables": share.planes,
+        "spare slots, and pages on their way": share.spare,
+        "the rest of the model, bfloat16": share.rest,
+        "cache": share.cache,
+    }
     return {
-        "devices": f"{count} of {chip} ({gib:g} GiB): a mesh of data {found.data} x model {found.model}",
+        "devices": f"{count} of {size_words(gib * GIB)}: a mesh of data {found.data} x model {found.model}",
         "experts": f"split {split}",
-        "planes and page tables": f"{share.planes / GIB:.2f} GiB a device",
-        "spare slots, and pages on their way": f"{share.spare / GIB:.2f} GiB",
-        "the rest of the model, bfloat16": f"{share.rest / GIB:.2f} GiB",
-        "cache": f"{share.cache / GIB:.2f} GiB",
-        "together": f"{share.total / GIB:.2f} GiB of {gib * (1 - room):.1f}; {room:.0%} are left for a step",
+        **{name: f"{size_words(size)} a device" for name, size in named.items()},
+        "together": f"{size_words(share.total)}; {room:.0%} of the memory are left for a step",
     }

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -40,7 +40,7 @@ class KeyValues(NamedTuple):
 class Spread:
     """How attention is spread over a mesh of devices: the axis that splits sequences, and the one that splits heads."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     sequences: str | None
     heads: str | None
 

@@ -2,8 +2,8 @@
 
 Planes of experts are counted as they lie there: base planes, slots for the baseline's pages and spare ones, pages on
 their way, page tables. The rest is attention, embeddings, routers, shared and dense parts, in bfloat16, and a cache for
-so many requests of so many tokens. Both are split as ``mesh.py`` splits them. What a step computes with comes beside it:
-a share of the device's memory is left for that.
+so many requests of so many tokens. Both are split as ``mesh.py`` splits them. What a step computes with comes beside
+it: a share of the device's memory is left for that.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ MEMORY = {  # GiB of what JAX calls a device: a chip, or a core of TPU7x, which 
 }
 ROOM = 0.15  # of a device's memory: what a step computes with, and what the compiler keeps
 MOST = 4096  # devices
+
+
+def size_words(count: float) -> str:
+    """Bytes, for a reader."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.2f} MiB"
 
 
 class Share(NamedTuple):
@@ -75,9 +80,8 @@ def least_devices(
     in question. gib: a device's memory. ValueError: a batch or length that cannot be, or no mesh that does.
     """
     if batch < 1 or not 1 <= length <= config.max_position_embeddings:
-        raise ValueError(
-            f"batch {batch}, length {length}: expected one or more, and at most {config.max_position_embeddings:,} tokens"
-        )
+        most = config.max_position_embeddings
+        raise ValueError(f"batch {batch}, length {length}: expected one or more, and at most {most:,} tokens")
     limit = gib * GIB * (1 - room)
     nearest: DevicePlan | None = None
     for count in (1 << power for power in range(MOST.bit_length())):
@@ -94,7 +98,7 @@ def least_devices(
         nearest = best if nearest is None or best.share.total < nearest.share.total else nearest
         if best.share.total <= limit:
             return best
-    least = "no mesh splits it" if nearest is None else f"{nearest.share.total / GIB:.1f} GiB on one of most"
+    least = "no mesh splits it" if nearest is None else f"{size_words(nearest.share.total)} on one device"
     raise ValueError(f"no mesh of up to {MOST:,} devices of {gib:g} GiB holds the model: {least}")
 
 
