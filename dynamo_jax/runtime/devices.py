@@ -145,6 +145,7 @@ def _bytes_of(mesh: AbstractMesh, arrays: Any, specs: Any) -> int:
     return total
 
 
+HALVINGS = 12  # of the share of experts that have the larger width
 BLOCK = 128  # channels and weights of a group: what the kernels of TPUs and GPUs take
 
 
@@ -163,4 +164,8 @@ def plan_of_bits(sizes: ExpertSizes, bits: float, spare: float = memory.SPARE) -
     if not of_width[WIDTHS[0]] <= bits <= of_width[WIDTHS[-1]]:
         raise ValueError(f"{bits:g} bits: plans take {of_width[WIDTHS[0]]:.2f} to {of_width[WIDTHS[-1]]:.2f}")
     low, high = next(pair for pair in itertools.pairwise(WIDTHS) if bits <= of_width[pair[1]])
-    return mixed(low, high, (bits - of_width[low]) / (of_width[high] - of_width[low]))
+    share = [0.0, 1.0]
+    for _ in range(HALVINGS):
+        middle = sum(share) / 2
+        share[memory.device_bits(mixed(low, high, middle), spare) > bits] = middle
+    return mixed(low, high, share[0])
