@@ -19,10 +19,11 @@ Axes: L layers, E experts, UN pages of an expert and level, Q slots, n shards.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,8 @@ from dynamo_jax.models.stacked import loops
 
 P = PartitionSpec
 DATA, MODEL = "data", "model"
+WORDS = 400  # bytes of an error that other processes are told
+Result = TypeVar("Result")
 
 
 @jax.tree_util.register_static
@@ -141,6 +144,57 @@ class Placement:
         return np.ascontiguousarray(parts.swapaxes(2, 3)).reshape(table.shape)
 
 
+def spans_processes(placement: Placement | None) -> bool:
+    """Whether devices of other processes are among those of the mesh."""
+    return placement is not None and isinstance(placement.mesh, Mesh) and placement.mesh.is_multi_process
+
+
+def on_all(placement: Placement | None, run: Callable[[], Result]) -> Result:
+    """What ``run`` gives, if it gives something on every process of the mesh. ValueError on all of them where it fails
+    on one, which is named; its own error there. A process that is gone is an error too, within seconds."""
+    try:
+        out, error = run(), None
+    except (ValueError, OSError, RuntimeError) as raised:
+        if not spans_processes(placement):
+            raise
+        out, error = None, raised
+    if not spans_processes(placement):
+        return cast(Result, out)
+    said = np.zeros(WORDS, np.uint8)
+    if error is not None:
+        words = (str(error) or type(error).__name__).encode()[:WORDS]
+        said[: len(words)] = np.frombuffer(words, np.uint8)
+    each = np.asarray(multihost_utils.process_allgather(said)).reshape(-1, WORDS)
+    if error is not None:
+        raise error
+    for process, told in enumerate(each):
+        if told.any():
+            raise ValueError(f"process {process}: {bytes(told).rstrip(bytes(1)).decode(errors='replace')}")
+    return cast(Result, out)
+
+
+def all_agree(placement: Placement | None, flag: bool) -> bool:
+    """Whether every process of the mesh says yes."""
+    if not spans_processes(placement):
+        return flag
+    return bool(np.asarray(multihost_utils.process_allgather(np.asarray(flag))).all())
+
+
+def of_first(placement: Placement | None, array: np.ndarray) -> np.ndarray:
+    """The array of process 0, for all."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(array)) if spans_processes(placement) else array
+
+
+def check_same(placement: Placement | None, what: str, *arrays: np.ndarray) -> None:
+    """RuntimeError unless every process of the mesh has the same: numbers that differ would be wrong without a word."""
+    if not spans_processes(placement):
+        return
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).digest()
+    each = np.asarray(multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))).reshape(-1, len(digest))
+    if (differ := (each != each[0]).any(axis=1)).any():
+        raise RuntimeError(f"{what} of process {int(differ.argmax())} are not those of process 0")
+
+
 def in_order(placement: Placement | None, array: Any, units: int) -> Any:
     """(E, UN, ..) with the blocks of one shard after those of another, in the order of the blocks."""
     if placement is None or placement.block_shards == 1:
@@ -161,7 +215,13 @@ def put(placement: Placement | None, array: Any, *spec: Any) -> Array:
 def put_by(placement: Placement, array: Any, spec: PartitionSpec) -> Array:
     sharding = placement.sharding(spec)
     if isinstance(array, jax.Array):
-        return jax.device_put(array, sharding)
+        if sharding.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            bits = put_by(placement, jax.random.key_data(array), spec)
+            return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(array))
+        if not array.is_fully_addressable:
+            return jax.jit(lambda a: a, out_shardings=sharding)(array)
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

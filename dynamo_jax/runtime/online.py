@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dynamo_jax.runtime.adapt import Observation, check_limit, observe_windows, saved_by
-from dynamo_jax.runtime.mesh import fetch
+from dynamo_jax.runtime.mesh import all_agree, fetch
 from dynamo_jax.runtime.monitor import HOP, UNKNOWN
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import (
@@ -109,7 +109,7 @@ class Follower:
         meant = self._meant(novel)
         self._look(state, meant)
         state = self._adapt(state, meant) if self._move is None else state
-        if self._move is not None and self._move.move.staged.ready():
+        if self._move is not None and all_agree(state.placement, self._move.move.staged.ready()):
             state = self._take(state, meant)
         if self._lends and lent(self.host) and not (meant & self._standing.serves).all():
             state = self._whole(state, meant)

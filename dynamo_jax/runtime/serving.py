@@ -34,7 +34,7 @@ from dynamo_jax.models.routing import Routing
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime import memory
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows
-from dynamo_jax.runtime.mesh import Placement, constrained, fetch, put, put_by
+from dynamo_jax.runtime.mesh import Placement, check_same, constrained, fetch, of_first, on_all, put, put_by
 from dynamo_jax.runtime.monitor import HOP, Watch, start, watch
 from dynamo_jax.runtime.quantized import QuantizedExperts, QuantizedModel
 from dynamo_jax.runtime.residency import (
@@ -262,7 +262,8 @@ def begin(host: Host, state: State, plan: Plan, variant: int = 1, lend: bool = F
         )
     keep = [] if lend else [p for index, p in enumerate(host.plans) if index != variant]
     here = Residency(state.resident, host.slots, state.placement)
-    return Move(plan, variant, stage(host.pages, here, plan, keep), host.slots)
+    staged = on_all(state.placement, lambda: stage(host.pages, here, plan, keep))
+    return Move(plan, variant, staged, host.slots)
 
 
 def finish(host: Host, state: State, move: Move) -> tuple[Host, State]:
@@ -279,6 +280,7 @@ def finish(host: Host, state: State, move: Move) -> tuple[Host, State]:
         else table
         for index, (plan, table) in enumerate(zip(plans, state.tables))
     )
+    check_same(state.placement, "pages and plan", *here.slots.values(), move.plan.widths)
     host = dataclasses.replace(host, plans=plans, slots=here.slots)
     return host, state._replace(resident=here.resident, tables=tables)
 
@@ -338,7 +340,8 @@ def adapted(
     batch = state.number.shape[0] if batch is None else batch
     if model.knowledge is None:
         raise ValueError("these experts were quantized without an analysis: what a text loses is not known")
-    return adapted_plan(model.plan, model.knowledge, seen, free, batch, reads, slots, state.placement)
+    plan = adapted_plan(model.plan, model.knowledge, seen, free, batch, reads, slots, state.placement)
+    return dataclasses.replace(plan, widths=of_first(state.placement, plan.widths))
 
 
 def adapt(
