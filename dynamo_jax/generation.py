@@ -102,7 +102,7 @@ def load_text_model(
     """
     folder = Path(folder)
     if checkpoint.is_checkpoint(folder):
-        return text_model(checkpoint.load(folder), dtype, adapt, batch, reads, mesh)
+        return text_model(checkpoint.load(folder, mesh), dtype, adapt, batch, reads, mesh)
     if adapt:
         raise ValueError(f"{folder}: is not quantized; --adapt switches the precision of a folder that quantize wrote")
     decoder = load_decoder(folder)

@@ -149,6 +149,20 @@ def spans_processes(placement: Placement | None) -> bool:
     return placement is not None and isinstance(placement.mesh, Mesh) and placement.mesh.is_multi_process
 
 
+def own_experts(placement: Placement | None, experts: int) -> slice:
+    """Of so many, those that this process's devices have, and more where these do not lie side by side; all on one
+    process."""
+    if placement is None or not spans_processes(placement):
+        return slice(None)
+    mesh = cast(Mesh, placement.mesh)
+    mine = np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
+    at = np.argwhere(mine)[:, [mesh.axis_names.index(name) for name in placement.experts]]
+    sizes = [mesh.shape[name] for name in placement.experts]
+    shards = np.ravel_multi_index(tuple(at.T), sizes) if sizes else np.zeros(1, int)
+    each = experts // placement.expert_shards
+    return slice(int(shards.min()) * each, (int(shards.max()) + 1) * each)
+
+
 def on_all(placement: Placement | None, run: Callable[[], Result]) -> Result:
     """What ``run`` gives, if it gives something on every process of the mesh. ValueError on all of them where it fails
     on one, which is named; its own error there. A process that is gone is an error too, within seconds."""

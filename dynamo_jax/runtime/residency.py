@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from dynamo_jax.kernels.arrangements import ARRANGEMENTS, AnyResident, Arrangement
-from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, BasePlanes, Pages, PageTable
+from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, BasePlanes, Pages, PageTable, Resident
 from dynamo_jax.kernels.tiles import TiledPages
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime.mesh import Placement, put, put_by
@@ -125,13 +125,40 @@ def empty(host: HostPages, slots: dict[int, int], placement: Placement | None = 
             raise ValueError(f"{count} slots of {level} bits: expected none or more")
         pages[level] = _slots(kind, placement, count, host.together, level, hidden, host.channel_block, groups)
     arrays: Any = (planes.codes[2], planes.scales)
-    base = kind.base(BasePlanes(*arrays))
     if placement is None:
-        base = jax.tree.map(jnp.asarray, base)
+        base = jax.tree.map(jnp.asarray, kind.base(BasePlanes(*arrays)))
     else:
-        base = jax.tree.map(functools.partial(put_by, placement), base, placement.base_specs(base, kind.resident))
+        base = _base_over(placement, kind, BasePlanes(*arrays), host.channel_block)
     nowhere = {level: np.full(sums.shape, -1, np.int32) for level, sums in host.checksums.items()}
     return Residency(kind.resident(base, pages), nowhere, placement)
+
+
+def _base_over(placement: Placement, kind: Arrangement, planes: BasePlanes, channel_block: int) -> Any:
+    """Base planes on several devices, each device's part arranged by itself: what other processes have is not read."""
+    layers, experts, _, channels, _ = planes.codes.shape
+    by_channel = kind.resident is Resident
+    step = 1 if by_channel else channel_block
+
+    @functools.cache
+    def arranged(first: int, last: int, begin: int, end: int) -> Any:
+        return kind.base(BasePlanes(*(a[:, first:last, :, begin:end] for a in planes)))
+
+    one = arranged(0, 1, 0, channel_block)
+    leaves, tree = jax.tree.flatten(one)
+    axis = 3 if by_channel else 2
+    specs = jax.tree.leaves(placement.base_specs(one, kind.resident), is_leaf=lambda s: isinstance(s, P))
+    out = []
+    for number, (leaf, spec) in enumerate(zip(leaves, specs)):
+        shape = list(leaf.shape)
+        shape[0], shape[1], shape[axis] = layers, experts, channels // step
+
+        def part(index: Any, number: int = number) -> Any:
+            first, last, _ = index[1].indices(experts)
+            begin, end, _ = index[axis].indices(channels // step)
+            return jax.tree.leaves(arranged(first, last, begin * step, end * step))[number]
+
+        out.append(jax.make_array_from_callback(tuple(shape), placement.sharding(spec), part))
+    return jax.tree.unflatten(tree, out)
 
 
 def _slots(kind: Arrangement, placement: Placement | None, count: int, *sizes: Any) -> Any:
@@ -198,16 +225,20 @@ def _chunks(host: HostPages, now: Residency, level: int, where: np.ndarray, slot
         return out
     capacity, shards = now.capacity(level), shards_of(now.placement)
     size = chunk_pages(capacity)
-    own: Any = host.arrays(level, where)
+    here = host.has(where)
+    own: Any = host.arrays(level, where[here])
+    if not here.all():  # pages of other processes' devices: nothing that is sent from here
+        own = jax.tree.map(lambda a: np.concatenate([a, np.zeros((1, *a.shape[1:]), a.dtype)]), own)
+    index = np.where(here, np.cumsum(here) - 1, here.sum())
     first = np.searchsorted(slots // capacity, np.arange(shards + 1))
     turns = -(-int(np.diff(first).max()) // size)
     for turn in range(turns):
         begin = np.minimum(first[:-1] + turn * size, first[1:])
         at = np.minimum(begin[:, None] + np.arange(size), first[1:, None])  # (shards, size), the end where none is left
-        here = at < first[1:, None]
-        at = np.where(here, at, 0).reshape(-1)
-        put = np.where(here.reshape(-1), slots[at] % capacity, capacity).astype(np.int32)
-        out.append(Chunk(put, *(None if a is None else a[at] for a in own)))
+        real = at < first[1:, None]
+        at = np.where(real, at, 0).reshape(-1)
+        to = np.where(real.reshape(-1), slots[at] % capacity, capacity).astype(np.int32)
+        out.append(Chunk(to, *(None if a is None else a[index[at]] for a in own)))
     return [_sent(now.placement, out[0]), *out[1:]]
 
 

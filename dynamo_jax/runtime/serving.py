@@ -34,7 +34,17 @@ from dynamo_jax.models.routing import Routing
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime import memory
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows
-from dynamo_jax.runtime.mesh import Placement, check_same, constrained, fetch, of_first, on_all, put, put_by
+from dynamo_jax.runtime.mesh import (
+    Placement,
+    check_same,
+    constrained,
+    fetch,
+    of_first,
+    on_all,
+    own_experts,
+    put,
+    put_by,
+)
 from dynamo_jax.runtime.monitor import HOP, Watch, start, watch
 from dynamo_jax.runtime.quantized import QuantizedExperts, QuantizedModel
 from dynamo_jax.runtime.residency import (
@@ -126,7 +136,8 @@ def init(
         slots = memory.slots(model.plan, model.spare, placement, others)
     if arrangement is None:
         arrangement = arrangement_for(model.store.scales.shape[3], model.plan.channel_block, model.plan.group_size)
-    pages = host_pages(model.store, model.plan, arrangement)
+    own = own_experts(placement, model.store.scales.shape[1])
+    pages = host_pages(model.store, model.plan, arrangement, own)
     plans = (model.plan, *others, *(model.plan,) * (variants - 1 - len(others)))
     here = residency(pages, list(plans[: 1 + len(others)]), slots, placement)
     tables = tuple(table_of(here, plan, levels_of(plan)) for plan in plans)

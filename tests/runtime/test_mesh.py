@@ -41,7 +41,8 @@ def started(tmp_path, tokenizer_file, ranks, **more):
 
 
 def test_two_processes_generate_and_adapt_as_one(tokenizer_file, tmp_path):
-    """The same texts, events and plans; a page that is damaged on one is an error on both, at once."""
+    """The same texts, events and plans, and each holds the planes of its own experts alone; a page that is damaged on
+    one is an error on both, at once."""
     for rank, process in started(tmp_path, tokenizer_file, (-1, 0, 1)).items():
         assert process.wait(600) == 0, (tmp_path / f"{rank}.log").read_text()[-5000:]
     one, first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (-1, 0, 1))
@@ -49,6 +50,7 @@ def test_two_processes_generate_and_adapt_as_one(tokenizer_file, tmp_path):
     for name in ("tokens", "events", "widths"):
         assert first[name] == second[name]
     assert first["tokens"] == one["tokens"]
+    assert first["experts"] == [True] * 8 + [False] * 8 and second["experts"] == [False] * 8 + [True] * 8
     assert [e[:4] for e in first["events"]] == [e[:4] for e in one["events"]]
     (told, _), (own, seconds) = first["damaged"], second["damaged"]
     assert "is damaged in host memory" in own and told == f"process 1: {own}" and seconds < 10

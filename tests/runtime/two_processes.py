@@ -30,6 +30,7 @@ from dynamo_jax.generation import quantized_language_model  # noqa: E402
 from dynamo_jax.runtime import serving  # noqa: E402
 from dynamo_jax.runtime.generate import GenerateConfig, stream  # noqa: E402
 from dynamo_jax.runtime.mesh import Placement  # noqa: E402
+from dynamo_jax.storage import checkpoint  # noqa: E402
 
 jax.config.update("jax_disable_most_optimizations", True)
 
@@ -53,7 +54,7 @@ def damaged(model, mesh):
     placement = Placement.of(mesh, model.config.num_experts, model.plan.blocks)
     host, state = serving.init(model, 2, placement=placement)
     plan = dataclasses.replace(model.plan, widths=model.plan.widths.copy())
-    layer, expert, block = np.argwhere(plan.widths == plan.widths.min())[-1]
+    layer, expert, block = np.argwhere(plan.widths == plan.widths.min())[-1]  # of the last experts, which process 1 has
     plan.widths[layer, expert, block] = model.plan.widths.max()
     if rank == 1:
         planes = jax.tree.map(np.array, host.pages.planes)
@@ -69,10 +70,13 @@ def damaged(model, mesh):
 
 
 with jax.default_device(jax.local_devices()[0]):
-    model = text_that_is_novel(shared.quantized(tokenizer, shared.config_of()))
+    made = shared.quantized(tokenizer, shared.config_of())
 mesh = None if alone else Mesh(np.array(jax.devices()).reshape(2, -1), ("data", "model"))
+checkpoint.save(out.with_suffix(""), made)
+model = text_that_is_novel(checkpoint.load(out.with_suffix(""), mesh))
 tokens, events, widths = generated(model, mesh)
-found = {"tokens": tokens, "events": events, "widths": widths}
+there = [bool(np.asarray(model.store.scales[:, e]).any()) for e in range(made.config.num_experts)]
+found = {"tokens": tokens, "events": events, "widths": widths, "experts": there}
 if not alone:
     found["damaged"] = damaged(model, mesh)
 out.write_text(json.dumps(found))
