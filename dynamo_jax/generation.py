@@ -81,7 +81,8 @@ def text_model(
 
     dtype: of all but the experts. adapt: watch the text, and switch precision where it is novel; without it the
     baseline runs. batch: requests that a step is taken to serve, by default as many as there are prompts; reads: how
-    many times the baseline's bytes a step may read once adapted. ValueError: batch below 1, reads not above 0.
+    many times the baseline's bytes a step may read once adapted. mesh: of several devices (docs/scale.md). ValueError:
+    batch below 1, reads not above 0.
     """
     language_model, follower = quantized_language_model(model, dtype, adapt, batch, reads, mesh)
     return TextModel(language_model, model.tokenizer, model.files, follower)
@@ -97,14 +98,16 @@ def load_text_model(
 ) -> TextModel:
     """A folder that ``quantize`` wrote, or a Hugging Face folder, ready for ``stream`` and ``generate``.
 
-    dtype, adapt, batch, reads: as ``text_model`` takes them. ValueError: a folder that is not whole, or adapt for a
-    model that is not quantized.
+    dtype, adapt, batch, reads, mesh: as ``text_model`` takes them. ValueError: a folder that is not whole, or adapt or
+    a mesh for a model that is not quantized.
     """
     folder = Path(folder)
     if checkpoint.is_checkpoint(folder):
         return text_model(checkpoint.load(folder, mesh), dtype, adapt, batch, reads, mesh)
     if adapt:
         raise ValueError(f"{folder}: is not quantized; --adapt switches the precision of a folder that quantize wrote")
+    if mesh is not None:
+        raise ValueError(f"{folder}: is not quantized; a mesh splits a folder that quantize wrote")
     decoder = load_decoder(folder)
     arrays = {name: a.astype(dtype) for name, a in parameters(decoder).items()}
     model = LanguageModel(config=decoder.config, parameters=arrays, dtype=dtype)

@@ -42,6 +42,7 @@ from dynamo_jax.models.stacked import loops
 
 P = PartitionSpec
 DATA, MODEL = "data", "model"
+HEARTBEAT_S = 30  # without a word from a process, after which it counts as gone
 WORDS = 400  # bytes of an error that other processes are told
 Result = TypeVar("Result")
 
@@ -142,6 +143,38 @@ class Placement:
         layers, experts, pages = table.shape
         parts = table.reshape(layers, experts, units, self.block_shards, pages // units // self.block_shards)
         return np.ascontiguousarray(parts.swapaxes(2, 3)).reshape(table.shape)
+
+
+def mesh_of(words: str) -> Mesh:
+    """The mesh of all devices, of all processes, that "2x4" means: data 2, model 4. ValueError: other words, or other
+    devices than that."""
+    parts = words.split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise ValueError(f"mesh {words!r}: expected DATAxMODEL, such as 2x4")
+    shape, devices = (int(parts[0]), int(parts[1])), jax.devices()
+    if math.prod(shape) != len(devices):
+        raise ValueError(f"mesh {words}: there are {len(devices)} devices")
+    return Mesh(np.array(devices).reshape(shape), (DATA, MODEL))
+
+
+def join_hosts(words: str) -> None:
+    """Make this process one of several: "auto", where JAX finds the others by itself (TPU pods, Slurm, Open MPI), or
+    "ADDRESS:PORT,COUNT,NUMBER". To be called before anything asks for a device. ValueError: other words."""
+    if words == "auto":
+        jax.distributed.initialize()
+        return
+    address, *numbers = words.split(",")
+    if ":" not in address or len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
+        raise ValueError(f"hosts {words!r}: expected auto, or ADDRESS:PORT,COUNT,NUMBER")
+    count, number = map(int, numbers)
+    if not number < count:
+        raise ValueError(f"hosts {words!r}: process {number} of {count}: they are counted from 0")
+    jax.distributed.initialize(address, count, number, heartbeat_timeout_seconds=HEARTBEAT_S)
+
+
+def first() -> bool:
+    """Whether this is the process that writes, of all or alone."""
+    return jax.process_index() == 0
 
 
 def spans_processes(placement: Placement | None) -> bool:

@@ -116,6 +116,27 @@ def test_experts_that_do_not_divide_are_split_by_their_blocks(qwen):
     assert placement is not None and (placement.expert_shards, placement.block_shards) == (16, 16)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mesh", "2"], "mesh '2': expected DATAxMODEL, such as 2x4"),
+        (["--mesh", "0x4"], "mesh '0x4': expected DATAxMODEL"),
+        (["--mesh", "64x4"], "mesh 64x4: there are"),
+        (["--hosts", "auto"], "--hosts needs --mesh"),
+        (["--mesh", "1x2", "--hosts", "here"], "hosts 'here': expected auto, or ADDRESS:PORT,COUNT,NUMBER"),
+        (["--mesh", "1x2", "--hosts", "here:1,2,2"], "process 2 of 2: they are counted from 0"),
+    ],
+)
+def test_options_that_cannot_be_are_named(options, message):
+    run = CliRunner().invoke(app, ["generate", "--prompt", "a", *options])
+    assert run.exit_code and message in f"{run.exception}{run.output}"
+
+
+def test_a_mesh_needs_a_quantized_model():
+    run = CliRunner().invoke(app, ["generate", "--prompt", "a", "--mesh", "1x1"])
+    assert run.exit_code and "is not quantized; a mesh splits a folder that quantize wrote" in f"{run.exception}"
+
+
 def test_the_command_says_it(tmp_path):
     run = CliRunner().invoke(app, ["plan-devices", "--model", "tiny-moe", "--length", "256", "--chip", "0.01",
                                    "--json", str(tmp_path / "out.json")])  # fmt: skip
