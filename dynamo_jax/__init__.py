@@ -15,6 +15,7 @@ name is first asked for, so that ``import dynamo_jax`` is quick and touches no d
     divergence, Divergence                      .. and how far predictions are from the original's
     init, experts, observe, switch, follow, is_novel, adapt, begin, finish, whole, State, Host, Move, Follower
                                                 the run time, for a jitted step of your own (docs/serving.md)
+    Placement                                   of it on several devices (docs/scale.md)
     Experts, ExpertsRule, with_experts          experts of a Flax NNX model of your own; the method for it is in the
                                                 module dynamo_jax.transform (docs/transform.md)
 """
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from dynamo_jax.models.tokenizer import load_tokenizer
     from dynamo_jax.precision.plan import Plan
     from dynamo_jax.runtime.generate import GenerateConfig
+    from dynamo_jax.runtime.mesh import Placement
     from dynamo_jax.runtime.online import Follower
     from dynamo_jax.runtime.quantized import QuantizedModel
     from dynamo_jax.runtime.serving import (
@@ -76,6 +78,7 @@ __all__ = [
     "Host",
     "ModelConfig",
     "Move",
+    "Placement",
     "Plan",
     "QuantizeConfig",
     "QuantizedModel",
@@ -129,6 +132,7 @@ _MODULES = {
     "models.tokenizer": ("load_tokenizer",),
     "precision.plan": ("Plan",),
     "runtime.generate": ("GenerateConfig",),
+    "runtime.mesh": ("Placement",),
     "runtime.online": ("Follower",),
     "runtime.quantized": ("QuantizedModel",),
     "runtime.serving": (

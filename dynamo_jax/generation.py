@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import tokenizers
+from jax.sharding import Mesh
 
 from dynamo_jax.kernels.layout import Resident
 from dynamo_jax.models.chat import Files, chat_prompts, stop_tokens
@@ -21,10 +22,11 @@ from dynamo_jax.models.stacked import stacked
 from dynamo_jax.models.tokenizer import decode, encode, load_tokenizer, whole_characters
 from dynamo_jax.runtime.generate import Between, GenerateConfig, LanguageModel, check_prompts
 from dynamo_jax.runtime.generate import stream as token_stream
+from dynamo_jax.runtime.mesh import Placement, placed_parameters
 from dynamo_jax.runtime.online import Follower
 from dynamo_jax.runtime.quantized import QuantizedModel
+from dynamo_jax.runtime.residency import largest_shard
 from dynamo_jax.runtime.serving import init
-from dynamo_jax.runtime.store import page_counts
 from dynamo_jax.storage import checkpoint
 
 REPLACEMENT = "\ufffd"  # stands for bytes that are not yet a whole character
@@ -36,21 +38,25 @@ def quantized_language_model(
     adaptive: bool = False,
     batch: int | None = None,
     reads: float = 1.0,
+    mesh: Mesh | None = None,
 ) -> tuple[LanguageModel, Follower | None]:
     """The baseline of a quantized model, ready to generate.
 
     Adaptive: with a monitor, a second variant, and what follows a client's requests (batch, reads: as ``Follower``
-    takes them); its ``state`` is the one to begin the next call of ``stream`` with.
+    takes them); its ``state`` is the one to begin the next call of ``stream`` with. mesh: of several devices, with the
+    axes ``data`` and ``model``.
     """
+    placement = None if mesh is None else Placement.of(mesh, model.config.num_experts, model.plan.blocks)
     if adaptive:
-        host, state = init(model)
+        host, state = init(model, placement=placement)
     else:
-        host, state = init(model, variants=1, slots=page_counts(model.plan))
+        host, state = init(model, variants=1, slots=largest_shard(placement, [model.plan]), placement=placement)
         state = state._replace(watch=None)
     follower = Follower(model, host, state, batch, reads) if adaptive else None
-    parameters = model.device_parameters(dtype)
+    arrays: dict[str, Any] = model.parameters
     if not isinstance(state.resident, Resident):  # a kernel takes long to compile: once for all layers alike
-        parameters = stacked(model.config, parameters)
+        arrays = stacked(model.config, arrays)
+    parameters = placed_parameters(placement, model.config, arrays, dtype)
     return LanguageModel(config=model.config, parameters=parameters, state=state, dtype=dtype), follower
 
 
@@ -69,14 +75,16 @@ def text_model(
     adapt: bool = False,
     batch: int | None = None,
     reads: float = 1.0,
+    mesh: Mesh | None = None,
 ) -> TextModel:
     """A quantized model in memory, ready for ``stream`` and ``generate``.
 
     dtype: of all but the experts. adapt: watch the text, and switch precision where it is novel; without it the
     baseline runs. batch: requests that a step is taken to serve, by default as many as there are prompts; reads: how
-    many times the baseline's bytes a step may read once adapted. ValueError: batch below 1, reads not above 0.
+    many times the baseline's bytes a step may read once adapted. mesh: of several devices (docs/scale.md). ValueError:
+    batch below 1, reads not above 0.
     """
-    language_model, follower = quantized_language_model(model, dtype, adapt, batch, reads)
+    language_model, follower = quantized_language_model(model, dtype, adapt, batch, reads, mesh)
     return TextModel(language_model, model.tokenizer, model.files, follower)
 
 
@@ -86,17 +94,20 @@ def load_text_model(
     adapt: bool = False,
     batch: int | None = None,
     reads: float = 1.0,
+    mesh: Mesh | None = None,
 ) -> TextModel:
     """A folder that ``quantize`` wrote, or a Hugging Face folder, ready for ``stream`` and ``generate``.
 
-    dtype, adapt, batch, reads: as ``text_model`` takes them. ValueError: a folder that is not whole, or adapt for a
-    model that is not quantized.
+    dtype, adapt, batch, reads, mesh: as ``text_model`` takes them. ValueError: a folder that is not whole, or adapt or
+    a mesh for a model that is not quantized.
     """
     folder = Path(folder)
     if checkpoint.is_checkpoint(folder):
-        return text_model(checkpoint.load(folder), dtype, adapt, batch, reads)
+        return text_model(checkpoint.load(folder, mesh), dtype, adapt, batch, reads, mesh)
     if adapt:
         raise ValueError(f"{folder}: is not quantized; --adapt switches the precision of a folder that quantize wrote")
+    if mesh is not None:
+        raise ValueError(f"{folder}: is not quantized; a mesh splits a folder that quantize wrote")
     decoder = load_decoder(folder)
     arrays = {name: a.astype(dtype) for name, a in parameters(decoder).items()}
     model = LanguageModel(config=decoder.config, parameters=arrays, dtype=dtype)

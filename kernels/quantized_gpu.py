@@ -42,6 +42,7 @@ def quantized_experts_gpu(
     layer: int | Int[Array, ""],
     activation: Callable[[Array, Array], Array],
     biases: Any = None,
+    expected: int = 0,
     interpret: Any = None,
     blocks: int = PROCESSORS * TOGETHER,
 ) -> BFloat16[Array, "R D"]:
@@ -54,7 +55,7 @@ def quantized_experts_gpu(
         raise ValueError(f"rows are {rows.dtype}: the GPU kernels take bfloat16")
     if rows.shape[0] == 0:
         return rows
-    how = {"activation": activation, "interpret": interpret, "blocks": blocks}
+    how = {"activation": activation, "expected": expected, "interpret": interpret, "blocks": blocks}
     run = _experts_compiled if interpret is None else _experts
     return run(rows, group_sizes, resident, tables, jnp.asarray(layer, jnp.int32), biases, **how)
 
@@ -67,6 +68,7 @@ def _experts(
     layer: Int[Array, ""],
     biases: Any,
     activation: Callable[[Array, Array], Array],
+    expected: int,
     interpret: Any,
     blocks: int,
 ) -> BFloat16[Array, "R D"]:
@@ -74,7 +76,7 @@ def _experts(
     hidden = rows.shape[1]
     levels = tuple(level for level in LEVELS if any(level in t for t in tables) and len(resident.pages[level].codes))
     together = resident.pages[levels[0]].codes.shape[1] if levels else PROJECTIONS
-    tile = rows_of_tile(rows.shape[0], num_experts)
+    tile = rows_of_tile(expected or rows.shape[0], num_experts)
     lie = rows_in_tiles(group_sizes, rows.shape[0], tile, tile)
     shape = Shape(
         rows=tile,
@@ -108,7 +110,7 @@ def _experts(
 
 
 # Traced once for all layers of a program.
-_experts_compiled = jax.jit(_experts, static_argnames=("activation", "interpret", "blocks"))
+_experts_compiled = jax.jit(_experts, static_argnames=("activation", "expected", "interpret", "blocks"))
 
 
 def rows_of_tile(count: int, num_experts: int) -> int:

@@ -57,6 +57,7 @@ def quantized_experts_tpu(
     layer: int,
     activation: Callable[[Array, Array], Array],
     biases: Any = None,
+    expected: int = 0,
     *,
     form: str = "bf16",
     blocks: int | None = None,
@@ -87,7 +88,7 @@ def quantized_experts_tpu(
         raise ValueError(f"planes of {levels} bits are read, but those of {LEVELS} refine each other in turn")
     units = max([PROJECTIONS // resident.pages[level].codes.shape[1] for level in levels], default=1)
     at = core()
-    tile_rows = tile_rows or rows_of_tile(count, num_experts, at.lite)
+    tile_rows = tile_rows or rows_of_tile(expected or count, num_experts, at.lite)
     blocks = min(blocks or blocks_of_step(tiles, all_blocks, tile_rows, at.unit), all_blocks)
     form = "bf16" if tile_rows >= MANY_ROWS else form
     alike = tiles // resident.base.scales.shape[4]

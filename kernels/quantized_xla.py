@@ -29,11 +29,14 @@ def quantized_experts_xla(
     layer: int,
     activation: Callable[[Array, Array], Array],
     biases: Any = None,
+    expected: int = 0,
 ) -> Float[Array, "R D"]:
     """Each row through its expert: down(activation(gate(row), up(row))), at its variant's precision.
 
-    ``group_sizes``: rows of each expert at the first of ``tables``, then at the second, ..; they sum to R. ``biases``:
-    those of gate (E, F), up (E, F) and down (E, D), or None.
+    ``group_sizes``: rows of each expert at the first of ``tables``, then at the second, ..; they sum to
+    R or less. ``biases``:
+    those of gate (E, F), up (E, F) and down (E, D), or None. ``expected``: rows that the groups are likely to have
+    together, 0 for all.
     """
     num_experts = resident.base.codes.shape[1]
     if group_sizes.shape[0] != num_experts * len(tables):
@@ -41,7 +44,7 @@ def quantized_experts_xla(
     count = rows.shape[0]
     if count == 0:
         return rows
-    block = min(rows_per_block(count, group_sizes.shape[0]), count)
+    block = min(rows_per_block(expected or count, group_sizes.shape[0]), count)
     end = jnp.cumsum(group_sizes)
     start = end - group_sizes
 

@@ -1,4 +1,5 @@
-"""The command line: ``dynamo-jax demo | train | analyze | quantize | eval | generate | export | inspect``.
+"""The command line: ``dynamo-jax demo | train | analyze | quantize | eval | generate | export | inspect |
+plan-devices``.
 
 Each command is a module of its own; here they are wired. Bad input is one line on standard error and exit code 2;
 results go to standard output, progress to standard error. Heavy imports happen inside the commands, so that --help
@@ -14,7 +15,7 @@ from typing import Annotated
 import typer
 
 from dynamo_jax import __version__
-from dynamo_jax.commands import analyze, demo, evaluate, export, generate, inspect, quantize, train
+from dynamo_jax.commands import analyze, demo, evaluate, export, generate, inspect, plan_devices, quantize, train
 from dynamo_jax.commands.stopping import STOPPED, Commands, run
 
 
@@ -50,6 +51,7 @@ app.command(name="eval")(evaluate.evaluate)
 app.command()(generate.generate)
 app.command()(export.export)
 app.command()(inspect.inspect)
+app.command()(plan_devices.plan_devices)
 
 
 def main() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,6 +34,16 @@ def generate(
     ] = False,
     batch: BatchOption = 1,
     reads: ReadsOption = 1.0,
+    mesh: Annotated[
+        str, typer.Option(metavar="DATAxMODEL", help="Split a quantized model over all devices (docs/scale.md).")
+    ] = "",
+    hosts: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|ADDRESS:PORT,COUNT,NUMBER",
+            help="This is one of several processes, which run the same command; the first writes.",
+        ),
+    ] = "",
 ) -> None:
     """Continue a text; standard output gets the continuation alone, as it is made.
 
@@ -43,11 +56,35 @@ def generate(
         raise ValueError(f"--dtype {dtype}: known are bfloat16, float32")
     if any(not p for p in prompt):
         raise ValueError("--prompt is empty")
+    if hosts and not mesh:
+        raise ValueError("--hosts needs --mesh")
     from dynamo_jax.runtime.generate import GenerateConfig
 
     settings = GenerateConfig(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     with stops_soon():
-        _continue(prompt, model, settings, dtype, raw, adapt, batch, reads)
+        with _one_writes(hosts) if hosts else contextlib.nullcontext():
+            _continue(prompt, model, settings, dtype, raw, adapt, batch, reads, mesh)
+
+
+@contextlib.contextmanager
+def _one_writes(hosts: str) -> Iterator[None]:
+    """Among several processes the first writes. What libraries write to standard output by themselves, as Gloo does,
+    goes to standard error."""
+    import jax
+
+    from dynamo_jax.runtime.mesh import join_hosts
+
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        join_hosts(hosts)
+        with open(own, "w", closefd=False) if jax.process_index() == 0 else open(os.devnull, "w") as out:
+            with contextlib.redirect_stdout(out):
+                yield
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
 
 
 def _continue(
@@ -59,12 +96,15 @@ def _continue(
     adapt: bool,
     batch: int,
     reads: float,
+    mesh: str,
 ) -> None:
     import jax.numpy as jnp
 
     from dynamo_jax.generation import load_text_model, prompts_tokens, stream
+    from dynamo_jax.runtime.mesh import first, mesh_of
 
-    loaded = load_text_model(model_folder(model), jnp.dtype(dtype), adapt, batch, reads)
+    devices = mesh_of(mesh) if mesh else None
+    loaded = load_text_model(model_folder(model), jnp.dtype(dtype), adapt, batch, reads, devices)
     if loaded.follower:  # one client's texts, one after the other
         if why := loaded.follower.model.knowledge.blind():
             print(why, file=sys.stderr)
@@ -74,7 +114,7 @@ def _continue(
             for pieces in stream(loaded, [one], settings, not raw):
                 print(pieces[0], end="", flush=True)
         print()
-        for event in loaded.follower.events:
+        for event in loaded.follower.events if first() else ():
             print(describe_event(event), file=sys.stderr)
         return
     texts = [""] * len(prompt)

@@ -11,11 +11,15 @@ D hidden.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.kernels.products import transpose_by_product
@@ -31,16 +35,27 @@ class KeyValues(NamedTuple):
     values: Float[Array, "B S J V"]
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """How attention is spread over a mesh of devices: the axis that splits sequences, and the one that splits heads."""
+
+    mesh: Mesh | AbstractMesh
+    sequences: str | None
+    heads: str | None
+
+
 class Places(NamedTuple):
     """Where tokens stand. positions: of the queries; key_positions: of the keys, -1 for none; angles: of each of
     ``config.ropes``; slot: where in the cache the queries' own keys go, None without a cache; mask: False where a query
-    is padding, None where none is."""
+    is padding, None where none is; spread: over devices, None for one."""
 
     positions: Int[Array, "B T"]
     key_positions: Int[Array, "B S"]
     angles: tuple[Angles, ...]
     slot: Int[Array, ""] | None = None
     mask: Bool[Array, "B T"] | None = None
+    spread: Spread | None = None
 
 
 def attend(
@@ -73,13 +88,37 @@ def attend(
     )
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
 
-    def one(part: tuple[Array, ...]) -> Array:
+    def one(part: tuple[Array, ...], sinks: Array) -> Array:
         return _attend_one(scale, *part[:3], sinks, part[3])
 
     sequences = (q, k, v, allowed)
-    out = jax.vmap(lambda *part: one(part))(*sequences) if tokens == 1 else jax.lax.map(one, sequences)
+    if tokens == 1:
+        out = jax.vmap(lambda *part: one(part, sinks))(*sequences)
+    elif places.spread is None:
+        out = jax.lax.map(lambda part: one(part, sinks), sequences)
+    else:
+        out = _spread(places.spread, one, sequences, sinks)
     out = out.reshape(batch, kv_heads, group, tokens, -1).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, tokens, heads, -1)
+
+
+def _spread(
+    over: Spread, one: Callable[..., Array], sequences: tuple[Array, ...], sinks: Float[Array, "J Q"]
+) -> Float[Array, "B J Q V"]:
+    """Each device goes through its own sequences, one after the other, with its own heads of keys, or where all share
+    those with its own queries."""
+    _, heads, queries, _ = sequences[0].shape
+    size = 1 if over.heads is None else over.mesh.shape[over.heads]
+    keys = over.heads if heads % size == 0 else None
+    asked = over.heads if keys is None and queries % size == 0 else None
+    first = over.sequences
+    specs = (P(first, keys, asked), P(first, keys), P(first, keys), P(first, asked)), P(keys, asked)
+
+    def local(sequences: tuple[Array, ...], sinks: Array) -> Array:
+        return jax.lax.map(lambda part: one(part, sinks), sequences)
+
+    out = P(first, keys, asked)
+    return jax.shard_map(local, mesh=over.mesh, in_specs=specs, out_specs=out, check_vma=False)(sequences, sinks)
 
 
 def _weights(

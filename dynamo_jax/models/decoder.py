@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.kernels.products import matmul
-from dynamo_jax.models.attention import Places
+from dynamo_jax.models.attention import Places, Spread
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.experts import (
     Activation,
@@ -187,12 +187,15 @@ class CachedPass:
         *,
         experts: ExpertsFn = float_experts,
         dtype: Any = jnp.float32,
+        spread: Spread | None = None,
     ) -> tuple[Float[Array, "B T D"], list[Any], Cache]:
-        """``hidden_states`` of tokens that follow those in the cache, and the cache with them in it.
+        """``hidden_states`` of tokens that follow those in the cache, and the cache with them in it. spread: of
+        attention over devices.
 
         The caller sees to it that the cache has room: slots past its capacity would overwrite its last ones.
         """
         places, keys = next_places(self.config, mask, cache)
+        places = places._replace(spread=spread)
         x, extras, layers = self.run(self.embedded(tokens, dtype), experts, places, cache.layers)
         return x, extras, Cache(layers, keys, cache.used + tokens.shape[1])
 

@@ -15,6 +15,8 @@ Axes: I items, W widths, A datasets.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +31,7 @@ TIME_LIMIT_S = 20.0
 LARGE = 4096  # choices, from which on the relaxation goes first
 CORE = 1000  # choices that are left open then
 OBJECTIVES = ("sum", "worst")
+Limits = int | Int[np.ndarray, " n"]  # pages of all shards together, or of each
 
 
 def allocate(errors: Float[np.ndarray, "I W"], costs: Float[np.ndarray, "I W"], budget: float) -> Int[np.ndarray, " I"]:
@@ -138,31 +141,36 @@ def _one_choice(items: int, choices: int) -> scipy.sparse.csr_matrix:
 
 def reallocate(
     errors: Float[np.ndarray, "I W"],
-    pages: dict[int, int],
+    pages: Mapping[int, Limits],
     read_costs: Float[np.ndarray, "I W"],
     read_budget: float,
     pages_each: Int[np.ndarray, " I"] | None = None,
     now: Int[np.ndarray, " I"] | None = None,
-    spare: dict[int, int] | None = None,
+    spare: Mapping[int, Limits] | None = None,
+    shards: Int[np.ndarray, " I"] | None = None,
 ) -> Int[np.ndarray, " I"]:
     """The least summed error with at most ``pages[level]`` pages of each refinement level, and with summed bytes
     read a token within the budget. A plan that meets all limits must exist.
 
     pages_each: the pages of a level that an item takes, 1 by default. spare: of each level, how many pages may be
-    among them that the widths ``now`` do not read.
+    among them that the widths ``now`` do not read. shards: where each item's pages lie, from 0; then ``pages`` and
+    ``spare`` have a number for each shard, or one for every shard.
     """
     if not np.isfinite(errors).all():
         raise ValueError("errors to allocate by hold NaN or infinity")
     each = np.ones(len(errors)) if pages_each is None else np.asarray(pages_each, np.float64)
-    rows = [np.outer(each, np.asarray(WIDTHS) >= level).reshape(-1) for level in LEVELS]
-    most = [float(pages[level]) for level in LEVELS]
-    if now is not None and spare is not None:
-        rows += [np.outer(each * (now < level), np.asarray(WIDTHS) >= level).reshape(-1) for level in LEVELS]
-        most += [float(spare[level]) for level in LEVELS]
+    shards = np.zeros(len(errors), int) if shards is None else shards
+    rows, most = [], []
+    for level, shard in itertools.product(LEVELS, range(int(shards.max(initial=0)) + 1)):
+        own = each * (shards == shard)
+        for limits, counted in ((pages, own), (spare, None if now is None else own * (now < level))):
+            if limits is not None and counted is not None:
+                rows.append(scipy.sparse.csr_matrix(np.outer(counted, np.asarray(WIDTHS) >= level).reshape(1, -1)))
+                most.append(float(np.broadcast_to(limits[level], shards.max(initial=0) + 1)[shard]))
     scale = max(read_budget, 1e-30)  # the solver's tolerances are absolute
     result = scipy.optimize.linprog(
         errors.reshape(-1) / max(float(np.abs(errors).max()), 1e-30),
-        A_ub=scipy.sparse.csr_matrix(np.stack([*rows, read_costs.reshape(-1) / scale])),
+        A_ub=scipy.sparse.vstack([*rows, read_costs.reshape(1, -1) / scale], format="csr"),
         b_ub=[*most, read_budget / scale],
         A_eq=_one_choice(*errors.shape),
         b_eq=np.ones(len(errors)),

@@ -14,25 +14,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from dynamo_jax.analysis.significance import cost_of_row
 from dynamo_jax.analysis.statistics import observe_experts
-from dynamo_jax.kernels.layout import WIDTHS
+from dynamo_jax.kernels.layout import WIDTHS, widened
 from dynamo_jax.models.config import ExpertSizes, ModelConfig
 from dynamo_jax.models.decoder import layer_with_parameters
-from dynamo_jax.models.experts import ExpertForm, ExpertWeights
+from dynamo_jax.models.experts import ExpertBiases, ExpertForm, ExpertWeights
 from dynamo_jax.models.layerwise import embedded, finished, places_of
 from dynamo_jax.models.routing import Routing
-from dynamo_jax.precision.allocate import reallocate
+from dynamo_jax.precision.allocate import Limits, reallocate
 from dynamo_jax.precision.plan import Plan, touched_share
 from dynamo_jax.quant.planes import Planes, dequantize
 from dynamo_jax.runtime.memory import measured_together
+from dynamo_jax.runtime.mesh import Placement, fetch, in_order, placed_parameters, put
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.store import page_counts
 
@@ -88,7 +91,47 @@ def observe_planes(
     return out, jax.tree.map(lambda a: a.reshape(sizes.experts, *a.shape[2:]), sums)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "like", "channel_block", "apart"))
+def _over_shards(
+    placement: Placement,
+    sizes: ExpertSizes,
+    planes: Planes,
+    x: Float[Array, "N D"],
+    routing: Routing,
+    form: ExpertForm,
+    channel_block: int,
+    apart: bool,
+) -> tuple[Float[Array, "N D"], tuple[Float[Array, "E M W1"], Float[Array, " E"]]]:
+    """``observe_planes`` where each device measures its own experts, or its own channel blocks of them."""
+    channels = planes.scales.shape[2] if placement.blocks else sizes.channels  # the first are filled up
+    biases = form.biases
+    if biases:
+        biases = ExpertBiases(widened(biases.gate, channels), widened(biases.up, channels), biases.down)
+    of_biases = biases and placement.bias_specs
+    of_planes = jax.tree.map(lambda _: P(placement.experts, None, placement.blocks), planes)
+    local_sizes = sizes._replace(
+        experts=sizes.experts // placement.expert_shards, channels=channels // placement.block_shards
+    )
+
+    def local(planes: Planes, biases: Any, x: Array, chosen: Array, gates: Array) -> Any:
+        first = jax.lax.axis_index(placement.experts) * local_sizes.experts if placement.experts else 0
+        if biases and placement.blocks:
+            here = jax.lax.axis_index(placement.blocks) == 0
+            biases = biases._replace(down=jnp.where(here, biases.down, 0))
+        own = routing._replace(experts=chosen - first, gates=gates)
+        out, sums = observe_planes(local_sizes, planes, x, own, form._replace(biases=biases), channel_block, apart)
+        return jax.lax.psum(out, placement.both), sums
+
+    run = jax.shard_map(
+        local,
+        mesh=placement.mesh,
+        in_specs=(of_planes, of_biases, P(), P(), P()),
+        out_specs=(P(), (P(placement.experts, placement.blocks), P(placement.experts))),
+        check_vma=False,
+    )
+    return run(planes, biases, x, routing.experts, routing.gates)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "like", "channel_block", "apart", "placement"))
 def _observe_layer(
     config: ModelConfig,
     like: int,
@@ -97,13 +140,15 @@ def _observe_layer(
     x: Float[Array, "1 T D"],
     channel_block: int,
     apart: bool,
+    placement: Placement | None = None,
 ) -> tuple[Float[Array, "1 T D"], tuple[Array, Array] | None]:
     """A layer's output with its experts at the largest width, the errors of their blocks at other widths and their
     tokens; of a dense layer, no more than the output."""
 
     def experts(_: int, x: Array, routing: Routing, __: ExpertWeights | None, form: ExpertForm) -> tuple[Array, Any]:
         assert planes is not None
-        return observe_planes(config.expert_sizes, planes, x, routing, form, channel_block, apart)
+        common = config.expert_sizes, planes, x, routing, form, channel_block, apart
+        return observe_planes(*common) if placement is None else _over_shards(placement, *common)
 
     out, sums, _ = layer_with_parameters(config, like, parameters)(x, experts, places_of(config, x))
     return out, sums
@@ -125,11 +170,14 @@ def checked_windows(config: ModelConfig, windows: Int[np.ndarray, "S T1"]) -> In
     return windows
 
 
-def observe_windows(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> Observation:
+def observe_windows(
+    model: QuantizedModel, windows: Int[np.ndarray, "S T1"], placement: Placement | None = None
+) -> Observation:
     """Measure the planes on windows of tokens: layer after layer and some experts after others, so that few are
-    unpacked at a time, and window after window, so that one program serves any number."""
+    unpacked at a time, and window after window, so that one program serves any number. placement: each device measures
+    its own experts."""
     windows = checked_windows(model.config, windows)
-    config, params = model.config, model.device_parameters()
+    config, params = model.config, placed_parameters(placement, model.config, model.parameters)
     rest = {name: a for name, a in params.items() if not name.startswith("layers.")}
     states = [embedded(config, rest, jnp.asarray(window[None, :-1])) for window in windows]
     errors: list[np.ndarray] = []
@@ -140,16 +188,19 @@ def observe_windows(model: QuantizedModel, windows: Int[np.ndarray, "S T1"]) -> 
         planes = None
         if layer in config.moe_layers:
             index = config.moe_layers.index(layer)
-            planes = jax.tree.map(lambda a, index=index: jnp.asarray(a[index]), model.store)
+            over = () if placement is None else (placement.experts, None, placement.blocks)
+            planes = jax.tree.map(lambda a, index=index, over=over: put(placement, a[index], *over), model.store)
         fixed = config, config.kinds[layer], own, planes
-        found = [_observe_layer(*fixed, x, model.plan.channel_block, model.plan.apart) for x in states]
+        found = [_observe_layer(*fixed, x, model.plan.channel_block, model.plan.apart, placement) for x in states]
         states = [x for x, _ in found]
         if planes:
-            each_errors, each_counts = (np.stack(part).astype(np.float64) for part in zip(*(sums for _, sums in found)))
+            units = 2 if model.plan.apart else 1
+            pairs = zip(*((in_order(placement, fetch(own), units), fetch(rows)) for _, (own, rows) in found))
+            each_errors, each_counts = (np.stack(part).astype(np.float64) for part in pairs)
             errors.append(each_errors.sum(axis=0))
             counts.append(each_counts)
     each = np.full(len(windows), windows.shape[1] - 1.0)
-    exact = np.concatenate([np.asarray(finished(config, rest, x)) for x in states])
+    exact = np.concatenate([fetch(finished(config, rest, x)) for x in states])
     exactly = len(WIDTHS) - len(model.store.widths) + 1  # the largest, and those that were left out
     return Observation(np.pad(np.stack(errors), [(0, 0)] * 3 + [(0, exactly)]), np.stack(counts, axis=1), each, exact)
 
@@ -192,20 +243,22 @@ def adapted_plan(
     plan: Plan,
     known: Knowledge,
     seen: Observation,
-    spare: dict[int, int] | None = None,
+    spare: Mapping[int, Limits] | None = None,
     batch: int = 1,
     reads: float = 1.0,
-    slots: dict[int, int] | None = None,
+    slots: Mapping[int, Limits] | None = None,
+    placement: Placement | None = None,
 ) -> Plan:
     """The plan for what was seen: the pages of ``plan``, the baseline, placed anew.
 
     It is expected to read no more bytes a step than ``reads`` times what the baseline reads, where a step is of
     ``batch`` tokens of this text, each of another request. slots: pages of each level at most, by default as many as
-    the baseline has; spare: how many of them may be others than the baseline's, by default any. ValueError: ``batch``
-    below 1, ``reads`` that nothing meets.
+    the baseline has; spare: how many of them may be others than the baseline's, by default any. placement: on several
+    devices, of which each has its own slots; then both have a number for each shard, or one for every shard.
+    ValueError: ``batch`` below 1, ``reads`` that nothing meets.
     """
     found = expected(known, seen)
-    return placed_anew(plan, found.errors, found.use, spare, batch, reads, slots)
+    return placed_anew(plan, found.errors, found.use, spare, batch, reads, slots, placement)
 
 
 def saved_by(plan: Plan, baseline: Plan, known: Knowledge, seen: Observation) -> Float[np.ndarray, "L E"]:
@@ -222,14 +275,15 @@ def placed_anew(
     plan: Plan,
     errors: Float[np.ndarray, "L E M W"],
     use: Float[np.ndarray, "L E"],
-    spare: dict[int, int] | None = None,
+    spare: Mapping[int, Limits] | None = None,
     batch: int = 1,
     reads: float = 1.0,
-    slots: dict[int, int] | None = None,
+    slots: Mapping[int, Limits] | None = None,
+    placement: Placement | None = None,
 ) -> Plan:
     """The pages of ``plan`` where they lower the errors most; where a token has ``use`` rows at each expert.
 
-    spare, batch, reads, slots: as ``adapted_plan`` takes them.
+    spare, batch, reads, slots, placement: as ``adapted_plan`` takes them.
     """
     check_limit(batch, reads)
     touched = touched_share(use, batch)
@@ -237,6 +291,9 @@ def placed_anew(
     budget = reads * plan.bytes_per_step(use, batch)
     most = page_counts(plan) if slots is None else slots
     pages_each = np.tile(plan.pages(), plan.widths[..., 0].size)
-    now = plan.widths.reshape(-1)
-    widths = reallocate(errors.reshape(-1, len(WIDTHS)), most, read, budget, pages_each, now, spare)
+    now, shards = plan.widths.reshape(-1), None
+    if placement is not None:
+        own = placement.owners(plan.widths.shape, plan.widths.shape[-1] // plan.blocks)
+        shards = np.broadcast_to(own, plan.widths.shape).reshape(-1)
+    widths = reallocate(errors.reshape(-1, len(WIDTHS)), most, read, budget, pages_each, now, spare, shards)
     return dataclasses.replace(plan, widths=widths.reshape(plan.widths.shape).astype(np.int8))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.models.config import ModelConfig
@@ -24,6 +25,7 @@ from dynamo_jax.models.decoder import Cache, new_cache
 from dynamo_jax.models.experts import float_experts
 from dynamo_jax.models.stacked import any_decoder, is_stacked, new_stacked_cache
 from dynamo_jax.models.tokenizer import check_ids
+from dynamo_jax.runtime.mesh import Placement, cache_specs, constrained, fetch, put
 from dynamo_jax.runtime.monitor import Watch
 from dynamo_jax.runtime.serving import State, experts, for_requests, observe
 
@@ -118,10 +120,15 @@ def _next(
     watched: Bool[Array, "B T"],
 ) -> tuple[Int[Array, " B"], Cache, Watch | None]:
     model = any_decoder(config, parameters)
-    run = float_experts if state is None else experts(state)
-    hidden, routings, cache = model.cached_states(tokens, mask, cache, experts=run, dtype=dtype)
+    run, placement = (float_experts, None) if state is None else (experts(state), state.placement)
+    spread = None if placement is None else placement.spread(len(tokens))
+    hidden, routings, cache = model.cached_states(tokens, mask, cache, experts=run, dtype=dtype, spread=spread)
     logits = model.logits(hidden[:, -1:])[:, 0]
-    return choose(logits, sampling, cache.used), cache, state and observe(state, routings, watched).watch
+    token = choose(logits, sampling, cache.used)
+    if placement is not None:  # each step gives what the next one takes
+        token = constrained(placement, token, P(placement.rows(len(tokens))))
+        cache = constrained(placement, cache, cache_specs(placement, cache, is_stacked(parameters)))
+    return token, cache, state and observe(state, routings, watched).watch
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="cache")
@@ -180,7 +187,8 @@ def stream(
         raise ValueError(f"capacity {capacity} is less than {needed}: a bucket of {length} and max_tokens less one")
     slots = capacity or max(SMALLEST_CAPACITY, bucket(needed))
 
-    tokens, mask = np.zeros((len(prompts), length), np.int32), np.zeros((len(prompts), length), bool)
+    tokens: Any = np.zeros((len(prompts), length), np.int32)
+    mask: Any = np.zeros((len(prompts), length), bool)
     for row, prompt in enumerate(prompts):
         tokens[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = True
@@ -192,12 +200,16 @@ def stream(
     )
     fixed = (model.config, model.dtype, model.parameters)
     state = model.state and for_requests(model.state, len(prompts))
-    empty = new_stacked_cache if is_stacked(model.parameters) else new_cache
-    cache = empty(model.config, len(prompts), slots, model.dtype)
+    placement = state and state.placement
+    cache = _empty_cache(model, placement, len(prompts), slots)
+    if placement is not None:
+        rows = placement.rows(len(prompts))
+        tokens, mask = (put(placement, a, rows) for a in (tokens, mask))
+        sampling = jax.tree.map(lambda a: put(placement, a), sampling)
     token, cache, seen = prefill(*fixed, state, tokens, mask, cache, sampling)
     texts = [list(prompt) for prompt in prompts]
     for step in range(int(room.max())):
-        found = np.asarray(token)
+        found = fetch(token)
         room = np.where(np.isin(found, config.stop), 0, room)
         new = [int(t) if left > step else None for t, left in zip(found, room)]
         if state is not None:
@@ -210,7 +222,19 @@ def stream(
         yield new
         if not (room > step + 1).any():
             return
-        token, cache, seen = decode(*fixed, state, token, room > step + 1, cache, sampling)
+        alive: Any = room > step + 1
+        alive = alive if placement is None else put(placement, alive, rows)
+        token, cache, seen = decode(*fixed, state, token, alive, cache, sampling)
+
+
+def _empty_cache(model: LanguageModel, placement: Placement | None, batch: int, slots: int) -> Cache:
+    stacked = is_stacked(model.parameters)
+    empty = functools.partial(new_stacked_cache if stacked else new_cache, model.config, batch, slots, model.dtype)
+    if placement is None:
+        return empty()
+    specs = cache_specs(placement, jax.eval_shape(empty), stacked)
+    shardings = jax.tree.map(placement.sharding, specs, is_leaf=lambda spec: isinstance(spec, P))
+    return jax.jit(empty, out_shardings=shardings)()
 
 
 def generate(

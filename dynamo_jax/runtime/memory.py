@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, WIDTHS, block_bytes
 from dynamo_jax.models.config import ExpertSizes, ModelConfig
 from dynamo_jax.precision.plan import Plan, num_weights
-from dynamo_jax.runtime.residency import chunk_pages, levels_of
+from dynamo_jax.runtime.mesh import Placement
+from dynamo_jax.runtime.residency import chunk_pages, largest_shard, levels_of
 from dynamo_jax.runtime.store import page_counts
 
 SPARE = 0.05  # of the baseline's pages: slots beside theirs, for those of other variants
@@ -44,10 +46,19 @@ def spare_slots(plan: Plan, share: float = SPARE) -> dict[int, int]:
     return {level: min(math.ceil(share * count), of_level - count) for level, count in page_counts(plan).items()}
 
 
-def slots(plan: Plan, share: float = SPARE) -> dict[int, int]:
-    """All slots of each level: the baseline's and the spare ones."""
+def slots(
+    plan: Plan, share: float = SPARE, placement: Placement | None = None, plans: Sequence[Plan] = ()
+) -> dict[int, int]:
+    """All slots of each level: the baseline's and the spare ones. placement: those of one shard, each with as many as
+    the largest takes for the baseline, and for ``plans`` where they are given, and its part of the spare ones."""
+    if placement is None:
+        largest = page_counts(plan)
+        shards, of_shard = 1, plan.page_widths().size
+    else:
+        largest, shards = largest_shard(placement, [plan, *plans]), placement.shards
+        of_shard = plan.page_widths().size // shards
     spare = spare_slots(plan, share)
-    return {level: count + spare[level] for level, count in page_counts(plan).items()}
+    return {level: min(count + -(-spare[level] // shards), of_shard) for level, count in largest.items()}
 
 
 def page_bytes(plan: Plan) -> dict[int, int]:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dynamo_jax.runtime.adapt import Observation, check_limit, observe_windows, saved_by
+from dynamo_jax.runtime.mesh import all_agree, fetch
 from dynamo_jax.runtime.monitor import HOP, UNKNOWN
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import (
@@ -95,7 +96,7 @@ class Follower:
 
     def __call__(self, state: State, texts: list[list[int]]) -> State:
         assert state.watch is not None
-        novel, labels = np.asarray(is_novel(state)), np.asarray(state.watch.label)
+        novel, labels = fetch(is_novel(state)), fetch(state.watch.label)
         if len(labels) != len(self._labels):
             self._begin(len(labels))
         for request, text in enumerate(texts):
@@ -108,7 +109,7 @@ class Follower:
         meant = self._meant(novel)
         self._look(state, meant)
         state = self._adapt(state, meant) if self._move is None else state
-        if self._move is not None and self._move.move.staged.ready():
+        if self._move is not None and all_agree(state.placement, self._move.move.staged.ready()):
             state = self._take(state, meant)
         if self._lends and lent(self.host) and not (meant & self._standing.serves).all():
             state = self._whole(state, meant)
@@ -150,7 +151,7 @@ class Follower:
         self._looked = self._tokens // HOP
         if not self._standing.serves or not len(new):
             return
-        counts, tokens = np.asarray(state.watch.older), np.asarray(state.watch.older_tokens)
+        counts, tokens = fetch(state.watch.older), fetch(state.watch.older_tokens)
         ended = new[tokens[new] > 0]
         if self._standing.leaves(counts[ended], tokens[ended]):
             self._note(state, int(new[0]), "left")
@@ -178,9 +179,9 @@ class Follower:
             if lent(self.host):  # what the baseline loses is measured with all of its pages
                 self.host, state = whole(self.host, state)
                 self._standing.serves = False
-            seen = [observe_windows(self.model, making)]
+            seen = [observe_windows(self.model, making, state.placement)]
             if self._standing.known:
-                seen.append(observe_windows(self.model, judging))
+                seen.append(observe_windows(self.model, judging, state.placement))
             before = divergence(self.model, state, judging, seen[-1], 0)
             plan = adapted(self.model, self.host, state, seen[0], 1, self.batch, self.reads, lend)
             self._move = Sent(begin(self.host, state, plan, lend=lend), judging, seen, before, self._standing)
@@ -216,9 +217,9 @@ class Follower:
 
     def _note(self, state: State, request: int, what: str, name: str = "", **more: Any) -> None:
         assert state.watch is not None
-        label, names = int(state.watch.label[request]), self.model.knowledge.names
+        label, names = int(fetch(state.watch.label)[request]), self.model.knowledge.names
         name = name or (names[label] if 0 <= label < len(names) else "")
-        token, text, score = len(self._current[request]), int(self._text[request]), state.watch.score[request]
+        token, text, score = len(self._current[request]), int(self._text[request]), fetch(state.watch.score)[request]
         self.events.append(Event(token, request, text, what, name, float(score), **more))
 
 

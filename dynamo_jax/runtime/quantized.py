@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from jaxtyping import Array, Float
@@ -17,6 +16,7 @@ from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import Planes
 from dynamo_jax.runtime.memory import SPARE
+from dynamo_jax.runtime.mesh import Placement, placed_parameters
 from dynamo_jax.runtime.signatures import FREEDOM, SPAN, Signatures
 
 
@@ -116,7 +116,7 @@ class QuantizedModel(QuantizedExperts):
     window: int
     files: dict[str, bytes]
 
-    def device_parameters(self, dtype: Any = None) -> dict[str, Array]:
-        """The parameters on the device, as they are or in one dtype. A step computes in the dtype that it is given, so
-        that these need no more bytes than they have in the file."""
-        return {name: jnp.asarray(a, dtype) for name, a in self.parameters.items()}
+    def device_parameters(self, dtype: Any = None, placement: Placement | None = None) -> dict[str, Array]:
+        """The parameters on the device, or on several, as they are or in one dtype. A step computes in the dtype that
+        it is given, so that these need no more bytes than they have in the file."""
+        return placed_parameters(placement, self.config, self.parameters, dtype)

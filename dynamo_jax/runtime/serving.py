@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -33,9 +34,29 @@ from dynamo_jax.models.routing import Routing
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime import memory
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows
+from dynamo_jax.runtime.mesh import (
+    Placement,
+    check_same,
+    constrained,
+    fetch,
+    of_first,
+    on_all,
+    own_experts,
+    put,
+    put_by,
+)
 from dynamo_jax.runtime.monitor import HOP, Watch, start, watch
 from dynamo_jax.runtime.quantized import QuantizedExperts, QuantizedModel
-from dynamo_jax.runtime.residency import Residency, Staged, commit, levels_of, residency, stage, table_of
+from dynamo_jax.runtime.residency import (
+    Residency,
+    Staged,
+    commit,
+    levels_of,
+    residency,
+    shards_of,
+    stage,
+    table_of,
+)
 from dynamo_jax.runtime.signatures import Signatures
 from dynamo_jax.runtime.store import HostPages, host_pages, pages_of
 from dynamo_jax.runtime.switch import switched_divergence, switched_experts
@@ -46,7 +67,7 @@ class State(NamedTuple):
 
     resident: base planes and slots of pages; tables: the page table of each variant; number: the variant of each of B
     requests; signatures: of the known datasets, which the monitors compare with, None where none are known; watch: the
-    monitors, None where nobody watches.
+    monitors, None where nobody watches; placement: of all this on several devices, no array.
     """
 
     resident: AnyResident
@@ -54,6 +75,7 @@ class State(NamedTuple):
     number: Int[Array, " B"]
     signatures: Signatures | None
     watch: Watch | None
+    placement: Placement | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,11 +97,15 @@ class Move(NamedTuple):
     before: dict[int, np.ndarray]
 
 
-def spare(host: Host, state: State, variant: int = 1) -> dict[int, int]:
-    """Slots of each level that neither the baseline nor another variant than ``variant`` needs."""
+def spare(host: Host, state: State, variant: int = 1) -> dict[int, Int[np.ndarray, " n"]]:
+    """Slots of each level, on each device, that neither the baseline nor another variant than ``variant`` needs."""
     others = [pages_of(plan) for index, plan in enumerate(host.plans) if index != variant]
-    used = {level: int(np.logical_or.reduce([has[level] for has in others]).sum()) for level in others[0]}
-    return {level: pages.codes.shape[0] - used[level] for level, pages in state.resident.pages.items()}
+    here, free = Residency(state.resident, host.slots, state.placement), {}
+    for level in others[0]:
+        used = np.logical_or.reduce([has[level] for has in others]).sum(axis=0)
+        owners, shards = here.owners(host.pages, level), shards_of(state.placement)
+        free[level] = here.capacity(level) - np.bincount(owners.reshape(-1), used.reshape(-1), shards).astype(int)
+    return free
 
 
 def init(
@@ -89,11 +115,13 @@ def init(
     slots: dict[int, int] | None = None,
     arrangement: str | None = None,
     others: Sequence[Plan] = (),
+    placement: Placement | None = None,
 ) -> tuple[Host, State]:
     """The model on the device: all ``variants`` are the baseline until ``finish`` or ``adapt`` fills them.
 
     others: plans that fill variants 1, 2, .. from the start, within the slots. slots: the page budget of each
     refinement level, at least the baseline's pages; by default those and the spare ones that the model's budget counts.
+    placement: on several devices (``mesh.Placement``); slots are then those of each device.
     arrangement: of the planes on the device, "planes", "tiles" (of the TPU kernel) or "fragments" (of the GPU kernels);
     by default that of the fastest kernel that takes them there. ValueError: no request or variant, no such arrangement,
     or fewer slots than the baseline has pages.
@@ -105,17 +133,27 @@ def init(
     if len(others) >= variants:
         raise ValueError(f"{variants} variants: fewer than the {1 + len(others)} plans")
     if slots is None:
-        slots = memory.slots(model.plan, model.spare)
+        slots = memory.slots(model.plan, model.spare, placement, others)
     if arrangement is None:
         arrangement = arrangement_for(model.store.scales.shape[3], model.plan.channel_block, model.plan.group_size)
-    pages = host_pages(model.store, model.plan, arrangement)
+    own = own_experts(placement, model.store.scales.shape[1])
+    pages = host_pages(model.store, model.plan, arrangement, own)
     plans = (model.plan, *others, *(model.plan,) * (variants - 1 - len(others)))
-    here = residency(pages, list(plans[: 1 + len(others)]), slots)
+    here = residency(pages, list(plans[: 1 + len(others)]), slots, placement)
     tables = tuple(table_of(here, plan, levels_of(plan)) for plan in plans)
     signatures = None if model.knowledge is None else model.knowledge.signatures
-    monitors = None if signatures is None else start(signatures, requests)
-    state = State(here.resident, tables, jnp.zeros(requests, jnp.int32), signatures, monitors)
-    return Host(pages=pages, plans=plans, slots=here.slots), state
+    state = State(here.resident, tables, jnp.zeros(requests, jnp.int32), signatures, None, placement)
+    if placement is not None and signatures is not None:
+        state = state._replace(signatures=jax.tree.map(lambda a: put(placement, a), signatures))
+    return Host(pages=pages, plans=plans, slots=here.slots), _begun(state, requests)
+
+
+def _begun(state: State, requests: int) -> State:
+    """All requests at the baseline, with new monitors if there are signatures."""
+    fresh = jnp.zeros(requests, jnp.int32), None if state.signatures is None else start(state.signatures, requests)
+    if (placement := state.placement) is not None:
+        fresh = jax.tree.map(lambda a: put(placement, a, placement.rows(requests)), fresh)
+    return state._replace(number=fresh[0], watch=fresh[1])
 
 
 def for_requests(state: State, requests: int) -> State:
@@ -125,8 +163,8 @@ def for_requests(state: State, requests: int) -> State:
         raise ValueError(f"{requests} requests: expected one or more")
     if state.number.shape[0] == requests:
         return state
-    fresh = None if state.watch is None or state.signatures is None else start(state.signatures, requests)
-    return state._replace(number=jnp.zeros(requests, jnp.int32), watch=fresh)
+    begun = _begun(state, requests)
+    return begun._replace(watch=None) if state.watch is None else begun
 
 
 def experts(state: State, form: str = "bf16") -> ExpertsFn:
@@ -137,7 +175,8 @@ def experts(state: State, form: str = "bf16") -> ExpertsFn:
     nothing elsewhere.
     """
     alone = state.number.shape[0] == 1 or len(state.tables) == 1
-    return switched_experts(state.resident, state.tables, state.number[0] if alone else state.number, form)
+    number = state.number[0] if alone and state.placement is None else state.number
+    return switched_experts(state.resident, state.tables, number, form, state.placement)
 
 
 def observe(state: State, routings: list[Routing], mask: Bool[Array, "B T"] | None = None) -> State:
@@ -156,7 +195,11 @@ def observe(state: State, routings: list[Routing], mask: Bool[Array, "B T"] | No
     counts = piece_counts(routings, requests, num_experts, size, mask)
     real = jnp.ones((requests, tokens)) if mask is None else mask.astype(jnp.float32)
     seen = jnp.pad(real, ((0, 0), (0, -tokens % size))).reshape(requests, -1, size).sum(axis=2)
-    return state._replace(watch=watch(state.signatures, state.watch, counts, seen))
+    after = watch(state.signatures, state.watch, counts, seen)
+    if (placement := state.placement) is not None:  # where they lay before, so that a step gives what it takes
+        rows = P(placement.rows(requests))
+        after = constrained(placement, after, jax.tree.map(lambda _: rows, after))
+    return state._replace(watch=after)
 
 
 def switch(state: State, number: Int[ArrayLike, "*B"]) -> State:
@@ -175,8 +218,19 @@ def switch(state: State, number: Int[ArrayLike, "*B"]) -> State:
     if not on_device and not ((given >= 0) & (given <= last)).all():
         raise ValueError(f"variant {given}: there are 0..{last}")
     xp = jnp if on_device else np
-    clipped = xp.clip(xp.broadcast_to(given, state.number.shape), 0, last)
-    return state._replace(number=jnp.asarray(clipped.astype(np.int32)))
+    clipped = xp.clip(xp.broadcast_to(given, state.number.shape), 0, last).astype(np.int32)
+    return state._replace(number=_as_number(state, clipped))
+
+
+def _as_number(state: State, number: Any) -> Array:
+    """Where the numbers of the state lie, so that a step that takes them is the same program."""
+    placement = state.placement
+    if placement is None:
+        return jnp.asarray(number)
+    sharding = placement.sharding(P(placement.rows(number.shape[0])))
+    if isinstance(number, jax.core.Tracer):
+        return jax.lax.with_sharding_constraint(number, sharding)
+    return put_by(placement, number, sharding.spec)
 
 
 def follow(state: State, novel: int = 1) -> State:
@@ -218,7 +272,9 @@ def begin(host: Host, state: State, plan: Plan, variant: int = 1, lend: bool = F
             f"(it reads those of {', '.join(map(str, state.tables[variant])) or 'no level'})"
         )
     keep = [] if lend else [p for index, p in enumerate(host.plans) if index != variant]
-    return Move(plan, variant, stage(host.pages, Residency(state.resident, host.slots), plan, keep), host.slots)
+    here = Residency(state.resident, host.slots, state.placement)
+    staged = on_all(state.placement, lambda: stage(host.pages, here, plan, keep))
+    return Move(plan, variant, staged, host.slots)
 
 
 def finish(host: Host, state: State, move: Move) -> tuple[Host, State]:
@@ -227,7 +283,7 @@ def finish(host: Host, state: State, move: Move) -> tuple[Host, State]:
     if host.slots is not move.before:
         raise ValueError("pages were moved since this move began; begin it again")
     move.staged.wait()  # a transfer that failed fails here, before anything is written
-    here = commit(Residency(state.resident, host.slots), move.staged)
+    here = commit(Residency(state.resident, host.slots, state.placement), move.staged)
     plans = tuple(move.plan if index == move.variant else plan for index, plan in enumerate(host.plans))
     tables = tuple(
         table_of(here, plan, tuple(table), partly=index != move.variant)
@@ -235,6 +291,7 @@ def finish(host: Host, state: State, move: Move) -> tuple[Host, State]:
         else table
         for index, (plan, table) in enumerate(zip(plans, state.tables))
     )
+    check_same(state.placement, "pages and plan", *here.slots.values(), move.plan.widths)
     host = dataclasses.replace(host, plans=plans, slots=here.slots)
     return host, state._replace(resident=here.resident, tables=tables)
 
@@ -264,9 +321,14 @@ def divergence(
     A plan is better where that is less than the baseline's. Next tokens play no part: on few tokens, whether a plan
     predicts them better is chance.
     """
-    fixed = (model.config, model.device_parameters(), state.resident, state.tables, jnp.asarray(variant))
+    parameters = model.device_parameters(placement=state.placement)
+    fixed = (model.config, parameters, state.resident, state.tables, put(state.placement, np.int32(variant)))
     pairs = zip(windows[:, None, :-1], seen.exact[:, None])
-    return np.array([float(switched_divergence(*fixed, *map(jnp.asarray, pair))[0]) for pair in pairs])
+    found = [
+        switched_divergence(*fixed, *(put(state.placement, a) for a in pair), placement=state.placement)
+        for pair in pairs
+    ]
+    return np.array([float(fetch(one)[0]) for one in found])
 
 
 def adapted(
@@ -283,12 +345,14 @@ def adapted(
     if not 0 <= variant < len(state.tables):
         raise ValueError(f"variant {variant}: those that can change are 1..{len(state.tables) - 1}")
     read = state.tables[variant]  # the levels that the compiled steps read there
-    slots = {level: len(pages.codes) if level in read else 0 for level, pages in state.resident.pages.items()}
+    shards = shards_of(state.placement)
+    slots = {level: len(pages.codes) // shards * (level in read) for level, pages in state.resident.pages.items()}
     free = None if lend else spare(host, state, variant)
     batch = state.number.shape[0] if batch is None else batch
     if model.knowledge is None:
         raise ValueError("these experts were quantized without an analysis: what a text loses is not known")
-    return adapted_plan(model.plan, model.knowledge, seen, free, batch, reads, slots)
+    plan = adapted_plan(model.plan, model.knowledge, seen, free, batch, reads, slots, state.placement)
+    return dataclasses.replace(plan, widths=of_first(state.placement, plan.widths))
 
 
 def adapt(
@@ -309,7 +373,7 @@ def adapt(
     pages are given up. ValueError: no tokens, ids or positions that the model does not have, no such variant, the
     baseline itself, a damaged page, a batch below 1, reads that no plan meets. Source: docs/design.md, "Adaptation".
     """
-    seen = observe_windows(model, windows)
+    seen = observe_windows(model, windows, state.placement)
     if not lend:
         host, state = whole(host, state)
     plan = adapted(model, host, state, seen, variant, batch, reads, lend)

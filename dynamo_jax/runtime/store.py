@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int, UInt32
+from jaxtyping import Bool, Int, UInt32
 
 from dynamo_jax.kernels.arrangements import ARRANGEMENTS
 from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, WIDTHS, Pages
@@ -70,13 +70,20 @@ def page_tables(plan: Plan) -> dict[int, Int[np.ndarray, "L E UN"]]:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostPages:
     """Planes in host memory and the checksums that their pages had when they were put there. arrangement: in which
-    the device takes them (``kernels.arrangements``)."""
+    the device takes them (``kernels.arrangements``); own: the experts whose planes this process has."""
 
     planes: Planes
     channel_block: int
     together: int  # projections of a page, 3 or 1
     checksums: dict[int, UInt32[np.ndarray, "L E UN"]]
     arrangement: str = "planes"
+    own: slice = dataclasses.field(default_factory=lambda: slice(None))
+
+    def has(self, where: Int[np.ndarray, "Q 3"]) -> Bool[np.ndarray, " Q"]:
+        """Which of the pages at (layer, expert, block) this process has."""
+        there = np.zeros(self.planes.scales.shape[1], bool)
+        there[self.own] = True
+        return there[where[:, 1]]
 
     def arrays(self, level: int, where: Int[np.ndarray, "Q 3"]) -> Any:
         """The pages at (layer, expert, block), host arrays; ValueError if one is not what it was."""
@@ -95,19 +102,26 @@ class HostPages:
         return arrange(Pages(codes, ratios), level, first + np.arange(self.together))
 
 
-def host_pages(planes: Planes, plan: Plan, arrangement: str = "planes") -> HostPages:
-    """The pages that plans of this one's blocks read."""
+def host_pages(planes: Planes, plan: Plan, arrangement: str = "planes", own: slice = slice(None)) -> HostPages:
+    """The pages that plans of this one's blocks read; own: the experts whose planes are there."""
     together = 1 if plan.apart else PROJECTIONS
     sums = {}
     for level, has in pages_of(plan).items():
         if level not in planes.codes:
             sums[level] = np.zeros(has.shape, np.uint32)
             continue
-        everywhere = np.argwhere(np.ones(has.shape, bool))
-        parts = _cut(planes, plan.channel_block, together, level, everywhere)
-        sums[level] = np.array(list(_sums(*parts)), np.uint32).reshape(has.shape)
+        here = np.zeros(has.shape, bool)
+        here[:, own] = True
+        parts = _cut(planes, plan.channel_block, together, level, np.argwhere(here))
+        sums[level] = np.zeros(has.shape, np.uint32)
+        sums[level][here] = np.array(list(_sums(*parts)), np.uint32)
     return HostPages(
-        planes=planes, channel_block=plan.channel_block, together=together, checksums=sums, arrangement=arrangement
+        planes=planes,
+        channel_block=plan.channel_block,
+        together=together,
+        checksums=sums,
+        arrangement=arrangement,
+        own=own,
     )
 
 

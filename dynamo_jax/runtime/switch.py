@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from dynamo_jax.kernels.arrangements import AnyResident
@@ -24,7 +25,7 @@ from dynamo_jax.kernels.layout import BasePlanes, PageTable, Resident, dequantiz
 from dynamo_jax.kernels.quantized_gpu import quantized_experts_gpu
 from dynamo_jax.kernels.quantized_tpu import quantized_experts_tpu
 from dynamo_jax.kernels.quantized_xla import quantized_experts_xla
-from dynamo_jax.kernels.rows import combine_rows, gather_rows, sort_by_expert
+from dynamo_jax.kernels.rows import RowOrder, combine_rows, gather_rows, sort_by_expert
 from dynamo_jax.kernels.tiles import TiledResident
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import with_parameters
@@ -40,7 +41,10 @@ from dynamo_jax.models.experts import (
 )
 from dynamo_jax.models.loss import next_token_divergence, next_token_nll
 from dynamo_jax.models.routing import Routing
+from dynamo_jax.runtime.mesh import DATA, Placement
 from dynamo_jax.runtime.monitor import HOP
+
+PIECE = 512  # rows, of which a device takes a multiple at a time where it has few of all rows
 
 
 def switched_experts(
@@ -48,13 +52,17 @@ def switched_experts(
     tables: tuple[PageTable, ...],
     index: Int[Array, ""] | Int[Array, " B"],
     form: str = "bf16",
+    placement: Placement | None = None,
 ) -> ExpertsFn:
     """Experts at the precision of ``tables[index]``; an index out of range is clamped, as lax.switch does.
 
     index: of all tokens, or of each of B sequences, whose tokens lie one sequence after the other. Planes in tiles or
     fragments go through the kernel of a TPU, with activations in ``form``, or of a GPU: these take any number of
-    variants at once, so nothing is switched there but which page tables a row is given.
+    variants at once, so nothing is switched there but which page tables a row is given. placement: of the planes, pages
+    and tables on several devices; then each device multiplies its own experts (``over_shards``).
     """
+    if placement is not None:
+        return over_shards(placement, resident, tables, index, form)
 
     channels, hidden = resident.sizes
 
@@ -73,6 +81,132 @@ def switched_experts(
     return experts
 
 
+def over_shards(
+    placement: Placement,
+    resident: AnyResident,
+    tables: tuple[PageTable, ...],
+    index: Int[Array, ""] | Int[Array, " B"],
+    form: str = "bf16",
+) -> ExpertsFn:
+    """``switched_experts`` where each device has some of the experts, or of their channel blocks.
+
+    Every device sees the rows of all requests, multiplies those that go to its own experts, and what the devices give
+    is added up: one reduction over an axis, so at most two a layer. No plane leaves its device.
+    """
+    channels, hidden = resident.sizes
+    num_experts = resident.base.codes.shape[1]
+    of_resident = placement.resident_specs(resident)
+    of_tables = jax.tree.map(lambda _: placement.table_spec, tables)
+
+    def experts(
+        layer: int, x: Array, routing: Routing, _: ExpertWeights | None, own: ExpertForm
+    ) -> tuple[Array, Routing]:
+        index_of = jnp.atleast_1d(jnp.asarray(index))
+        number = _of_tokens(index_of, len(tables), x.shape[0])
+        rows = placement.rows(index_of.shape[0]) if x.shape[0] % placement.mesh.shape[DATA] == 0 else None
+        biases = own.biases and ExpertBiases(*map(widened, own.biases, (channels, channels, hidden)))
+        sent = (widened(x, hidden), number[:, None], routing.experts, routing.gates)
+        wanted = (P(), *[P(rows)] * len(sent), of_resident, of_tables, biases and placement.bias_specs)
+
+        def local(layer: Array, x: Array, number: Array, chosen: Array, gates: Array, *here: Any) -> Array:
+            if rows:
+                both = jnp.concatenate([number, chosen, jax.lax.bitcast_convert_type(gates, jnp.int32)], axis=1)
+                x, both = (jax.lax.all_gather(a, rows, tiled=True) for a in (x, both))
+                number, chosen, gates = jnp.split(both, (1, 1 + chosen.shape[1]), axis=1)
+                gates = jax.lax.bitcast_convert_type(gates, jnp.float32)
+            out = _own_part(placement, num_experts, own, form, layer, x, number, chosen, gates, *here)
+            if rows:
+                out = jax.lax.psum_scatter(out, rows, tiled=True)
+            over = tuple(name for name in placement.mesh.axis_names if name != rows)
+            return jax.lax.psum(out, over) if over else out
+
+        run = jax.shard_map(local, mesh=placement.mesh, in_specs=wanted, out_specs=P(rows), check_vma=False)
+        out = run(jnp.asarray(layer), *sent, resident, tables, biases)
+        return out[:, : x.shape[1]], routing
+
+    return experts
+
+
+def _own_part(
+    placement: Placement,
+    num_experts: int,
+    own: ExpertForm,
+    form: str,
+    layer: Array,
+    x: Float[Array, "N D"],
+    number: Int[Array, "N 1"],
+    chosen: Int[Array, "N k"],
+    gates: Float[Array, "N k"],
+    resident: AnyResident,
+    tables: tuple[PageTable, ...],
+    biases: ExpertBiases | None,
+) -> Float[Array, "N D"]:
+    """What this device's experts, or its blocks of them, add to each token's output."""
+    here = resident.base.codes.shape[1]
+    at = chosen - jax.lax.axis_index(placement.experts) * here if placement.experts else chosen
+    last = len(tables) * here  # rows of other devices' experts come last, in a group that is left off
+    groups = jnp.where((at >= 0) & (at < here), number * here + at, last)
+    if biases and placement.blocks:
+        first = jax.lax.axis_index(placement.blocks) == 0  # the bias of down is added once
+        biases = biases._replace(down=jnp.where(first, biases.down, 0))
+    kernel = _kernel_of(resident, form)
+    expected = -(-chosen.size * here // num_experts)
+
+    def multiplied(rows: Array, sizes: Array) -> Array:
+        return kernel(rows, sizes, resident, tables, layer, own.activation, biases, expected=min(expected, len(rows)))
+
+    order = sort_by_expert(groups, last + 1)
+    sizes = order.group_sizes[:-1]
+    piece = -(-max(PIECE, 5 * expected // 4) // PIECE) * PIECE
+    if chosen.size <= piece:
+        out = combine_rows(multiplied(gather_rows(x, order), sizes), gates, order)
+    else:
+        out = _in_pieces(multiplied, x, gates, order, sizes, piece)
+    return out.astype(x.dtype)
+
+
+def _in_pieces(
+    multiplied: Callable[[Array, Array], Array],
+    x: Float[Array, "N D"],
+    gates: Float[Array, "N k"],
+    order: RowOrder,
+    sizes: Int[Array, " G"],
+    piece: int,
+) -> Float[Array, "N D"]:
+    """The same with so many rows at a time: as many turns as this device's own rows take, mostly one, so that it never
+    holds the rows of all devices."""
+    end = jnp.cumsum(sizes)
+    token = jnp.pad(order.token, (0, piece))
+
+    def turn(now: tuple[Array, Array]) -> tuple[Array, Array]:
+        start, out = now
+        rows = x[jax.lax.dynamic_slice_in_dim(token, start, piece)]
+        inside = jnp.clip(end, start, start + piece) - jnp.clip(end - sizes, start, start + piece)
+        made = multiplied(rows, inside)
+        for column in range(gates.shape[1]):
+            at = order.position[:, column] - start
+            there = (at >= 0) & (at < piece)
+            own = made[jnp.clip(at, 0, piece - 1)].astype(jnp.float32) * gates[:, column, None]
+            out = out + jnp.where(there[:, None], own, 0)
+        return start + piece, out
+
+    begin = jnp.zeros((), jnp.int32), jnp.zeros(x.shape, jnp.float32)
+    return jax.lax.while_loop(lambda now: now[0] < end[-1], turn, begin)[1]
+
+
+def _kernel_of(resident: AnyResident, form: str) -> Callable[..., Array]:
+    """The kernel for planes in this arrangement, as ``quantized_experts_xla`` is called."""
+    if isinstance(resident, Resident):
+        return quantized_experts_xla
+
+    def kernel(rows: Array, *rest: Any, **own: Any) -> Array:
+        if isinstance(resident, TiledResident):
+            return quantized_experts_tpu(rows.astype(jnp.bfloat16), *rest, form=form, **own)
+        return quantized_experts_gpu(rows.astype(jnp.bfloat16), *rest, **own)
+
+    return kernel
+
+
 def _by_kernel(
     resident: TiledResident | FragmentResident,
     tables: tuple[PageTable, ...],
@@ -87,12 +221,7 @@ def _by_kernel(
     number = _of_tokens(jnp.atleast_1d(index), len(tables), x.shape[0])
     groups = number[:, None] * num_experts + routing.experts
 
-    def kernel(rows: Array, *rest: Any) -> Array:
-        if isinstance(resident, TiledResident):
-            return quantized_experts_tpu(rows.astype(jnp.bfloat16), *rest, form=form)
-        return quantized_experts_gpu(rows.astype(jnp.bfloat16), *rest)
-
-    return _grouped(resident, tables, layer, x, routing, groups, own, kernel)
+    return _grouped(resident, tables, layer, x, routing, groups, own, _kernel_of(resident, form))
 
 
 def _of_tokens(index: Int[Array, " B"], variants: int, tokens: int) -> Int[Array, " N"]:
@@ -203,7 +332,7 @@ def switched_step(
     return window_losses(config, parameters, tokens, experts=switched_experts(resident, tables, index))
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "placement"))
 def switched_divergence(
     config: ModelConfig,
     parameters: dict[str, Array],
@@ -212,8 +341,10 @@ def switched_divergence(
     index: Int[Array, ""] | Int[Array, " B"],
     tokens: Int[Array, "B T"],
     exact: Float[Array, "B T D"],
+    placement: Placement | None = None,
 ) -> Float[Array, " B"]:
     """Summed over each window, how far what ``tables[index]`` predicts is from what the hidden states ``exact`` do."""
     model = with_parameters(config, parameters)
-    hidden, _ = model.hidden_states(tokens, experts=switched_experts(resident, tables, index))
+    run = switched_experts(resident, tables, index, placement=placement)
+    hidden, _ = model.hidden_states(tokens, experts=run)
     return next_token_divergence(exact, hidden, model.head_weights(), *model.logit_form()).sum(axis=1)

@@ -59,9 +59,9 @@ def check_arrays(path: Path, bundle: Bundle, expected: dict[str, Expected]) -> N
             raise ValueError(f"{path}: {name} holds NaN or infinity")
 
 
-def planes_expected(plan: Plan, max_width: int) -> dict[str, Expected]:
-    """One layer's planes up to ``max_width``."""
-    shape = (plan.widths.shape[1], PROJECTIONS, plan.blocks * plan.channel_block)
+def planes_expected(plan: Plan, max_width: int, experts: slice = slice(None)) -> dict[str, Expected]:
+    """One layer's planes up to ``max_width``, of some experts."""
+    shape = (len(range(plan.widths.shape[1])[experts]), PROJECTIONS, plan.blocks * plan.channel_block)
     hidden = filled(plan.hidden_size, plan.group_size)
     groups = (*shape, hidden // plan.group_size)
     codes = {
@@ -71,10 +71,12 @@ def planes_expected(plan: Plan, max_width: int) -> dict[str, Expected]:
     return codes | {"planes/scales": Expected(groups)} | ratios
 
 
-def layer_expected(config: ModelConfig, plan: Plan, max_width: int, layer: int) -> dict[str, Expected]:
+def layer_expected(
+    config: ModelConfig, plan: Plan, max_width: int, layer: int, experts: slice = slice(None)
+) -> dict[str, Expected]:
     """A layer's file: its parameters but the experts' weights and, if it has experts, their planes."""
     own = {f"parameters/{name}": Expected(shape) for name, shape in layer_shapes(config, layer).items()}
-    return own if layer in config.dense_layers else own | planes_expected(plan, max_width)
+    return own if layer in config.dense_layers else own | planes_expected(plan, max_width, experts)
 
 
 def layer_planes(bundle: Bundle) -> Planes:
@@ -83,23 +85,29 @@ def layer_planes(bundle: Bundle) -> Planes:
     return Planes(codes, bundle["planes/scales"], bundle.get("planes/ratios"))
 
 
-def stacked_planes(get: Callable[[str], Bundle], config: ModelConfig) -> Planes:
-    """The planes of all layers (L, E, P, F, ..), a layer's bundle in memory at a time beside them."""
+def stacked_planes(get: Callable[[str], Bundle], config: ModelConfig, experts: slice = slice(None)) -> Planes:
+    """The planes of all layers (L, E, P, F, ..), a layer's bundle in memory at a time beside them. experts: those that
+    the bundles hold; the others' planes are zeros, which take no memory until somebody writes to them."""
     out: Any = None
     for index, layer in enumerate(config.moe_layers):
         planes = layer_planes(get(layer_name(layer)))
         if out is None:
-            out = jax.tree.map(lambda a: np.empty((config.num_moe_layers, *a.shape), a.dtype), planes)
+            count = len(planes.scales) if experts == slice(None) else config.num_experts
+            shape = (config.num_moe_layers, count)
+            out = jax.tree.map(lambda a, shape=shape: np.zeros((*shape, *a.shape[1:]), a.dtype), planes)
         for whole, part in zip(jax.tree.leaves(out), jax.tree.leaves(planes)):
-            whole[index] = part
+            whole[index, experts] = part
     return out
 
 
-def read_bundle(path: Path) -> Bundle:
-    """The arrays of one file; ValueError if it is missing, unreadable or damaged."""
+def read_bundle(path: Path, experts: slice = slice(None)) -> Bundle:
+    """The arrays of one file, of planes those of some experts; ValueError if it is missing, unreadable or damaged."""
     check_readable(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            if experts == slice(None):
+                return {name: file.get_tensor(name) for name in file.keys()}
+            parts = {True: lambda name: file.get_slice(name)[experts], False: file.get_tensor}
+            return {name: parts[name.startswith("planes/")](name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: damaged or truncated: {error}") from error

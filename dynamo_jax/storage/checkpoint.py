@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dynamo_jax.files import check_readable, read_json, shortened, shown, write_bytes, write_text
 from dynamo_jax.kernels.layout import WIDTHS, num_blocks
@@ -31,6 +32,7 @@ from dynamo_jax.models.huggingface import UNQUANTIZED, top_shapes
 from dynamo_jax.models.specs import LayerSpec
 from dynamo_jax.models.tokenizer import TOKENIZER, tokenizer_from
 from dynamo_jax.precision.plan import Plan
+from dynamo_jax.runtime.mesh import Placement, own_experts
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.signatures import Signatures
 from dynamo_jax.runtime.store import page_tables
@@ -299,8 +301,9 @@ def _plan_expected(config: ModelConfig, plan: Plan, meta: Meta, arrays: Bundle) 
     }
 
 
-def load(folder: str | Path) -> QuantizedModel:
-    """The quantized model in ``folder``, planes in host memory.
+def load(folder: str | Path, mesh: Mesh | None = None) -> QuantizedModel:
+    """The quantized model in ``folder``, planes in host memory. mesh: of several processes, of which each holds the
+    planes of its own devices' experts alone.
 
     Every file is compared with its digest, every array with what the description asks for. ValueError, which names the
     file: something is missing, damaged, or of another format.
@@ -316,20 +319,22 @@ def load(folder: str | Path) -> QuantizedModel:
         raise ValueError(f"{folder / SOURCE / TOKENIZER}: no such file")
     tokenizer = tokenizer_from(files[TOKENIZER], folder / SOURCE / TOKENIZER)
     kept: Bundle = dict(top_bundle(result, config))
+    placement = None if mesh is None else Placement.of(mesh, config.num_experts, plan.blocks)
+    experts = own_experts(placement, config.num_experts)
 
     def planes(name: str) -> Bundle:
         layer = int(name.removeprefix("layer-"))
-        bundle = layer_bundle(result, config, plan, meta.max_width, layer)
+        bundle = layer_bundle(result, config, plan, meta.max_width, layer, experts)
         for key in [k for k in bundle if k.startswith("parameters/")]:
             kept[f"layers.{layer}.{key.removeprefix('parameters/')}"] = bundle.pop(key)
         return bundle
 
     for layer in config.dense_layers:
         planes(layer_name(layer))
-    store = stacked_planes(planes, config)
+    store = stacked_planes(planes, config, experts)
     return QuantizedModel(
         config=config,
-        parameters={name: jnp.asarray(a) for name, a in kept.items()},
+        parameters={n: a if placement else jnp.asarray(a) for n, a in kept.items()},  # type: ignore[misc]
         tokenizer=tokenizer,
         store=store,
         plan=plan,
@@ -372,11 +377,14 @@ def top_bundle(result: Result, config: ModelConfig) -> Bundle:
     return bundle
 
 
-def layer_bundle(result: Result, config: ModelConfig, plan: Plan, max_width: int, layer: int) -> Bundle:
-    """A layer's planes and parameters. ValueError: the file is missing, damaged or of another layer or model."""
+def layer_bundle(
+    result: Result, config: ModelConfig, plan: Plan, max_width: int, layer: int, experts: slice = slice(None)
+) -> Bundle:
+    """A layer's planes, of some experts, and parameters. ValueError: the file is missing, damaged or of another layer
+    or model."""
     path = result.path(f"{layer_name(layer)}.safetensors")
-    bundle = read_bundle(path)
-    check_arrays(path, bundle, layer_expected(config, plan, max_width, layer))
+    bundle = read_bundle(path, experts)
+    check_arrays(path, bundle, layer_expected(config, plan, max_width, layer, experts))
     return bundle
 
 

@@ -203,7 +203,7 @@ def labelled(state, *labels):
 def test_the_follower_adapts_to_the_last_novel_tokens_of_all_texts(quantized, monkeypatch):
     """Windows end with the text, whatever came before it turned novel; short texts count together."""
     seen = []
-    monkeypatch.setattr(online, "observe_windows", lambda _, windows: seen.append(windows) or 1 / 0)
+    monkeypatch.setattr(online, "observe_windows", lambda _, windows, *__: seen.append(windows) or 1 / 0)
     follower, state = follower_of(quantized)
     known, novel = list(range(1000, 2000)), list(range(300))
     state = follower(labelled(state, 0), [known])
@@ -253,7 +253,7 @@ def test_known_text_forgets_the_variant_and_other_requests_begin_anew(quantized)
 def test_a_variant_is_left_when_the_router_says_that_it_no_longer_pays(quantized, monkeypatch):
     """From the counts of hops alone; another is adapted to the last tokens, later each time."""
     seen = []
-    monkeypatch.setattr(online, "observe_windows", lambda _, windows: seen.append(windows) or fails())
+    monkeypatch.setattr(online, "observe_windows", lambda _, windows, *__: seen.append(windows) or fails())
     follower, state = follower_of(quantized)
     shape = state.watch.older.shape[1:]
 
@@ -301,7 +301,7 @@ def test_known_text_is_served_by_a_variant_where_the_gain_is_sure(quantized, mon
         judged.append((w, seen))
         return np.zeros(len(w)) if variant else gains * online.WINDOW
 
-    monkeypatch.setattr(online, "observe_windows", lambda model, w: made.append(w) or observe(model, w))
+    monkeypatch.setattr(online, "observe_windows", lambda model, w, *__: made.append(w) or observe(model, w))
     monkeypatch.setattr(online, "divergence", divergence)
     state = follower(labelled(state, 0), [text[:TRIED]])
     assert follower.events[0].what == "known" and follower._move is None
