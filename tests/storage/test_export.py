@@ -24,7 +24,7 @@ from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.formats.declared import declared
 from dynamo_jax.models.formats.stored import StoredTensors
-from dynamo_jax.models.huggingface import load_decoder
+from dynamo_jax.models.huggingface import Source, load_decoder
 from dynamo_jax.progress import no_progress
 from dynamo_jax.runtime.generate import GenerateConfig, generate
 from dynamo_jax.runtime.serving import experts
@@ -56,7 +56,9 @@ def test_transformers_loads_an_export_and_has_our_logits(family_model, family, a
     settings = dataclasses.replace(SMALL, per_projection=apart, **FILLED.get(family, {}))
     plan = quantize_folder(tmp_path / "hub", tmp_path / "quantized", {"words": text}, settings)
     assert len(np.unique(plan.widths)) > 1
-    export(tmp_path / "quantized", tmp_path / "out", no_progress)
+    indexed = Source(tmp_path / "hub").unread  # the index of DeepSeek-V3.2 and GLM-5, which only the source has
+    source = tmp_path / "hub" if indexed else None
+    export(tmp_path / "quantized", tmp_path / "out", no_progress, source=source)
 
     quantized = checkpoint.load(tmp_path / "quantized")
     ours, _ = quantized_language_model(quantized)
