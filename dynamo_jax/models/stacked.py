@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -75,7 +76,10 @@ def stacked(config: ModelConfig, arrays: dict[str, Array]) -> dict[str, Array]:
         for place in range(loop.period):
             prefixes = [f"layers.{layer}." for layer in loop.layers(place)]
             for name in (n.removeprefix(prefixes[0]) for n in arrays if n.startswith(prefixes[0])):
-                out[f"loops.{number}.{place}.{name}"] = jnp.stack([arrays[prefix + name] for prefix in prefixes])
+                own: list[Any] = [arrays[prefix + name] for prefix in prefixes]
+                on_host = isinstance(own[0], np.ndarray)  # where they stay, for whoever puts them on several devices
+                together: Any = np.stack(own) if on_host else jnp.stack(own)
+                out[f"loops.{number}.{place}.{name}"] = together
     return out
 
 

@@ -19,6 +19,7 @@ Axes: L layers, E experts, UN pages of an expert and level, Q slots, n shards.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -161,7 +162,7 @@ def join_hosts(words: str) -> None:
     """Make this process one of several: "auto", where JAX finds the others by itself (TPU pods, Slurm, Open MPI), or
     "ADDRESS:PORT,COUNT,NUMBER". To be called before anything asks for a device. ValueError: other words."""
     if words == "auto":
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_S)
         return
     address, *numbers = words.split(",")
     if ":" not in address or len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
@@ -201,7 +202,7 @@ def on_all(placement: Placement | None, run: Callable[[], Result]) -> Result:
     on one, which is named; its own error there. A process that is gone is an error too, within seconds."""
     try:
         out, error = run(), None
-    except (ValueError, OSError, RuntimeError) as raised:
+    except Exception as raised:
         if not spans_processes(placement):
             raise
         out, error = None, raised
@@ -268,9 +269,15 @@ def put_by(placement: Placement, array: Any, spec: PartitionSpec) -> Array:
             bits = put_by(placement, jax.random.key_data(array), spec)
             return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(array))
         if not array.is_fully_addressable:
-            return jax.jit(lambda a: a, out_shardings=sharding)(array)
+            there = array.sharding.is_equivalent_to(sharding, array.ndim)
+            return array if there else _moved(array, sharding)
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _moved(array: Array, sharding: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(array, sharding)
 
 
 def fetch(array: Any) -> np.ndarray:

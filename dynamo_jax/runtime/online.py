@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dynamo_jax.runtime.adapt import Observation, check_limit, observe_windows, saved_by
-from dynamo_jax.runtime.mesh import all_agree, fetch
+from dynamo_jax.runtime.mesh import all_agree, fetch, of_first
 from dynamo_jax.runtime.monitor import HOP, UNKNOWN
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import (
@@ -199,6 +199,7 @@ class Follower:
             if standing is not self._standing:  # the text that it was for is over
                 return state
             gains = (before - divergence(self.model, state, judging, seen[-1], 1)) / WINDOW
+            gains = of_first(state.placement, gains)
         except (ValueError, RuntimeError) as error:
             self._fail(state, meant, error)
             return state

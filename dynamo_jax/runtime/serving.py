@@ -282,7 +282,8 @@ def finish(host: Host, state: State, move: Move) -> tuple[Host, State]:
     one returned. ValueError: another move was finished since this one began."""
     if host.slots is not move.before:
         raise ValueError("pages were moved since this move began; begin it again")
-    move.staged.wait()  # a transfer that failed fails here, before anything is written
+    check_same(state.placement, "pages and plan", *move.staged.slots.values(), move.plan.widths)
+    on_all(state.placement, move.staged.wait)  # a transfer that failed fails here, before anything is written
     here = commit(Residency(state.resident, host.slots, state.placement), move.staged)
     plans = tuple(move.plan if index == move.variant else plan for index, plan in enumerate(host.plans))
     tables = tuple(
@@ -291,7 +292,6 @@ def finish(host: Host, state: State, move: Move) -> tuple[Host, State]:
         else table
         for index, (plan, table) in enumerate(zip(plans, state.tables))
     )
-    check_same(state.placement, "pages and plan", *here.slots.values(), move.plan.widths)
     host = dataclasses.replace(host, plans=plans, slots=here.slots)
     return host, state._replace(resident=here.resident, tables=tables)
 
@@ -351,7 +351,8 @@ def adapted(
     batch = state.number.shape[0] if batch is None else batch
     if model.knowledge is None:
         raise ValueError("these experts were quantized without an analysis: what a text loses is not known")
-    plan = adapted_plan(model.plan, model.knowledge, seen, free, batch, reads, slots, state.placement)
+    fixed = (model.plan, model.knowledge, seen, free, batch, reads, slots, state.placement)
+    plan = on_all(state.placement, lambda: adapted_plan(*fixed))
     return dataclasses.replace(plan, widths=of_first(state.placement, plan.widths))
 
 

@@ -118,7 +118,7 @@ def over_shards(
             if rows:
                 out = jax.lax.psum_scatter(out, rows, tiled=True)
             over = tuple(name for name in placement.mesh.axis_names if name != rows)
-            return jax.lax.psum(out, over) if over else out
+            return (jax.lax.psum(out, over) if over else out).astype(x.dtype)
 
         run = jax.shard_map(local, mesh=placement.mesh, in_specs=wanted, out_specs=P(rows), check_vma=False)
         out = run(jnp.asarray(layer), *sent, resident, tables, biases)
@@ -162,7 +162,7 @@ def _own_part(
         out = combine_rows(multiplied(gather_rows(x, order), sizes), gates, order)
     else:
         out = _in_pieces(multiplied, x, gates, order, sizes, piece)
-    return out.astype(x.dtype)
+    return out  # in float32, in which the devices' parts are added up
 
 
 def _in_pieces(
