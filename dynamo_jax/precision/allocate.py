@@ -15,7 +15,6 @@ Axes: I items, W widths, A datasets.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -160,13 +159,18 @@ def reallocate(
         raise ValueError("errors to allocate by hold NaN or infinity")
     each = np.ones(len(errors)) if pages_each is None else np.asarray(pages_each, np.float64)
     shards = np.zeros(len(errors), int) if shards is None else shards
-    rows, most = [], []
-    for level, shard in itertools.product(LEVELS, range(int(shards.max(initial=0)) + 1)):
-        own = each * (shards == shard)
-        for limits, counted in ((pages, own), (spare, None if now is None else own * (now < level))):
-            if limits is not None and counted is not None:
-                rows.append(scipy.sparse.csr_matrix(np.outer(counted, np.asarray(WIDTHS) >= level).reshape(1, -1)))
-                most.append(float(np.broadcast_to(limits[level], shards.max(initial=0) + 1)[shard]))
+    count = int(shards.max(initial=0)) + 1
+    of_shard = scipy.sparse.csr_matrix((each, (shards, np.arange(len(errors)))), shape=(count, len(errors)))
+    rows: list[scipy.sparse.csr_matrix] = []
+    most: list[float] = []
+    for level in LEVELS:
+        reads = scipy.sparse.csr_matrix((np.asarray(WIDTHS) >= level).astype(float))
+        limited = [(pages, of_shard)]
+        if spare is not None and now is not None:
+            limited.append((spare, of_shard.multiply(now < level)))
+        for limits, counted in limited:
+            rows.append(scipy.sparse.kron(counted, reads, format="csr"))
+            most.extend(np.broadcast_to(np.asarray(limits[level], float), count))
     scale = max(read_budget, 1e-30)  # the solver's tolerances are absolute
     result = scipy.optimize.linprog(
         errors.reshape(-1) / max(float(np.abs(errors).max()), 1e-30),

@@ -35,9 +35,9 @@ from dynamo_jax.precision.allocate import Limits, reallocate
 from dynamo_jax.precision.plan import Plan, touched_share
 from dynamo_jax.quant.planes import Planes, dequantize
 from dynamo_jax.runtime.memory import measured_together
-from dynamo_jax.runtime.mesh import Placement, fetch, in_order, placed_parameters, put
+from dynamo_jax.runtime.mesh import Placement, fetch, in_order, own_experts, placed_parameters, put_experts
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
-from dynamo_jax.runtime.store import page_counts
+from dynamo_jax.runtime.store import page_counts, places
 
 PRIOR_TOKENS = 64  # of the known datasets, in how often each expert is used
 PRIOR_COST_ROWS = 128  # of the known datasets, in what a row costs at each expert; of its layer's experts, in those
@@ -178,6 +178,7 @@ def observe_windows(
     its own experts."""
     windows = checked_windows(model.config, windows)
     config, params = model.config, placed_parameters(placement, model.config, model.parameters)
+    place = places(config.num_experts, model.held, own_experts(placement, config.num_experts))
     rest = {name: a for name, a in params.items() if not name.startswith("layers.")}
     states = [embedded(config, rest, jnp.asarray(window[None, :-1])) for window in windows]
     errors: list[np.ndarray] = []
@@ -188,8 +189,10 @@ def observe_windows(
         planes = None
         if layer in config.moe_layers:
             index = config.moe_layers.index(layer)
-            over = () if placement is None else (placement.experts, None, placement.blocks)
-            planes = jax.tree.map(lambda a, index=index, over=over: put(placement, a[index], *over), model.store)
+            after = () if placement is None else (None, placement.blocks)
+            planes = jax.tree.map(
+                lambda a, index=index, after=after: put_experts(placement, a[index], place, *after), model.store
+            )
         fixed = config, config.kinds[layer], own, planes
         found = [_observe_layer(*fixed, x, model.plan.channel_block, model.plan.apart, placement) for x in states]
         states = [x for x, _ in found]

@@ -183,18 +183,17 @@ def spans_processes(placement: Placement | None) -> bool:
     return placement is not None and isinstance(placement.mesh, Mesh) and placement.mesh.is_multi_process
 
 
-def own_experts(placement: Placement | None, experts: int) -> slice:
-    """Of so many, those that this process's devices have, and more where these do not lie side by side; all on one
-    process."""
+def own_experts(placement: Placement | None, experts: int) -> Int[np.ndarray, " O"]:
+    """Of so many, those that this process's devices have, in ascending order; all on one process."""
     if placement is None or not spans_processes(placement):
-        return slice(None)
+        return np.arange(experts)
     mesh = cast(Mesh, placement.mesh)
     mine = np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
     at = np.argwhere(mine)[:, [mesh.axis_names.index(name) for name in placement.experts]]
     sizes = [mesh.shape[name] for name in placement.experts]
     shards = np.ravel_multi_index(tuple(at.T), sizes) if sizes else np.zeros(1, int)
     each = experts // placement.expert_shards
-    return slice(int(shards.min()) * each, (int(shards.max()) + 1) * each)
+    return (np.unique(shards)[:, None] * each + np.arange(each)).reshape(-1)
 
 
 def on_all(placement: Placement | None, run: Callable[[], Result]) -> Result:
@@ -258,6 +257,25 @@ def put(placement: Placement | None, array: Any, *spec: Any) -> Array:
     if placement is None:
         return jnp.asarray(array)
     return put_by(placement, array, P(*spec))
+
+
+def put_experts(placement: Placement | None, array: Any, place: Int[np.ndarray, " E"], *after: Any) -> Array:
+    """An array (O, ..) of some experts on the devices as one (E, ..) of all. place: where in it each expert is, -1 for
+    one that no device of this process has; after: how the axes behind the first are split."""
+    if placement is None:
+        return jnp.asarray(array)
+
+    def part(index: Any) -> Any:
+        return array[as_slice(place[index[0]])][:, *index[1:]]
+
+    sharding = placement.sharding(P(placement.experts, *after))
+    return jax.make_array_from_callback((len(place), *array.shape[1:]), sharding, part)
+
+
+def as_slice(indices: Int[np.ndarray, " n"]) -> Any:
+    """Ascending neighbours as a slice, which copies nothing; others as they are."""
+    run = len(indices) > 0 and np.array_equal(indices, indices[0] + np.arange(len(indices)))
+    return slice(int(indices[0]), int(indices[0]) + len(indices)) if run else indices
 
 
 def put_by(placement: Placement, array: Any, spec: PartitionSpec) -> Array:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.precision.plan import Plan
@@ -92,13 +92,15 @@ class QuantizedExperts:
 
     store: planes of all experts, (L, E, P, F, ..) for P = 3 projections and F channels, in host memory. plan: the
     baseline. knowledge: what calibration left behind for run time, None where there was none. spare: slots beside the
-    baseline's, as a share of its pages.
+    baseline's, as a share of its pages. held: on one of several processes, the experts whose planes ``store`` has, in
+    ascending order; None where it has all.
     """
 
     store: Planes
     plan: Plan
     knowledge: Knowledge | None
     spare: float = SPARE
+    held: Int[np.ndarray, " O"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

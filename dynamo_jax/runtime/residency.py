@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from dynamo_jax.kernels.arrangements import ARRANGEMENTS, AnyResident, Arrangeme
 from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, BasePlanes, Pages, PageTable, Resident
 from dynamo_jax.kernels.tiles import TiledPages
 from dynamo_jax.precision.plan import Plan
-from dynamo_jax.runtime.mesh import Placement, put, put_by
+from dynamo_jax.runtime.mesh import Placement, as_slice, put, put_by
 from dynamo_jax.runtime.store import HostPages, page_counts, pages_of
 
 MOST_TOGETHER = 64  # pages that are written at a time
@@ -57,18 +57,26 @@ class Residency(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Pages of one level on their way to slots; the slot past the last takes what fills the chunk up. In host memory
-    until their turn comes."""
+    """Pages of one level on their way to slots; the slot past the last takes what fills the chunk up."""
 
-    slots: Int[Any, " C"]
+    slots: Int[Array, " C"]
     codes: Any
     ratios: Any
+
+
+class Waiting(NamedTuple):
+    """A chunk in host memory. pages: of the level, all that this process sends; at: which of them each slot takes, any
+    where it takes none of them."""
+
+    slots: Int[np.ndarray, " C"]
+    at: Int[np.ndarray, " C"]
+    pages: Any
 
 
 class Staged(NamedTuple):
     """Pages on their way, how many, and the slots of all pages once they are there."""
 
-    chunks: dict[int, list[Chunk]]
+    chunks: dict[int, list[Chunk | Waiting]]
     pages: int
     slots: dict[int, Int[np.ndarray, "L E UN"]]
 
@@ -128,22 +136,27 @@ def empty(host: HostPages, slots: dict[int, int], placement: Placement | None = 
     if placement is None:
         base = jax.tree.map(jnp.asarray, kind.base(BasePlanes(*arrays)))
     else:
-        base = _base_over(placement, kind, BasePlanes(*arrays), host.channel_block)
+        base = _base_over(placement, kind, BasePlanes(*arrays), host.channel_block, host.place)
     nowhere = {level: np.full(sums.shape, -1, np.int32) for level, sums in host.checksums.items()}
     return Residency(kind.resident(base, pages), nowhere, placement)
 
 
-def _base_over(placement: Placement, kind: Arrangement, planes: BasePlanes, channel_block: int) -> Any:
-    """Base planes on several devices, each device's part arranged by itself: what other processes have is not read."""
-    layers, experts, _, channels, _ = planes.codes.shape
+def _base_over(
+    placement: Placement, kind: Arrangement, planes: BasePlanes, channel_block: int, place: Int[np.ndarray, " E"]
+) -> Any:
+    """Base planes on several devices, each device's part arranged by itself. place: as ``HostPages`` has it."""
+    layers, _, _, channels, _ = planes.codes.shape
+    experts = len(place)
     by_channel = kind.resident is Resident
     step = 1 if by_channel else channel_block
 
     @functools.cache
     def arranged(first: int, last: int, begin: int, end: int) -> Any:
-        return kind.base(BasePlanes(*(a[:, first:last, :, begin:end] for a in planes)))
+        own = as_slice(place[first:last])
+        return kind.base(BasePlanes(*(a[:, own][:, :, :, begin:end] for a in planes)))
 
-    one = arranged(0, 1, 0, channel_block)
+    some = int((place >= 0).argmax())
+    one = arranged(some, some + 1, 0, channel_block)
     leaves, tree = jax.tree.flatten(one)
     axis = 3 if by_channel else 2
     specs = jax.tree.leaves(placement.base_specs(one, kind.resident), is_leaf=lambda s: isinstance(s, P))
@@ -218,18 +231,18 @@ def _places(
     return np.concatenate(missing), np.concatenate(taken)
 
 
-def _chunks(host: HostPages, now: Residency, level: int, where: np.ndarray, slots: np.ndarray) -> list[Chunk]:
+def _chunks(host: HostPages, now: Residency, level: int, where: np.ndarray, slots: np.ndarray) -> list[Chunk | Waiting]:
     """Pages in chunks, each with as many places for every shard, whose own are filled up."""
-    out: list[Chunk] = []
+    out: list[Waiting] = []
     if not len(where):
-        return out
+        return []
     capacity, shards = now.capacity(level), shards_of(now.placement)
     size = chunk_pages(capacity)
     here = host.has(where)
     own: Any = host.arrays(level, where[here])
-    if not here.all():  # pages of other processes' devices: nothing that is sent from here
-        own = jax.tree.map(lambda a: np.concatenate([a, np.zeros((1, *a.shape[1:]), a.dtype)]), own)
-    index = np.where(here, np.cumsum(here) - 1, here.sum())
+    if not here.any():  # this process's devices take no page, but their part in the chunks
+        own = jax.tree.map(lambda a: np.zeros((1, *a.shape[1:]), a.dtype), own)
+    index = np.where(here, np.cumsum(here) - 1, 0)
     first = np.searchsorted(slots // capacity, np.arange(shards + 1))
     turns = -(-int(np.diff(first).max()) // size)
     for turn in range(turns):
@@ -238,15 +251,24 @@ def _chunks(host: HostPages, now: Residency, level: int, where: np.ndarray, slot
         real = at < first[1:, None]
         at = np.where(real, at, 0).reshape(-1)
         to = np.where(real.reshape(-1), slots[at] % capacity, capacity).astype(np.int32)
-        out.append(Chunk(to, *(None if a is None else a[index[at]] for a in own)))
+        out.append(Waiting(to, index[at], own))
     return [_sent(now.placement, out[0]), *out[1:]]
 
 
-def _sent(placement: Placement | None, chunk: Chunk) -> Chunk:
-    """On the way, to each device its own part."""
+def _sent(placement: Placement | None, chunk: Chunk | Waiting) -> Chunk:
+    """On the way, to each device its own part, which is gathered now."""
+    if isinstance(chunk, Chunk):
+        return chunk
     if placement is None:
-        return jax.device_put(chunk)
-    return jax.tree.map(lambda a: put(placement, a, placement.both), chunk)
+        pages = jax.tree.map(lambda a: jax.device_put(a[chunk.at]), tuple(chunk.pages))
+        return Chunk(jax.device_put(chunk.slots), *pages)
+    over = placement.sharding(P(placement.both))
+
+    def sent(array: np.ndarray) -> Array:
+        shape = (len(chunk.at), *array.shape[1:])
+        return jax.make_array_from_callback(shape, over, lambda index: array[chunk.at[cast(Any, index)[0]]])
+
+    return Chunk(put(placement, chunk.slots, placement.both), *jax.tree.map(sent, tuple(chunk.pages)))
 
 
 def commit(now: Residency, staged: Staged) -> Residency:

@@ -58,7 +58,7 @@ from dynamo_jax.runtime.residency import (
     table_of,
 )
 from dynamo_jax.runtime.signatures import Signatures
-from dynamo_jax.runtime.store import HostPages, host_pages, pages_of
+from dynamo_jax.runtime.store import HostPages, host_pages, pages_of, places
 from dynamo_jax.runtime.switch import switched_divergence, switched_experts
 
 
@@ -136,8 +136,9 @@ def init(
         slots = memory.slots(model.plan, model.spare, placement, others)
     if arrangement is None:
         arrangement = arrangement_for(model.store.scales.shape[3], model.plan.channel_block, model.plan.group_size)
-    own = own_experts(placement, model.store.scales.shape[1])
-    pages = host_pages(model.store, model.plan, arrangement, own)
+    experts = model.plan.widths.shape[1]
+    place = places(experts, model.held, own_experts(placement, experts))
+    pages = host_pages(model.store, model.plan, arrangement, place)
     plans = (model.plan, *others, *(model.plan,) * (variants - 1 - len(others)))
     here = residency(pages, list(plans[: 1 + len(others)]), slots, placement)
     tables = tuple(table_of(here, plan, levels_of(plan)) for plan in plans)

@@ -70,29 +70,28 @@ def page_tables(plan: Plan) -> dict[int, Int[np.ndarray, "L E UN"]]:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostPages:
     """Planes in host memory and the checksums that their pages had when they were put there. arrangement: in which
-    the device takes them (``kernels.arrangements``); own: the experts whose planes this process has."""
+    the device takes them (``kernels.arrangements``); place: where each expert is among ``planes``, -1 for one whose
+    pages other processes send."""
 
     planes: Planes
     channel_block: int
     together: int  # projections of a page, 3 or 1
     checksums: dict[int, UInt32[np.ndarray, "L E UN"]]
     arrangement: str = "planes"
-    own: slice = dataclasses.field(default_factory=lambda: slice(None))
+    place: Int[np.ndarray, " E"]
 
     def has(self, where: Int[np.ndarray, "Q 3"]) -> Bool[np.ndarray, " Q"]:
         """Which of the pages at (layer, expert, block) this process has."""
-        there = np.zeros(self.planes.scales.shape[1], bool)
-        there[self.own] = True
-        return there[where[:, 1]]
+        return self.place[where[:, 1]] >= 0
 
     def arrays(self, level: int, where: Int[np.ndarray, "Q 3"]) -> Any:
         """The pages at (layer, expert, block), host arrays; ValueError if one is not what it was."""
         if level not in self.planes.codes:
             raise ValueError(f"planes of {level} bits were left out; this model has {self.planes.widths}")
-        codes, ratios = _cut(self.planes, self.channel_block, self.together, level, where)
-        for place, found in zip(where, _sums(codes, ratios)):
-            if found != self.checksums[level][tuple(place)]:
-                layer, expert, block = map(int, place)
+        codes, ratios = _cut(self.planes, self.channel_block, self.together, level, where, self.place)
+        for page, found in zip(where, _sums(codes, ratios)):
+            if found != self.checksums[level][tuple(page)]:
+                layer, expert, block = map(int, page)
                 raise ValueError(
                     f"the {level}-bit page of layer {layer}, expert {expert}, block {block} is damaged in host memory"
                 )
@@ -102,17 +101,34 @@ class HostPages:
         return arrange(Pages(codes, ratios), level, first + np.arange(self.together))
 
 
-def host_pages(planes: Planes, plan: Plan, arrangement: str = "planes", own: slice = slice(None)) -> HostPages:
-    """The pages that plans of this one's blocks read; own: the experts whose planes are there."""
+def places(experts: int, held: Int[np.ndarray, " O"] | None, own: Int[np.ndarray, " n"]) -> Int[np.ndarray, " E"]:
+    """Where each of ``own`` experts is among those that are ``held`` (all, if None), -1 for the others. ValueError: one
+    of them is not held."""
+    held = np.arange(experts) if held is None else held
+    if len(missing := np.setdiff1d(own, held)):
+        raise ValueError(
+            f"the planes of {len(held)} of {experts} experts are here and not those of expert {missing[0]}: the model "
+            "was loaded for one of several processes; use it on the mesh that load was given"
+        )
+    place = np.full(experts, -1)
+    place[own] = np.searchsorted(held, own)
+    return place
+
+
+def host_pages(
+    planes: Planes, plan: Plan, arrangement: str = "planes", place: Int[np.ndarray, " E"] | None = None
+) -> HostPages:
+    """The pages that plans of this one's blocks read; place: as ``HostPages`` has it, by default all are there."""
     together = 1 if plan.apart else PROJECTIONS
+    place = np.arange(plan.widths.shape[1]) if place is None else place
     sums = {}
     for level, has in pages_of(plan).items():
         if level not in planes.codes:
             sums[level] = np.zeros(has.shape, np.uint32)
             continue
         here = np.zeros(has.shape, bool)
-        here[:, own] = True
-        parts = _cut(planes, plan.channel_block, together, level, np.argwhere(here))
+        here[:, place >= 0] = True
+        parts = _cut(planes, plan.channel_block, together, level, np.argwhere(here), place)
         sums[level] = np.zeros(has.shape, np.uint32)
         sums[level][here] = np.array(list(_sums(*parts)), np.uint32)
     return HostPages(
@@ -121,17 +137,17 @@ def host_pages(planes: Planes, plan: Plan, arrangement: str = "planes", own: sli
         together=together,
         checksums=sums,
         arrangement=arrangement,
-        own=own,
+        place=place,
     )
 
 
-def _cut(planes: Planes, channel_block: int, together: int, level: int, where: np.ndarray) -> tuple:
+def _cut(planes: Planes, channel_block: int, together: int, level: int, where: np.ndarray, place: np.ndarray) -> tuple:
     def cut(array: np.ndarray) -> np.ndarray:
         layers, experts, projections, channels, last = array.shape
         units, blocks = projections // together, channels // channel_block
         parts = np.asarray(array).reshape(layers, experts, units, together, blocks, channel_block, last)
         layer, expert, index = where.T
-        return parts[layer, expert, index // blocks, :, index % blocks]
+        return parts[layer, place[expert], index // blocks, :, index % blocks]
 
     return cut(planes.codes[level]), cut(planes.ratios) if level == 8 and planes.ratios is not None else None
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from jaxtyping import Int
 
 from dynamo_jax.files import check_readable, shortened
 from dynamo_jax.kernels.layout import PLANE_BITS, PROJECTIONS, WIDTHS, filled
@@ -24,6 +25,7 @@ from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import Planes
 
 Bundle = dict[str, np.ndarray]  # the arrays of one file, by name
+Experts = Int[np.ndarray, " O"] | None  # some of a layer's, in ascending order, or all
 
 
 def layer_name(layer: int) -> str:
@@ -59,9 +61,10 @@ def check_arrays(path: Path, bundle: Bundle, expected: dict[str, Expected]) -> N
             raise ValueError(f"{path}: {name} holds NaN or infinity")
 
 
-def planes_expected(plan: Plan, max_width: int, experts: slice = slice(None)) -> dict[str, Expected]:
-    """One layer's planes up to ``max_width``, of some experts."""
-    shape = (len(range(plan.widths.shape[1])[experts]), PROJECTIONS, plan.blocks * plan.channel_block)
+def planes_expected(plan: Plan, max_width: int, experts: Experts = None) -> dict[str, Expected]:
+    """One layer's planes up to ``max_width``, of some experts or of all."""
+    count = plan.widths.shape[1] if experts is None else len(experts)
+    shape = (count, PROJECTIONS, plan.blocks * plan.channel_block)
     hidden = filled(plan.hidden_size, plan.group_size)
     groups = (*shape, hidden // plan.group_size)
     codes = {
@@ -72,7 +75,7 @@ def planes_expected(plan: Plan, max_width: int, experts: slice = slice(None)) ->
 
 
 def layer_expected(
-    config: ModelConfig, plan: Plan, max_width: int, layer: int, experts: slice = slice(None)
+    config: ModelConfig, plan: Plan, max_width: int, layer: int, experts: Experts = None
 ) -> dict[str, Expected]:
     """A layer's file: its parameters but the experts' weights and, if it has experts, their planes."""
     own = {f"parameters/{name}": Expected(shape) for name, shape in layer_shapes(config, layer).items()}
@@ -85,29 +88,32 @@ def layer_planes(bundle: Bundle) -> Planes:
     return Planes(codes, bundle["planes/scales"], bundle.get("planes/ratios"))
 
 
-def stacked_planes(get: Callable[[str], Bundle], config: ModelConfig, experts: slice = slice(None)) -> Planes:
-    """The planes of all layers (L, E, P, F, ..), a layer's bundle in memory at a time beside them. experts: those that
-    the bundles hold; the others' planes are zeros, which take no memory until somebody writes to them."""
+def stacked_planes(get: Callable[[str], Bundle], config: ModelConfig) -> Planes:
+    """The planes of all layers (L, E, P, F, ..), a layer's bundle in memory at a time beside them; of as many experts
+    as the bundles hold."""
     out: Any = None
     for index, layer in enumerate(config.moe_layers):
         planes = layer_planes(get(layer_name(layer)))
         if out is None:
-            count = len(planes.scales) if experts == slice(None) else config.num_experts
-            shape = (config.num_moe_layers, count)
-            out = jax.tree.map(lambda a, shape=shape: np.zeros((*shape, *a.shape[1:]), a.dtype), planes)
+            out = jax.tree.map(lambda a: np.empty((config.num_moe_layers, *a.shape), a.dtype), planes)
         for whole, part in zip(jax.tree.leaves(out), jax.tree.leaves(planes)):
-            whole[index, experts] = part
+            whole[index] = part
     return out
 
 
-def read_bundle(path: Path, experts: slice = slice(None)) -> Bundle:
+def read_bundle(path: Path, experts: Experts = None) -> Bundle:
     """The arrays of one file, of planes those of some experts; ValueError if it is missing, unreadable or damaged."""
     check_readable(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            if experts == slice(None):
+            if experts is None:
                 return {name: file.get_tensor(name) for name in file.keys()}
-            parts = {True: lambda name: file.get_slice(name)[experts], False: file.get_tensor}
-            return {name: parts[name.startswith("planes/")](name) for name in file.keys()}
+            runs = np.split(experts, np.flatnonzero(np.diff(experts) > 1) + 1)  # slices is all that the format reads
+
+            def some(name: str) -> np.ndarray:
+                whole = file.get_slice(name)
+                return np.concatenate([whole[int(run[0]) : int(run[-1]) + 1] for run in runs])
+
+            return {name: (some if name.startswith("planes/") else file.get_tensor)(name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: damaged or truncated: {error}") from error

@@ -32,14 +32,15 @@ from dynamo_jax.models.huggingface import UNQUANTIZED, top_shapes
 from dynamo_jax.models.specs import LayerSpec
 from dynamo_jax.models.tokenizer import TOKENIZER, tokenizer_from
 from dynamo_jax.precision.plan import Plan
-from dynamo_jax.runtime.mesh import Placement, own_experts
+from dynamo_jax.runtime.mesh import Placement, own_experts, spans_processes
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.signatures import Signatures
-from dynamo_jax.runtime.store import page_tables
+from dynamo_jax.runtime.store import page_tables, places
 from dynamo_jax.settings import from_dict
 from dynamo_jax.storage.bundles import (
     Bundle,
     Expected,
+    Experts,
     check_arrays,
     layer_expected,
     layer_name,
@@ -66,8 +67,10 @@ def save(folder: str | Path, model: QuantizedModel, overwrite: bool = False) -> 
     """Write the checkpoint into ``folder``, which is missing or empty, or with ``overwrite`` an earlier checkpoint.
 
     What the folder holds: docs/checkpoints.md. It is larger than the plan's bytes, since all planes up to 8 bits are
-    kept for switching. ValueError: ``folder`` holds something else. OSError: it cannot be written.
+    kept for switching. ValueError: ``folder`` holds something else, or the model is one of several processes' part.
+    OSError: it cannot be written.
     """
+    places(model.config.num_experts, model.held, np.arange(model.config.num_experts))
     with Making(Path(folder).resolve(), META, SAVING, overwrite=overwrite, resumes=False) as making:
         work = FolderWork(making.folder)
         arrays = {name: np.asarray(a) for name, a in model.parameters.items()}
@@ -320,18 +323,18 @@ def load(folder: str | Path, mesh: Mesh | None = None) -> QuantizedModel:
     tokenizer = tokenizer_from(files[TOKENIZER], folder / SOURCE / TOKENIZER)
     kept: Bundle = dict(top_bundle(result, config))
     placement = None if mesh is None else Placement.of(mesh, config.num_experts, plan.blocks)
-    experts = own_experts(placement, config.num_experts)
+    held = own_experts(placement, config.num_experts) if spans_processes(placement) else None
 
     def planes(name: str) -> Bundle:
         layer = int(name.removeprefix("layer-"))
-        bundle = layer_bundle(result, config, plan, meta.max_width, layer, experts)
+        bundle = layer_bundle(result, config, plan, meta.max_width, layer, held)
         for key in [k for k in bundle if k.startswith("parameters/")]:
             kept[f"layers.{layer}.{key.removeprefix('parameters/')}"] = bundle.pop(key)
         return bundle
 
     for layer in config.dense_layers:
         planes(layer_name(layer))
-    store = stacked_planes(planes, config, experts)
+    store = stacked_planes(planes, config)
     return QuantizedModel(
         config=config,
         parameters={n: a if placement else jnp.asarray(a) for n, a in kept.items()},  # type: ignore[misc]
@@ -342,6 +345,7 @@ def load(folder: str | Path, mesh: Mesh | None = None) -> QuantizedModel:
         knowledge=knowledge_from(arrays, meta.names, meta.tokens, meta.calibrated, meta.odd),
         files=files,
         spare=meta.spare,
+        held=held,
     )
 
 
@@ -378,10 +382,10 @@ def top_bundle(result: Result, config: ModelConfig) -> Bundle:
 
 
 def layer_bundle(
-    result: Result, config: ModelConfig, plan: Plan, max_width: int, layer: int, experts: slice = slice(None)
+    result: Result, config: ModelConfig, plan: Plan, max_width: int, layer: int, experts: Experts = None
 ) -> Bundle:
-    """A layer's planes, of some experts, and parameters. ValueError: the file is missing, damaged or of another layer
-    or model."""
+    """A layer's planes, of some experts or of all, and parameters. ValueError: the file is missing, damaged or of
+    another layer or model."""
     path = result.path(f"{layer_name(layer)}.safetensors")
     bundle = read_bundle(path, experts)
     check_arrays(path, bundle, layer_expected(config, plan, max_width, layer, experts))
