@@ -32,18 +32,19 @@ def plan_devices(
     from dynamo_jax.files import write_json
     from dynamo_jax.models import huggingface
     from dynamo_jax.runtime import devices
+    from dynamo_jax.runtime.memory import SPARE
     from dynamo_jax.storage import checkpoint
 
     folder = model_folder(model)
     gib = _memory(chip)
     if checkpoint.is_checkpoint(folder):
         description = checkpoint.read_description(folder)
-        config, plan = description.config, description.plan
+        config, plan, spare = description.config, description.plan, description.meta.spare
     else:
         config = huggingface.Source(folder).config
-        plan = devices.plan_of_bits(config.expert_sizes, bits)
+        plan, spare = devices.plan_of_bits(config.expert_sizes, bits), SPARE
     shapes = huggingface.parameter_shapes(config)
-    found = devices.least_devices(config, shapes, plan, gib, batch, length, room=room)
+    found = devices.least_devices(config, shapes, plan, gib, batch, length, spare, room)
     print_facts(_facts(found, gib, room))
     if json:
         share = found.share._asdict() | {"total": found.share.total}

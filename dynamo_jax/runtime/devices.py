@@ -121,12 +121,10 @@ def on_mesh(
     if placement is not None:
         of_parameters = parameter_specs(placement, config, arrays)
         of_cache = cache_specs(placement, cache, stacked=False)
-    shards = 1 if placement is None else placement.shards
-    whole = memory.device_bytes(plan, spare)
-    tables = whole.tables // (1 if placement is None else placement.expert_shards * placement.block_shards)
+    held = memory.device_bytes(plan, spare, placement)
     share = Share(
-        planes=math.ceil(whole.plan / shards) + tables,
-        spare=math.ceil((whole.spare + whole.staged) / shards),
+        planes=held.plan + held.tables,
+        spare=held.spare + held.staged,
         rest=_bytes_of(mesh, arrays, of_parameters),
         cache=_bytes_of(mesh, cache, of_cache),
     )

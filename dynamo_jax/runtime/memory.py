@@ -18,7 +18,7 @@ from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, WIDTHS, block_bytes
 from dynamo_jax.models.config import ExpertSizes, ModelConfig
 from dynamo_jax.precision.plan import Plan, num_weights
 from dynamo_jax.runtime.mesh import Placement
-from dynamo_jax.runtime.residency import chunk_pages, largest_shard, levels_of
+from dynamo_jax.runtime.residency import chunk_pages, largest_shard, levels_of, shards_of
 from dynamo_jax.runtime.store import page_counts
 
 SPARE = 0.05  # of the baseline's pages: slots beside theirs, for those of other variants
@@ -51,13 +51,9 @@ def slots(
 ) -> dict[int, int]:
     """All slots of each level: the baseline's and the spare ones. placement: those of one shard, each with as many as
     the largest takes for the baseline, and for ``plans`` where they are given, and its part of the spare ones."""
-    if placement is None:
-        largest = page_counts(plan)
-        shards, of_shard = 1, plan.page_widths().size
-    else:
-        largest, shards = largest_shard(placement, [plan, *plans]), placement.shards
-        of_shard = plan.page_widths().size // shards
-    spare = spare_slots(plan, share)
+    shards = shards_of(placement)
+    largest = page_counts(plan) if placement is None else largest_shard(placement, [plan, *plans])
+    of_shard, spare = plan.page_widths().size // shards, spare_slots(plan, share)
     return {level: min(count + -(-spare[level] // shards), of_shard) for level, count in largest.items()}
 
 
@@ -68,16 +64,17 @@ def page_bytes(plan: Plan) -> dict[int, int]:
     return dict(zip(LEVELS, (high - low for low, high in itertools.pairwise(each))))
 
 
-def device_bytes(plan: Plan, share: float = SPARE) -> DeviceBytes:
-    """What serving ``plan`` as the baseline takes, with spare slots for a ``share`` of its pages."""
-    pages = page_bytes(plan)
+def device_bytes(plan: Plan, share: float = SPARE, placement: Placement | None = None) -> DeviceBytes:
+    """What serving ``plan`` as the baseline takes, with spare slots for a ``share`` of its pages. placement: on each of
+    several devices, which all have the slots of the one that needs most."""
+    pages, shards = page_bytes(plan), shards_of(placement)
+    base = plan.stored_bytes() - sum(count * pages[level] for level, count in page_counts(plan).items())
+    largest, all_slots = largest_shard(placement, [plan]), slots(plan, share, placement)
     return DeviceBytes(
-        plan=plan.stored_bytes(),
-        spare=sum(count * pages[level] for level, count in spare_slots(plan, share).items()),
-        staged=sum(
-            chunk_pages(count) * (pages[level] + SLOT_BYTES) for level, count in slots(plan, share).items() if count
-        ),
-        tables=SLOT_BYTES * 2 * len(levels_of(plan)) * plan.page_widths().size,
+        plan=base // shards + sum(count * pages[level] for level, count in largest.items()),
+        spare=sum((count - largest[level]) * pages[level] for level, count in all_slots.items()),
+        staged=sum(chunk_pages(count) * (pages[level] + SLOT_BYTES) for level, count in all_slots.items() if count),
+        tables=SLOT_BYTES * 2 * len(levels_of(plan)) * plan.page_widths().size // shards,
     )
 
 
