@@ -18,10 +18,11 @@ from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.generation import quantized_language_model
 from dynamo_jax.models.decoder import Decoder, new_cache, parameters, with_parameters
-from dynamo_jax.runtime import serving, switch
+from dynamo_jax.runtime import memory, serving, switch
 from dynamo_jax.runtime.adapt import observe_windows
 from dynamo_jax.runtime.generate import GenerateConfig, generate, stream
 from dynamo_jax.runtime.mesh import Placement, fetch, put
+from dynamo_jax.runtime.residency import Chunk
 from dynamo_jax.runtime.store import pages_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -155,8 +156,13 @@ def test_rows_of_other_devices_are_not_held(model, monkeypatch):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_device_has_its_share(model, shape):
-    _, state = serving.init(model, REQUESTS, placement=placement_of(model, shape))
+    placement = placement_of(model, shape)
+    _, state = serving.init(model, REQUESTS, placement=placement)
     base = state.resident.base
+    first = jax.devices()[0]
+    lies = [s.data.nbytes for a in jax.tree.leaves(state.resident) for s in a.addressable_shards if s.device == first]
+    counted = memory.device_bytes(model.plan, model.spare, placement)
+    assert sum(lies) == counted.plan + counted.spare
     for array in jax.tree.leaves(base):
         assert all(s.data.nbytes * 8 == array.nbytes for s in array.addressable_shards)
     for level, pages in state.resident.pages.items():
@@ -287,5 +293,5 @@ def test_nothing_is_put_where_it_does_not_belong(model):
         capacity = len(state.resident.pages[3].codes) // 8
         filled = np.flatnonzero((slots < max(len(p.codes) // 8 for p in state.resident.pages.values())).any(axis=1))
         assert set(filled) <= {owner} or capacity == 0
-        if isinstance(chunk.codes, jax.Array):  # of each level the first chunk travels
+        if isinstance(chunk, Chunk):  # of each level the first travels
             assert all(shard.data.nbytes * 8 == chunk.codes.nbytes for shard in chunk.codes.addressable_shards)

@@ -373,7 +373,7 @@ def test_a_soak_of_switches_and_adaptations_on_damaged_memory(model, compilation
     def adapt(host, state):
         nonlocal refused, lends
         codes = served.store.codes[int(rng.choice(LEVELS))].reshape(-1)
-        at, bit = rng.choice(codes.size, rng.integers(1, 20), replace=False), np.uint8(1 << rng.integers(8))
+        at, bit = rng.choice(codes.size, rng.integers(20, 100), replace=False), np.uint8(1 << rng.integers(8))
         codes[at] ^= bit
         lend = bool(rng.integers(2))
         try:
