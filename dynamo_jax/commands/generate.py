@@ -72,7 +72,7 @@ def _one_writes(hosts: str) -> Iterator[None]:
     goes to standard error."""
     import jax
 
-    from dynamo_jax.runtime.mesh import join_hosts
+    from dynamo_jax.runtime.hosts import join_hosts
 
     sys.stdout.flush()
     own = os.dup(1)
@@ -101,7 +101,8 @@ def _continue(
     import jax.numpy as jnp
 
     from dynamo_jax.generation import load_text_model, prompts_tokens, stream
-    from dynamo_jax.runtime.mesh import first, mesh_of
+    from dynamo_jax.runtime.hosts import first
+    from dynamo_jax.runtime.mesh import mesh_of
 
     devices = mesh_of(mesh) if mesh else None
     loaded = load_text_model(model_folder(model), jnp.dtype(dtype), adapt, batch, reads, devices)

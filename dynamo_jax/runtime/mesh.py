@@ -40,11 +40,10 @@ from dynamo_jax.models.decoder import Cache
 from dynamo_jax.models.experts import ExpertBiases
 from dynamo_jax.models.specs import Grouped, Latent
 from dynamo_jax.models.stacked import loops
+from dynamo_jax.runtime.hosts import agreed
 
 P = PartitionSpec
 DATA, MODEL = "data", "model"
-HEARTBEAT_S = 30  # without a word from a process, after which it counts as gone
-WORDS = 400  # bytes of an error that other processes are told
 Result = TypeVar("Result")
 
 
@@ -158,26 +157,6 @@ def mesh_of(words: str) -> Mesh:
     return Mesh(np.array(devices).reshape(shape), (DATA, MODEL))
 
 
-def join_hosts(words: str) -> None:
-    """Make this process one of several: "auto", where JAX finds the others by itself (TPU pods, Slurm, Open MPI), or
-    "ADDRESS:PORT,COUNT,NUMBER". To be called before anything asks for a device. ValueError: other words."""
-    if words == "auto":
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_S)
-        return
-    address, *numbers = words.split(",")
-    if ":" not in address or len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
-        raise ValueError(f"hosts {words!r}: expected auto, or ADDRESS:PORT,COUNT,NUMBER")
-    count, number = map(int, numbers)
-    if not number < count:
-        raise ValueError(f"hosts {words!r}: process {number} of {count}: they are counted from 0")
-    jax.distributed.initialize(address, count, number, heartbeat_timeout_seconds=HEARTBEAT_S)
-
-
-def first() -> bool:
-    """Whether this is the process that writes, of all or alone."""
-    return jax.process_index() == 0
-
-
 def spans_processes(placement: Placement | None) -> bool:
     """Whether devices of other processes are among those of the mesh."""
     return placement is not None and isinstance(placement.mesh, Mesh) and placement.mesh.is_multi_process
@@ -207,16 +186,7 @@ def on_all(placement: Placement | None, run: Callable[[], Result]) -> Result:
         out, error = None, raised
     if not spans_processes(placement):
         return cast(Result, out)
-    said = np.zeros(WORDS, np.uint8)
-    if error is not None:
-        words = (str(error) or type(error).__name__).encode()[:WORDS]
-        said[: len(words)] = np.frombuffer(words, np.uint8)
-    each = np.asarray(multihost_utils.process_allgather(said)).reshape(-1, WORDS)
-    if error is not None:
-        raise error
-    for process, told in enumerate(each):
-        if told.any():
-            raise ValueError(f"process {process}: {bytes(told).rstrip(bytes(1)).decode(errors='replace')}")
+    agreed(error)
     return cast(Result, out)
 
 
