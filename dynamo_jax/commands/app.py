@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+import traceback
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -60,14 +61,30 @@ def main() -> None:
 
 
 def script() -> None:
-    """``main`` as a process of its own, which Ctrl-C ends at once.
+    """``main`` as a process of its own, which ends at once where it was stopped, or is one of several and has failed.
 
-    Python's own end would have XLA take down what it was compiling, which crashes (seen with jax 0.10.2).
+    Python's own end would have XLA take down what it was compiling, which crashes (seen with jax 0.10.2), and JAX wait
+    for the other processes, which wait for this one.
     """
     try:
         main()
     except SystemExit as end:
-        if end.code == STOPPED:
-            sys.stderr.flush()
-            os._exit(STOPPED)
+        if end.code == STOPPED or (end.code and _one_of_several()):
+            _end(end.code)
         raise
+    except Exception:
+        if _one_of_several():
+            traceback.print_exc()
+            _end(1)
+        raise
+
+
+def _one_of_several() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _end(code: Any) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)

@@ -35,7 +35,7 @@ from dynamo_jax.precision.allocate import Limits, reallocate
 from dynamo_jax.precision.plan import Plan, touched_share
 from dynamo_jax.quant.planes import Planes, dequantize
 from dynamo_jax.runtime.memory import measured_together
-from dynamo_jax.runtime.mesh import Placement, fetch, in_order, own_experts, placed_parameters, put_experts
+from dynamo_jax.runtime.mesh import Placement, check_same, fetch, in_order, own_experts, placed_parameters, put_experts
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.store import page_counts, places
 
@@ -177,6 +177,7 @@ def observe_windows(
     unpacked at a time, and window after window, so that one program serves any number. placement: each device measures
     its own experts."""
     windows = checked_windows(model.config, windows)
+    check_same(placement, "windows", windows)
     config, params = model.config, placed_parameters(placement, model.config, model.parameters)
     place = places(config.num_experts, model.held, own_experts(placement, config.num_experts))
     rest = {name: a for name, a in params.items() if not name.startswith("layers.")}

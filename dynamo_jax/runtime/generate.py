@@ -25,7 +25,7 @@ from dynamo_jax.models.decoder import Cache, new_cache
 from dynamo_jax.models.experts import float_experts
 from dynamo_jax.models.stacked import any_decoder, is_stacked, new_stacked_cache
 from dynamo_jax.models.tokenizer import check_ids
-from dynamo_jax.runtime.mesh import Placement, cache_specs, constrained, fetch, put
+from dynamo_jax.runtime.mesh import Placement, cache_specs, check_same, constrained, fetch, put
 from dynamo_jax.runtime.monitor import Watch
 from dynamo_jax.runtime.serving import State, experts, for_requests, observe
 
@@ -201,6 +201,7 @@ def stream(
     fixed = (model.config, model.dtype, model.parameters)
     state = model.state and for_requests(model.state, len(prompts))
     placement = state and state.placement
+    check_same(placement, "prompts and settings", np.frombuffer(repr((prompts, config, slots)).encode(), np.uint8))
     cache = _empty_cache(model, placement, len(prompts), slots)
     if placement is not None:
         rows = placement.rows(len(prompts))

@@ -59,12 +59,14 @@ class Placement:
     @staticmethod
     def of(mesh: Mesh | AbstractMesh, num_experts: int, num_blocks: int) -> Placement | None:
         """What a mesh with the axes ``data`` and ``model`` makes of so many experts of so many channel blocks; None for
-        one device. ValueError: other axes, or no way to split them evenly. Axes of any type serve: the program is
-        divided as the specifications here say. A mesh without devices serves for shapes."""
+        one device. ValueError: other axes, no way to split them evenly, or devices of some of several processes. Axes
+        of any type serve: the program is divided as the specifications here say. A mesh without devices serves for
+        shapes."""
         if set(mesh.axis_names) != {DATA, MODEL}:
             raise ValueError(f"the mesh has the axes {', '.join(mesh.axis_names)}: expected {DATA} and {MODEL}")
         if mesh.size == 1:
             return None
+        _check_processes(mesh)
         names = mesh.axis_names
         if isinstance(mesh, Mesh):
             mesh = Mesh(mesh.devices, names, axis_types=(AxisType.Auto,) * len(names))
@@ -157,9 +159,31 @@ def mesh_of(words: str) -> Mesh:
     return Mesh(np.array(devices).reshape(shape), (DATA, MODEL))
 
 
-def spans_processes(placement: Placement | None) -> bool:
+def _check_processes(mesh: Mesh | AbstractMesh) -> None:
+    """ValueError for devices of some of the processes: what one fails at it tells all, and waits for their answer."""
+    if isinstance(mesh, Mesh):
+        there = {device.process_index for device in mesh.devices.flat}
+        if there not in ({jax.process_index()}, set(range(jax.process_count()))):
+            numbers = ", ".join(map(str, sorted(there)))
+            raise ValueError(
+                f"the mesh has devices of processes {numbers} of {jax.process_count()}, on process "
+                f"{jax.process_index()}: expected those of all, or of this one alone"
+            )
+
+
+def spans_processes(over: Placement | Mesh | None) -> bool:
     """Whether devices of other processes are among those of the mesh."""
-    return placement is not None and isinstance(placement.mesh, Mesh) and placement.mesh.is_multi_process
+    mesh = over.mesh if isinstance(over, Placement) else over
+    return isinstance(mesh, Mesh) and mesh.is_multi_process
+
+
+class OnAllError(ValueError):
+    """An error that every process has, at the same point: all may go on from it."""
+
+
+def recoverable(placement: Placement | None) -> tuple[type[Exception], ...]:
+    """The errors that a loop may go on after: on several processes those that all of them have."""
+    return (OnAllError,) if spans_processes(placement) else (ValueError, RuntimeError)
 
 
 def own_experts(placement: Placement | None, experts: int) -> Int[np.ndarray, " O"]:
@@ -175,18 +199,23 @@ def own_experts(placement: Placement | None, experts: int) -> Int[np.ndarray, " 
     return (np.unique(shards)[:, None] * each + np.arange(each)).reshape(-1)
 
 
-def on_all(placement: Placement | None, run: Callable[[], Result]) -> Result:
-    """What ``run`` gives, if it gives something on every process of the mesh. ValueError on all of them where it fails
-    on one, which is named; its own error there. A process that is gone is an error too, within seconds."""
+def on_all(over: Placement | Mesh | None, run: Callable[[], Result]) -> Result:
+    """What ``run`` gives, if it gives something on every process of the mesh. OnAllError on all of them where it fails
+    on one: that one's words, and on the others its number before them. A process that is gone is an error too, within
+    seconds."""
+    if not spans_processes(over):
+        return run()
+    out, error = None, None
     try:
-        out, error = run(), None
+        out = run()
     except Exception as raised:
-        if not spans_processes(placement):
-            raise
-        out, error = None, raised
-    if not spans_processes(placement):
-        return cast(Result, out)
-    agreed(error)
+        error = raised
+    try:
+        agreed(error)
+    except Exception as told:
+        if told is error or isinstance(told, ValueError):
+            raise OnAllError(str(told) or type(told).__name__) from told
+        raise  # another process is gone
     return cast(Result, out)
 
 
@@ -202,14 +231,14 @@ def of_first(placement: Placement | None, array: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(array)) if spans_processes(placement) else array
 
 
-def check_same(placement: Placement | None, what: str, *arrays: np.ndarray) -> None:
-    """RuntimeError unless every process of the mesh has the same: numbers that differ would be wrong without a word."""
-    if not spans_processes(placement):
+def check_same(over: Placement | Mesh | None, what: str, *arrays: np.ndarray) -> None:
+    """OnAllError unless every process of the mesh has the same: numbers that differ would be wrong without a word."""
+    if not spans_processes(over):
         return
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).digest()
     each = np.asarray(multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))).reshape(-1, len(digest))
     if (differ := (each != each[0]).any(axis=1)).any():
-        raise RuntimeError(f"{what} of process {int(differ.argmax())} are not those of process 0")
+        raise OnAllError(f"{what} of process {int(differ.argmax())} are not those of process 0")
 
 
 def in_order(placement: Placement | None, array: Any, units: int) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dynamo_jax.runtime.adapt import Observation, check_limit, observe_windows, saved_by
-from dynamo_jax.runtime.mesh import all_agree, fetch, of_first
+from dynamo_jax.runtime.mesh import all_agree, fetch, of_first, recoverable
 from dynamo_jax.runtime.monitor import HOP, UNKNOWN
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import (
@@ -121,7 +121,7 @@ class Follower:
         self._standing.ends()
         try:
             self.host, state = whole(self.host, state)
-        except (ValueError, RuntimeError) as error:
+        except recoverable(state.placement) as error:
             self._lends = False
             self._fail(state, meant, error)
         return state
@@ -153,11 +153,16 @@ class Follower:
             return
         counts, tokens = fetch(state.watch.older), fetch(state.watch.older_tokens)
         ended = new[tokens[new] > 0]
-        if self._standing.leaves(counts[ended], tokens[ended]):
+        seen = counts[ended], tokens[ended]
+
+        def agree(flag: bool) -> bool:
+            return bool(of_first(state.placement, np.asarray(flag)))
+
+        if self._standing.leaves(*seen, agree):
             self._note(state, int(new[0]), "left")
             for stream in self._streams:
                 del stream[: -RECENT - 1]
-        elif self._standing.overreads(counts[ended], tokens[ended]):
+        elif self._standing.overreads(*seen, agree):
             self._note(state, int(new[0]), "reads too much")
 
     def _windows(self, meant: np.ndarray) -> Int[np.ndarray, "S T1"]:
@@ -185,7 +190,7 @@ class Follower:
             before = divergence(self.model, state, judging, seen[-1], 0)
             plan = adapted(self.model, self.host, state, seen[0], 1, self.batch, self.reads, lend)
             self._move = Sent(begin(self.host, state, plan, lend=lend), judging, seen, before, self._standing)
-        except (ValueError, RuntimeError) as error:  # damaged pages, no memory: what runs goes on
+        except recoverable(state.placement) as error:  # damaged pages, no memory: what runs goes on
             self._fail(state, meant, error)
         return state
 
@@ -199,11 +204,11 @@ class Follower:
             if standing is not self._standing:  # the text that it was for is over
                 return state
             gains = (before - divergence(self.model, state, judging, seen[-1], 1)) / WINDOW
-            gains = of_first(state.placement, gains)
-        except (ValueError, RuntimeError) as error:
+        except recoverable(state.placement) as error:
             self._fail(state, meant, error)
             return state
-        serves = standing.takes(gains)
+        gains = of_first(state.placement, gains)
+        serves = bool(of_first(state.placement, np.asarray(standing.takes(gains))))
         bytes_each = [plan.expert_bytes() for plan in self.host.plans]
         limit = Limit(bytes_each[1], self.reads * bytes_each[0], len(meant) if self.batch is None else self.batch)
         saves = saved_by(self.host.plans[1], self.host.plans[0], self.model.knowledge, seen[0])

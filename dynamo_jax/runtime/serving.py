@@ -138,9 +138,13 @@ def init(
         arrangement = arrangement_for(model.store.scales.shape[3], model.plan.channel_block, model.plan.group_size)
     experts = model.plan.widths.shape[1]
     place = places(experts, model.held, own_experts(placement, experts))
-    pages = host_pages(model.store, model.plan, arrangement, place)
     plans = (model.plan, *others, *(model.plan,) * (variants - 1 - len(others)))
-    here = residency(pages, list(plans[: 1 + len(others)]), slots, placement)
+
+    def on_device() -> tuple[HostPages, Residency]:
+        pages = host_pages(model.store, model.plan, arrangement, place)
+        return pages, residency(pages, list(plans[: 1 + len(others)]), slots, placement)
+
+    pages, here = on_all(placement, on_device)
     tables = tuple(table_of(here, plan, levels_of(plan)) for plan in plans)
     signatures = None if model.knowledge is None else model.knowledge.signatures
     state = State(here.resident, tables, jnp.zeros(requests, jnp.int32), signatures, None, placement)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -117,23 +118,36 @@ class Standing:
         self.saved = self.told(counts, tokens)[-RECENT // self.piece :].tolist()
         self.rows = list(counts / tokens[:, None, None])[-RECENT // self.piece :]
 
-    def overreads(self, counts: Float[np.ndarray, "S L E"], tokens: Float[np.ndarray, " S"]) -> bool:
+    def overreads(
+        self,
+        counts: Float[np.ndarray, "S L E"],
+        tokens: Float[np.ndarray, " S"],
+        agree: Callable[[bool], bool] = bool,
+    ) -> bool:
         """Whether the variant reads more than it may on the last ``RECENT`` tokens, with the next pieces of the text;
-        then another is due; it serves on until that one has come."""
+        then another is due; it serves on until that one has come. agree: what one of several processes finds, to what
+        all take."""
         if not self.serves or self.limit is None:
             return False
         self.rows = [*self.rows, *(counts / tokens[:, None, None])][-RECENT // self.piece :]
-        if len(self.rows) < RECENT // self.piece or self.limit.over(np.mean(self.rows, axis=0)) <= OVER:
+        enough = len(self.rows) >= RECENT // self.piece
+        if not agree(enough and self.limit.over(np.mean(self.rows, axis=0)) > OVER):
             return False
         self.rows, self.wanted = [], min(self.wanted, RECENT)
         return True
 
-    def leaves(self, counts: Float[np.ndarray, "S L E"], tokens: Float[np.ndarray, " S"]) -> bool:
-        """Whether the variant no longer suits the text, with the next pieces of it; then another is due."""
+    def leaves(
+        self,
+        counts: Float[np.ndarray, "S L E"],
+        tokens: Float[np.ndarray, " S"],
+        agree: Callable[[bool], bool] = bool,
+    ) -> bool:
+        """Whether the variant no longer suits the text, with the next pieces of it; then another is due. agree: as
+        ``overreads`` takes it."""
         if not self.serves or self.saves is None:
             return False
         self.saved = [*self.saved, *self.told(counts, tokens).tolist()][-RECENT // self.piece :]
-        if len(self.saved) < RECENT // self.piece or np.mean(self.saved) > 0:
+        if not agree(len(self.saved) >= RECENT // self.piece and not np.mean(self.saved) > 0):
             return False
         self.serves, self.saved = False, []
         self.least = min(2 * self.least, MOST)

@@ -32,7 +32,7 @@ from dynamo_jax.models.huggingface import UNQUANTIZED, top_shapes
 from dynamo_jax.models.specs import LayerSpec
 from dynamo_jax.models.tokenizer import TOKENIZER, tokenizer_from
 from dynamo_jax.precision.plan import Plan
-from dynamo_jax.runtime.mesh import Placement, own_experts, spans_processes
+from dynamo_jax.runtime.mesh import Placement, check_same, on_all, own_experts, spans_processes
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.signatures import Signatures
 from dynamo_jax.runtime.store import page_tables, places
@@ -309,9 +309,16 @@ def load(folder: str | Path, mesh: Mesh | None = None) -> QuantizedModel:
     planes of its own devices' experts alone.
 
     Every file is compared with its digest, every array with what the description asks for. ValueError, which names the
-    file: something is missing, damaged, or of another format.
+    file: something is missing, damaged, or of another format, on one of the processes, or not the same on all.
     """
     folder = Path(folder).absolute()
+    model, sums = on_all(mesh, lambda: _loaded(folder, mesh))
+    check_same(mesh, f"{folder}: files", np.frombuffer(repr(sorted(sums.items())).encode(), np.uint8))
+    return model
+
+
+def _loaded(folder: Path, mesh: Mesh | None) -> tuple[QuantizedModel, dict[str, str]]:
+    """The model, and the digests of its files."""
     result, meta, config, plan, arrays = read_description(folder)
     files = {
         name.removeprefix(f"{SOURCE}/"): result.path(name).read_bytes()
@@ -335,7 +342,7 @@ def load(folder: str | Path, mesh: Mesh | None = None) -> QuantizedModel:
     for layer in config.dense_layers:
         planes(layer_name(layer))
     store = stacked_planes(planes, config)
-    return QuantizedModel(
+    model = QuantizedModel(
         config=config,
         parameters={n: a if placement else jnp.asarray(a) for n, a in kept.items()},  # type: ignore[misc]
         tokenizer=tokenizer,
@@ -347,6 +354,7 @@ def load(folder: str | Path, mesh: Mesh | None = None) -> QuantizedModel:
         spare=meta.spare,
         held=held,
     )
+    return model, result.sums
 
 
 def knowledge_arrays(known: Knowledge) -> Bundle:
