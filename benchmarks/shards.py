@@ -3,10 +3,12 @@
     python benchmarks/shards.py [--texts FOLDER] [--bits 3.0] [--tokens 2048] [--shards 4 8 16 48] [--json PATH]
 
 Quantizes the bundled model, calibrated on the known texts of texts.py, and makes plans for five kinds of novel text:
-with as many slots as one device has, and with those that every device of a mesh has. For each: nats a token that the
-plan is predicted to save, of what the baseline is predicted to lose; the share of that gain that the slots of devices
-cost; and the largest share of a device's slots that the plan fills, and how full the plan made for one device would
-make the fullest. No device is needed for this: it is arithmetic of plans.
+for one device, and for every device of a mesh, which has the slots of the fullest. For each: nats a token that the
+baseline is predicted to lose; what the plan of one device is predicted to save of that, and the plan of the mesh; what
+the latter loses of what one device with as many slots as all together would save; the largest share of a device's slots
+that the plan fills, and how full the plan made for that one device would make the fullest. Spare: the plan may take the
+spare slots; lent: all of them, as when no request needs the baseline. No device is needed for this: it is arithmetic of
+plans.
 """
 
 from __future__ import annotations
@@ -48,10 +50,12 @@ def pages_of_shards(plan: Plan, placement: Placement | None) -> dict[int, np.nda
     return found
 
 
-def plan_on(model: QuantizedModel, text: Expected, placement: Placement | None) -> Plan:
-    """The plan for a text within the slots of each device."""
-    slots = memory.slots(model.plan, model.spare, placement)
-    free = {level: slots[level] - used for level, used in pages_of_shards(model.plan, placement).items()}
+def plan_on(
+    model: QuantizedModel, text: Expected, slots: dict[int, int], lends: bool, placement: Placement | None = None
+) -> Plan:
+    """The plan for a text within so many slots of each device."""
+    used = pages_of_shards(model.plan, placement)
+    free = None if lends else {level: slots[level] - count for level, count in used.items()}
     return placed_anew(model.plan, text.errors, text.use, free, 1, 1.0, slots, placement)
 
 
@@ -60,20 +64,24 @@ def fullest(plan: Plan, slots: dict[int, int], placement: Placement) -> float:
     return max(float(has.max()) / max(slots[level], 1) for level, has in pages_of_shards(plan, placement).items())
 
 
-def rows_of(model: QuantizedModel, name: str, text: Expected, counts: list[int]) -> list[dict[str, Any]]:
+def rows_of(model: QuantizedModel, name: str, text: Expected, counts: list[int], lends: bool) -> list[dict[str, Any]]:
     def lost(plan: Plan) -> float:
         return float(plan.chosen(text.errors).sum())
 
-    alone, rows = plan_on(model, text, None), []
-    gain = lost(model.plan) - lost(alone)
+    own_slots, rows = memory.slots(model.plan, model.spare), []
+    gain = lost(model.plan) - lost(plan_on(model, text, own_slots, lends))
     for count in counts:
         placement = Placement.of(AbstractMesh((1, count), (DATA, MODEL)), model.config.num_experts, model.plan.blocks)
         assert placement is not None
-        slots, plan = memory.slots(model.plan, model.spare, placement), plan_on(model, text, placement)
-        own = lost(model.plan) - lost(plan)
-        rows.append({"text": name, "shards": count, "baseline_loss": lost(model.plan), "gain_one_device": gain})
-        rows[-1] |= {"gain": own, "gain_lost": 1 - own / gain, "fullest": fullest(plan, slots, placement)}
+        slots = memory.slots(model.plan, model.spare, placement)
+        together = {level: count * each for level, each in slots.items()}
+        plan, alone = plan_on(model, text, slots, lends, placement), plan_on(model, text, together, lends)
+        own, most = (lost(model.plan) - lost(one) for one in (plan, alone))
+        rows.append({"text": name, "taken": "lent" if lends else "spare"})
+        rows[-1] |= {"shards": count, "baseline_loss": lost(model.plan), "gain_one_device": gain}
+        rows[-1] |= {"gain": own, "gain_lost": 1 - own / most, "fullest": fullest(plan, slots, placement)}
         rows[-1] |= {"fullest_unlimited": fullest(alone, slots, placement)}
+        rows[-1] |= {"slots": slots, "slots_one_device": own_slots}
     return rows
 
 
@@ -89,15 +97,18 @@ def main() -> None:
     known = {name: collect(parts(arguments.texts)) for name, parts in KNOWN.items()}
     model = quantize(source, tokenizer, known, QuantizeConfig(bits=arguments.bits))[0]
     rows: list[dict[str, Any]] = []
-    print("| text | shards | predicted loss | gain, one device | gain | lost of it | fullest | without limits |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(
+        "| text | slots | shards | predicted loss | gain, one device | gain | lost of it | fullest | without limits |"
+    )
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, parts in TEXTS.items():
         windows = token_windows(collect(parts(arguments.texts)), tokenizer, WINDOW, name)
         seen = observe_windows(model, windows[: -(-arguments.tokens // WINDOW)])
-        for row in rows_of(model, name, expected(model.knowledge, seen), arguments.shards):
+        found = expected(model.knowledge, seen)
+        for row in (row for lends in (False, True) for row in rows_of(model, name, found, arguments.shards, lends)):
             losses = " | ".join(f"{row[key]:.4f}" for key in ("baseline_loss", "gain_one_device", "gain"))
             shares = " | ".join(f"{row[key]:.1%}" for key in ("gain_lost", "fullest", "fullest_unlimited"))
-            print(f"| {name} | {row['shards']} | {losses} | {shares} |", flush=True)
+            print(f"| {name} | {row['taken']} | {row['shards']} | {losses} | {shares} |", flush=True)
             rows.append(row)
     if arguments.json:
         write_json(arguments.json, {"bits": arguments.bits, "tokens": arguments.tokens, "rows": rows})
