@@ -35,10 +35,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"report", "evaluation", "calibration", "analysis", "runtime", "models", "kernels.layout", "files"},
     "transform": {"transform", "calibration", "storage", *RUN_TIME, *LOW},
     "generation": {"storage", "runtime", "models", "kernels.layout"},
+    "harness": {"generation", "evaluation", "runtime", "models"},
     "training": {"models", "files"},
     "demo": {"texts", "storage", "calibration", "evaluation", "report", *RUN_TIME, *LOW},
     "commands": {
-        *("commands", "demo", "training", "generation", "texts", "storage", "calibration", "evaluation"),
+        *("commands", "demo", "training", "generation", "harness", "texts", "storage", "calibration", "evaluation"),
         *("runtime", "models", *LOW),
     },
 }

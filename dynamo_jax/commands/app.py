@@ -1,5 +1,5 @@
 """The command line: ``dynamo-jax demo | train | analyze | quantize | eval | generate | export | inspect |
-plan-devices``.
+plan-devices | lm-eval``.
 
 Each command is a module of its own; here they are wired. Bad input is one line on standard error and exit code 2;
 results go to standard output, progress to standard error. Heavy imports happen inside the commands, so that --help
@@ -16,7 +16,18 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from dynamo_jax import __version__
-from dynamo_jax.commands import analyze, demo, evaluate, export, generate, inspect, plan_devices, quantize, train
+from dynamo_jax.commands import (
+    analyze,
+    demo,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    lm_eval,
+    plan_devices,
+    quantize,
+    train,
+)
 from dynamo_jax.commands.stopping import STOPPED, Commands, run
 
 
@@ -53,6 +64,7 @@ app.command()(generate.generate)
 app.command()(export.export)
 app.command()(inspect.inspect)
 app.command()(plan_devices.plan_devices)
+app.command(name="lm-eval", context_settings=lm_eval.ANY)(lm_eval.lm_eval)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import rich.table
 if TYPE_CHECKING:
     from dynamo_jax.evaluation.divergence import Divergence
     from dynamo_jax.evaluation.perplexity import Row
+    from dynamo_jax.evaluation.tasks import TaskRow
     from dynamo_jax.runtime.online import Event
 
 FEW, LONGEST_FACT = re.compile("fewer than .* calibration tokens"), 1000
@@ -62,6 +63,39 @@ def print_divergences(rows: list[Divergence]) -> None:
             f"{row.divergence:.4f}{error}",
         )
     rich.console.Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def print_tasks(rows: list[TaskRow]) -> None:
+    caption = "norm: by log-likelihood a character; margin: nats a character that the right answer is ahead; +-: paired"
+    table = rich.table.Table(caption=caption)
+    left = ("task", "variant")
+    for name in (*left, "documents", "accuracy", "difference", "norm", "difference", "margin", "difference", "cut"):
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    for index, row in enumerate(rows):
+        table.add_row(
+            row.task,
+            row.variant,
+            f"{row.documents:,}",
+            _share(row.accuracy, row.standard_error),
+            _change(row.difference, row.difference_error, "+.2%"),
+            _share(row.accuracy_norm, row.standard_error_norm),
+            _change(row.difference_norm, row.difference_norm_error, "+.2%"),
+            "" if row.margin is None else f"{row.margin:+.4f}",
+            _change(row.difference_margin, row.difference_margin_error, "+.4f"),
+            f"{row.cut:,}",
+            end_section=index + 1 == len(rows) or rows[index + 1].task != row.task,
+        )
+    rich.console.Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _share(value: float, error: float | None) -> str:
+    return f"{value:.2%}" + (f" +- {error:.2%}" if error is not None else "")
+
+
+def _change(value: float | None, error: float | None, form: str) -> str:
+    if value is None:
+        return ""
+    return f"{value:{form}}" + (f" +- {error:{form[1:]}}" if error is not None else "")
 
 
 def describe_difference(row: Row) -> str:

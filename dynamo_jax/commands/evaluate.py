@@ -1,4 +1,4 @@
-"""``dynamo-jax eval``: perplexity, bits and bytes, for each dataset and variant."""
+"""``dynamo-jax eval``: perplexity, bits and bytes for each dataset and variant, accuracy for each task."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dynamo_jax.commands.console import describe_verdict, print_divergences, print_rows
+from dynamo_jax.commands.console import describe_event, describe_verdict, print_divergences, print_rows, print_tasks
 from dynamo_jax.commands.options import (
     BatchOption,
     JsonOption,
@@ -21,6 +21,7 @@ from dynamo_jax.commands.options import (
     check_window,
     load_float,
     read_datasets,
+    read_tasks,
 )
 from dynamo_jax.commands.steps import progress_bar
 
@@ -36,31 +37,46 @@ def evaluate(
         str | None,
         typer.Option(help="The unquantized model: show it beside the quantized one, and how far they differ."),
     ] = None,
+    task: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=FILE|SET",
+            help="A zero-shot task: JSON lines of context, continuations and label, or hellaswag, arc_easy, "
+            "arc_challenge, piqa, boolq, sciq, csqa, socialiqa, medmcqa, lambada. Repeatable.",
+        ),
+    ] = [],  # noqa: B006
+    documents: Annotated[int | None, typer.Option(min=1, help="Documents of each task at most.")] = None,
     json: JsonOption = None,
     window: WindowOption = 256,
     limit: Annotated[int | None, typer.Option(min=1, help="Windows of each dataset at most.")] = None,
     batch: BatchOption = 1,
     reads: ReadsOption = 1.0,
 ) -> None:
-    """Perplexity, bits a weight on the device and bytes read a token, for each dataset and variant.
+    """Perplexity, bits a weight on the device and bytes read a token, for each dataset and variant; accuracy on tasks.
 
-    The first windows of a dataset are what the monitor and adaptation see; rows count the rest.
+    The first windows of a dataset are what the monitor and adaptation see; rows count the rest. A task's documents are
+    followed in their order, as one client's text (variant auto).
     """
     from dynamo_jax.evaluation.divergence import divergence
     from dynamo_jax.evaluation.evaluate import evaluate as run
+    from dynamo_jax.evaluation.evaluate import evaluate_tasks
     from dynamo_jax.evaluation.perplexity import EvalConfig
     from dynamo_jax.evaluation.switched import VARIANTS
     from dynamo_jax.evaluation.uniform import UNIFORM
     from dynamo_jax.files import write_json
+    from dynamo_jax.models.chat import prefix_token
+    from dynamo_jax.models.hub import model_folder
+    from dynamo_jax.models.huggingface import side_files
     from dynamo_jax.storage import checkpoint
 
-    texts = read_datasets(known, novel)
+    texts, tasks = read_datasets(known, novel), read_tasks(task, documents)
     check_json(json)
-    if not (known or novel):
-        raise ValueError("nothing to evaluate: give --known NAME=FILE or --novel NAME=FILE")
+    if not (known or novel or tasks):
+        raise ValueError("nothing to evaluate: give --known NAME=FILE, --novel NAME=FILE or --task NAME=FILE")
     loaded: Any
     if checkpoint.is_checkpoint(Path(model)):
         loaded, tokenizer = checkpoint.load(Path(model)), None
+        files = loaded.files
         names = check_variants(variant, VARIANTS, "a quantized model")
         original: Any = load_float(against)[0] if against else None
     elif against:
@@ -68,23 +84,35 @@ def evaluate(
     else:
         original = None
         loaded, tokenizer = load_float(model)
+        files = side_files(model_folder(model))
         names = check_variants(variant, UNIFORM, "an unquantized model")
     check_window(window, loaded.config.max_position_embeddings)
     settings = EvalConfig(window=window, limit=limit, batch=batch, reads=reads)
+    common: Any = {"config": settings, "variants": names, "tokenizer": tokenizer, "against": original}
+    results: dict[str, Any] = {"results": []}
     with progress_bar() as progress:
-        rows, adaptations = run(
-            loaded, **texts, config=settings, variants=names, tokenizer=tokenizer, against=original, progress=progress
-        )
+        if known or novel:
+            rows, adaptations = run(loaded, texts["known"], texts["novel"], **common, progress=progress)
+            if against:
+                apart = divergence(original, loaded, texts["known"] | texts["novel"], settings, progress)
+        if tasks:
+            task_rows, events = evaluate_tasks(loaded, tasks, **common, prefix=prefix_token(files), progress=progress)
+    if known or novel:
+        print_rows(rows)
+        if adaptations and (why := loaded.knowledge.blind()):
+            print(why)
+        for name, found in adaptations.items():
+            print(f"{name}: {describe_verdict(found)}")
+        results["results"] = [row.to_dict() for row in rows]
         if against:
-            apart = divergence(original, loaded, texts["known"] | texts["novel"], settings, progress)
-    print_rows(rows)
-    if adaptations and (why := loaded.knowledge.blind()):
-        print(why)
-    for name, found in adaptations.items():
-        print(f"{name}: {describe_verdict(found)}")
-    results = {"results": [row.to_dict() for row in rows]}
-    if against:
-        print_divergences(apart)
-        results["divergence"] = [row.to_dict() for row in apart]
+            print_divergences(apart)
+            results["divergence"] = [row.to_dict() for row in apart]
+    if tasks:
+        print_tasks(task_rows)
+        for name, seen in events.items():
+            for event in seen:
+                print(f"{name}: {describe_event(event)}")
+        results["tasks"] = [row.to_dict() for row in task_rows]
+        results["events"] = {name: [event._asdict() for event in seen] for name, seen in events.items()}
     if json:
         write_json(json, results)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dynamo_jax.commands.console import describe_event
-from dynamo_jax.commands.options import BatchOption, ModelOption, ReadsOption, model_folder
+from dynamo_jax.commands.options import BatchOption, ModelOption, ReadsOption
 from dynamo_jax.commands.stopping import stops_soon
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def _continue(
     import jax.numpy as jnp
 
     from dynamo_jax.generation import load_text_model, prompts_tokens, stream
+    from dynamo_jax.models.hub import model_folder
     from dynamo_jax.runtime.hosts import first
     from dynamo_jax.runtime.mesh import mesh_of
 

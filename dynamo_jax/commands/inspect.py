@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dynamo_jax.commands.console import print_facts
-from dynamo_jax.commands.options import ModelOption, model_folder
+from dynamo_jax.commands.options import ModelOption
 
 
 def inspect(
@@ -19,6 +19,7 @@ def inspect(
 ) -> None:
     """Show what a model folder holds, from headers alone: family, sizes, bytes, what is or would be quantized."""
     from dynamo_jax.models import huggingface
+    from dynamo_jax.models.hub import model_folder
     from dynamo_jax.storage import checkpoint, facts
 
     folder = Path(model)

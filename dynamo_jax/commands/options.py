@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from dynamo_jax.texts.tasks import Document
 
 ModelOption = Annotated[
     str,
@@ -48,35 +51,9 @@ OverwriteOption = Annotated[
 WindowOption = Annotated[int, typer.Option(min=8, help="Tokens a window.")]
 
 
-def model_folder(model: str) -> Path:
-    """The folder that ``--model`` means. ValueError, which says what is taken: it is none."""
-    from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME
-    from dynamo_jax.models.hub import hub_folder, is_hub_name
-
-    if not model:
-        raise ValueError("--model is empty")
-    if model == BUNDLED_NAME:
-        return BUNDLED
-    folder = Path(model)
-    taken = (
-        f"--model takes {BUNDLED_NAME} (bundled), a Hugging Face folder (config.json, tokenizer.json, "
-        "model.safetensors or shards with model.safetensors.index.json), a name of the hub (org/name), or a folder "
-        "that quantize wrote"
-    )
-    if not folder.is_dir():
-        if folder.exists():
-            raise ValueError(f"{model}: a file, not a model folder; {taken}")
-        if is_hub_name(model):
-            return hub_folder(model)
-        raise ValueError(f"{model}: no such model folder; {taken}")
-    if not ((folder / "config.json").is_file() or (folder / "dynamo_jax.json").is_file()):
-        inside = sorted(p.parent for p in folder.glob("snapshots/*/config.json"))
-        raise ValueError(f"{model}: holds no config.json; " + (f"{inside[-1]} does" if inside else taken))
-    return folder
-
-
 def float_folder(model: str) -> Path:
     """The folder of a model that is not quantized."""
+    from dynamo_jax.models.hub import model_folder
     from dynamo_jax.storage import checkpoint
 
     if checkpoint.is_checkpoint(Path(model)):
@@ -110,6 +87,21 @@ def read_datasets(known: list[str], novel: list[str]) -> dict[str, dict[str, str
             seen.add(name)
             texts[kind][name] = read_library(path) if path.startswith(PREFIX) else read_text(path)
     return texts
+
+
+def read_tasks(given: list[str], limit: int | None) -> dict[str, list[Document]]:
+    """The documents of all NAME=FILE arguments and names of sets, read before any long work."""
+    from dynamo_jax.texts.tasks import read_set, read_task
+
+    tasks: dict[str, list[Document]] = {}
+    for item in given:
+        name, separator, path = item.partition("=")
+        if not name or (separator and not path):
+            raise ValueError(f"--task {item}: expected NAME=FILE, or the name of a set")
+        if name in tasks:
+            raise ValueError(f"--task {item}: the name {name} is given twice")
+        tasks[name] = read_task(path)[:limit] if separator else read_set(name, limit=limit)
+    return tasks
 
 
 def read_weights(items: list[str]) -> dict[str, float]:

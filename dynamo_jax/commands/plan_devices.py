@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dynamo_jax.commands.console import print_facts
-from dynamo_jax.commands.options import JsonOption, ModelOption, model_folder
+from dynamo_jax.commands.options import JsonOption, ModelOption
 
 if TYPE_CHECKING:
     from dynamo_jax.runtime.devices import DevicePlan
@@ -31,6 +31,7 @@ def plan_devices(
     """Say how many devices serve a model, and what lies on each: planes, slots, the rest, the cache."""
     from dynamo_jax.files import write_json
     from dynamo_jax.models import huggingface
+    from dynamo_jax.models.hub import model_folder
     from dynamo_jax.runtime import devices
     from dynamo_jax.runtime.memory import SPARE
     from dynamo_jax.storage import checkpoint

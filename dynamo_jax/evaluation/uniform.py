@@ -26,6 +26,12 @@ def float_parameters(model: Decoder, rounding: GridSpec | None = None) -> dict[s
     return params
 
 
+def uniform_parameters(model: Decoder, variant: str, group_size: int = 64) -> dict[str, Array]:
+    """Of one of ``UNIFORM``."""
+    bits = UNIFORM[variant]
+    return float_parameters(model, None if bits is None else GridSpec(bits, group_size))
+
+
 def evaluate_float(config: ModelConfig, params: dict[str, Array], data: Dataset, batch_size: int) -> Losses:
     return run_windows(lambda tokens: float_step(config, params, tokens), data.rest, batch_size)
 

@@ -48,6 +48,18 @@ def stop_tokens(files: Files) -> tuple[int, ...]:
     return ()
 
 
+def prefix_token(files: Files) -> int | None:
+    """The id that stands before a text that nothing else stands before: ``bos_token_id``, or else the first that ends a
+    text; None where there is neither. ValueError, which names the file: it is no id."""
+    for name in ("generation_config.json", "config.json"):
+        found = _json(files, name).get("bos_token_id")
+        if found is not None:
+            if type(found) is not int or not 0 <= found <= LARGEST_ID:
+                raise ValueError(f"{name}: bos_token_id is {_short(found)}, expected a token id")
+            return found
+    return next(iter(stop_tokens(files)), None)
+
+
 def _short(value: Any) -> str:
     words = repr(value)
     return words if len(words) <= 100 else f"{words[:100]} .."

@@ -172,12 +172,26 @@ class Layer(nnx.Module):
         return ExpertForm(activation_of(self.mixture), biases)
 
 
-class CachedPass:
-    """The forward pass behind a cache, of a decoder that has ``embedded`` and ``run``."""
+class ForwardPass:
+    """The forward pass, by itself and behind a cache, of a decoder that has ``embedded`` and ``run``."""
 
     config: ModelConfig
     embedded: Callable[..., Float[Array, "B T D"]]
     run: Callable[..., tuple[Float[Array, "B T D"], list[Any], tuple[LayerCache, ...]]]
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"] | None = None,
+        *,
+        experts: ExpertsFn = float_experts,
+        dtype: Any = jnp.float32,
+    ) -> tuple[Float[Array, "B T D"], list[Any]]:
+        """What ``next_token_nll`` and ``logits`` take; for losses that need not hold all logits."""
+        positions, keys = positions_of(tokens.shape, mask)
+        places = Places(positions, keys, angles(self.config, positions), mask=mask)
+        x, extras, _ = self.run(self.embedded(tokens, dtype), experts, places, None)
+        return x, extras
 
     def cached_states(
         self,
@@ -200,7 +214,7 @@ class CachedPass:
         return x, extras, Cache(layers, keys, cache.used + tokens.shape[1])
 
 
-class Decoder(nnx.Module, CachedPass):
+class Decoder(nnx.Module, ForwardPass):
     """Token ids to next-token logits. Parameters are float32 or bfloat16; ``with_experts=False`` leaves
     the expert weights out, for a model whose experts are quantized."""
 
@@ -228,20 +242,6 @@ class Decoder(nnx.Module, CachedPass):
         rest. ``mask`` is False where a token is padding."""
         x, extras = self.hidden_states(tokens, mask, experts=experts, dtype=dtype)
         return self.logits(x), extras
-
-    def hidden_states(
-        self,
-        tokens: Int[Array, "B T"],
-        mask: Bool[Array, "B T"] | None = None,
-        *,
-        experts: ExpertsFn = float_experts,
-        dtype: Any = jnp.float32,
-    ) -> tuple[Float[Array, "B T D"], list[Any]]:
-        """What ``next_token_nll`` and ``logits`` take; for losses that need not hold all logits."""
-        positions, keys = positions_of(tokens.shape, mask)
-        places = Places(positions, keys, angles(self.config, positions), mask=mask)
-        x, extras, _ = self.run(self.embedded(tokens, dtype), experts, places, None)
-        return x, extras
 
     def run(
         self, x: Float[Array, "B T D"], experts: ExpertsFn, places: Places, caches: tuple[LayerCache, ...] | None

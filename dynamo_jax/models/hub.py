@@ -1,4 +1,4 @@
-"""Models by their names on the Hugging Face hub, ``org/name``, through the library that has its cache.
+"""Models by their names: the bundled one, folders, and those of the Hugging Face hub, ``org/name``, by its library.
 
 ``huggingface_hub`` is optional. What is in its local cache is taken from there without a network.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamo_jax.files import shortened
+from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME
 
 WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*")
 UNWANTED = ("original/*", "*/original/*", "metal/*", "onnx/*", "openvino/*")  # the same weights for other programs
@@ -54,3 +55,27 @@ def hub_folder(name: str) -> Path:
             f"{name}: no such folder, not in the local cache of the Hugging Face hub, and the hub cannot be reached "
             f"({said}); where there is a network: {by_hand}"
         ) from None
+
+
+def model_folder(model: str) -> Path:
+    """The folder that ``--model`` means. ValueError, which says what is taken: it is none."""
+    if not model:
+        raise ValueError("--model is empty")
+    if model == BUNDLED_NAME:
+        return BUNDLED
+    folder = Path(model)
+    taken = (
+        f"--model takes {BUNDLED_NAME} (bundled), a Hugging Face folder (config.json, tokenizer.json, "
+        "model.safetensors or shards with model.safetensors.index.json), a name of the hub (org/name), or a folder "
+        "that quantize wrote"
+    )
+    if not folder.is_dir():
+        if folder.exists():
+            raise ValueError(f"{model}: a file, not a model folder; {taken}")
+        if is_hub_name(model):
+            return hub_folder(model)
+        raise ValueError(f"{model}: no such model folder; {taken}")
+    if not ((folder / "config.json").is_file() or (folder / "dynamo_jax.json").is_file()):
+        inside = sorted(p.parent for p in folder.glob("snapshots/*/config.json"))
+        raise ValueError(f"{model}: holds no config.json; " + (f"{inside[-1]} does" if inside else taken))
+    return folder

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.kernels.products import matmul
 
@@ -34,6 +34,24 @@ def next_token_nll(
         return jax.nn.logsumexp(own, axis=1) - chosen
 
     return _by_chunk(nll, head.shape[0], hidden, targets)
+
+
+def next_token_scores(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    bias: Float[Array, " V"] | None = None,
+    cap: float = 0.0,
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """As ``next_token_nll``, and whether each target is the likeliest token."""
+    logits = _logits_of(head, bias, hidden.dtype, cap)
+
+    def scores(row, label):
+        own = logits(row)
+        chosen = jnp.take_along_axis(own, label[:, None], axis=1)[:, 0]
+        return jax.nn.logsumexp(own, axis=1) - chosen, own.argmax(axis=1) == label
+
+    return _by_chunk(scores, head.shape[0], hidden, targets)
 
 
 def next_token_divergence(
@@ -71,8 +89,8 @@ def _logits_of(
     return logits
 
 
-def _by_chunk(function: Callable[..., Array], vocabulary: int, *arrays: Array) -> Float[Array, "B T"]:
-    """``function`` of some rows at a time of arrays (B, T, ..)."""
+def _by_chunk(function: Callable[..., Any], vocabulary: int, *arrays: Array) -> Any:
+    """``function`` of some rows at a time of arrays (B, T, ..): a number for each row, or several."""
     shape = arrays[0].shape[:2]
     count = shape[0] * shape[1]
     chunk = min(CHUNK_ROWS, count, max(1, CHUNK_LOGITS // vocabulary))
@@ -82,4 +100,4 @@ def _by_chunk(function: Callable[..., Array], vocabulary: int, *arrays: Array) -
         return jnp.pad(flat, ((0, -count % chunk), *[(0, 0)] * (flat.ndim - 1))).reshape(-1, chunk, *flat.shape[1:])
 
     out = jax.lax.map(lambda part: jax.checkpoint(function)(*part), tuple(map(cut, arrays)))
-    return out.reshape(-1)[:count].reshape(shape)
+    return jax.tree.map(lambda a: a.reshape(-1)[:count].reshape(shape), out)

@@ -25,8 +25,8 @@ from dynamo_jax.models.attention import Places
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import (
     Cache,
-    CachedPass,
     Decoder,
+    ForwardPass,
     Layer,
     filled,
     layer_with_parameters,
@@ -110,7 +110,7 @@ def stacked_cache(config: ModelConfig, cache: Cache) -> Cache:
 
 
 @dataclasses.dataclass(frozen=True)
-class StackedDecoder(CachedPass):
+class StackedDecoder(ForwardPass):
     """``Decoder`` with its layers in loops. around: all but the layers; arrays: theirs, by dotted name."""
 
     config: ModelConfig
@@ -121,15 +121,16 @@ class StackedDecoder(CachedPass):
         return self.around.embedded(tokens, dtype)
 
     def run(
-        self, x: Float[Array, "B T D"], experts: ExpertsFn, places: Places, caches: tuple[LayerCache, ...]
+        self, x: Float[Array, "B T D"], experts: ExpertsFn, places: Places, caches: tuple[LayerCache, ...] | None
     ) -> tuple[Float[Array, "B T D"], list[Any], tuple[LayerCache, ...]]:
         """As that of ``Decoder``, with stacked caches."""
+        all_caches: tuple[Any, ...] = caches or (None,) * sum(loop.period for loop in loops(self.config))
         extras: dict[int, Any] = {}
         after: list[LayerCache] = []
         begin = 0
         for number, loop in enumerate(loops(self.config)):
             own = [self._parameters(number, place) for place in range(loop.period)]
-            of_loop = caches[begin : begin + loop.period]
+            of_loop = all_caches[begin : begin + loop.period]
             begin += loop.period
 
             def turn(carry: Any, of: Any, loop: Loop = loop) -> tuple[Any, Any]:
@@ -157,6 +158,12 @@ class StackedDecoder(CachedPass):
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return self.around.logits(x)
+
+    def head_weights(self) -> Float[Array, "V D"]:
+        return self.around.head_weights()
+
+    def logit_form(self) -> tuple[Float[Array, " V"] | None, float]:
+        return self.around.logit_form()
 
     def _parameters(self, number: int, place: int) -> dict[str, Array]:
         prefix = f"loops.{number}.{place}."

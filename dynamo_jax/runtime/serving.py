@@ -150,11 +150,11 @@ def init(
     state = State(here.resident, tables, jnp.zeros(requests, jnp.int32), signatures, None, placement)
     if placement is not None and signatures is not None:
         state = state._replace(signatures=jax.tree.map(lambda a: put(placement, a), signatures))
-    return Host(pages=pages, plans=plans, slots=here.slots), _begun(state, requests)
+    return Host(pages=pages, plans=plans, slots=here.slots), begun(state, requests)
 
 
-def _begun(state: State, requests: int) -> State:
-    """All requests at the baseline, with new monitors if there are signatures."""
+def begun(state: State, requests: int) -> State:
+    """All of so many requests at the baseline, with new monitors if there are signatures."""
     fresh = jnp.zeros(requests, jnp.int32), None if state.signatures is None else start(state.signatures, requests)
     if (placement := state.placement) is not None:
         fresh = jax.tree.map(lambda a: put(placement, a, placement.rows(requests)), fresh)
@@ -168,8 +168,8 @@ def for_requests(state: State, requests: int) -> State:
         raise ValueError(f"{requests} requests: expected one or more")
     if state.number.shape[0] == requests:
         return state
-    begun = _begun(state, requests)
-    return begun._replace(watch=None) if state.watch is None else begun
+    fresh = begun(state, requests)
+    return fresh._replace(watch=None) if state.watch is None else fresh
 
 
 def experts(state: State, form: str = "bf16") -> ExpertsFn:

@@ -21,17 +21,7 @@ def read_text(path: str | Path) -> str:
     file, not UTF-8, larger than ``LARGEST``, empty, JSON of another form, or JSON under another suffix.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "a folder, not a file" if path.is_dir() else "not a regular file" if path.exists() else "no such file"
-        raise ValueError(f"{path}: {what}")
-    if (size := path.stat().st_size) > LARGEST:
-        raise ValueError(f"{path}: {size:,} bytes, more than the {LARGEST:,} that are read; 100 kB is plenty")
-    try:
-        text = path.read_text(encoding="utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    text = read_file(path)
     if path.suffix.lower() in JSON_SUFFIXES:
         fields = _array(path, text) if path.suffix.lower() == ".json" else None
         text = whole_characters("\n\n".join(_lines(path, text) if fields is None else fields))
@@ -40,6 +30,21 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
     return text
+
+
+def read_file(path: Path) -> str:
+    """A UTF-8 file as it stands, but for a byte order mark. ValueError: as of ``read_text``."""
+    if not path.is_file():
+        what = "a folder, not a file" if path.is_dir() else "not a regular file" if path.exists() else "no such file"
+        raise ValueError(f"{path}: {what}")
+    if (size := path.stat().st_size) > LARGEST:
+        raise ValueError(f"{path}: {size:,} bytes, more than the {LARGEST:,} that are read; 100 kB is plenty")
+    try:
+        return path.read_text(encoding="utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _is_json(text: str) -> bool:
