@@ -1,0 +1,104 @@
+"""How much sooner several processes calibrate than one, each on a core of its own with one thread.
+
+    python benchmarks/calibration_hosts.py [--model FOLDER] [--processes 2] [--windows 32] [--json PATH]
+
+Runs ``dynamo-jax quantize`` on the bundled model, or on FOLDER, with one process and with several, and compares all
+files that they write. Twice: as a first run, in which each process compiles its programs, and with the programs that
+the first run of one process has left in JAX's cache. Seconds count from the start of the processes to the end of the
+last one. Let nothing else run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import hashlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+from streaming_memory import texts
+
+THREADS = {
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+
+
+def seconds(command: list[str], processes: int, cache: Path, log: Path) -> float:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    cores = sorted(os.sched_getaffinity(0))
+    environment = os.environ | THREADS | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    begin, started = time.perf_counter(), []
+    for number in range(processes):
+        hosts = ["--hosts", f"localhost:{port},{processes},{number}"] if processes > 1 else []
+        pin = functools.partial(os.sched_setaffinity, 0, {cores[number]})
+        with log.open("a") as file:
+            options = {"env": environment, "stdout": file, "stderr": file, "preexec_fn": pin}
+            started.append(subprocess.Popen([*command, *hosts], **options))
+    codes = [process.wait() for process in started]
+    took = time.perf_counter() - begin
+    if any(codes):
+        raise SystemExit(f"quantize ended with {codes}: {log.read_text()[-2000:]}")
+    return took
+
+
+def digest(folder: Path) -> str:
+    """Of all files, by name."""
+    found = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        found.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="tiny-moe")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.processes > len(os.sched_getaffinity(0)):
+        raise SystemExit(f"{arguments.processes} processes need as many cores")
+    rows, outputs = [], set()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = [sys.executable, "-m", "dynamo_jax", "quantize", "--model", arguments.model]
+        command += [part for kind, path in texts(folder).items() for part in ("--known", f"{kind}={path}")]
+        command += ["--windows", str(arguments.windows), "--quantizer", "gptq", "--out"]
+        for programs in ("compiled", "cached"):
+            for processes in (1, arguments.processes):
+                cache = folder / ("cache-1" if programs == "cached" else f"cache-{processes}")
+                out = folder / f"{programs}-{processes}"
+                took = seconds([*command, str(out)], processes, cache, folder / "log")
+                outputs.add(digest(out))
+                rows.append({"programs": programs, "processes": processes, "seconds": took})
+    print(f"{'programs':10}{'processes':>10}{'seconds':>10}{'of one':>10}")
+    for row in rows:
+        alone = next(r["seconds"] for r in rows if r["programs"] == row["programs"])
+        row["of_one"] = row["seconds"] / alone
+        print(f"{row['programs']:10}{row['processes']:10}{row['seconds']:10.1f}{row['of_one']:10.3f}")
+    print(f"files: {'the same bits' if len(outputs) == 1 else 'DIFFER'}")
+    if arguments.json:
+        facts = {"date": str(datetime.date.today()), "jax": jax.__version__, "python": platform.python_version()}
+        facts |= {"model": arguments.model, "windows": arguments.windows, "same_bits": len(outputs) == 1}
+        arguments.json.write_text(json.dumps({**facts, "results": rows}, indent=2) + "\n")
+    if len(outputs) != 1:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
