@@ -179,7 +179,8 @@ ALONE = Hosts()
 
 
 def all_hosts() -> Hosts:
-    """All processes of ``jax.distributed``, or this one alone."""
+    """All processes of ``jax.distributed``, or this one alone where it was not initialized: what ``quantize_folder``
+    and ``analyze_folder`` take as ``hosts``. Source: docs/scale.md, "Calibrating over hosts"."""
     return Hosts(jax.process_count(), jax.process_index())
 
 
