@@ -1,11 +1,13 @@
 """How much sooner several processes calibrate than one, each on a core of its own with one thread.
 
+    python benchmarks/synthetic_checkpoint.py FOLDER --shape small-olmoe
     python benchmarks/calibration_hosts.py [--model FOLDER] [--processes 2] [--windows 32] [--json PATH]
 
 Runs ``dynamo-jax quantize`` on the bundled model, or on FOLDER, with one process and with several, and compares all
 files that they write. Twice: as a first run, in which each process compiles its programs, and with the programs that
-the first run of one process has left in JAX's cache. Seconds count from the start of the processes to the end of the
-last one. Let nothing else run meanwhile.
+the first run of one process has left in JAX's cache (of several processes only the first one can use that).
+seconds: from the start of the processes to the end of the last one, with nothing else running meanwhile. busiest: the
+processor time of the process that takes most, which says nearly the same on a machine that has other work.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ THREADS = {
 }
 
 
-def seconds(command: list[str], processes: int, cache: Path, log: Path) -> float:
+def seconds(command: list[str], processes: int, cache: Path, log: Path) -> tuple[float, float]:
+    """Until all have ended, and of processor time of the busiest."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
@@ -49,11 +52,11 @@ def seconds(command: list[str], processes: int, cache: Path, log: Path) -> float
         with log.open("a") as file:
             options = {"env": environment, "stdout": file, "stderr": file, "preexec_fn": pin}
             started.append(subprocess.Popen([*command, *hosts], **options))
-    codes = [process.wait() for process in started]
+    ended = [os.wait4(process.pid, 0) for process in started]
     took = time.perf_counter() - begin
-    if any(codes):
-        raise SystemExit(f"quantize ended with {codes}: {log.read_text()[-2000:]}")
-    return took
+    if any(status for _, status, _ in ended):
+        raise SystemExit(f"quantize ended with {[status for _, status, _ in ended]}: {log.read_text()[-2000:]}")
+    return took, max(usage.ru_utime + usage.ru_stime for *_, usage in ended)
 
 
 def digest(folder: Path) -> str:
@@ -83,14 +86,15 @@ def main() -> None:
             for processes in (1, arguments.processes):
                 cache = folder / ("cache-1" if programs == "cached" else f"cache-{processes}")
                 out = folder / f"{programs}-{processes}"
-                took = seconds([*command, str(out)], processes, cache, folder / "log")
+                took, busiest = seconds([*command, str(out)], processes, cache, folder / "log")
                 outputs.add(digest(out))
-                rows.append({"programs": programs, "processes": processes, "seconds": took})
-    print(f"{'programs':10}{'processes':>10}{'seconds':>10}{'of one':>10}")
+                rows.append({"programs": programs, "processes": processes, "seconds": took, "busiest": busiest})
+    print(f"{'programs':10}{'processes':>10}{'seconds':>10}{'of one':>8}{'busiest':>10}{'of one':>8}")
     for row in rows:
-        alone = next(r["seconds"] for r in rows if r["programs"] == row["programs"])
-        row["of_one"] = row["seconds"] / alone
-        print(f"{row['programs']:10}{row['processes']:10}{row['seconds']:10.1f}{row['of_one']:10.3f}")
+        alone = next(r for r in rows if r["programs"] == row["programs"])
+        row |= {f"{name}_of_one": row[name] / alone[name] for name in ("seconds", "busiest")}
+        shown = "".join(f"{row[name]:10.1f}{row[f'{name}_of_one']:8.3f}" for name in ("seconds", "busiest"))
+        print(f"{row['programs']:10}{row['processes']:10}{shown}")
     print(f"files: {'the same bits' if len(outputs) == 1 else 'DIFFER'}")
     if arguments.json:
         facts = {"date": str(datetime.date.today()), "jax": jax.__version__, "python": platform.python_version()}
