@@ -28,7 +28,7 @@ from dynamo_jax.models.tokenizer import TOKENIZER
 SHAPES = {
     "small-olmoe": {
         "model_type": "olmoe", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 256,
-        "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 8, "num_experts": 48,
+        "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8, "num_experts": 48,
         "num_experts_per_tok": 4, "max_position_embeddings": 1024,
     },
     "olmoe-1b-7b": {

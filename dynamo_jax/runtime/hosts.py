@@ -34,7 +34,9 @@ Message = dict[str, np.ndarray]
 
 def join_hosts(words: str) -> None:
     """Make this process one of several: "auto", where JAX finds the others by itself (TPU pods, Slurm, Open MPI), or
-    "ADDRESS:PORT,COUNT,NUMBER". To be called before anything asks for a device. ValueError: other words."""
+    "ADDRESS:PORT,COUNT,NUMBER". To be called before anything asks for a device. SIGTERM ends the process as it does one
+    alone, which JAX would have it ignore. ValueError: other words."""
+    jax.config.update("jax_enable_preemption_service", False)
     if words == "auto":
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_S)
         return

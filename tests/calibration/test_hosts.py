@@ -114,15 +114,17 @@ def test_what_fails_on_one_process_is_an_error_on_all(arguments, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gone", [0, 1])
-def test_a_process_that_is_killed_ends_the_other(arguments, tmp_path, gone):
+@pytest.mark.parametrize(("gone", "by"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGTERM)])
+def test_a_process_that_is_killed_ends_the_other(arguments, tmp_path, gone, by):
     run = Run(tmp_path, [*arguments, tmp_path / "out"], 2)
     while not (tmp_path / "out" / "unfinished" / "hidden-002.safetensors").exists():
         assert all(p.poll() is None for p in run.processes), run.words()
         time.sleep(0.005)
-    run.processes[gone].kill()
-    assert run.codes(60)[1 - gone] != 0
-    assert run.words()[1 - gone]
+    run.processes[gone].send_signal(by)
+    codes = run.codes(60)
+    assert codes[gone] == -by and codes[1 - gone] != 0
+    said = "another process is gone", "Connection closed by peer", "unhealthy", "UNAVAILABLE", "CANCELLED"
+    assert any(words in run.words()[1 - gone] for words in said), run.words()
 
 
 @pytest.mark.slow
