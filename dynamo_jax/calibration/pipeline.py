@@ -228,7 +228,7 @@ def quantize_folder(
     there are, nor on how many an unfinished run had.
 
     ValueError: as ``quantize``, and a folder that is not whole, or is not free; processes that were not given the same;
-    an error of another process. ConnectionError: another process is gone.
+    an error of another process. ``runtime.hosts.ProcessGone``: one is gone.
     """
     with hosts.together():
         if not hosts.first:

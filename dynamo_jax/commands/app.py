@@ -60,14 +60,16 @@ def main() -> None:
 
 
 def script() -> None:
-    """``main`` as a process of its own, which Ctrl-C ends at once.
+    """``main`` as a process of its own, which Ctrl-C ends at once, and so does another process that is gone.
 
-    Python's own end would have XLA take down what it was compiling, which crashes (seen with jax 0.10.2).
+    Python's own end would have XLA take down what it was compiling, which crashes (seen with jax 0.10.2), or wait for
+    the process that is gone until its heartbeat is missed, and then abort.
     """
     try:
         main()
     except SystemExit as end:
-        if end.code == STOPPED:
+        gone = isinstance(end.__context__, ConnectionError)
+        if end.code == STOPPED or gone:
             sys.stderr.flush()
-            os._exit(STOPPED)
+            os._exit(STOPPED if end.code == STOPPED else 2)
         raise

@@ -54,15 +54,26 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
+class ProcessGone(ConnectionError):
+    """Another process does not answer any more."""
+
+
+def _sent(send: Callable[[np.ndarray], Any], array: np.ndarray) -> np.ndarray:
+    try:
+        return np.asarray(send(array))
+    except (RuntimeError, ValueError) as error:  # by backend
+        raise ProcessGone(f"another process is gone: {str(error).splitlines()[0]}") from error
+
+
 def agreed(error: Exception | None, number: int = 0) -> list[int]:
     """The number that each process has, where none of them has an error. Else this process's own error, or a ValueError
-    that names the process and says its error. All processes call it."""
+    that names the process and says its error, or ProcessGone. All processes call it."""
     said = np.zeros(8 + WORDS, np.uint8)
     said[:8] = np.frombuffer(np.int64(number).tobytes(), np.uint8)
     if error is not None:
         words = (str(error) or type(error).__name__).encode()[:WORDS]
         said[8 : 8 + len(words)] = np.frombuffer(words, np.uint8)
-    each = np.asarray(multihost_utils.process_allgather(said)).reshape(-1, 8 + WORDS)
+    each = _sent(multihost_utils.process_allgather, said).reshape(-1, 8 + WORDS)
     if error is not None:
         raise error
     for process, told in enumerate(each[:, 8:]):
@@ -90,14 +101,15 @@ class Hosts:
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """All processes leave well, or all with an error: its own where one failed, a ValueError that names that one
-        elsewhere. ConnectionError: a process is gone."""
+        elsewhere, or ProcessGone."""
         self._inside += 1
         try:
             yield
             if self._inside == 1:
                 self._agreed(0)
         except Exception as error:
-            if self._inside == 1 and not self._over and self.count > 1:
+            told = self._over or isinstance(error, ProcessGone)
+            if self._inside == 1 and not told and self.count > 1:
                 self._over = True
                 with contextlib.suppress(Exception):  # this one's own error is raised below
                     agreed(error)
@@ -126,7 +138,7 @@ class Hosts:
         longest = -(-max(sizes) // ALIGNED) * ALIGNED
         whole = np.empty((self.count, longest), np.uint8)
         for start, piece in self._pieces(data, longest):
-            part = self._sent(multihost_utils.process_allgather, piece)[:, : longest - start]
+            part = _sent(multihost_utils.process_allgather, piece)[:, : longest - start]
             whole[:, start : start + part.shape[1]] = part
         return [unpacked(row[:size]) for row, size in zip(whole, sizes)]
 
@@ -138,7 +150,7 @@ class Hosts:
         size = self._agreed(len(data))[0]
         whole = np.empty(size, np.uint8)
         for start, piece in self._pieces(data, size):
-            part = self._sent(multihost_utils.broadcast_one_to_all, piece)[: size - start]
+            part = _sent(multihost_utils.broadcast_one_to_all, piece)[: size - start]
             whole[start : start + len(part)] = part
         return unpacked(whole)
 
@@ -164,17 +176,10 @@ class Hosts:
         if self.count == 1:
             return [number]
         try:
-            return self._sent(lambda: agreed(None, number))
+            return agreed(None, number)
         except ValueError:
             self._over = True
             raise
-
-    def _sent(self, send: Callable[..., Any], *arrays: np.ndarray) -> Any:
-        try:
-            return send(*arrays)
-        except RuntimeError as error:
-            self._over = True
-            raise ConnectionError(f"another process is gone: {str(error).splitlines()[0]}") from error
 
 
 ALONE = Hosts()

@@ -15,7 +15,7 @@ sys.argv = ["dynamo-jax", *arguments, *hosts]
 
 import jax  # noqa: E402
 
-from dynamo_jax.commands.app import main  # noqa: E402
+from dynamo_jax.commands.app import script  # noqa: E402
 from dynamo_jax.models.huggingface import Source  # noqa: E402
 from dynamo_jax.runtime import hosts as module  # noqa: E402
 
@@ -30,4 +30,4 @@ if mark == "damaged" and number == "1":
         return original(self, layer, expert)
 
     Source.expert = expert
-main()
+script()

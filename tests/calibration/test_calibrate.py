@@ -129,11 +129,11 @@ def test_a_draft_counts_the_rows_that_the_statistics_count(small_folder, monkeyp
 
 
 def test_portions_are_all_experts_in_order_and_go_by_their_sizes():
-    for experts, channels, hidden in ((48, 64, 256), (47, 64, 256), (5, 8, 8), (300, 16, 32), (9, 2048, 7168)):
-        found = portions(ExpertSizes(layers=1, experts=experts, channels=channels, hidden_size=hidden))
-        assert [e for portion in found for e in portion.experts] == list(range(experts))
+    for count, channels, hidden in ((48, 64, 256), (47, 64, 256), (5, 8, 8), (300, 16, 32), (9, 2048, 7168)):
+        found = portions(ExpertSizes(layers=1, experts=count, channels=channels, hidden_size=hidden))
+        assert [e for portion in found for e in portion.experts] == list(range(count))
         assert all(set(portion.experts) <= set(portion.chunk) for portion in found)
-        assert len(found) >= min(8, experts)
+        assert len(found) >= min(8, count)
 
 
 @pytest.mark.slow

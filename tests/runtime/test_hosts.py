@@ -1,4 +1,4 @@
-"""What processes tell each other; how several do is tested where they work (``test_mesh.py``, ``tests/calibration``)."""
+"""What processes tell each other; how several do is tested where they work: ``test_mesh.py``, ``tests/calibration``."""
 
 from __future__ import annotations
 
