@@ -26,6 +26,11 @@ from dynamo_jax.models.huggingface import parameter_shapes, tensor_names, write_
 from dynamo_jax.models.tokenizer import TOKENIZER
 
 SHAPES = {
+    "small-olmoe": {
+        "model_type": "olmoe", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 256,
+        "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8, "num_experts": 48,
+        "num_experts_per_tok": 4, "max_position_embeddings": 1024,
+    },
     "olmoe-1b-7b": {
         "model_type": "olmoe", "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024,
         "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64,

@@ -16,6 +16,7 @@ name is first asked for, so that ``import dynamo_jax`` is quick and touches no d
     init, experts, observe, switch, follow, is_novel, adapt, begin, finish, whole, State, Host, Move, Follower
                                                 the run time, for a jitted step of your own (docs/serving.md)
     Placement                                   of it on several devices (docs/scale.md)
+    all_hosts                                   the processes that calibrate together (docs/scale.md)
     Experts, ExpertsRule, with_experts          experts of a Flax NNX model of your own; the method for it is in the
                                                 module dynamo_jax.transform (docs/transform.md)
 """
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from dynamo_jax.models.tokenizer import load_tokenizer
     from dynamo_jax.precision.plan import Plan
     from dynamo_jax.runtime.generate import GenerateConfig
+    from dynamo_jax.runtime.hosts import all_hosts
     from dynamo_jax.runtime.mesh import Placement
     from dynamo_jax.runtime.online import Follower
     from dynamo_jax.runtime.quantized import QuantizedModel
@@ -86,6 +88,7 @@ __all__ = [
     "State",
     "TextModel",
     "adapt",
+    "all_hosts",
     "analyze",
     "analyze_folder",
     "begin",
@@ -132,6 +135,7 @@ _MODULES = {
     "models.tokenizer": ("load_tokenizer",),
     "precision.plan": ("Plan",),
     "runtime.generate": ("GenerateConfig",),
+    "runtime.hosts": ("all_hosts",),
     "runtime.mesh": ("Placement",),
     "runtime.online": ("Follower",),
     "runtime.quantized": ("QuantizedModel",),

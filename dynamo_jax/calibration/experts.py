@@ -2,7 +2,7 @@
 
 What calibration does with each expert (``layers.py``), as functions of arrays.
 
-Axes: N tokens, k experts a token, X experts at once, R rows of one expert, A datasets, D hidden, F channels,
+Axes: N tokens, k experts a token, X experts of a portion, R rows of one expert, A datasets, D hidden, F channels,
 B channel blocks, P = 3 projections, U = 2 where gate with up and down are apart, else 0, M = B or U*B.
 """
 
@@ -20,10 +20,11 @@ from jaxtyping import Array, Float, Int
 from dynamo_jax.kernels.layout import widened
 from dynamo_jax.models.config import ExpertSizes
 from dynamo_jax.models.experts import Activation
-from dynamo_jax.models.formats.expert_files import Triple
 from dynamo_jax.quant.nested_gptq import CHUNK_WEIGHTS, PRIOR_ROWS, quantize_nested, shrunk
 from dynamo_jax.quant.planes import Planes, dequantize, filled_up, quantize
 
+PORTION_WEIGHTS = 2**18  # of experts in one go: the fastest on a CPU, whose caches hold what GPTQ works on then
+PORTIONS = 8  # of a layer, at least, where it has so many experts
 MAX_INPUTS = 4096  # of one Hessian; more are cut into parts whose correlations with each other are left out
 
 
@@ -42,9 +43,15 @@ class Rows(NamedTuple):
     gates: Float[np.ndarray, " R"]
 
 
+def tokens_of(routed: Routed, expert: int) -> tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]:
+    """Its tokens, and their slots among k."""
+    token, slot = np.nonzero(np.asarray(routed.experts) == expert)
+    return token, slot
+
+
 def rows_of(routed: Routed, expert: int) -> tuple[np.ndarray, np.ndarray, Rows]:
     """Its tokens, their slots among k, and its rows."""
-    token, slot = np.nonzero(np.asarray(routed.experts) == expert)
+    token, slot = tokens_of(routed, expert)
     size = padded_rows(len(token))
     x = np.zeros((size, routed.x.shape[1]), np.float32)
     x[: len(token)] = routed.x[token]
@@ -61,11 +68,24 @@ def padded_rows(rows: int) -> int:
     return size
 
 
-def expert_chunks(sizes: ExpertSizes) -> list[list[int]]:
-    """Experts that are quantized together: small ones many at a time, large ones alone."""
-    count = sizes.experts
-    size = max(1, CHUNK_WEIGHTS // (3 * sizes.channels * sizes.hidden_size))
-    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+class Portion(NamedTuple):
+    """Experts that are quantized in one go, and the chunk that they are of, whose experts share the prior of down's
+    Hessians: small experts are many to a chunk, large ones alone. Both go by the model's sizes alone."""
+
+    experts: list[int]
+    chunk: list[int]
+
+
+def portions(sizes: ExpertSizes) -> list[Portion]:
+    """All experts of a layer, in order: a portion is what one process does while the others do theirs."""
+    weights = 3 * sizes.channels * sizes.hidden_size
+    size, most = max(1, CHUNK_WEIGHTS // weights), min(PORTION_WEIGHTS // weights, sizes.experts // PORTIONS)
+    found = []
+    for start in range(0, sizes.experts, size):
+        chunk = list(range(start, min(start + size, sizes.experts)))
+        step = max(d for d in range(1, len(chunk) + 1) if len(chunk) % d == 0 and d <= max(1, most))
+        found += [Portion(chunk[i : i + step], chunk) for i in range(0, len(chunk), step)]
+    return found
 
 
 def _expert(activation: Activation, x: Array, weights: Any, biases: Any) -> tuple[Array, Array]:
@@ -153,18 +173,19 @@ def _errors(activation, channel_block, apart, x, gates, member, h, y, weights, r
 
 
 def planes_of(
-    activation: Activation,
     quantizer: str,
     channel_block: int,
     group_size: int,
     weights: Float[np.ndarray, "X P F D"],
     rows: list[Rows],
-    biases: list[Triple | None],
+    hidden: list[Float[np.ndarray, "R F"]],
+    spread: float,
     routed: Routed,
     emphasis: Float[np.ndarray, "X U 3"],
 ) -> Planes:
-    """Planes (X, P, F, ..) of some experts, whole blocks and groups (``filled_up``); emphasis: what errors at 2, 3 and
-    4 bits count for gptq, U = 1 for all projections or U = 2 for gate with up and for down."""
+    """Planes (X, P, F, ..) of some experts, whole blocks and groups (``filled_up``); hidden, spread: hidden channels of
+    their rows, and the mean square of those of their chunk (``mean_square``), for gptq; emphasis: what errors at 2, 3
+    and 4 bits count for it, U = 1 for all projections or U = 2 for gate with up and for down."""
     whole = filled_up(weights, channel_block, group_size)
     if quantizer == "rtn":
         return quantize(whole, group_size)
@@ -181,15 +202,12 @@ def planes_of(
 
     gate_up = whole[:, :2].reshape(count, 2 * channels, hidden_size)
     first = _feedback_planes(group_size, gate_up, inputs, squared, typical, 2, layer_hessian, emphasis[:, 0])
-    own = [np.asarray(_hidden_channels(activation, r.x, w, b)) for r, w, b in zip(rows, weights, biases)]
-    energy = sum(float(s @ np.square(h).mean(axis=1)) for s, h in zip(squared, own))
-    hidden = [widened(h, channels) for h in own]
-    spread = energy / max(sum(float(s.sum()) for s in squared), 1e-30)
+    inner = [widened(h, channels) for h in hidden]
 
     def own_scale(part: slice) -> np.ndarray:  # hidden channels of different experts have nothing in common
         return np.eye(part.stop - part.start, dtype=np.float32) * np.float32(spread)
 
-    down = _feedback_planes(group_size, whole[:, 2], hidden, squared, typical, 1, own_scale, emphasis[:, -1])
+    down = _feedback_planes(group_size, whole[:, 2], inner, squared, typical, 1, own_scale, emphasis[:, -1])
     return jax.tree.map(
         lambda a, b: np.concatenate([a.reshape(count, 2, channels, -1), b[:, None]], axis=1), first, down
     )
@@ -221,6 +239,25 @@ def _feedback_planes(
     return jax.tree.map(lambda *a: np.concatenate(a, axis=input_axis), *parts)
 
 
+class Energy(NamedTuple):
+    """Of one expert: the sums over its rows of its squared gates, and of these times the mean square of its hidden
+    channels."""
+
+    gates: float
+    hidden: float
+
+
+def energy_of(rows: Rows, hidden: Float[np.ndarray, "R F"]) -> Energy:
+    squared = rows.gates**2
+    return Energy(float(squared.sum()), float(squared @ np.square(hidden).mean(axis=1)))
+
+
+def mean_square(energies: list[Energy]) -> float:
+    """Of the hidden channels of some experts, by their squared gates."""
+    return sum(e.hidden for e in energies) / max(sum(e.gates for e in energies), 1e-30)
+
+
 @functools.partial(jax.jit, static_argnames="activation")
-def _hidden_channels(activation, x, weights, biases):
+def hidden_channels(activation, x, weights, biases):
+    """(R, F)"""
     return _expert(activation, x, weights, biases)[0]

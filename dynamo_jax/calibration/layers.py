@@ -10,7 +10,7 @@ of K pieces, U = 2 where gate with up and down have widths of their own, else 1.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,19 +19,27 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from dynamo_jax.calibration.experts import (
+    Energy,
+    Portion,
     Routed,
+    energy_of,
     errors_at,
-    expert_chunks,
+    hidden_channels,
+    mean_square,
     planes_of,
+    portions,
     rows_of,
     run_expert,
+    tokens_of,
 )
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ExpertSizes
 from dynamo_jax.models.experts import Activation
 from dynamo_jax.models.formats.expert_files import Triple
 from dynamo_jax.quant.planes import Planes, filled_up, quantize
+from dynamo_jax.runtime.hosts import ALONE, Hosts, Message
 from dynamo_jax.runtime.signatures import SPAN
+from dynamo_jax.storage.bundles import layer_planes, planes_bundle
 
 ERRORS = ("errors", "apart_errors", "block_errors")  # of a layer's statistics, what ``errors_at`` measures
 
@@ -40,7 +48,7 @@ ERRORS = ("errors", "apart_errors", "block_errors")  # of a layer's statistics, 
 class LayerJob:
     """One layer with experts and how to take it. name: what an error calls it; weights, biases: of an expert, when they
     are needed; dataset: of each token; datasets: how many there are; done: is told the share of the experts that are
-    finished. The rest as of ``sweeps.Calibration``."""
+    finished; hosts: the processes that share the experts out. The rest as of ``sweeps.Calibration``."""
 
     name: str
     sizes: ExpertSizes
@@ -54,6 +62,7 @@ class LayerJob:
     apart: bool
     quantizer: str
     done: Callable[[float], None]
+    hosts: Hosts = ALONE
 
     def member(self, token: np.ndarray, size: int, weight: ArrayLike = 1.0) -> Float[np.ndarray, "A R"]:
         """The weight of each row in its dataset. A new array each time: jax may still be reading an earlier one."""
@@ -72,28 +81,49 @@ def outputs_and_drafts(
     job: LayerJob, routed: Routed, drafts: bool
 ) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "A E U W"], Float[np.ndarray, "A E"]]:
     """What the experts add to each token, the squared errors of rounding each of them (zeros without ``drafts``), and
-    their rows."""
+    their rows. On every process of ``job.hosts``."""
     out = np.zeros(routed.x.shape, np.float32)
-    found = np.zeros((job.datasets, job.sizes.experts, 2 if job.apart else 1, len(WIDTHS)), np.float32)
-    counts = np.zeros(found.shape[:2], np.float32)
-    for together in expert_chunks(job.sizes):
-        weights = [job.finite(expert) for expert in together]
+    errors = np.zeros((job.datasets, job.sizes.experts, 2 if job.apart else 1, len(WIDTHS)), np.float32)
+    counts = np.zeros(errors.shape[:2], np.float32)
+
+    def run(portion: Portion) -> Message:
+        weights = [job.finite(expert) for expert in portion.experts]
         planes = _rounded(job, weights) if drafts else None
-        for i, expert in enumerate(together):
+        given = []
+        for i, expert in enumerate(portion.experts):
             token, _, rows = rows_of(routed, expert)
             measured = (rows.x, rows.gates, job.member(token, len(rows.x)))
             biases = job.biases(expert)
             h, y, sums = run_expert(job.activation, *measured, weights[i], biases)
             counts[:, expert] = sums["counts"]
-            out[token] += np.asarray(y)[: len(token)] * rows.gates[: len(token), None]
+            given.append(np.asarray(y)[: len(token)] * rows.gates[: len(token), None])
             if drafts:
                 own = jax.tree.map(lambda a, i=i: a[i], planes)
                 for w, width in enumerate(WIDTHS):
                     fixed = (job.activation, None, job.apart, width)
                     whole, each, _ = errors_at(*fixed, *measured, h, y, weights[i], own, biases)
-                    found[:, expert, :, w] = each if job.apart else np.asarray(whole)[:, None]
+                    errors[:, expert, :, w] = each if job.apart else np.asarray(whole)[:, None]
             job.done((expert + 1) / (job.sizes.experts + 1))
-    return out, found, counts
+        at = portion.experts
+        return {"given": np.concatenate(given), "errors": errors[:, at], "counts": counts[:, at]}
+
+    for portion, found in job.hosts.shared(portions(job.sizes), run):
+        errors[:, portion.experts], counts[:, portion.experts] = found["errors"], found["counts"]
+        for token, _, given in by_expert(routed, portion, found["given"]):
+            out[token] += given
+    return out, errors, counts
+
+
+def by_expert(
+    routed: Routed, portion: Portion, given: Float[np.ndarray, "R .."]
+) -> Iterator[tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"], Float[np.ndarray, "_ .."]]]:
+    """What the experts of a portion give for their rows, one after the other: by expert its tokens, their slots among
+    k, and its rows alone. Sums of all experts are made of these in one order, however many processes there are."""
+    start = 0
+    for expert in portion.experts:
+        token, slot = tokens_of(routed, expert)
+        yield token, slot, given[start : start + len(token)]
+        start += len(token)
 
 
 def _rounded(job: LayerJob, weights: list[np.ndarray]) -> Planes:
@@ -102,19 +132,36 @@ def _rounded(job: LayerJob, weights: list[np.ndarray]) -> Planes:
 
 def quantized_and_measured(
     job: LayerJob, routed: Routed, importance: Float[np.ndarray, " N"], emphasis: Float[np.ndarray, "E U 3"]
-) -> tuple[Planes, dict[str, Any]]:
-    """The planes of a layer's experts, and by dataset the sums of ``analysis.statistics.Statistics``."""
-    sums, quantized = [], []
-    for together in expert_chunks(job.sizes):
-        weights = [job.finite(expert) for expert in together]
-        found = [rows_of(routed, expert) for expert in together]
-        biases = [job.biases(expert) for expert in together]
+) -> list[Message]:
+    """The planes of each portion of a layer's experts and its sums, on the first process: what ``whole_layer`` puts
+    together. Of several processes the others get nothing."""
+    energies: dict[int, Energy] = {}
+
+    def hidden_of(portion: Portion) -> list[Float[np.ndarray, "R F"]]:
+        """Of its experts; and the energies of its whole chunk, which every process finds for itself."""
+        kept = {}
+        for expert in portion.chunk:
+            if expert in portion.experts or expert not in energies:
+                rows = rows_of(routed, expert)[2]
+                given = (job.activation, rows.x, job.weights(expert), job.biases(expert))
+                hidden = np.asarray(hidden_channels(*given))
+                energies[expert] = energy_of(rows, hidden)
+                if expert in portion.experts:
+                    kept[expert] = hidden
+        return list(kept.values())
+
+    def run(portion: Portion) -> Message:
+        weights = [job.finite(expert) for expert in portion.experts]
+        found = [rows_of(routed, expert) for expert in portion.experts]
+        biases = [job.biases(expert) for expert in portion.experts]
         rows = [f[2] for f in found]
+        hidden = hidden_of(portion) if job.quantizer == "gptq" else []
+        spread = mean_square([energies[e] for e in portion.chunk]) if hidden else 0.0
         sizes = job.channel_block, job.group_size
-        stacked = np.stack(weights)
-        planes = planes_of(job.activation, job.quantizer, *sizes, stacked, rows, biases, routed, emphasis[together])
-        quantized.append(planes)
-        for i, expert in enumerate(together):
+        own = emphasis[portion.experts]
+        planes = planes_of(job.quantizer, *sizes, np.stack(weights), rows, hidden, spread, routed, own)
+        sums = []
+        for i, expert in enumerate(portion.experts):
             own = jax.tree.map(lambda a, i=i: a[i], planes)
             token, (x, gates) = found[i][0], rows[i]
             h, y, total = run_expert(job.activation, x, gates, job.member(token, len(x)), weights[i], biases[i])
@@ -124,9 +171,19 @@ def quantized_and_measured(
             errors = (np.stack(e, axis=-1) for e in zip(*(errors_at(*fixed, width, *measured) for width in WIDTHS)))
             sums.append(jax.tree.map(np.asarray, total) | dict(zip(ERRORS, errors)))
             job.done((expert + 1) / (job.sizes.experts + 1))
-    stats = {name: np.stack([s[name] for s in sums], axis=1) for name in sums[0]}
+        return planes_bundle(planes) | {name: np.stack([s[name] for s in sums], axis=1) for name in sums[0]}
+
+    return [found for _, found in job.hosts.shared(portions(job.sizes), run, keep=False)]
+
+
+def whole_layer(job: LayerJob, found: list[Message]) -> tuple[Planes, dict[str, Any]]:
+    """The planes of a layer's experts, and by dataset the sums of ``analysis.statistics.Statistics``, from what
+    ``quantized_and_measured`` gives on the first process."""
+    planes = jax.tree.map(lambda *a: np.concatenate(a), *map(layer_planes, found))
+    names = [name for name in found[0] if not name.startswith("planes/")]
+    stats = {name: np.concatenate([f[name] for f in found], axis=1) for name in names}
     stats["tokens"] = np.bincount(job.dataset, minlength=job.datasets).astype(np.float32)
-    return jax.tree.map(lambda *a: np.concatenate(a), *quantized), stats
+    return planes, stats
 
 
 def routed_pieces(chosen: Int[np.ndarray, "S T k"], experts: int) -> Float[np.ndarray, "S K E"]:

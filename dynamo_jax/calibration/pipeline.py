@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from dynamo_jax.models.huggingface import Source, side_files, side_files_of
 from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.progress import Log, Progress, no_log, no_progress
+from dynamo_jax.runtime.hosts import ALONE, Hosts
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.storage import checkpoint
 from dynamo_jax.storage.bundles import stacked_planes
 from dynamo_jax.storage.results import Making, is_done
-from dynamo_jax.storage.work import FolderWork, MemoryWork, Work
+from dynamo_jax.storage.work import FolderWork, MemoryWork, SharedWork, Work
 from dynamo_jax.texts.reading import digest
 
 WORK_FORMAT = 3  # of unfinished work: raised when bundles change their meaning
@@ -56,12 +58,37 @@ def analyze(
 
 
 def analyze_folder(
-    folder: str | Path, known: dict[str, str], config: QuantizeConfig | None = None, progress: Progress = no_progress
+    folder: str | Path,
+    known: dict[str, str],
+    config: QuantizeConfig | None = None,
+    progress: Progress = no_progress,
+    *,
+    hosts: Hosts = ALONE,
 ) -> dict[str, Analysis]:
-    """As ``analyze``, for a Hugging Face folder that memory need not hold."""
-    source = Source(Path(folder))
-    tokenizer = load_tokenizer(source.folder)
-    return _analyze_only(source, tokenizer, known, config or QuantizeConfig(), progress)
+    """As ``analyze``, for a Hugging Face folder that memory need not hold.
+
+    hosts: the processes that share the work out (``all_hosts()``), all of which call this and get the same.
+    """
+    config = config or QuantizeConfig()
+    with hosts.together():
+        source = Source(Path(folder))
+        hosts.check_same(_given(source, known, config, side_files(source.folder)))
+        tokenizer = load_tokenizer(source.folder)
+        return _analyze_only(source, tokenizer, known, config, progress if hosts.first else no_progress, hosts)
+
+
+def _given(source: Source, known: dict[str, str], config: QuantizeConfig, files: dict[str, bytes]) -> dict[str, str]:
+    """What the processes of one job must all be given, by words for it. Times of files are each host's own."""
+    sizes = {name: size for name, (size, _) in source.fingerprint().items()}
+    return {
+        "settings": json.dumps(dataclasses.asdict(config)),
+        "texts": json.dumps([[name, digest(text)] for name, text in known.items()]),
+        "model": json.dumps([sizes, _digests(files)]),
+    }
+
+
+def _digests(files: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 def _analyze_only(
@@ -70,10 +97,11 @@ def _analyze_only(
     known: dict[str, str],
     config: QuantizeConfig,
     progress: Progress,
+    hosts: Hosts = ALONE,
 ) -> dict[str, Analysis]:
     check_shapes(source.config, config)
     windows = known_windows(known, tokenizer, config, source.config.vocab_size)
-    return analyze_layers(source, windows, config, MemoryWork(unwanted=("layer-", "top")), progress)
+    return analyze_layers(source, windows, config, MemoryWork(unwanted=("layer-", "top")), progress, hosts)
 
 
 def analyze_layers(
@@ -82,8 +110,11 @@ def analyze_layers(
     config: QuantizeConfig,
     work: Work,
     progress: Progress = no_progress,
+    hosts: Hosts = ALONE,
 ) -> dict[str, Analysis]:
-    """Run the sweeps on the windows of all datasets at once; each one's sums, and those of its halves."""
+    """Run the sweeps on the windows of all datasets at once; each one's sums, and those of its halves. work: of several
+    processes, that of the first one counts."""
+    work = SharedWork(work, hosts)
     tokens = np.concatenate(list(windows.values()))
     sizes = [size for w in windows.values() for size in ((len(w) + 1) // 2, len(w) // 2)]
     half = np.repeat(np.arange(len(sizes)), sizes)
@@ -106,6 +137,7 @@ def analyze_layers(
         batch_size=config.batch_size,
         work=work,
         progress=progress,
+        hosts=hosts,
     )
     calibrate(job)
     records = statistics_of(work, source.config)
@@ -124,19 +156,18 @@ def analyze_layers(
 
 def _plan_and_knowledge(
     source: LayerSource,
+    analyses: dict[str, Analysis],
     windows: dict[str, Int[np.ndarray, "S T1"]],
     known: dict[str, str],
     config: QuantizeConfig,
-    work: Work,
     progress: Progress,
-) -> tuple[Plan, Knowledge, dict[str, Analysis]]:
-    analyses = analyze_layers(source, windows, config, work, progress)
+) -> tuple[Plan, Knowledge]:
     progress("allocate", 0, 1)
     chosen = plan(analyses, source.config, config)
     calibrated = {name: (digest(known[name]), len(w)) for name, w in windows.items()}
     knowledge = knowledge_of(analyses, config, calibrated)
     progress("allocate", 1, 1)
-    return chosen, knowledge, analyses
+    return chosen, knowledge
 
 
 def quantize(
@@ -158,7 +189,8 @@ def quantize(
     config = settled(config, [model.config.expert_sizes], source.other_bytes(), list(known))
     work = MemoryWork()
     windows = known_windows(known, tokenizer, config, model.config.vocab_size)
-    chosen, knowledge, analyses = _plan_and_knowledge(source, windows, known, config, work, progress)
+    analyses = analyze_layers(source, windows, config, work, progress)
+    chosen, knowledge = _plan_and_knowledge(source, analyses, windows, known, config, progress)
     experts = set(expert_parameter_names(model.config))
     quantized = QuantizedModel(
         config=model.config,
@@ -183,46 +215,86 @@ def quantize_folder(
     *,
     overwrite: bool = False,
     log: Log = no_log,
+    hosts: Hosts = ALONE,
 ) -> Plan:
     """As ``quantize``, for a Hugging Face folder that memory need not hold; the result is the folder ``out``, which is
     missing or empty, or with ``overwrite`` an earlier result.
 
     Unfinished work lies in ``out``/unfinished. The same call goes on there at the last finished layer, and the result
     is the same bits; if ``out`` has the result of the same call, nothing is done. ``log`` is told either.
-    ValueError: as ``quantize``, and a folder that is not whole, or is not free.
+
+    hosts: the processes that share the work out (``all_hosts()``), all of which call this. Each reads ``folder``; only
+    the first one looks at ``out``, and calls ``progress`` and ``log``. The bits do not depend on how many processes
+    there are, nor on how many an unfinished run had.
+
+    ValueError: as ``quantize``, and a folder that is not whole, or is not free; processes that were not given the same;
+    an error of another process. ``runtime.hosts.ProcessGone``: one is gone.
     """
-    folder, out, config = Path(folder), Path(out).resolve(), config or QuantizeConfig()
+    with hosts.together():
+        if not hosts.first:
+            progress, log = no_progress, no_log
+        config = config or QuantizeConfig()
+        return _quantize_folder(Path(folder), Path(out).resolve(), known, config, progress, overwrite, log, hosts)
+
+
+def _quantize_folder(
+    folder: Path,
+    out: Path,
+    known: dict[str, str],
+    config: QuantizeConfig,
+    progress: Progress,
+    overwrite: bool,
+    log: Log,
+    hosts: Hosts,
+) -> Plan:
     source = Source(folder)
     check_shapes(source.config, config)
     config = settled(config, [source.config.expert_sizes], source.other_bytes(), list(known))
     files = side_files(folder)
+    hosts.check_same(_given(source, known, config, files))
     job: dict[str, Any] = {
         "command": "quantize",
         "format": [WORK_FORMAT, checkpoint.FORMAT],
         "settings": dataclasses.asdict(config),
         "texts": [[name, digest(text)] for name, text in known.items()],  # in order: windows have that of the texts
-        "model": digest(
-            json.dumps(
-                [source.fingerprint(), {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}]
-            )
-        ),
+        "model": digest(json.dumps([source.fingerprint(), _digests(files)])),
     }
-    if is_done(out, checkpoint.META, job):
+    if hosts.of_first(lambda: {"done": np.array(is_done(out, checkpoint.META, job))})["done"]:
         log(f"{out}: done already, by the same command")
-        return checkpoint.read_description(out).plan
+        return _plan_of_first(hosts, lambda: checkpoint.read_description(out).plan)
     tokenizer = load_tokenizer(folder)
     windows = known_windows(known, tokenizer, config, source.config.vocab_size)
+    if not hosts.first:
+        analyze_layers(source, windows, config, MemoryWork(), hosts=hosts)
+        return _plan_of_first(hosts, _never)
     with Making(out, checkpoint.META, job, overwrite=overwrite) as making:
         work = FolderWork(making.folder)
         if steps := work.names():
             log(f"goes on in {making.folder}, where {len(steps)} steps are finished, the last one {steps[-1]}")
-        try:
-            chosen, knowledge, _ = _plan_and_knowledge(source, windows, known, config, work, progress)
+
+        def finished() -> Plan:
+            chosen, knowledge = _plan_and_knowledge(source, analyses, windows, known, config, progress)
             sizes = config.window, config.spare, config.max_width, source.expert_bytes(), source.other_bytes()
             facts = checkpoint.Facts(*sizes, tuple(source.unread), job, source.expert_format(), source.fused())
             checkpoint.publish(making, work, source.config, chosen, facts, knowledge, files)
+            return chosen
+
+        try:
+            analyses = analyze_layers(source, windows, config, work, progress, hosts)
+            return _plan_of_first(hosts, finished)
         except (KeyboardInterrupt, OSError) as error:
             if work.names():
                 error.add_note(f"what is finished is kept in {making.folder}; the same command goes on there")
             raise
-    return chosen
+
+
+def _never() -> Plan:
+    raise AssertionError("the first process makes the plan")
+
+
+def _plan_of_first(hosts: Hosts, make: Callable[[], Plan]) -> Plan:
+    """The plan that ``make`` gives on the first process, for all."""
+    fields = [field.name for field in dataclasses.fields(Plan)]
+    told = hosts.of_first(lambda: {name: np.asarray(getattr(made, name)) for made in [make()] for name in fields})
+    values: dict[str, Any] = {name: a if a.ndim else a.item() for name, a in told.items()}
+    return Plan(**values)

@@ -7,6 +7,10 @@ statistics and errors at each width are measured. Between layers only the residu
 finished step of a layer is a bundle of ``work``, so that a killed job resumes where it was and ends with
 the same bits: a result depends on its bundles and on nothing else.
 
+Several processes share out batches of windows and portions of a layer's experts (``runtime.hosts``). What a batch or
+a portion is goes by the model and the job, and sums are made in their order: the bits do not depend on how many
+processes there are. The first one keeps the bundles.
+
 ``analysis/statistics.py`` defines the same sums over whole models in memory; tests compare the two.
 
 Axes: S windows of T tokens, N = S*T, A datasets, D hidden, L layers with experts, E experts, R rows of one
@@ -16,6 +20,7 @@ expert, F channels, P = 3 projections, W widths, U = 2 where gate with up and do
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,8 +29,15 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dynamo_jax.analysis.statistics import Statistics
-from dynamo_jax.calibration.experts import Routed, expert_vjp, rows_of
-from dynamo_jax.calibration.layers import LayerJob, outputs_and_drafts, quantized_and_measured, routed_pieces
+from dynamo_jax.calibration.experts import Portion, Routed, expert_vjp, portions, rows_of
+from dynamo_jax.calibration.layers import (
+    LayerJob,
+    by_expert,
+    outputs_and_drafts,
+    quantized_and_measured,
+    routed_pieces,
+    whole_layer,
+)
 from dynamo_jax.calibration.sources import LayerSource
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.experts import activation_of
@@ -43,6 +55,7 @@ from dynamo_jax.models.layerwise import (
 from dynamo_jax.models.tokenizer import check_ids
 from dynamo_jax.progress import Progress
 from dynamo_jax.quant.planes import narrowed
+from dynamo_jax.runtime.hosts import ALONE, Hosts, Message
 from dynamo_jax.storage.bundles import Bundle, layer_name, planes_bundle
 from dynamo_jax.storage.work import Work
 
@@ -68,7 +81,8 @@ class Calibration:
     quantizer: gptq (``quant/nested_gptq.py``: error feedback along the calibration inputs) or rtn
     (``quant/planes.py``). emphasis: what errors at 2, 3 and 4 bits count for gptq; ``favour``, if there is one, gives
     that of each expert from the drafts. max_width: planes of more bits are measured, not kept. apart: whether gate with
-    up and down have widths of their own.
+    up and down have widths of their own. hosts: the processes that share the work out; ``work`` is then one that they
+    share, too (``storage.work.SharedWork``).
     """
 
     source: LayerSource
@@ -85,6 +99,7 @@ class Calibration:
     batch_size: int
     work: Work
     progress: Progress
+    hosts: Hosts = ALONE
 
     @property
     def drafts(self) -> bool:
@@ -99,7 +114,7 @@ def calibrate(job: Calibration) -> None:
     config, moe = job.source.config, job.source.config.moe_layers
     check_ids([int(job.tokens.min()), int(job.tokens.max())], config.vocab_size, "a known text")
     if not job.work.has("top"):
-        job.work.put("top", job.source.top())
+        _put(job, "top", job.source.top)
         job.source.release()
     if not all(job.work.has(_sensitivity(layer)) for layer in moe):
         _sweep_up(job)
@@ -109,7 +124,7 @@ def calibrate(job: Calibration) -> None:
     for layer in range(config.num_hidden_layers):
         if layer in config.dense_layers:
             if not job.work.has(layer_name(layer)):
-                job.work.put(layer_name(layer), _parameters(job.source.layer(layer)))
+                _put(job, layer_name(layer), functools.partial(_parameters_of, job.source, layer))
         elif layer in left:
             assert emphasis is not None
             _quantize_layer(job, layer, emphasis[moe.index(layer)])
@@ -124,6 +139,11 @@ def calibrate(job: Calibration) -> None:
     job.work.drop(EMPHASIS_NAME)
 
 
+def _put(job: Calibration, name: str, make: Callable[[], Bundle]) -> None:
+    """Finish a bundle, which the first process makes and writes."""
+    job.work.put(name, make() if job.hosts.first else {})
+
+
 def _emphasis(job: Calibration) -> Float[np.ndarray, "L E U 3"]:
     config = job.source.config
     if job.favour is None or not job.drafts:
@@ -134,7 +154,8 @@ def _emphasis(job: Calibration) -> Float[np.ndarray, "L E U 3"]:
         sensitivity = [job.work.get(_sensitivity(layer))["sensitivity"] for layer in config.moe_layers]
         tokens = np.bincount(_owner(job), minlength=job.datasets).astype(np.float32)
         draft = Draft(errors, counts, np.stack(sensitivity, axis=1), tokens)
-        job.work.put(EMPHASIS_NAME, {"emphasis": job.favour(draft)})
+        favour = job.favour
+        _put(job, EMPHASIS_NAME, lambda: {"emphasis": favour(draft)})
     return job.work.get(EMPHASIS_NAME)["emphasis"]
 
 
@@ -178,8 +199,7 @@ def _sweep_up(job: Calibration) -> None:
     if any(work.has(_gradient(layer)) for layer in range(config.num_hidden_layers + 1)):
         return
     if not work.has(_hidden(0)):
-        embedded = job.source.top()["embed"][job.tokens[:, :-1]].astype(np.float32)
-        work.put(_hidden(0), {"x": embedded * np.float32(config.embedding_multiplier)})
+        _put(job, _hidden(0), lambda: {"x": _embedded(job)})
     for layer in range(config.num_hidden_layers):
         if not work.has(_hidden(layer + 1)):
             _layer_up(job, layer)
@@ -187,12 +207,17 @@ def _sweep_up(job: Calibration) -> None:
         job.progress(FORWARD, layer + 1, config.num_hidden_layers)
 
 
+def _embedded(job: Calibration) -> Float[np.ndarray, "S T D"]:
+    x = job.source.top()["embed"][job.tokens[:, :-1]].astype(np.float32)
+    return x * np.float32(job.source.config.embedding_multiplier)
+
+
 def _layer_up(job: Calibration, layer: int) -> None:
     config = job.source.config
     rest = job.source.layer(layer)
     x = job.work.get(_hidden(layer))["x"]
     if layer in config.dense_layers:
-        out = _batched(job, lambda part: dense(config, config.kinds[layer], rest, part), x)
+        [out] = _batched(job, lambda part: dense(config, config.kinds[layer], rest, part), x)
         job.work.put(_hidden(layer + 1), {"x": out})
         return
     outer = _outer_of(job, layer, rest, x)
@@ -211,8 +236,12 @@ def _layer_up(job: Calibration, layer: int) -> None:
     else:  # the gradient depends on it
         job.work.put(_added(layer), {"y": added})
         parts = np.asarray(outer.residual), np.asarray(outer.beside), added
-        out = _batched(job, lambda *part: joined(config, config.kinds[layer], rest, *part), *parts)
+        [out] = _batched(job, lambda *part: joined(config, config.kinds[layer], rest, *part), *parts)
     job.work.put(_hidden(layer + 1), {"x": out})
+
+
+def _parameters_of(source: LayerSource, layer: int) -> Bundle:
+    return _parameters(source.layer(layer))
 
 
 def _parameters(rest: Bundle) -> Bundle:
@@ -221,9 +250,10 @@ def _parameters(rest: Bundle) -> Bundle:
 
 def _outer_of(job: Calibration, layer: int, rest: Bundle, x: Float[np.ndarray, "S T D"]) -> Outer:
     config = job.source.config
-    parts = _batched(job, lambda part: outer_of(config, config.kinds[layer], rest, part), x)
-    normed, experts, gates = (a.reshape(-1, a.shape[-1]) for a in parts[1:4])
-    return Outer(parts.residual, normed, experts, gates, parts.beside)
+    found: Any = _batched(job, lambda part: outer_of(config, config.kinds[layer], rest, part), x)
+    residual, *flat, beside = found
+    normed, experts, gates = (a.reshape(-1, a.shape[-1]) for a in flat)
+    return Outer(residual, normed, experts, gates, beside)
 
 
 def _job_of_layer(job: Calibration, layer: int, rest: Bundle, done: Callable[[float], None]) -> LayerJob:
@@ -245,6 +275,7 @@ def _job_of_layer(job: Calibration, layer: int, rest: Bundle, done: Callable[[fl
         apart=job.apart,
         quantizer=job.quantizer,
         done=done,
+        hosts=job.hosts,
     )
 
 
@@ -270,15 +301,16 @@ def _sweep_down(job: Calibration) -> None:
         gradient = loss_gradient_of(config, job.source.top())
         job.source.release()
         x = work.get(_hidden(layers))["x"]
-        work.put(_gradient(layers), {"d": _batched(job, gradient, x, job.tokens[:, 1:])})
-        del gradient, x
+        [d] = _batched(job, gradient, x, job.tokens[:, 1:])
+        work.put(_gradient(layers), {"d": d})
+        del gradient, x, d
         work.drop(_hidden(layers))
     for layer in range(min([layers, *reached]) - 1, lowest - 1, -1):
         d_out = work.get(_gradient(layer + 1))["d"]
         parts = Parts(d_out, d_out, d_out)
         if layer in config.moe_layers:
             parts = _by_parts(job, layer, d_out)
-            work.put(_sensitivity(layer), _importance(job, parts.added))
+            _put(job, _sensitivity(layer), functools.partial(_importance, job, parts.added))
         if layer > lowest:
             work.put(_gradient(layer), {"d": _layer_down(job, layer, parts)})
         work.drop(_gradient(layer + 1))
@@ -320,30 +352,46 @@ def _layer_down(job: Calibration, layer: int, d: Parts) -> Float[np.ndarray, "S 
     like = config.kinds[layer]
     x = job.work.get(_hidden(layer))["x"]
     if layer in config.dense_layers:
-        return _batched(job, lambda a, d: dense_vjp(config, like, rest, a, d), x, d.residual)
+        [d_x] = _batched(job, lambda a, d: dense_vjp(config, like, rest, a, d), x, d.residual)
+        return d_x
     outer = _outer_of(job, layer, rest, x)
-    routed = _routed(outer)
-    d_added = d.added.reshape(outer.normed.shape)
-    d_normed = np.zeros(outer.normed.shape, np.float32)
-    d_gates = np.zeros(outer.gates.shape, np.float32)
-    for expert in range(config.num_experts):
-        token, slot, rows = rows_of(routed, expert)
-        if len(token) == 0:
-            continue
-        weights = np.stack(job.source.expert(layer, expert))
-        job.source.release()
-        d_rows = np.zeros_like(rows.x)
-        d_rows[: len(token)] = d_added[token]
-        d_x, d_gate = expert_vjp(
-            activation_of(config.mixture_of(layer)), rows.x, rows.gates, weights, biases_of(rest, expert), d_rows
-        )
-        d_normed[token] += np.asarray(d_x)[: len(token)]
-        d_gates[token, slot] = np.asarray(d_gate)[: len(token)]
-        done = config.num_hidden_layers - layer - 1 + (expert + 1) / (config.num_experts + 1)
-        job.progress(BACKWARD, done, config.num_hidden_layers - config.moe_layers[0])
-    shape = x.shape[:2]
-    parts = (a.reshape(*shape, -1) for a in (d_normed, d_gates))
-    return _batched(job, lambda *part: outer_vjp(config, like, rest, *part), x, d.residual, *parts, d.beside)
+    parts = _experts_down(job, layer, rest, _routed(outer), d.added.reshape(outer.normed.shape))
+    shaped = (a.reshape(*x.shape[:2], -1) for a in parts)
+    [d_x] = _batched(job, lambda *part: outer_vjp(config, like, rest, *part), x, d.residual, *shaped, d.beside)
+    return d_x
+
+
+def _experts_down(
+    job: Calibration, layer: int, rest: Bundle, routed: Routed, d_added: Float[np.ndarray, "N D"]
+) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N k"]]:
+    """The loss gradients by the inputs and the gates of a layer's routed experts."""
+    config = job.source.config
+    d_normed, d_gates = np.zeros(routed.x.shape, np.float32), np.zeros(routed.gates.shape, np.float32)
+
+    def run(portion: Portion) -> Message:
+        by_x, by_gates = [d_normed[:0]], [d_gates[:0, 0]]
+        for expert in portion.experts:
+            token, _, rows = rows_of(routed, expert)
+            done = config.num_hidden_layers - layer - 1 + (expert + 1) / (config.num_experts + 1)
+            job.progress(BACKWARD, done, config.num_hidden_layers - config.moe_layers[0])
+            if len(token) == 0:
+                continue
+            weights = np.stack(job.source.expert(layer, expert))
+            job.source.release()
+            d_rows = np.zeros_like(rows.x)
+            d_rows[: len(token)] = d_added[token]
+            activation = activation_of(config.mixture_of(layer))
+            d_x, d_gate = expert_vjp(activation, rows.x, rows.gates, weights, biases_of(rest, expert), d_rows)
+            by_x.append(np.asarray(d_x)[: len(token)])
+            by_gates.append(np.asarray(d_gate)[: len(token)])
+        return {"x": np.concatenate(by_x), "gates": np.concatenate(by_gates)}
+
+    for portion, found in job.hosts.shared(portions(config.expert_sizes), run):
+        for token, _, given in by_expert(routed, portion, found["x"]):
+            d_normed[token] += given
+        for token, slot, given in by_expert(routed, portion, found["gates"]):
+            d_gates[token, slot] = given
+    return d_normed, d_gates
 
 
 def _quantize_layer(job: Calibration, layer: int, emphasis: Float[np.ndarray, "E U 3"]) -> None:
@@ -355,24 +403,33 @@ def _quantize_layer(job: Calibration, layer: int, emphasis: Float[np.ndarray, "E
     def done(share: float) -> None:
         job.progress(QUANTIZE, layer + share, config.num_hidden_layers)
 
-    planes, stats = quantized_and_measured(_job_of_layer(job, layer, rest, done), _routed(outer), importance, emphasis)
-    chosen = np.asarray(outer.experts).reshape(len(job.tokens), -1, config.num_experts_per_tok)
-    stats["windows"] = routed_pieces(chosen, config.num_experts)
-    job.work.put(layer_name(layer), _parameters(rest) | planes_bundle(narrowed(planes, job.max_width)))
+    own = _job_of_layer(job, layer, rest, done)
+    found = quantized_and_measured(own, _routed(outer), importance, emphasis)
+    bundle: Bundle = {}
+    stats: dict[str, Any] = {}
+    if job.hosts.first:
+        planes, stats = whole_layer(own, found)
+        chosen = np.asarray(outer.experts).reshape(len(job.tokens), -1, config.num_experts_per_tok)
+        stats["windows"] = routed_pieces(chosen, config.num_experts)
+        bundle = _parameters(rest) | planes_bundle(narrowed(planes, job.max_width))
+    job.work.put(layer_name(layer), bundle)
     job.work.put(stats_name(layer), stats)
 
 
-def _batched(job: Calibration, function: Callable[..., Any], *arrays: np.ndarray) -> Any:
-    """``function`` over the windows in batches of one size; the last one repeats its first window."""
+def _batched(job: Calibration, function: Callable[..., Any], *arrays: np.ndarray) -> list[np.ndarray]:
+    """The arrays that ``function`` gives, over the windows in batches of one size; the last one repeats its first
+    window. The processes share the batches out."""
     size, count = job.batch_size, len(arrays[0])
-    out: Any = None
-    for start in range(0, count, size):
+
+    def run(start: int) -> Message:
         real = min(size, count - start)
         parts = [a[start : start + real] for a in arrays]
         parts = [np.concatenate([p, np.repeat(p[:1], size - real, axis=0)]) if real < size else p for p in parts]
-        results = function(*parts)
-        if out is None:
-            out = jax.tree.map(lambda r: np.empty((count, *r.shape[1:]), r.dtype), results)
-        for whole, part in zip(jax.tree.leaves(out), jax.tree.leaves(results)):
-            whole[start : start + real] = np.asarray(part)[:real]
+        return {str(i): np.asarray(a)[:real] for i, a in enumerate(jax.tree.leaves(function(*parts)))}
+
+    out: list[np.ndarray] = []
+    for start, found in job.hosts.shared(range(0, count, size), run):
+        out = out or [np.empty((count, *a.shape[1:]), a.dtype) for a in found.values()]
+        for whole, part in zip(out, found.values()):
+            whole[start : start + len(part)] = part
     return out

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from dynamo_jax.commands.options import (
+    HostsOption,
     JsonOption,
     KnownOption,
     ModelOption,
@@ -15,7 +16,7 @@ from dynamo_jax.commands.options import (
     float_folder,
     read_datasets,
 )
-from dynamo_jax.commands.steps import progress_bar
+from dynamo_jax.commands.several import one_job
 
 
 def analyze(
@@ -24,6 +25,7 @@ def analyze(
     json: JsonOption = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each dataset to stream.")] = 32,
     window: WindowOption = 256,
+    hosts: HostsOption = "",
 ) -> None:
     """Show which experts matter on which dataset: routing, divergence, predicted loss at each width."""
     from dynamo_jax.calibration.config import QuantizeConfig
@@ -31,12 +33,13 @@ def analyze(
     from dynamo_jax.calibration.summary import analyses_json, summary
     from dynamo_jax.files import write_json
 
-    texts = read_datasets(known, [])
-    check_json(json)
-    folder = float_folder(model)
     settings = QuantizeConfig(window=window, calibration_windows=windows, favour=1.0)  # no plan is made
-    with progress_bar() as progress:
-        result = analyses_json(analyze_folder(folder, texts["known"], settings, progress), window)
+    with one_job(hosts) as (processes, progress):
+        texts, folder = read_datasets(known, [])["known"], float_folder(model)
+        check_json(json if processes.first else None)
+        result = analyses_json(analyze_folder(folder, texts, settings, progress, hosts=processes), window)
+    if not processes.first:
+        return
     for line in summary(result):
         print(line)
     if json:

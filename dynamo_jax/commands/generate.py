@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dynamo_jax.commands.console import describe_event
-from dynamo_jax.commands.options import BatchOption, ModelOption, ReadsOption
+from dynamo_jax.commands.options import BatchOption, HostsOption, ModelOption, ReadsOption
+from dynamo_jax.commands.several import one_writes
 from dynamo_jax.commands.stopping import stops_soon
 
 if TYPE_CHECKING:
@@ -37,13 +35,7 @@ def generate(
     mesh: Annotated[
         str, typer.Option(metavar="DATAxMODEL", help="Split a quantized model over all devices (docs/scale.md).")
     ] = "",
-    hosts: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|ADDRESS:PORT,COUNT,NUMBER",
-            help="This is one of several processes, which run the same command; the first writes.",
-        ),
-    ] = "",
+    hosts: HostsOption = "",
 ) -> None:
     """Continue a text; standard output gets the continuation alone, as it is made.
 
@@ -62,29 +54,8 @@ def generate(
 
     settings = GenerateConfig(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     with stops_soon():
-        with _one_writes(hosts) if hosts else contextlib.nullcontext():
+        with one_writes(hosts):
             _continue(prompt, model, settings, dtype, raw, adapt, batch, reads, mesh)
-
-
-@contextlib.contextmanager
-def _one_writes(hosts: str) -> Iterator[None]:
-    """Among several processes the first writes. What libraries write to standard output by themselves, as Gloo does,
-    goes to standard error."""
-    import jax
-
-    from dynamo_jax.runtime.hosts import join_hosts
-
-    sys.stdout.flush()
-    own = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        join_hosts(hosts)
-        with open(own, "w", closefd=False) if jax.process_index() == 0 else open(os.devnull, "w") as out:
-            with contextlib.redirect_stdout(out):
-                yield
-    finally:
-        os.dup2(own, 1)
-        os.close(own)
 
 
 def _continue(

@@ -48,6 +48,13 @@ OverwriteOption = Annotated[
         "--overwrite", help="Replace an earlier result in --out, or give up an unfinished one. Other files stay."
     ),
 ]
+HostsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|ADDRESS:PORT,COUNT,NUMBER",
+        help="This is one of several processes, which run the same command; the first writes (docs/scale.md).",
+    ),
+]
 WindowOption = Annotated[int, typer.Option(min=8, help="Tokens a window.")]
 
 

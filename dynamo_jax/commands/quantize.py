@@ -5,12 +5,13 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dynamo_jax.commands.console import print_facts, say
 from dynamo_jax.commands.options import (
+    HostsOption,
     KnownOption,
     ModelOption,
     OverwriteOption,
@@ -19,7 +20,7 @@ from dynamo_jax.commands.options import (
     read_datasets,
     read_weights,
 )
-from dynamo_jax.commands.steps import progress_bar
+from dynamo_jax.commands.several import one_job
 
 
 def quantize(
@@ -91,17 +92,17 @@ def quantize(
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows a dataset.")] = 32,
     window: WindowOption = 256,
     overwrite: OverwriteOption = False,
+    hosts: HostsOption = "",
 ) -> None:
     """Calibrate on the known datasets, choose the experts' widths under the budget, and write the model.
 
-    One layer's weights are in memory at a time. A run that was stopped goes on when it is called again.
+    One layer's weights are in memory at a time. A run that was stopped goes on when it is called again, with as many
+    processes as you like.
     """
     from dynamo_jax.calibration.config import QuantizeConfig
     from dynamo_jax.calibration.pipeline import quantize_folder
     from dynamo_jax.storage import facts
 
-    texts = read_datasets(known, [])
-    folder = float_folder(model)
     settings = QuantizeConfig(
         bits=bits,
         budget_bytes=budget_bytes,
@@ -120,8 +121,12 @@ def quantize(
         calibration_windows=windows,
     )
     begin = time.monotonic()
-    with progress_bar() as progress:
-        quantize_folder(folder, out, texts["known"], settings, progress, overwrite=overwrite, log=say)
+    with one_job(hosts) as (processes, progress):
+        texts, folder = read_datasets(known, [])["known"], float_folder(model)
+        options: dict[str, Any] = {"overwrite": overwrite, "log": say, "hosts": processes}
+        quantize_folder(folder, out, texts, settings, progress, **options)
+    if not processes.first:
+        return
     print_facts(facts.summary(out))
     print_facts({"time": f"{time.monotonic() - begin:,.0f} seconds", "checkpoint": str(out)})
     print(f"next: dynamo-jax generate --model {shlex.quote(str(out))} --prompt TEXT, or eval with the texts given here")

@@ -12,8 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from dynamo_jax.files import naming
 from dynamo_jax.models.formats.tensor_files import write_tensors
+from dynamo_jax.runtime.hosts import Hosts
 from dynamo_jax.storage.bundles import Bundle, read_bundle
 from dynamo_jax.storage.results import JOB, LINE, LOCK, Sums, digest_of, sums_text
 
@@ -28,6 +31,8 @@ class Work(Protocol):
     def get(self, name: str) -> Bundle: ...
 
     def drop(self, name: str) -> None: ...
+
+    def names(self) -> list[str]: ...
 
 
 class MemoryWork:
@@ -49,6 +54,38 @@ class MemoryWork:
 
     def drop(self, name: str) -> None:
         self._bundles.pop(name, None)
+
+    def names(self) -> list[str]:
+        return list(self._bundles)
+
+
+class SharedWork:
+    """The work of several processes, which the first one keeps in ``own``: it alone needs a folder. The processes take
+    the same steps, so that each knows what is finished; a bundle that one asks for is sent to all."""
+
+    def __init__(self, own: Work, hosts: Hosts):
+        self._own, self._hosts = own, hosts
+        self._finished = set(hosts.of_first(lambda: {name: np.zeros(0) for name in own.names()}))
+
+    def has(self, name: str) -> bool:
+        return name in self._finished
+
+    def put(self, name: str, bundle: Bundle) -> None:
+        """What others than the first process give is not looked at."""
+        if self._hosts.first:
+            self._own.put(name, bundle)
+        self._finished.add(name)
+
+    def get(self, name: str) -> Bundle:
+        return self._hosts.of_first(lambda: self._own.get(name))
+
+    def drop(self, name: str) -> None:
+        if self._hosts.first:
+            self._own.drop(name)
+        self._finished.discard(name)
+
+    def names(self) -> list[str]:
+        return sorted(self._finished)
 
 
 class FolderWork:

@@ -26,7 +26,13 @@ from dynamo_jax.analysis.statistics import Statistics
 from dynamo_jax.calibration.analyses import Analysis, dynamics_of, whole
 from dynamo_jax.calibration.config import QuantizeConfig, settled
 from dynamo_jax.calibration.experts import Routed
-from dynamo_jax.calibration.layers import LayerJob, outputs_and_drafts, quantized_and_measured, routed_pieces
+from dynamo_jax.calibration.layers import (
+    LayerJob,
+    outputs_and_drafts,
+    quantized_and_measured,
+    routed_pieces,
+    whole_layer,
+)
 from dynamo_jax.calibration.plans import favoured
 from dynamo_jax.calibration.sweeps import Draft
 from dynamo_jax.files import shortened
@@ -389,7 +395,7 @@ def _measured(
             own = np.broadcast_to(np.array(config.emphasis), (job.sizes.experts, 1, 3)) if own is None else own[i]
             importance = seen.taps[_key(layer)].importance
             assert importance is not None
-            made, stats = quantized_and_measured(job, routed, importance, own)
+            made, stats = whole_layer(job, quantized_and_measured(job, routed, importance, own))
             if not stats["counts"].any():
                 raise ValueError(f"{layer.name}: no token of any dataset goes to its experts")
             down = np.stack([job.weights(e)[2] for e in range(job.sizes.experts)]).astype(np.float32)

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from dynamo_jax.analysis.statistics import observe, token_importance
-from dynamo_jax.calibration import pipeline
+from dynamo_jax.calibration import experts, pipeline
 from dynamo_jax.calibration.analyses import Analysis, dynamics_of
 from dynamo_jax.calibration.config import QuantizeConfig
-from dynamo_jax.calibration.experts import padded_rows
+from dynamo_jax.calibration.experts import padded_rows, portions
 from dynamo_jax.calibration.knowledge import noticed
 from dynamo_jax.calibration.layers import routed_pieces
 from dynamo_jax.calibration.pipeline import analyze_layers, quantize, quantize_folder
@@ -28,6 +28,7 @@ from dynamo_jax.calibration.plans import favoured
 from dynamo_jax.calibration.sources import layer_weights
 from dynamo_jax.calibration.sweeps import Draft
 from dynamo_jax.kernels.layout import WIDTHS
+from dynamo_jax.models.config import ExpertSizes
 from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.models.huggingface import Source, load_decoder
 from dynamo_jax.models.tokenizer import load_tokenizer
@@ -125,6 +126,28 @@ def test_a_draft_counts_the_rows_that_the_statistics_count(small_folder, monkeyp
     halves = [half.stats.counts for a in found.values() for half in a.halves]
     np.testing.assert_array_equal(drafts[0].counts, np.stack(halves))
     assert drafts[0].counts.sum() > 0
+
+
+def test_portions_are_all_experts_in_order_and_go_by_their_sizes():
+    for count, channels, hidden in ((48, 64, 256), (47, 64, 256), (5, 8, 8), (300, 16, 32), (9, 2048, 7168)):
+        found = portions(ExpertSizes(layers=1, experts=count, channels=channels, hidden_size=hidden))
+        assert [e for portion in found for e in portion.experts] == list(range(count))
+        assert all(set(portion.experts) <= set(portion.chunk) for portion in found)
+        assert len(found) >= min(8, count)
+
+
+@pytest.mark.slow
+def test_how_many_experts_are_quantized_in_one_go_changes_no_bit(small_folder, monkeypatch):
+    windows = {"a": np.arange(3, 3 + 33 * 3, dtype=np.int32).reshape(3, 33) % 61}
+    bundles = []
+    for count in (8, 1):
+        monkeypatch.setattr(experts, "PORTIONS", count)
+        work = MemoryWork()
+        analyze_layers(Source(small_folder), windows, QuantizeConfig(bits=3.5), work)
+        bundles.append({f"{n}/{key}": a for n in work.names() for key, a in work.get(n).items()})
+    assert list(bundles[0]) == list(bundles[1])
+    for name, array in bundles[0].items():
+        np.testing.assert_array_equal(array, bundles[1][name], err_msg=name)
 
 
 def test_one_window_has_no_second_half(small_folder):
