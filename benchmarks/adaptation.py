@@ -51,11 +51,11 @@ from dynamo_jax.calibration.analyses import Analysis
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.knowledge import knowledge_of
 from dynamo_jax.calibration.pipeline import analyze_layers
-from dynamo_jax.calibration.sources import DecoderSource
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
 from dynamo_jax.models.huggingface import load_decoder
+from dynamo_jax.models.sources import DecoderSource
 from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.precision.plan import Plan, touched_share
 from dynamo_jax.runtime import memory

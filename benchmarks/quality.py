@@ -47,13 +47,13 @@ from dynamo_jax.calibration import plans
 from dynamo_jax.calibration.analyses import Analysis
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import analyze_layers
-from dynamo_jax.calibration.sources import DecoderSource
 from dynamo_jax.demo import DemoConfig
 from dynamo_jax.files import write_json
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME
 from dynamo_jax.models.decoder import parameters
 from dynamo_jax.models.huggingface import load_decoder
+from dynamo_jax.models.sources import DecoderSource
 from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.precision.plan import APART, Plan, block_costs
 from dynamo_jax.quant.grids import GridSpec

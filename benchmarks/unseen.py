@@ -32,11 +32,11 @@ from float_changes import changes, predictions
 from dynamo_jax.calibration import plans
 from dynamo_jax.calibration.config import NOVELTY_WEIGHT, QuantizeConfig
 from dynamo_jax.calibration.pipeline import analyze_layers
-from dynamo_jax.calibration.sources import DecoderSource
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import Decoder, parameters
 from dynamo_jax.models.huggingface import load_decoder
+from dynamo_jax.models.sources import DecoderSource
 from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.storage.bundles import stacked_planes
 

@@ -22,10 +22,10 @@ from dynamo_jax.calibration.analyses import Analysis, known_windows, whole
 from dynamo_jax.calibration.config import QuantizeConfig, check_shapes, settled
 from dynamo_jax.calibration.knowledge import knowledge_of
 from dynamo_jax.calibration.plans import favoured, plan
-from dynamo_jax.calibration.sources import DecoderSource, LayerSource
 from dynamo_jax.calibration.sweeps import Calibration, Draft, calibrate, statistics_of
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
 from dynamo_jax.models.huggingface import Source, side_files, side_files_of
+from dynamo_jax.models.sources import DecoderSource, LayerSource
 from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.progress import Log, Progress, no_log, no_progress

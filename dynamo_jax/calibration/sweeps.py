@@ -38,7 +38,6 @@ from dynamo_jax.calibration.layers import (
     routed_pieces,
     whole_layer,
 )
-from dynamo_jax.calibration.sources import LayerSource
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.experts import activation_of
 from dynamo_jax.models.formats.expert_files import Triple
@@ -52,6 +51,7 @@ from dynamo_jax.models.layerwise import (
     outer_of,
     outer_vjp,
 )
+from dynamo_jax.models.sources import LayerSource
 from dynamo_jax.models.tokenizer import check_ids
 from dynamo_jax.progress import Progress
 from dynamo_jax.quant.planes import narrowed

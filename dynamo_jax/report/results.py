@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from dynamo_jax.calibration.analyses import Analysis, dynamics_of
-from dynamo_jax.calibration.sources import layer_weights
 from dynamo_jax.evaluation.perplexity import Row
 from dynamo_jax.evaluation.switched import Adaptation, Timeline
 from dynamo_jax.models.decoder import Decoder
+from dynamo_jax.models.sources import layer_weights
 from dynamo_jax.report.content import Line, ReportContent
 from dynamo_jax.report.run import Run, run_facts
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel, odd_words

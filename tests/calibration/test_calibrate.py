@@ -25,12 +25,12 @@ from dynamo_jax.calibration.knowledge import noticed
 from dynamo_jax.calibration.layers import routed_pieces
 from dynamo_jax.calibration.pipeline import analyze_layers, quantize, quantize_folder
 from dynamo_jax.calibration.plans import favoured
-from dynamo_jax.calibration.sources import layer_weights
 from dynamo_jax.calibration.sweeps import Draft
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ExpertSizes
 from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.models.huggingface import Source, load_decoder
+from dynamo_jax.models.sources import layer_weights
 from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.quant.planes import quantize as quantize_planes

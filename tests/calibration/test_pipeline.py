@@ -15,8 +15,8 @@ from quantized_runs import SETTINGS
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.calibration.plans import UNSEEN_PRIOR_ROWS, expecting, plan
-from dynamo_jax.calibration.sources import DecoderSource
 from dynamo_jax.kernels.layout import WIDTHS
+from dynamo_jax.models.sources import DecoderSource
 from dynamo_jax.precision.allocate import allocate_known
 from dynamo_jax.runtime import serving
 from dynamo_jax.runtime.memory import device_bits, device_bytes

@@ -15,10 +15,10 @@ from small_decoders import decoder_config
 from dynamo_jax import transform
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import analyze_layers
-from dynamo_jax.calibration.sources import DecoderSource
 from dynamo_jax.models.decoder import Decoder, Layer, expert_parameter_names, parameters
 from dynamo_jax.models.experts import activation_of
 from dynamo_jax.models.loss import next_token_nll
+from dynamo_jax.models.sources import DecoderSource
 from dynamo_jax.runtime.adapt import observe_windows
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.storage.bundles import stacked_planes

@@ -1,4 +1,4 @@
-"""Where sweeps get a model from, a layer and an expert at a time; a model in memory as such a source."""
+"""Where sweeps over a model get it from, a layer and an expert at a time; a model in memory as such a source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, parameters
 from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.models.formats.expert_files import Triple
-from dynamo_jax.storage.bundles import Bundle
 
 
 class LayerSource(Protocol):
@@ -18,9 +17,9 @@ class LayerSource(Protocol):
 
     config: ModelConfig
 
-    def top(self) -> Bundle: ...
+    def top(self) -> dict[str, np.ndarray]: ...
 
-    def layer(self, layer: int) -> Bundle: ...
+    def layer(self, layer: int) -> dict[str, np.ndarray]: ...
 
     def expert(self, layer: int, expert: int) -> Triple: ...
 
@@ -34,10 +33,10 @@ class DecoderSource:
         self.config = model.config
         self._arrays = {name: np.asarray(a) for name, a in parameters(model).items()}
 
-    def top(self) -> Bundle:
+    def top(self) -> dict[str, np.ndarray]:
         return {name: a for name, a in self._arrays.items() if not name.startswith("layers.")}
 
-    def layer(self, layer: int) -> Bundle:
+    def layer(self, layer: int) -> dict[str, np.ndarray]:
         prefix = f"layers.{layer}."
         own = {name.removeprefix(prefix): a for name, a in self._arrays.items() if name.startswith(prefix)}
         return {name: a for name, a in own.items() if name not in ExpertWeights._fields}
