@@ -10,7 +10,6 @@ import rich.console
 import rich.table
 
 if TYPE_CHECKING:
-    from dynamo_jax.evaluation.divergence import Divergence
     from dynamo_jax.evaluation.perplexity import Row
     from dynamo_jax.evaluation.tasks import TaskRow
     from dynamo_jax.runtime.online import Event
@@ -46,23 +45,28 @@ def print_rows(rows: list[Row]) -> None:
     rich.console.Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def print_divergences(rows: list[Divergence]) -> None:
-    caption = "baseline beside the unquantized model, without calibration windows; divergence: nats a token"
-    table = rich.table.Table(caption=caption)
-    for name in ("dataset", "tokens", "nll", "unquantized", "accuracy", "unquantized", "divergence"):
-        table.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=True)
-    for row in rows:
-        error = f" +- {row.standard_error:.4f}" if row.standard_error is not None else ""
+def print_divergences(rows: list[Row]) -> None:
+    """How far the rows' predictions are from a reference's, if there was one."""
+    table = rich.table.Table(
+        caption="divergence from the reference, nats a token: mean and quantiles; agreement: same likeliest token; "
+        "ratio: of perplexities; +-: by window"
+    )
+    left = ("dataset", "variant")
+    for name in (*left, "divergence", "median", "90 %", "99 %", "99.9 %", "largest", "agreement", "ratio"):
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    for row in (row for row in rows if row.divergence):
+        found = row.divergence
+        assert found is not None
         table.add_row(
             row.dataset,
-            f"{row.tokens:,}",
-            f"{row.nll:.4f}",
-            f"{row.nll_unquantized:.4f}",
-            f"{row.accuracy:.2%}",
-            f"{row.accuracy_unquantized:.2%}",
-            f"{row.divergence:.4f}{error}",
+            row.variant,
+            _change(found.mean, found.standard_error, " .5f"),
+            *(f"{value:.5f}" for value in (found.median, found.p90, found.p99, found.p999, found.largest)),
+            _share(found.agreement, found.agreement_error),
+            _change(found.ratio, found.ratio_error, " .5f"),
         )
-    rich.console.Console(width=None if sys.stdout.isatty() else 140).print(table)
+    if table.row_count:
+        rich.console.Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def print_tasks(rows: list[TaskRow]) -> None:
@@ -95,7 +99,7 @@ def _share(value: float, error: float | None) -> str:
 def _change(value: float | None, error: float | None, form: str) -> str:
     if value is None:
         return ""
-    return f"{value:{form}}" + (f" +- {error:{form[1:]}}" if error is not None else "")
+    return f"{value:{form}}".strip() + (f" +- {error:{form[1:]}}" if error is not None else "")
 
 
 def describe_difference(row: Row) -> str:

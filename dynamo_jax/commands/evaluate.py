@@ -19,6 +19,7 @@ from dynamo_jax.commands.options import (
     check_json,
     check_variants,
     check_window,
+    float_folder,
     load_float,
     read_datasets,
     read_tasks,
@@ -33,9 +34,16 @@ def evaluate(
     variant: Annotated[
         list[str], typer.Option(help="baseline, auto; of an unquantized model bf16, rtn4, rtn3, rtn2. Repeatable.")
     ] = [],  # noqa: B006
-    against: Annotated[
+    reference: Annotated[
         str | None,
-        typer.Option(help="The unquantized model: show it beside the quantized one, and how far they differ."),
+        typer.Option(
+            help="A model of the same vocabulary, such as the unquantized one: show it beside this one, and how far "
+            "predictions are from its. Its layers are read one after the other."
+        ),
+    ] = None,
+    reference_logits: Annotated[
+        Path | None,
+        typer.Option(help="File of what the reference predicts: written if it is missing, else read in its place."),
     ] = None,
     task: Annotated[
         list[str],
@@ -57,7 +65,6 @@ def evaluate(
     The first windows of a dataset are what the monitor and adaptation see; rows count the rest. A task's documents are
     followed in their order, as one client's text (variant auto).
     """
-    from dynamo_jax.evaluation.divergence import divergence
     from dynamo_jax.evaluation.evaluate import evaluate as run
     from dynamo_jax.evaluation.evaluate import evaluate_tasks
     from dynamo_jax.evaluation.perplexity import EvalConfig
@@ -66,7 +73,7 @@ def evaluate(
     from dynamo_jax.files import write_json
     from dynamo_jax.models.chat import prefix_token
     from dynamo_jax.models.hub import model_folder
-    from dynamo_jax.models.huggingface import side_files
+    from dynamo_jax.models.huggingface import Source, side_files
     from dynamo_jax.storage import checkpoint
 
     texts, tasks = read_datasets(known, novel), read_tasks(task, documents)
@@ -78,25 +85,25 @@ def evaluate(
         loaded, tokenizer = checkpoint.load(Path(model)), None
         files = loaded.files
         names = check_variants(variant, VARIANTS, "a quantized model")
-        original: Any = load_float(against)[0] if against else None
-    elif against:
-        raise ValueError(f"--against {against}: {model} is not quantized")
     else:
-        original = None
         loaded, tokenizer = load_float(model)
         files = side_files(model_folder(model))
         names = check_variants(variant, UNIFORM, "an unquantized model")
     check_window(window, loaded.config.max_position_embeddings)
+    if reference_logits and tasks and not (known or novel):
+        raise ValueError(f"--reference-logits {reference_logits}: of texts, and no text is evaluated")
     settings = EvalConfig(window=window, limit=limit, batch=batch, reads=reads)
-    common: Any = {"config": settings, "variants": names, "tokenizer": tokenizer, "against": original}
+    common: Any = {"config": settings, "variants": names, "tokenizer": tokenizer}
     results: dict[str, Any] = {"results": []}
     with progress_bar() as progress:
         if known or novel:
-            rows, adaptations = run(loaded, texts["known"], texts["novel"], **common, progress=progress)
-            if against:
-                apart = divergence(original, loaded, texts["known"] | texts["novel"], settings, progress)
+            source = Source(float_folder(reference)) if reference else None
+            beside: Any = {"reference": source, "reference_logits": reference_logits}
+            rows, adaptations = run(loaded, texts["known"], texts["novel"], **common, **beside, progress=progress)
         if tasks:
-            task_rows, events = evaluate_tasks(loaded, tasks, **common, prefix=prefix_token(files), progress=progress)
+            original: Any = load_float(reference)[0] if reference else None
+            common |= {"reference": original, "prefix": prefix_token(files)}
+            task_rows, events = evaluate_tasks(loaded, tasks, **common, progress=progress)
     if known or novel:
         print_rows(rows)
         if adaptations and (why := loaded.knowledge.blind()):
@@ -104,9 +111,7 @@ def evaluate(
         for name, found in adaptations.items():
             print(f"{name}: {describe_verdict(found)}")
         results["results"] = [row.to_dict() for row in rows]
-        if against:
-            print_divergences(apart)
-            results["divergence"] = [row.to_dict() for row in apart]
+        print_divergences(rows)
     if tasks:
         print_tasks(task_rows)
         for name, seen in events.items():

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import tokenizers
 
-from dynamo_jax.evaluation.perplexity import EvalConfig, Row, make_dataset
+from dynamo_jax.evaluation.perplexity import Dataset, EvalConfig, Row, make_dataset
+from dynamo_jax.evaluation.reference import Exact, Likeliest, exact_states, likeliest, read_references, write_references
 from dynamo_jax.evaluation.switched import VARIANTS, Adaptation, calibrated_windows, evaluate_quantized
 from dynamo_jax.evaluation.tasks import Scores, TaskRow, compared, scores
-from dynamo_jax.evaluation.uniform import UNIFORM, evaluate_uniform, uniform_parameters
+from dynamo_jax.evaluation.uniform import UNIFORM, evaluate_uniform, reference_row, uniform_parameters
 from dynamo_jax.models.decoder import Decoder, parameters
+from dynamo_jax.models.sources import DecoderSource, LayerSource
 from dynamo_jax.progress import Progress, no_progress
 from dynamo_jax.runtime.generate import LanguageModel
 from dynamo_jax.runtime.online import Event, Follower
@@ -29,7 +33,8 @@ def evaluate(
     config: EvalConfig | None = None,
     variants: Sequence[str] = (),
     tokenizer: tokenizers.Tokenizer | None = None,
-    against: Decoder | None = None,
+    reference: Decoder | LayerSource | None = None,
+    reference_logits: Path | None = None,
     progress: Progress = no_progress,
 ) -> tuple[list[Row], dict[str, Adaptation]]:
     """Rows of each text and variant, and what the run time did on each text (of a quantized model).
@@ -37,12 +42,15 @@ def evaluate(
     known, novel: texts by name. The first ``config.adaptation_windows`` windows of a text are what the monitor and
     adaptation see; rows count the rest, without the windows that calibration used. variants: of a quantized model
     ``baseline`` and ``auto`` (both by default), of an unquantized one ``bf16``, ``rtn4``, ``rtn3`` and ``rtn2`` (by
-    default ``bf16``). tokenizer: of an unquantized model; a quantized one has its own. against: the model that a
-    quantized one was made from, whose ``bf16`` row then comes first, and which the next row is compared with.
+    default ``bf16``). tokenizer: of an unquantized model; a quantized one has its own. reference: a model of the same
+    vocabulary, as that which a quantized one was made from. Its row then comes first, the next row is compared with it,
+    and each row says how far its predictions are from the reference's (``Row.divergence``); a folder's is read a layer
+    at a time. reference_logits: a file that takes the reference's place, of the same windows; written if it is missing.
     progress: is called with (stage, done, of). Losses are nats a token, paired by window; source: docs/method.md.
 
     ValueError: no text, a name given twice, a text with fewer than two windows left, windows past the model's
-    positions, an unknown variant, no tokenizer, or ``against`` of another configuration.
+    positions, an unknown variant, no tokenizer, a reference of another vocabulary or with fewer positions, a file of
+    other windows, or that is missing without a reference.
     """
     texts = [(n, kind, t) for kind, named in (("known", known), ("novel", novel)) for n, t in (named or {}).items()]
     if not texts:
@@ -58,18 +66,60 @@ def evaluate(
             make_dataset(n, kind, t, model.tokenizer, config, calibrated_windows(model, n, t, config), vocabulary)
             for n, kind, t in texts
         ]
-        if against is None:
-            return evaluate_quantized(model, data, config, names, progress=progress)
-        _check_same_model(model, against)
-        first, floats = evaluate_uniform(against, data, config, names=("bf16",), progress=progress)
-        rows, adaptations = evaluate_quantized(model, data, config, names, floats, progress)
-        order = {d.name: i for i, d in enumerate(data)}
-        return sorted(first + rows, key=lambda row: order[row.dataset]), adaptations
-    if tokenizer is None:
+    elif tokenizer is None:
         raise ValueError("tokenizer: an unquantized model does not bring its own, so one has to be given")
-    data = [make_dataset(n, kind, t, tokenizer, config, vocab_size=vocabulary) for n, kind, t in texts]
-    rows, _ = evaluate_uniform(model, data, config, names=names, progress=progress)
-    return rows, {}
+    else:
+        data = [make_dataset(n, kind, t, tokenizer, config, vocab_size=vocabulary) for n, kind, t in texts]
+    exact = _exact(data, vocabulary, config, reference, reference_logits, progress)
+    beside = {d.name: reference_row(d, exact[d.name], config.batch) for d in data if d.name in exact}
+    compared_with = {name: own for name, (_, own) in beside.items()}
+    rows: list[Row] = []
+    adaptations: dict[str, Adaptation] = {}
+    if isinstance(model, QuantizedModel):
+        rows, adaptations = evaluate_quantized(model, data, config, names, compared_with, progress, exact)
+    else:
+        rows, _ = evaluate_uniform(
+            model, data, config, names=names, progress=progress, exact=exact, references=compared_with
+        )
+    if beside:
+        order = {d.name: i for i, d in enumerate(data)}
+        rows = sorted([row for row, _ in beside.values()] + rows, key=lambda row: order[row.dataset])
+    return rows, adaptations
+
+
+def _exact(
+    data: list[Dataset],
+    vocabulary: int,
+    config: EvalConfig,
+    reference: Decoder | LayerSource | None,
+    file: Path | None,
+    progress: Progress,
+) -> dict[str, Exact | Likeliest]:
+    """What the reference makes of each dataset's windows."""
+    windows = {d.name: d.rest for d in data}
+    if file is not None and file.exists():
+        return dict(read_references(file, windows, vocabulary))
+    if reference is None:
+        if file is not None:
+            raise ValueError(f"{file}: no such file, and no reference to write it from")
+        return {}
+    source = DecoderSource(reference) if isinstance(reference, Decoder) else reference
+    if source.config.vocab_size != vocabulary:
+        raise ValueError(
+            f"reference: of a vocabulary of {source.config.vocab_size:,} tokens, where the model has {vocabulary:,}"
+        )
+    config.check(source.config)
+    whole = exact_states(source, np.concatenate(list(windows.values())), config.batch_size, progress)
+    exact = {name: whole.part(at) for name, at in zip(windows, _places(list(windows.values())))}
+    if file is not None:
+        write_references(file, {name: likeliest(own) for name, own in exact.items()}, windows, vocabulary)
+    return dict(exact)
+
+
+def _places(parts: list[np.ndarray]) -> list[slice]:
+    """Where each of some arrays is in all of them together."""
+    ends = np.cumsum([len(part) for part in parts])
+    return [slice(int(end) - len(part), int(end)) for part, end in zip(parts, ends)]
 
 
 def _checked_variants(model: QuantizedModel | Decoder, variants: Sequence[str]) -> tuple[str, ...]:
@@ -81,11 +131,6 @@ def _checked_variants(model: QuantizedModel | Decoder, variants: Sequence[str]) 
     return names
 
 
-def _check_same_model(model: QuantizedModel, against: Decoder) -> None:
-    if against.config != model.config:
-        raise ValueError("against: a model of another configuration than the quantized one")
-
-
 def evaluate_tasks(
     model: QuantizedModel | Decoder,
     tasks: Mapping[str, Sequence[Document]],
@@ -93,15 +138,16 @@ def evaluate_tasks(
     variants: Sequence[str] = (),
     tokenizer: tokenizers.Tokenizer | None = None,
     prefix: int | None = None,
-    against: Decoder | None = None,
+    reference: Decoder | None = None,
     dtype: Any = jnp.float32,
     progress: Progress = no_progress,
 ) -> tuple[list[TaskRow], dict[str, list[Event]]]:
     """Rows of each task and variant, and what the run time did on each task (of ``auto``).
 
     tasks: documents by name. ``auto`` follows a task's documents in their order, as one client's text, and begins each
-    task at the baseline. prefix: the token that an empty context has. variants, tokenizer, against: as ``evaluate``
-    takes them; a row is compared with the one before it, document by document. dtype: of all but quantized experts.
+    task at the baseline. prefix: the token that an empty context has. variants, tokenizer: as ``evaluate`` takes them.
+    reference: a model of the same tokenizer, in memory, whose row then comes first. A row is compared with the one
+    before it, document by document. dtype: of all but quantized experts.
     ValueError: as of ``evaluate``, no task, a task without documents, a continuation of no tokens.
     """
     if not tasks:
@@ -112,15 +158,17 @@ def evaluate_tasks(
     names = _checked_variants(model, variants)
     found: dict[str, dict[str, Scores]] = {task: {} for task in tasks}
     events: dict[str, list[Event]] = {}
+    own_tokenizer = model.tokenizer if isinstance(model, QuantizedModel) else tokenizer
+    if own_tokenizer is None:
+        raise ValueError("tokenizer: an unquantized model does not bring its own, so one has to be given")
+    tokenizer = own_tokenizer
+    if reference is not None:
+        arrays = {name: a.astype(dtype) for name, a in parameters(reference).items()}
+        exact = LanguageModel(config=reference.config, parameters=arrays, dtype=dtype)
+        for task, documents in tasks.items():
+            found[task]["reference"] = scores(exact, tokenizer, documents, prefix, None, progress)
+        del arrays, exact
     if isinstance(model, QuantizedModel):
-        tokenizer = model.tokenizer
-        if against is not None:
-            _check_same_model(model, against)
-            arrays = {name: a.astype(dtype) for name, a in parameters(against).items()}
-            exact = LanguageModel(config=model.config, parameters=arrays, dtype=dtype)
-            for task, documents in tasks.items():
-                found[task]["bf16"] = scores(exact, tokenizer, documents, prefix, None, progress)
-            del arrays, exact
         host, state = init(model)
         ready = LanguageModel(config=model.config, parameters=model.device_parameters(dtype), state=state, dtype=dtype)
         for task, documents in tasks.items():
@@ -132,8 +180,6 @@ def evaluate_tasks(
                 if follower:
                     host, state, events[task] = follower.host, follower.state, follower.events
     else:
-        if tokenizer is None:
-            raise ValueError("tokenizer: an unquantized model does not bring its own, so one has to be given")
         for name in names:
             arrays = {key: a.astype(dtype) for key, a in uniform_parameters(model, name).items()}
             ready = LanguageModel(config=model.config, parameters=arrays, dtype=dtype)

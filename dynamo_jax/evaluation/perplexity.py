@@ -17,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dynamo_jax.evaluation.reference import Apart, Divergences, Exact, Likeliest, divergences
 from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.loss import Head
 from dynamo_jax.precision.plan import touched_share
 from dynamo_jax.texts.windows import batches, token_windows
 
-StepFn = Callable[[Array], tuple[Array, Array]]  # tokens (B, T1) -> losses (B,), counts (B, K, L, E)
+# tokens (B, T1) -> losses (B,), counts (B, K, L, E), hidden states (B, T, D)
+StepFn = Callable[[Array], tuple[Array, Array, Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,10 +55,12 @@ class EvalConfig:
 
 
 class Losses(NamedTuple):
-    """nll: summed nats a window; counts: its routed tokens, in K pieces of what the monitor takes in at once."""
+    """nll: summed nats a window; counts: its routed tokens, in K pieces of what the monitor takes in at once; apart:
+    how far each prediction is from a reference's, where there is one."""
 
     nll: Float[np.ndarray, " S"]
     counts: Float[np.ndarray, "S K L E"]
+    apart: Apart | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +69,7 @@ class Row:
 
     device_bits: that the device holds for a weight of the experts, spare slots included. bytes_per_token: of experts,
     that one request alone reads; bytes_per_step: that a step of ``batch`` requests of this text reads. difference: nll
-    minus the reference row's, with its standard error.
+    minus the reference row's, with its standard error. divergence: from a reference model, where there is one.
     """
 
     dataset: str
@@ -80,6 +85,7 @@ class Row:
     reference: str | None = None
     difference: float | None = None
     standard_error: float | None = None
+    divergence: Divergences | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -97,15 +103,27 @@ class Dataset(NamedTuple):
     rest: Int[np.ndarray, "S T1"]
 
 
-def run_windows(step: StepFn, windows: Int[np.ndarray, "S T1"], batch_size: int) -> Losses:
-    """Losses of all windows in batches of one shape."""
-    nll, counts = [], []
+def run_windows(
+    step: StepFn,
+    windows: Int[np.ndarray, "S T1"],
+    batch_size: int,
+    exact: Exact | Likeliest | None = None,
+    head: Head | None = None,
+) -> Losses:
+    """Losses of all windows in batches of one shape. exact: what a reference makes of them; head: of the model, which
+    its hidden states go through to be compared with that."""
+    nll, counts, apart, start = [], [], [], 0
     for tokens, mask in batches(windows, batch_size):
-        losses, routed = step(jnp.asarray(tokens))
+        part = jnp.asarray(tokens)
+        losses, routed, hidden = step(part)
         real = mask[:, 0] > 0
         nll.append(np.asarray(losses, np.float64)[real])
         counts.append(np.asarray(routed, np.float64)[real])
-    return Losses(np.concatenate(nll), np.concatenate(counts))
+        if exact is not None and head is not None:
+            apart.append(exact.apart(hidden, head, part, slice(start, start + int(real.sum()))))
+        start += int(real.sum())
+    together = Apart(*(np.concatenate(a) for a in zip(*apart))) if apart else None
+    return Losses(np.concatenate(nll), np.concatenate(counts), together)
 
 
 def make_row(
@@ -140,6 +158,7 @@ def make_row(
         reference=reference[0] if reference else None,
         difference=difference,
         standard_error=error,
+        divergence=None if losses.apart is None else divergences(losses.apart),
     )
 
 

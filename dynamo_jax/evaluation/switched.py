@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.evaluation.perplexity import Dataset, EvalConfig, Losses, Reference, Row, StepFn, make_row, run_windows
+from dynamo_jax.evaluation.reference import Exact, Likeliest, head_of
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.progress import Progress, no_progress
 from dynamo_jax.runtime.adapt import Observation, observe_windows
@@ -69,13 +71,15 @@ def evaluate_quantized(
     data: list[Dataset],
     config: EvalConfig,
     variants: tuple[str, ...] = VARIANTS,
-    references: dict[str, Reference] | None = None,
+    references: Mapping[str, Reference] | None = None,
     progress: Progress = no_progress,
+    exact: Mapping[str, Exact | Likeliest] | None = None,
 ) -> tuple[list[Row], dict[str, Adaptation]]:
     """Rows of the baseline, and of what the run time makes of it where text is novel or adapting to it surely gains.
 
     Both variants are branches of one compiled program; evaluating the second is a switch. A row's
-    difference is to the row before it, the first one's to ``references`` (by dataset) if given.
+    difference is to the row before it, the first one's to ``references`` (by dataset) if given. exact: of datasets by
+    name, what a reference makes of their windows.
     """
     rows, adaptations = [], {}
     device, held = Device(model), device_bits(model.plan, model.spare)
@@ -88,7 +92,8 @@ def evaluate_quantized(
         found_losses: dict[str, Losses] = {}
         for name in variants:
             step = device.step(plan, VARIANTS.index(name))
-            losses = run_windows(step, dataset.rest, config.batch_size)
+            own = (exact or {}).get(dataset.name)
+            losses = run_windows(step, dataset.rest, config.batch_size, own, device.head)
             used = plan if name == "auto" else model.plan
             rows.append(make_row(dataset, name, losses, held, used.expert_bytes(), reference, config.batch))
             reference = (name, losses)
@@ -163,6 +168,7 @@ class Device:
         self.model = model
         self._parameters = model.device_parameters()
         self._host, self._state = init(model)
+        self.head = head_of(model.config, self._parameters)
 
     def step(self, adapted: Plan, number: int) -> StepFn:
         """One batch at variant ``number``: 0 is the baseline, 1 the adapted one, which the baseline lends its slots,

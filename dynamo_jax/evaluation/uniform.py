@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from dynamo_jax.evaluation.perplexity import Dataset, EvalConfig, Losses, Reference, Row, make_row, run_windows
+from dynamo_jax.evaluation.reference import Exact, Likeliest, head_of
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
 from dynamo_jax.progress import Progress, no_progress
@@ -32,8 +35,24 @@ def uniform_parameters(model: Decoder, variant: str, group_size: int = 64) -> di
     return float_parameters(model, None if bits is None else GridSpec(bits, group_size))
 
 
-def evaluate_float(config: ModelConfig, params: dict[str, Array], data: Dataset, batch_size: int) -> Losses:
-    return run_windows(lambda tokens: float_step(config, params, tokens), data.rest, batch_size)
+def evaluate_float(
+    config: ModelConfig,
+    params: dict[str, Array],
+    data: Dataset,
+    batch_size: int,
+    exact: Exact | Likeliest | None = None,
+) -> Losses:
+    """exact: as ``run_windows`` takes it."""
+    step = functools.partial(float_step, config, params)
+    return run_windows(step, data.rest, batch_size, exact, head_of(config, params))
+
+
+def reference_row(data: Dataset, exact: Exact | Likeliest, batch: int) -> tuple[Row, Reference]:
+    """The row of a reference model, in 16 bits, and what others are compared with."""
+    losses = Losses(exact.nll.astype(np.float64).sum(axis=1), exact.counts)
+    shape = exact.counts.shape[2:]
+    each = np.full(shape, 2 * exact.expert_weights / math.prod(shape))
+    return make_row(data, "reference", losses, 16.0, each, None, batch), ("reference", losses)
 
 
 def float_row(
@@ -61,17 +80,22 @@ def evaluate_uniform(
     group_size: int = 64,
     names: tuple[str, ...] = tuple(UNIFORM),
     progress: Progress = no_progress,
+    exact: Mapping[str, Exact | Likeliest] | None = None,
+    references: Mapping[str, Reference] | None = None,
 ) -> tuple[list[Row], dict[str, Reference]]:
-    """Rows of the unquantized model and of all experts rounded to nearest, and each dataset's first losses."""
+    """Rows of the unquantized model and of all experts rounded to nearest, and each dataset's first losses. exact: of
+    datasets by name, what a reference makes of their windows; references: what rows are compared with, by default the
+    first of a dataset."""
     rows: list[Row] = []
-    first: dict[str, Reference] = {}
+    first: dict[str, Reference] = dict(references or {})
     for index, name in enumerate(names):
         rtn_bits = UNIFORM[name]
         rounding = None if rtn_bits is None else GridSpec(rtn_bits, group_size)
         params = float_parameters(model, rounding)
         bits = 16.0 if rounding is None else rounding.bits_per_weight(model.config.hidden_size)
         for dataset in data:
-            losses = evaluate_float(model.config, params, dataset, config.batch_size)
+            own = (exact or {}).get(dataset.name)
+            losses = evaluate_float(model.config, params, dataset, config.batch_size, own)
             rows.append(float_row(model.config, dataset, name, losses, bits, first.get(dataset.name), config.batch))
             first.setdefault(dataset.name, (name, losses))
         progress("evaluate uniform", index + 1, len(names))

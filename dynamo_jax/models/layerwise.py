@@ -18,9 +18,11 @@ from jaxtyping import Array, Float, Int
 from dynamo_jax.models.attention import Places
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import filled, layer_with_parameters, positions_of
+from dynamo_jax.models.experts import float_experts
 from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.models.norms import Norm
 from dynamo_jax.models.rotary import angles
+from dynamo_jax.models.routing import Routing
 
 
 class Outer(NamedTuple):
@@ -65,6 +67,15 @@ def _dense_function(config: ModelConfig, like: int, rest: dict[str, Array], x: A
         raise AssertionError("a dense layer has no experts")
 
     return layer_with_parameters(config, like, rest)(x, never, places_of(config, x))[0]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "like"))
+def whole_layer(
+    config: ModelConfig, like: int, arrays: dict[str, Array], x: Float[Array, "S T D"]
+) -> tuple[Float[Array, "S T D"], Routing | None]:
+    """A layer with its experts' weights, and what its router did if it has one."""
+    out, routing, _ = layer_with_parameters(config, like, arrays)(x, float_experts, places_of(config, x))
+    return out, routing
 
 
 outer_of = functools.partial(jax.jit, static_argnames=("config", "like"))(_outer_function)

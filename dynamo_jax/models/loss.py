@@ -6,7 +6,7 @@ Axes: B batch, T tokens, D hidden, V vocabulary, C rows a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,77 @@ def next_token_divergence(
     return _by_chunk(divergence, head.shape[0], exact, hidden)
 
 
+class Head(NamedTuple):
+    """What turns hidden states into logits. cap: as ``capped`` takes it."""
+
+    weights: Float[Array, "V D"]
+    bias: Float[Array, " V"] | None = None
+    cap: float = 0.0
+
+    def arrays(self) -> tuple[Array, Array | None]:
+        """Its parts that are arrays."""
+        return self.weights, self.bias
+
+    def log_probabilities(self, rows: Float[Array, "C D"]) -> Float[Array, "C V"]:
+        return jax.nn.log_softmax(_logits_of(self.weights, self.bias, rows.dtype, self.cap)(rows))
+
+
+def next_token_changes(
+    exact: Float[Array, "B T D"],
+    hidden: Float[Array, "B T D1"],
+    reference: Head,
+    head: Head,
+    targets: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], Float[Array, "B T"]]:
+    """Of what ``head`` predicts from ``hidden``, beside what ``reference`` does from ``exact``: the Kullback-Leibler
+    divergence from it, whether the likeliest token is the same, and how many nats more each target costs."""
+
+    def changes(row, other, label):
+        p, q = reference.log_probabilities(row), head.log_probabilities(other)
+        more = jnp.take_along_axis(p - q, label[:, None], axis=1)[:, 0]
+        return jnp.sum(jnp.exp(p) * (p - q), axis=1), p.argmax(axis=1) == q.argmax(axis=1), more
+
+    return _by_chunk(changes, head.weights.shape[0], exact, hidden, targets)
+
+
+def top_tokens(
+    hidden: Float[Array, "B T D"], head: Head, count: int
+) -> tuple[Int[Array, "B T M"], Float[Array, "B T M"], Float[Array, "B T"]]:
+    """The likeliest tokens, their log-probabilities, and that of all others together."""
+
+    def top(row):
+        values, tokens = jax.lax.top_k(head.log_probabilities(row), count)
+        return tokens, values, _rest(values)
+
+    return _by_chunk(top, head.weights.shape[0], hidden)
+
+
+def top_token_changes(
+    tokens: Int[Array, "B T M"],
+    values: Float[Array, "B T M"],
+    rest: Float[Array, "B T"],
+    nll: Float[Array, "B T"],
+    hidden: Float[Array, "B T D"],
+    head: Head,
+    targets: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], Float[Array, "B T"]]:
+    """``next_token_changes`` from what ``top_tokens`` gave, all other tokens taken as one; nll: of the targets."""
+
+    def changes(tokens, p, p_rest, loss, row, label):
+        q = head.log_probabilities(row)
+        own = jnp.take_along_axis(q, tokens, axis=1)
+        apart = jnp.sum(jnp.exp(p) * (p - own), axis=1) + jnp.exp(p_rest) * (p_rest - _rest(own))
+        more = -jnp.take_along_axis(q, label[:, None], axis=1)[:, 0] - loss
+        return jnp.maximum(apart, 0), tokens[:, 0] == q.argmax(axis=1), more
+
+    return _by_chunk(changes, head.weights.shape[0], tokens, values, rest, nll, hidden, targets)
+
+
+def _rest(values: Float[Array, "C M"]) -> Float[Array, " C"]:
+    """The logarithm of what probabilities leave of 1."""
+    return jnp.log(jnp.maximum(1 - jnp.exp(values).sum(axis=1), 1e-9))
+
+
 def capped(logits: Float[Array, "*N V"], cap: float) -> Float[Array, "*N V"]:
     """Logits within ``cap`` of zero, by tanh; as they are where it is 0."""
     return jnp.tanh(logits / cap) * cap if cap else logits
@@ -100,4 +171,4 @@ def _by_chunk(function: Callable[..., Any], vocabulary: int, *arrays: Array) -> 
         return jnp.pad(flat, ((0, -count % chunk), *[(0, 0)] * (flat.ndim - 1))).reshape(-1, chunk, *flat.shape[1:])
 
     out = jax.lax.map(lambda part: jax.checkpoint(function)(*part), tuple(map(cut, arrays)))
-    return jax.tree.map(lambda a: a.reshape(-1)[:count].reshape(shape), out)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count].reshape(*shape, *a.shape[2:]), out)

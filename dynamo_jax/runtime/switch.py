@@ -303,18 +303,19 @@ def _grouped(
 
 def window_losses(
     config: ModelConfig, parameters: dict[str, Array], tokens: Int[Array, "B T1"], **run: Any
-) -> tuple[Float[Array, " B"], Float[Array, "B K L E"]]:
-    """Each window's summed next-token loss in nats, and where its tokens were routed, in K pieces of ``HOP``."""
+) -> tuple[Float[Array, " B"], Float[Array, "B K L E"], Float[Array, "B T D"]]:
+    """Each window's summed next-token loss in nats, where its tokens were routed, in K pieces of ``HOP``, and what the
+    head takes."""
     model = with_parameters(config, parameters)
     hidden, routings = model.hidden_states(tokens[:, :-1], **run)
     nll = next_token_nll(hidden, model.head_weights(), tokens[:, 1:], *model.logit_form())
-    return nll.sum(axis=1), piece_counts(routings, tokens.shape[0], config.num_experts, HOP)
+    return nll.sum(axis=1), piece_counts(routings, tokens.shape[0], config.num_experts, HOP), hidden
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def float_step(
     config: ModelConfig, parameters: dict[str, Array], tokens: Int[Array, "B T1"]
-) -> tuple[Float[Array, " B"], Float[Array, "B K L E"]]:
+) -> tuple[Float[Array, " B"], Float[Array, "B K L E"], Float[Array, "B T D"]]:
     """``window_losses`` of the model with float experts."""
     return window_losses(config, parameters, tokens)
 
@@ -327,7 +328,7 @@ def switched_step(
     tables: tuple[PageTable, ...],
     index: Int[Array, ""] | Int[Array, " B"],
     tokens: Int[Array, "B T1"],
-) -> tuple[Float[Array, " B"], Float[Array, "B K L E"]]:
+) -> tuple[Float[Array, " B"], Float[Array, "B K L E"], Float[Array, "B T D"]]:
     """``window_losses`` at the precision of ``tables[index]``; changing the index compiles nothing."""
     return window_losses(config, parameters, tokens, experts=switched_experts(resident, tables, index))
 

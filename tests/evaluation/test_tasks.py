@@ -143,8 +143,8 @@ def test_a_quantized_model_follows_a_task(quantized, shallow, documents):
     novel = quantized.knowledge.signatures
     novel = novel._replace(limit=jnp.ones_like(novel.limit), place=novel.place - 100)
     model = dataclasses.replace(quantized, knowledge=dataclasses.replace(quantized.knowledge, signatures=novel))
-    rows, events = evaluate_tasks(model, tasks, EvalConfig(), prefix=0, against=shallow[0])
-    assert [(r.task, r.variant) for r in rows] == [(t, v) for t in "ab" for v in ("bf16", "baseline", "auto")]
+    rows, events = evaluate_tasks(model, tasks, EvalConfig(), prefix=0, reference=shallow[0])
+    assert [(r.task, r.variant) for r in rows] == [(t, v) for t in "ab" for v in ("reference", "baseline", "auto")]
     assert [r.margin for r in rows[:3]] == [r.margin for r in rows[3:]]
     assert [e.what for e in events["a"]] == [e.what for e in events["b"]] and "novel" in {e.what for e in events["a"]}
     (only,), none = evaluate_tasks(model, {"a": documents}, EvalConfig(), variants=("baseline",), prefix=0)
