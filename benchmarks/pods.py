@@ -94,7 +94,6 @@ def plan_of(config: Any) -> Any:
 
 def compiled(step: Step, layers: int | None) -> dict[str, Any]:
     """A row, of what this process compiles; its environment is ``environment()``."""
-    import jax
     import jax.numpy as jnp
     import numpy as np
     from jax.experimental import topologies
@@ -160,7 +159,8 @@ class Collective(NamedTuple):
     def arrays(self) -> list[tuple[str, int, int]]:
         """Kind, numbers and bits of each array of the result; one that starts something has its operand there too."""
         found = SHAPE.findall(self.type)
-        found = found[len(found) // 2 :] if len(found) > 1 and "u32[]" in self.type else found
+        if self.type.startswith("(") and "u32[]" in self.type:  # its operand, its result, and two numbers
+            found = found[1:2]
         sizes = [math.prod(int(n) for n in size.split(",") if n) for _, size in found]
         bits = [{"pred": 8, "bf16": 16}.get(kind) or int(re.findall(r"\d+", kind)[0]) for kind, _ in found]
         return [(kind, size, each) for (kind, _), size, each in zip(found, sizes, bits)]
@@ -183,6 +183,8 @@ def collectives(text: str) -> tuple[list[Collective], list[Collective]]:
             bodies[name].append(line)
     found = re.compile(rf" = (.*?) ({COLLECTIVES})(?:-start)?\(")
     own = {n: [Collective(m[2], m[1]) for line in lines if (m := found.search(line))] for n, lines in bodies.items()}
+    for name, result in re.findall(r"^%(all-reduce-scatter[\w.-]*) .* -> (.*) \{$", text, re.MULTILINE):
+        own[name] = [Collective("reduce-scatter", result)]  # a fusion of its own, written with an all-reduce
     names = re.compile(r"%([\w.<>-]+)")
     calls = {n: [c for line in lines for c in names.findall(line) if c in bodies] for n, lines in bodies.items()}
 
@@ -204,6 +206,7 @@ def travelled(text: str, routed: int) -> dict[str, Any]:
         "bytes_a_layer": sum(c.bytes for c in layer),
         "other_collectives": len(every) - len(layer),
         "planes": planes,
+        "kernels": sorted(set(re.findall(r"experts_(?:bf16|int8|fp8)\b", text))),
     }
 
 

@@ -33,8 +33,8 @@ from dynamo_jax.runtime.serving import State
 from dynamo_jax.runtime.signatures import DIRECTIONS, Signatures
 
 
-def of(shape: tuple[int, ...], dtype: Any, placement: Placement | None = None, *spec: Any) -> jax.ShapeDtypeStruct:
-    """An array of this shape on the devices by ``spec``."""
+def of(shape: tuple[int, ...], dtype: Any, placement: Placement | None = None, *spec: Any) -> Any:
+    """A ``jax.ShapeDtypeStruct`` of an array on the devices by ``spec``."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=placement and placement.sharding(P(*spec)))
 
 
@@ -66,12 +66,12 @@ def state_shapes(
     hidden, together = filled(plan.hidden_size, plan.group_size), 1 if plan.apart else PROJECTIONS
     groups = hidden // plan.group_size
     one = (1, 1, PROJECTIONS, plan.channel_block)
-    codes, scales = np.zeros((*one, hidden * PLANE_BITS[2] // 8), np.uint8), np.zeros((*one, groups), jnp.bfloat16)
-    block = kind.base(BasePlanes(codes, scales))
+    planes: Any = np.zeros((*one, hidden * PLANE_BITS[2] // 8), np.uint8), np.zeros((*one, groups), jnp.bfloat16)
+    block = kind.base(BasePlanes(*planes))
     by_channel = kind.resident is Resident
     each = plan.blocks * (plan.channel_block if by_channel else 1)
 
-    def whole(a: Any) -> jax.ShapeDtypeStruct:
+    def whole(a: Any) -> Any:
         between = a.shape[2:3] if by_channel else ()
         return of((layers, experts, *between, each, *a.shape[3 + by_channel :]), a.dtype)
 
@@ -96,8 +96,9 @@ def state_shapes(
     )
     if not known:
         return state
-    sizes = (known, layers, experts), (layers, experts), (directions, layers, experts), (directions,), (known,), (known,)
-    signatures = Signatures(*(of(size, jnp.float32, placement) for size in sizes))
+    each_expert = (layers, experts)
+    of_each = ((known, *each_expert), each_expert, (directions, *each_expert), (directions,), (known,), (known,))
+    signatures = Signatures(*(of(size, jnp.float32, placement) for size in of_each))
     watch = jax.eval_shape(functools.partial(start, requests=requests), signatures)
     watch = _lying(placement, watch, jax.tree.map(lambda _: P(rows), watch))
     return state._replace(signatures=signatures, watch=watch)
