@@ -1,7 +1,7 @@
 """Whole steps of published models, compiled for pods that are not here: do they fit, and what travels?
 
     python benchmarks/pods.py [--json PATH] [--only NAME ..] [--limit SECONDS] [--layers N]
-    python benchmarks/pods.py --rows PATH      # the table of docs/scale.md from rows that were written before
+    python benchmarks/pods.py --rows PATH      # the tables of docs/scale.md from rows that were written before
 
 Each step is one of ``runtime.generate``, of all layers: the product's own decoder in loops, its TPU kernel over the
 devices, its monitors and its sampling, compiled by shapes alone. Everything but the experts is bfloat16. Experts: a
@@ -11,9 +11,10 @@ three known datasets. Prefill is of ``tokens`` of each request into an empty cac
 A step is compiled in a process of its own: one that fails, or takes longer than the limit, is a row that says so.
 Bytes are those of one chip, from the compiler's memory analysis: ``arguments`` are given, of which ``aliased`` are
 given back in place (the cache), ``temporaries`` are needed beside them. ``fits``: arguments, temporaries and outputs
-less aliases within the chip's memory. ``predicted`` is what ``plan-devices`` counts. Collectives are read from the
-program that the compiler dumps: ``a layer`` are those of one turn of the loop over the layers with experts, with the
-bytes of their results on one chip; ``planes`` whether any collective carries integers of planes or pages.
+less aliases within the chip's memory. ``predicted`` is what ``plan-devices`` counts, over the arguments. Collectives
+are read from the program that the compiler dumps: ``a layer`` are those of one turn of the loop over the layers with
+experts, with the bytes of their results on one chip; ``planes`` whether any carries integers of planes or pages.
+Seconds are of tracing and compiling.
 """
 
 from __future__ import annotations
@@ -242,42 +243,42 @@ def row_of(name: str, limit: float, layers: int | None) -> dict[str, Any]:
     return row | (travelled(max(programs, key=len), row["routed"]) if programs else {})
 
 
-COLUMNS = (
-    ("step", "experts split", "requests x tokens", "arguments", "of these cache", "temporaries", "memory", "fits"),
-    ("predicted / arguments", "collectives a layer", "MB a layer", "planes", "seconds"),
-)
+SIZES = ("step", "split", "requests x tokens", "arguments", "cache", "temporaries", "of", "fits", "predicted")
+SENT = ("step", "collectives a layer", "MB a layer", "planes", "seconds")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """GiB of one chip."""
-    head = [name for part in COLUMNS for name in part]
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
-    for row in rows:
-        lines.append(f"| {' | '.join(cells(row))} |")
-    return "\n".join(lines)
+def tables(rows: list[dict[str, Any]]) -> str:
+    """What lies on a chip, in GiB, and what is sent."""
+    return "\n\n".join(
+        "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *map(cells, rows)))
+        for head, cells in ((SIZES, size_cells), (SENT, sent_cells))
+    )
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    tokens = f"{row['tokens']} of " if row["tokens"] else ""
-    begin = [f"{row['name']}, {row['topology']}", f"{row['requests']} x {tokens}{row['capacity']}"]
+def step_words(row: dict[str, Any]) -> str:
+    model, chip, kind = row["name"].split()
+    return f"{model} {kind}, {chip} {row['topology'].split(':')[1]}"
+
+
+def size_cells(row: dict[str, Any]) -> list[str]:
+    """split: of experts, and of the channel blocks of each."""
+    tokens = f"{row['tokens']} of {row['capacity']}" if row["tokens"] else str(row["capacity"])
+    begin = [step_words(row), f"{row['requests']} x {tokens}"]
     if "failed" in row:
-        return [begin[0], "", begin[1], row["failed"], *[""] * 9]
-    split = f"{row['experts_split']}" + (f", blocks {row['blocks_split']}" if row["blocks_split"] > 1 else "")
-    kinds = ", ".join(f"{count} {kind}" for kind, count in row.get("collectives_a_layer", {}).items())
+        return [begin[0], "", begin[1], row["failed"], *[""] * 5]
+    split = f"{row['experts_split']}" + (f" x {row['blocks_split']}" if row["blocks_split"] > 1 else "")
     gib = [f"{row[name] / GIB:.2f}" for name in ("arguments", "predicted_cache", "temporaries")]
-    return [
-        begin[0],
-        split,
-        begin[1],
-        *gib,
-        f"{row['memory'] / GIB:.0f}",
-        "yes" if row["fits"] else "no",
-        f"{row['predicted'] / row['arguments']:.3f}",
-        kinds,
-        f"{row.get('bytes_a_layer', 0) / 1e6:.2f}",
-        "none" if row.get("planes") is False else "?" if "planes" not in row else "travel",
-        f"{row['trace_seconds'] + row['compile_seconds']:.0f}",
-    ]
+    memory, fits = f"{row['memory'] / GIB:.0f}", "yes" if row["fits"] else "no"
+    return [begin[0], split, begin[1], *gib, memory, fits, f"{row['predicted'] / row['arguments']:.4f}"]
+
+
+def sent_cells(row: dict[str, Any]) -> list[str]:
+    if "planes" not in row:
+        return [step_words(row), *[""] * 4]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(row["collectives_a_layer"].items()))
+    seconds = row["trace_seconds"] + row["compile_seconds"]
+    planes = "travel" if row["planes"] else "stay"
+    return [step_words(row), kinds, f"{row['bytes_a_layer'] / 1e6:.2f}", planes, f"{seconds:.0f}"]
 
 
 def main() -> None:
@@ -286,25 +287,26 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=900.0, help="seconds of a step")
     parser.add_argument("--layers", type=int, help="fewer than the model has, to try it out")
     parser.add_argument("--json", type=Path, help="rows of other steps that are there stay")
-    parser.add_argument("--rows", type=Path, help="only print the table")
+    parser.add_argument("--rows", type=Path, help="only print the tables")
     parser.add_argument("--here", action="store_true", help="compile in this process, whose environment is ready")
     chosen = parser.parse_args()
     if chosen.here:
         print(json.dumps(compiled((STEPS | TRIAL)[chosen.only[0]], chosen.layers)))
         return
     if chosen.rows:
-        print(table(json.loads(chosen.rows.read_text())["rows"]))
+        print(tables(json.loads(chosen.rows.read_text())["rows"]))
         return
     rows = {}
     if chosen.json and chosen.json.exists():
         rows = {row["name"]: row for row in json.loads(chosen.json.read_text())["rows"]}
     for name in chosen.only or STEPS:
         rows[name] = row_of(name, chosen.limit, chosen.layers)
+        ordered = [rows[name] for name in STEPS | TRIAL if name in rows]
         print(json.dumps(rows[name]), flush=True)
         if chosen.json:
-            found = {"rows": list(rows.values()), **{name: version(name) for name in ("jax", "libtpu")}}
+            found = {"rows": ordered, **{name: version(name) for name in ("jax", "libtpu")}}
             chosen.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(list(rows.values())))
+    print(tables(ordered))
 
 
 if __name__ == "__main__":
