@@ -149,10 +149,12 @@ PLANES = re.compile(r"\b[su][248]\[|\b[su]32\[[\d,]*\b(?:8|16),128\]")  # ratios
 
 
 class Collective(NamedTuple):
-    """kind: of the operation; type: of its result, as HLO writes it."""
+    """kind: of the operation; type: of its result, as HLO writes it; chain: of those that are steps of one, spread over
+    other work."""
 
     kind: str
     type: str
+    chain: str = ""
 
     @property
     def bytes(self) -> int:
@@ -186,7 +188,7 @@ def collectives(text: str) -> tuple[list[Collective], list[Collective]]:
         elif name:
             bodies[name].append(line)
     found = re.compile(rf" = (.*?) ({COLLECTIVES})(?:-start)?\(")
-    own = {n: [Collective(m[2], m[1]) for line in lines if (m := found.search(line))] for n, lines in bodies.items()}
+    own = {n: [of_line(m, line) for line in lines if (m := found.search(line))] for n, lines in bodies.items()}
     for name, result in re.findall(r"^%(all-reduce-scatter[\w.-]*) .* -> (.*) \{$", text, re.MULTILINE):
         own[name] = [Collective("reduce-scatter", result)]  # a fusion of its own, written with an all-reduce
     names = re.compile(r"%([\w.<>-]+)")
@@ -197,7 +199,24 @@ def collectives(text: str) -> tuple[list[Collective], list[Collective]]:
         return own[name] + [c for n in others for c in inside(n, seen | {name})]
 
     loops = {body for lines in bodies.values() for line in lines for body in re.findall(r", body=%([\w.<>-]+)", line)}
-    return [c for each in own.values() for c in each], max((inside(n) for n in loops), key=len, default=[])
+    return once([c for each in own.values() for c in each]), max((once(inside(n)) for n in loops), key=len, default=[])
+
+
+def of_line(match: re.Match[str], line: str) -> Collective:
+    chain = re.search(r'chain_id="(\d+)"', line)
+    return Collective(match[2], match[1], chain[1] if chain else "")
+
+
+def once(found: list[Collective]) -> list[Collective]:
+    """Of each chain the first alone."""
+    chains: set[tuple[str, str]] = set()
+    out = []
+    for one in found:
+        key = (one.kind, one.chain)
+        if not one.chain or key not in chains:
+            out.append(one)
+        chains.add(key)
+    return out
 
 
 def travelled(text: str, routed: int) -> dict[str, Any]:
@@ -247,7 +266,8 @@ def row_of(name: str, limit: float, layers: int | None) -> dict[str, Any]:
 
 
 SIZES = ("step", "split", "requests x tokens", "arguments", "cache", "temporaries", "of", "fits", "predicted")
-SENT = ("step", "collectives a layer", "MB a layer", "planes", "seconds")
+KINDS = ("all-gather", "all-reduce", "reduce-scatter")
+SENT = ("step", *KINDS, "others", "MB", "planes", "seconds")
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -277,11 +297,13 @@ def size_cells(row: dict[str, Any]) -> list[str]:
 
 def sent_cells(row: dict[str, Any]) -> list[str]:
     if "planes" not in row:
-        return [step_words(row), *[""] * 4]
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(row["collectives_a_layer"].items()))
+        return [step_words(row), *[""] * 7]
+    found = row["collectives_a_layer"]
+    counts = [found.get(kind, 0) for kind in KINDS]
     seconds = row["trace_seconds"] + row["compile_seconds"]
     planes = "travel" if row["planes"] else "stay"
-    return [step_words(row), kinds, f"{row['bytes_a_layer'] / 1e6:.2f}", planes, f"{seconds:.0f}"]
+    counts.append(sum(found.values()) - sum(counts))
+    return [step_words(row), *map(str, counts), f"{row['bytes_a_layer'] / 1e6:.2f}", planes, f"{seconds:.0f}"]
 
 
 def main() -> None:

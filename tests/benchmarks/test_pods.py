@@ -46,6 +46,8 @@ body = '''%all-reduce-scatter.2 (p: f32[64,4096]) -> f32[16,4096] {
 
 %turn.1 (p: s32[]) -> s32[] {
   %a = bf16[64,4096]{1,0:T(8,128)} all-gather(%p), dimensions={0}
+  %h = f32[8]{0} all-reduce(%p), frontend_attributes={chain_id="0"}
+  %i = f32[8]{0} all-reduce(%p), frontend_attributes={chain_id="0"}
   %b = s32[64,17]{1,0} all-gather(%p), dimensions={0}
   %c = (f32[2,1]{0,1}, f32[4,1]{0,1}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p)
   %g = f32[16,4096]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.2
@@ -62,8 +64,8 @@ others = ("", "%e = s32[3,16,8,128]{3,2,1,0} all-gather(%p)", "%e = u8[9,3,128]{
 print(json.dumps([pods.travelled(body.replace("OTHER", other), 64 * 17) for other in others]))
 """
     plain, *planes = json.loads(ran("-c", code).splitlines()[-1])
-    assert plain["collectives_a_layer"] == {"all-gather": 2, "collective-permute": 1, "reduce-scatter": 1}
-    assert (
-        plain["bytes_a_layer"] == 64 * 4096 * 2 + 64 * 17 * 4 + 16 + 16 * 4096 * 4 and plain["other_collectives"] == 1
-    )
+    kinds = ("all-reduce", "collective-permute", "reduce-scatter")
+    assert plain["collectives_a_layer"] == dict.fromkeys(kinds, 1) | {"all-gather": 2}
+    assert plain["bytes_a_layer"] == 64 * 4096 * 2 + 32 + 64 * 17 * 4 + 16 + 16 * 4096 * 4
+    assert plain["other_collectives"] == 1
     assert not plain["planes"] and all(found["planes"] for found in planes)
