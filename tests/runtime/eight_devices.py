@@ -18,10 +18,12 @@ from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.generation import quantized_language_model
 from dynamo_jax.models.decoder import Decoder, new_cache, parameters, with_parameters
-from dynamo_jax.runtime import memory, serving, switch
+from dynamo_jax.models.stacked import stacked
+from dynamo_jax.runtime import generate as generation
+from dynamo_jax.runtime import memory, serving, shapes, switch
 from dynamo_jax.runtime.adapt import observe_windows
-from dynamo_jax.runtime.generate import GenerateConfig, generate, stream
-from dynamo_jax.runtime.mesh import Placement, fetch, put
+from dynamo_jax.runtime.generate import GenerateConfig, LanguageModel, generate, stream
+from dynamo_jax.runtime.mesh import Placement, fetch, placed_parameters, put
 from dynamo_jax.runtime.residency import Chunk
 from dynamo_jax.runtime.store import pages_of
 
@@ -266,6 +268,29 @@ def test_a_mesh_with_explicit_axes_works(model):
     placement = Placement.of(mesh, model.config.num_experts, model.plan.blocks)
     _, state = serving.init(model, REQUESTS, placement=placement)
     alike(ran(model, state, tokens_of(9)), ran(model, serving.init(model, REQUESTS)[1], tokens_of(9)))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_a_step_takes_lies_where_its_shapes_say(model, shape):
+    """State, stacked parameters and cache, so that a step compiled by shapes is the one that runs."""
+    placement, config = placement_of(model, shape), model.config
+    _, made = serving.init(model, REQUESTS, placement=placement)
+    slots = memory.slots(model.plan, model.spare, placement)
+    known, directions = (len(a) for a in (made.signatures.shares, made.signatures.damping))
+    how = {"known": known, "directions": directions, "arrangement": "planes", "placement": placement}
+    said = shapes.state_shapes(model.plan, REQUESTS, slots=slots, **how)
+    held = placed_parameters(placement, config, stacked(config, jax.tree.map(np.asarray, model.parameters)))
+    whole = {name: a.shape for name, a in model.parameters.items()}
+    language = LanguageModel(config=config, parameters=held, state=made)
+    cache = generation._empty_cache(language, placement, REQUESTS, 32)
+    pairs = [
+        (made, said),
+        (held, shapes.parameter_shapes(config, whole, np.float32, placement)),
+        (cache, shapes.cache_shapes(config, REQUESTS, 32, np.float32, placement)),
+    ]
+    for there, expected in pairs:
+        for a, b in zip(jax.tree.leaves(there), jax.tree.leaves(expected), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
 def test_requests_do_not_depend_on_their_neighbours(model):

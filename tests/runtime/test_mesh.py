@@ -22,8 +22,9 @@ def environment(devices, **more):
 
 
 @pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_eight_devices(marks):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, HERE / "eight_devices.py"]
+@pytest.mark.parametrize("file", ["eight_devices.py", "tpu_devices.py"])
+def test_eight_devices(file, marks):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, HERE / file]
     done = subprocess.run(command, env=environment(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-20000:]
     assert " passed" in done.stdout
