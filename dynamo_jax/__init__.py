@@ -13,6 +13,8 @@ name is first asked for, so that ``import dynamo_jax`` is quick and touches no d
     generate, stream, GenerateConfig            .. and its continuations
     evaluate, EvalConfig, Row, Adaptation       what quantization and switching change on texts ..
     divergence, Divergence                      .. and how far predictions are from the original's
+    evaluate_tasks, TaskRow                     accuracy on zero-shot tasks ..
+    read_task, Document                         .. of a file
     init, experts, observe, switch, follow, is_novel, adapt, begin, finish, whole, State, Host, Move, Follower
                                                 the run time, for a jitted step of your own (docs/serving.md)
     Placement                                   of it on several devices (docs/scale.md)
@@ -32,9 +34,10 @@ if TYPE_CHECKING:
     from dynamo_jax.calibration.pipeline import analyze, analyze_folder, quantize, quantize_folder
     from dynamo_jax.calibration.plans import plan
     from dynamo_jax.evaluation.divergence import Divergence, divergence
-    from dynamo_jax.evaluation.evaluate import evaluate
+    from dynamo_jax.evaluation.evaluate import evaluate, evaluate_tasks
     from dynamo_jax.evaluation.perplexity import EvalConfig, Row
     from dynamo_jax.evaluation.switched import Adaptation
+    from dynamo_jax.evaluation.tasks import TaskRow
     from dynamo_jax.generation import TextModel, generate, load_text_model, stream, text_model
     from dynamo_jax.models.bundled import BUNDLED
     from dynamo_jax.models.config import ModelConfig
@@ -64,6 +67,7 @@ if TYPE_CHECKING:
     )
     from dynamo_jax.storage.checkpoint import load, save
     from dynamo_jax.storage.export import export
+    from dynamo_jax.texts.tasks import Document, read_task
     from dynamo_jax.transform import Experts, ExpertsRule, with_experts
 
 __all__ = [
@@ -72,6 +76,7 @@ __all__ = [
     "Analysis",
     "Decoder",
     "Divergence",
+    "Document",
     "EvalConfig",
     "Experts",
     "ExpertsRule",
@@ -86,6 +91,7 @@ __all__ = [
     "QuantizedModel",
     "Row",
     "State",
+    "TaskRow",
     "TextModel",
     "adapt",
     "all_hosts",
@@ -94,6 +100,7 @@ __all__ = [
     "begin",
     "divergence",
     "evaluate",
+    "evaluate_tasks",
     "experts",
     "export",
     "finish",
@@ -109,6 +116,7 @@ __all__ = [
     "plan",
     "quantize",
     "quantize_folder",
+    "read_task",
     "save",
     "stream",
     "switch",
@@ -124,9 +132,10 @@ _MODULES = {
     "calibration.pipeline": ("analyze", "analyze_folder", "quantize", "quantize_folder"),
     "calibration.plans": ("plan",),
     "evaluation.divergence": ("Divergence", "divergence"),
-    "evaluation.evaluate": ("evaluate",),
+    "evaluation.evaluate": ("evaluate", "evaluate_tasks"),
     "evaluation.perplexity": ("EvalConfig", "Row"),
     "evaluation.switched": ("Adaptation",),
+    "evaluation.tasks": ("TaskRow",),
     "generation": ("TextModel", "generate", "load_text_model", "stream", "text_model"),
     "models.bundled": ("BUNDLED",),
     "models.config": ("ModelConfig",),
@@ -158,6 +167,7 @@ _MODULES = {
     ),
     "storage.checkpoint": ("load", "save"),
     "storage.export": ("export",),
+    "texts.tasks": ("Document", "read_task"),
     "transform": ("Experts", "ExpertsRule", "with_experts"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

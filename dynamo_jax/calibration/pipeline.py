@@ -38,6 +38,11 @@ from dynamo_jax.storage.work import FolderWork, MemoryWork, SharedWork, Work
 from dynamo_jax.texts.reading import digest
 
 WORK_FORMAT = 3  # of unfinished work: raised when bundles change their meaning
+Found = Callable[[dict[str, Analysis]], None]
+
+
+def no_analysis(found: dict[str, Analysis]) -> None:
+    """Nobody wants to know."""
 
 
 def analyze(
@@ -215,13 +220,15 @@ def quantize_folder(
     *,
     overwrite: bool = False,
     log: Log = no_log,
+    found: Found = no_analysis,
     hosts: Hosts = ALONE,
 ) -> Plan:
     """As ``quantize``, for a Hugging Face folder that memory need not hold; the result is the folder ``out``, which is
     missing or empty, or with ``overwrite`` an earlier result.
 
     Unfinished work lies in ``out``/unfinished. The same call goes on there at the last finished layer, and the result
-    is the same bits; if ``out`` has the result of the same call, nothing is done. ``log`` is told either.
+    is the same bits; if ``out`` has the result of the same call, nothing is done. ``log`` is told either. ``found`` is
+    called with what ``analyze`` finds on the way, before the result is made.
 
     hosts: the processes that share the work out (``all_hosts()``), all of which call this. Each reads ``folder``; only
     the first one looks at ``out``, and calls ``progress`` and ``log``. The bits do not depend on how many processes
@@ -234,7 +241,8 @@ def quantize_folder(
         if not hosts.first:
             progress, log = no_progress, no_log
         config = config or QuantizeConfig()
-        return _quantize_folder(Path(folder), Path(out).resolve(), known, config, progress, overwrite, log, hosts)
+        how = config, progress, overwrite, log, found, hosts
+        return _quantize_folder(Path(folder), Path(out).resolve(), known, *how)
 
 
 def _quantize_folder(
@@ -245,6 +253,7 @@ def _quantize_folder(
     progress: Progress,
     overwrite: bool,
     log: Log,
+    found: Found,
     hosts: Hosts,
 ) -> Plan:
     source = Source(folder)
@@ -273,6 +282,7 @@ def _quantize_folder(
             log(f"goes on in {making.folder}, where {len(steps)} steps are finished, the last one {steps[-1]}")
 
         def finished() -> Plan:
+            found(analyses)
             chosen, knowledge = _plan_and_knowledge(source, analyses, windows, known, config, progress)
             sizes = config.window, config.spare, config.max_width, source.expert_bytes(), source.other_bytes()
             facts = checkpoint.Facts(*sizes, tuple(source.unread), job, source.expert_format(), source.fused())

@@ -25,15 +25,22 @@ def analyze(
     json: JsonOption = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each dataset to stream.")] = 32,
     window: WindowOption = 256,
+    quantizer: Annotated[
+        str,
+        typer.Option(help="How experts are measured: rtn, by rounding; gptq, as quantize does, ten times slower."),
+    ] = "rtn",
     hosts: HostsOption = "",
 ) -> None:
-    """Show which experts matter on which dataset: routing, divergence, predicted loss at each width."""
+    """Show which experts matter on which dataset: routing, divergence, predicted loss at each width.
+
+    quantize --analysis FILE writes the same of the planes that it makes, in its own pass.
+    """
     from dynamo_jax.calibration.config import QuantizeConfig
     from dynamo_jax.calibration.pipeline import analyze_folder
     from dynamo_jax.calibration.summary import analyses_json, summary
     from dynamo_jax.files import write_json
 
-    settings = QuantizeConfig(window=window, calibration_windows=windows, favour=1.0)  # no plan is made
+    settings = QuantizeConfig(window=window, calibration_windows=windows, favour=1.0, quantizer=quantizer)
     with one_job(hosts) as (processes, progress):
         texts, folder = read_datasets(known, [])["known"], float_folder(model)
         check_json(json if processes.first else None)

@@ -123,13 +123,13 @@ def read_weights(items: list[str]) -> dict[str, float]:
     return weights
 
 
-def check_json(path: Path | None) -> None:
+def check_json(path: Path | None, option: str = "--json") -> None:
     if path and path.is_dir():
-        raise ValueError(f"--json {path}: a folder; expected the name of a file to write")
+        raise ValueError(f"{option} {path}: a folder; expected the name of a file to write")
     if path and path.exists() and not path.is_file():
-        raise ValueError(f"--json {path}: exists and is no regular file")
+        raise ValueError(f"{option} {path}: exists and is no regular file")
     if path and not path.absolute().parent.is_dir():
-        raise ValueError(f"--json {path}: no such folder {path.absolute().parent}")
+        raise ValueError(f"{option} {path}: no such folder {path.absolute().parent}")
 
 
 def check_variants(names: list[str], known: Iterable[str], what: str) -> tuple[str, ...]:

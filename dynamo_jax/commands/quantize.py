@@ -16,6 +16,7 @@ from dynamo_jax.commands.options import (
     ModelOption,
     OverwriteOption,
     WindowOption,
+    check_json,
     float_folder,
     read_datasets,
     read_weights,
@@ -89,6 +90,9 @@ def quantize(
     quantizer: Annotated[
         str, typer.Option(help="gptq: error feedback from calibration inputs; rtn: rounding, ten times faster.")
     ] = "gptq",
+    analysis: Annotated[
+        Path | None, typer.Option(help="Also write to this file what analyze --json would: which experts matter where.")
+    ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows a dataset.")] = 32,
     window: WindowOption = 256,
     overwrite: OverwriteOption = False,
@@ -101,6 +105,8 @@ def quantize(
     """
     from dynamo_jax.calibration.config import QuantizeConfig
     from dynamo_jax.calibration.pipeline import quantize_folder
+    from dynamo_jax.calibration.summary import analyses_json
+    from dynamo_jax.files import write_json
     from dynamo_jax.storage import facts
 
     settings = QuantizeConfig(
@@ -123,10 +129,15 @@ def quantize(
     begin = time.monotonic()
     with one_job(hosts) as (processes, progress):
         texts, folder = read_datasets(known, [])["known"], float_folder(model)
+        check_json(analysis if processes.first else None, "--analysis")
         options: dict[str, Any] = {"overwrite": overwrite, "log": say, "hosts": processes}
+        if analysis:
+            options["found"] = lambda of: write_json(analysis, analyses_json(of, window))
         quantize_folder(folder, out, texts, settings, progress, **options)
     if not processes.first:
         return
+    if analysis and not analysis.exists():
+        say(f"--analysis {analysis}: {out} was done already; dynamo-jax analyze measures without making it anew")
     print_facts(facts.summary(out))
     print_facts({"time": f"{time.monotonic() - begin:,.0f} seconds", "checkpoint": str(out)})
     print(f"next: dynamo-jax generate --model {shlex.quote(str(out))} --prompt TEXT, or eval with the texts given here")

@@ -221,7 +221,7 @@ def read_references(path: Path, windows: dict[str, np.ndarray], vocab_size: int)
                 if meta.get(f"windows {name}") != windows_digest(of):
                     raise ValueError(f"{path}: has not the windows of {name} that are evaluated; write it anew")
                 own = {field: file.get_tensor(f"{name}/{field}") for field in Likeliest._fields}
-                found[name] = Likeliest(**own | {"expert_weights": int(own["expert_weights"])})
+                found[name] = Likeliest(**own | {"expert_weights": int(own["expert_weights"].reshape(-1)[0])})
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: damaged, or not a file that --reference-logits wrote: {error}") from error
     for name, one in found.items():

@@ -27,6 +27,7 @@ HEARTBEAT_S = 30  # without a word from a process, after which it counts as gone
 WORDS = 400  # bytes of an error that other processes are told
 TOGETHER = 2**27  # bytes that all processes have on their way at a time ..
 LEAST = 2**12  # .. and the least that one of them sends
+AHEAD = 8  # items that a process runs before it tells the others
 ALIGNED = 64  # bytes: where an array of a message begins
 Item = TypeVar("Item")
 Message = dict[str, np.ndarray]
@@ -121,13 +122,16 @@ class Hosts:
         self, items: Sequence[Item], run: Callable[[Item], Message], *, keep: bool = True
     ) -> Iterator[tuple[Item, Message]]:
         """Each item with what ``run`` makes of it, in the order of the items, on every process; without ``keep`` on the
-        first one alone, which others have nothing of. A process runs every n-th item, and they wait for each other
-        after each."""
-        for start in range(0, len(items), self.count):
-            some = items[start : start + self.count]
-            own = run(some[self.index]) if self.index < len(some) else {}
-            found = self.exchange(own)
-            yield from zip(some, found if keep or self.first else [{}] * len(some))
+        first one alone, which others have nothing of. A process runs every n-th item, ``AHEAD`` of them before it waits
+        for the others: what is compiled, and what has more rows than others, takes one of them longer each time."""
+        ahead = 1 if self.count == 1 else AHEAD
+        for begin in range(0, len(items), self.count * ahead):
+            group = items[begin : begin + self.count * ahead]
+            own = [run(item) for item in group[self.index :: self.count]]
+            for start in range(0, len(group), self.count):
+                some = group[start : start + self.count]
+                found = self.exchange(own.pop(0) if self.index < len(some) else {})
+                yield from zip(some, found if keep or self.first else [{}] * len(some))
 
     def exchange(self, message: Message) -> list[Message]:
         """The message of each process."""

@@ -111,12 +111,18 @@ def test_eval_writes_the_rows_that_the_readme_promises(run, folder, files, tmp_p
 def test_eval_says_how_far_a_quantized_model_is_from_its_original(run, folder, shallow_folder, files, tmp_path):
     out = tmp_path / "out.json"
     given = ("--novel", f"verse={files / 'verse.txt'}", "--window", "64", "--limit", "4", "--variant", "baseline")
-    code, printed, _ = run("eval", "--model", folder, *given, "--against", shallow_folder, "--json", out)
-    (row,) = json.loads(out.read_text())["divergence"]
-    assert code == 0 and f"{row['divergence']:.4f}" in printed
-    assert row["dataset"] == "verse" and row["tokens"] == 256 and 0 < row["divergence"] < 1
-    code, _, said = run("eval", "--model", shallow_folder, *given, "--against", shallow_folder)
-    assert code == 2 and "is not quantized" in said
+    logits = tmp_path / "logits"
+    code, printed, _ = run(
+        *("eval", "--model", folder, *given, "--reference", shallow_folder, "--json", out),
+        *("--reference-logits", logits),
+    )
+    first, row = json.loads(out.read_text())["results"]
+    assert code == 0 and f"{row['divergence']['mean']:.5f}" in printed and logits.is_file()
+    assert first["variant"] == "reference" and row["tokens"] == 256 and 0 < row["divergence"]["mean"] < 1
+    code, printed, _ = run("eval", "--model", folder, *given, "--reference-logits", logits)
+    assert code == 0 and "reference" in printed
+    code, _, said = run("eval", "--model", folder, *given, "--reference", folder)
+    assert code == 2 and "is quantized already" in said
 
 
 def test_quantize_asks_for_what_its_settings_would(monkeypatch, files, shallow_folder, tmp_path):
@@ -165,6 +171,12 @@ def test_analyze_reports_each_dataset_and_their_divergence(run, files, narrow_fo
     assert set(moved["spans"]["within"]) == {"code", "verse"} and moved["spans"]["tokens"] % 64 == 0
     assert moved["by_chance"]["experts"] == -(-experts // 10) / experts
     assert "NaN" not in out.read_text() and "blocks of one expert" in printed and blocks > 1
+    made, again = tmp_path / "made", tmp_path / "again.json"
+    given = ("quantize", "--model", narrow_folder, *known, *FAST, "--quantizer", "rtn", "--out", made)
+    assert run(*given, "--analysis", again)[0] == 0
+    assert json.loads(again.read_text()) == result  # rounding, as analyze does
+    code, _, said = run(*given, "--analysis", tmp_path / "late.json")
+    assert code == 0 and "was done already" in said and not (tmp_path / "late.json").exists()
 
 
 @pytest.mark.parametrize("model", ["tiny-moe", "quantized"])
