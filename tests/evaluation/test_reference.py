@@ -24,6 +24,11 @@ from dynamo_jax.models.loss import Head, next_token_changes, top_token_changes, 
 from dynamo_jax.models.sources import DecoderSource
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+SMALL = decoder_config(
+    vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, max_position_embeddings=64, dense_layers=(0,),
+    dense_intermediate_size=48,
+)  # fmt: skip
 SHORT = EvalConfig(window=64, limit=3, batch_size=2, adaptation_windows=1)
 
 
@@ -76,12 +81,7 @@ def test_a_model_read_layer_by_layer_is_the_model(shallow, shallow_folder):
 
 
 def test_dense_layers_are_read_too():
-    config = decoder_config(
-        vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, max_position_embeddings=64, dense_layers=(0,),
-        dense_intermediate_size=48,
-    )  # fmt: skip
-    decoder = Decoder(config, rngs=nnx.Rngs(0))
+    decoder = Decoder(SMALL, rngs=nnx.Rngs(0))
     windows = np.random.default_rng(0).integers(0, 64, (2, 17))
     found = exact_states(DecoderSource(decoder), windows)
     np.testing.assert_allclose(
@@ -132,7 +132,7 @@ def test_what_is_no_reference_is_named(shallow, quantized, texts, tmp_path):
     given = {"novel": {"verse": texts["verse"]}, "config": SHORT, "variants": ("baseline",)}
     with pytest.raises(ValueError, match=r"missing: no such file, and no reference to write it from"):
         evaluate(quantized, **given, reference_logits=tmp_path / "missing")
-    other = Decoder(decoder_config(vocab_size=64, num_experts=2), rngs=nnx.Rngs(0))
+    other = Decoder(SMALL, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="reference: of a vocabulary of 64 tokens, where the model has"):
         evaluate(quantized, **given, reference=other)
     file = tmp_path / "file"

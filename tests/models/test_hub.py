@@ -7,9 +7,8 @@ import sys
 
 import pytest
 
-from dynamo_jax.commands.options import model_folder
 from dynamo_jax.models.bundled import BUNDLED
-from dynamo_jax.models.hub import hub_folder, is_hub_name
+from dynamo_jax.models.hub import hub_folder, is_hub_name, model_folder
 from dynamo_jax.models.huggingface import describe, side_files
 
 constants = pytest.importorskip("huggingface_hub.constants")
