@@ -16,6 +16,7 @@ from dynamo_jax.evaluation.reference import Exact, Likeliest, exact_states, like
 from dynamo_jax.evaluation.switched import VARIANTS, Adaptation, calibrated_windows, evaluate_quantized
 from dynamo_jax.evaluation.tasks import Scores, TaskRow, compared, scores
 from dynamo_jax.evaluation.uniform import UNIFORM, evaluate_uniform, reference_row, uniform_parameters
+from dynamo_jax.models.chat import prefix_token
 from dynamo_jax.models.decoder import Decoder, parameters
 from dynamo_jax.models.sources import DecoderSource, LayerSource
 from dynamo_jax.progress import Progress, no_progress
@@ -145,9 +146,9 @@ def evaluate_tasks(
     """Rows of each task and variant, and what the run time did on each task (of ``auto``).
 
     tasks: documents by name. ``auto`` follows a task's documents in their order, as one client's text, and begins each
-    task at the baseline. prefix: the token that an empty context has. variants, tokenizer: as ``evaluate`` takes them.
-    reference: a model of the same tokenizer, in memory, whose row then comes first. A row is compared with the one
-    before it, document by document. dtype: of all but quantized experts.
+    task at the baseline. prefix: the token that an empty context has, of a quantized model by default its own.
+    variants, tokenizer: as ``evaluate`` takes them. reference: a model of the same tokenizer, in memory, whose row then
+    comes first. A row is compared with the one before it, document by document. dtype: of all but quantized experts.
     ValueError: as of ``evaluate``, no task, a task without documents, a continuation of no tokens.
     """
     if not tasks:
@@ -162,6 +163,8 @@ def evaluate_tasks(
     if own_tokenizer is None:
         raise ValueError("tokenizer: an unquantized model does not bring its own, so one has to be given")
     tokenizer = own_tokenizer
+    if prefix is None and isinstance(model, QuantizedModel):
+        prefix = prefix_token(model.files)
     if reference is not None:
         arrays = {name: a.astype(dtype) for name, a in parameters(reference).items()}
         exact = LanguageModel(config=reference.config, parameters=arrays, dtype=dtype)

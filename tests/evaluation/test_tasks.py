@@ -163,7 +163,8 @@ def test_what_cannot_be_evaluated_is_named(quantized, shallow, documents):
     with pytest.raises(ValueError, match="tokenizer"):
         evaluate_tasks(shallow[0], {"a": documents})
     with pytest.raises(ValueError, match="document 1: an empty context"):
-        evaluate_tasks(quantized, {"a": [documents[0], Document("", (" a",), 0)]})
+        evaluate_tasks(shallow[0], {"a": [documents[0], Document("", (" a",), 0)]}, tokenizer=shallow[1])
+    evaluate_tasks(quantized, {"a": [Document("", (" a",), 0)]}, variants=("baseline",))  # its own token
 
 
 def test_the_command_evaluates_tasks(tmp_path):
