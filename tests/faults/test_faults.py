@@ -172,7 +172,7 @@ def test_interrupted_it_says_how_to_go_on(runs, tmp_path):
         unfinished = tmp_path / "out" / "unfinished"
         while not (list(unfinished.glob("*.safetensors")) and locks(process)) and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(0.3 * rng.random())  # all of it takes a second or two
+        time.sleep(0.1 * rng.random())  # all of it takes a second or two
         process.send_signal(signal.SIGINT)
         said.append(process.communicate()[1])
         assert process.returncode in (130, 0) and "Traceback" not in said[-1], f"seed {seed}: {said[-1]}"
