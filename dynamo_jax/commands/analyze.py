@@ -27,7 +27,7 @@ def analyze(
     window: WindowOption = 256,
     quantizer: Annotated[
         str,
-        typer.Option(help="How experts are measured: rtn, by rounding; gptq, as quantize does, ten times slower."),
+        typer.Option(help="How experts are measured: rtn, by rounding; gptq, as quantize does, which takes longer."),
     ] = "rtn",
     hosts: HostsOption = "",
 ) -> None:
