@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dynamo_jax.evaluation.errors import mean_and_error
 from dynamo_jax.evaluation.perplexity import EvalConfig
 from dynamo_jax.evaluation.switched import calibrated_windows
 from dynamo_jax.evaluation.uniform import float_parameters
@@ -91,7 +91,7 @@ def divergence(
             both = (_against_itself(part, reference), _quantized_against(model.config, own, state, part, reference))
             found.append(np.stack([*both[0][:2], *both[1]], axis=-1)[mask[:, 0] > 0])
         each = np.concatenate(found).astype(np.float64)
-        mean, count = each.mean(axis=0), len(each)
+        mean = each.mean(axis=0)
         rows.append(
             Divergence(
                 dataset=name,
@@ -101,7 +101,7 @@ def divergence(
                 accuracy=float(mean[3]),
                 accuracy_unquantized=float(mean[1]),
                 divergence=float(mean[4]),
-                standard_error=float(each[:, 4].std(ddof=1) / math.sqrt(count)) if count > 1 else None,
+                standard_error=mean_and_error(each[:, 4])[1],
             )
         )
         progress("divergence", index + 1, len(texts))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dynamo_jax.evaluation.errors import mean_and_error
 from dynamo_jax.evaluation.reference import Apart, Divergences, Exact, Likeliest, divergences
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.loss import Head
@@ -142,8 +143,7 @@ def make_row(
     difference = error = None
     if reference is not None:
         per_window = (losses.nll - reference[1].nll) / (data.rest.shape[1] - 1)
-        difference = float(per_window.mean())
-        error = float(per_window.std(ddof=1) / math.sqrt(len(per_window))) if len(per_window) > 1 else None
+        difference, error = mean_and_error(per_window)
     return Row(
         dataset=data.name,
         kind=data.kind,

@@ -13,7 +13,6 @@ a window, L layers with experts, E experts.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import math
 from pathlib import Path
@@ -26,11 +25,12 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Array, Bool, Float, Int
 
+from dynamo_jax.evaluation.errors import mean_and_error
 from dynamo_jax.files import check_readable, written
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.experts import ExpertWeights, piece_counts
 from dynamo_jax.models.layerwise import embedded, finished, whole_layer
-from dynamo_jax.models.loss import Head, next_token_changes, next_token_scores, top_token_changes, top_tokens
+from dynamo_jax.models.loss import Head, next_token_changes, next_token_nll, top_token_changes, top_tokens
 from dynamo_jax.models.sources import LayerSource
 from dynamo_jax.progress import Progress, no_progress
 from dynamo_jax.runtime.monitor import HOP
@@ -84,7 +84,7 @@ class Exact(NamedTuple):
     def apart(self, own: Float[Array, "B T D"], head: Head, tokens: Int[Array, "B T1"], at: slice) -> Apart:
         """Of a batch of windows, those ``at``, which may end before the batch does."""
         exact = _filled(self.hidden[at], len(tokens))
-        found = _changes(own, exact, head.arrays(), self.head.arrays(), tokens[:, 1:], head.cap, self.head.cap)
+        found = _changes(exact, own, self.head, head, tokens[:, 1:])
         return Apart(*(np.asarray(a)[: at.stop - at.start] for a in found))
 
 
@@ -101,7 +101,7 @@ class Likeliest(NamedTuple):
     def apart(self, own: Float[Array, "B T D"], head: Head, tokens: Int[Array, "B T1"], at: slice) -> Apart:
         """As ``Exact.apart``."""
         kept = [_filled(a[at], len(tokens)) for a in (self.tokens, self.values, self.rest, self.nll)]
-        found = _top_changes(own, *kept, head.arrays(), tokens[:, 1:], head.cap)
+        found = _top_changes(*kept, own, head, tokens[:, 1:])
         return Apart(*(np.asarray(a)[: at.stop - at.start] for a in found))
 
 
@@ -109,14 +109,13 @@ def _filled(array: np.ndarray, count: int) -> Array:
     return jnp.asarray(np.concatenate([array, np.repeat(array[:1], count - len(array), axis=0)]))
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
-def _changes(own, exact, arrays, exact_arrays, targets, cap, exact_cap):
-    return next_token_changes(exact, own, Head(*exact_arrays, exact_cap), Head(*arrays, cap), targets)
+_changes, _top_changes = jax.jit(next_token_changes), jax.jit(top_token_changes)
+_top = jax.jit(top_tokens, static_argnums=2)
 
 
-@functools.partial(jax.jit, static_argnums=7)
-def _top_changes(own, tokens, values, rest, nll, arrays, targets, cap):
-    return top_token_changes(tokens, values, rest, nll, own, Head(*arrays, cap), targets)
+@jax.jit
+def _nll(hidden, head, targets):
+    return next_token_nll(hidden, head.weights, targets, head.bias, head.cap)
 
 
 def exact_states(
@@ -150,18 +149,10 @@ def exact_states(
         progress("reference", layer + 1, config.num_hidden_layers)
     head = head_of(config, top)
     hidden = [np.asarray(finished(config, top, jnp.asarray(x))) for x in states]
-    nll = [
-        np.asarray(_nll(jnp.asarray(x), head.arrays(), jnp.asarray(tokens[:, 1:]), head.cap))
-        for x, tokens in zip(hidden, parts)
-    ]
+    nll = [np.asarray(_nll(jnp.asarray(x), head, jnp.asarray(tokens[:, 1:]))) for x, tokens in zip(hidden, parts)]
     of_windows = (np.concatenate(a)[: len(windows)] for a in (hidden, nll))
     last, losses = of_windows
     return Exact(last, np.stack(counts, axis=2).astype(np.float64), losses, config.num_expert_weights, head)
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _nll(hidden, arrays, targets, cap):
-    return next_token_scores(hidden, *arrays[:1], targets, arrays[1], cap)[0]
 
 
 def head_of(config: ModelConfig, parameters: dict[str, Any]) -> Head:
@@ -176,15 +167,10 @@ def likeliest(exact: Exact, batch_size: int = 8) -> Likeliest:
     for start in range(0, len(exact.hidden), batch_size):
         some = exact.hidden[start : start + batch_size]
         count = min(LIKELIEST, exact.head.weights.shape[0] - 1)
-        top = _top(_filled(some, batch_size), exact.head.arrays(), exact.head.cap, count)
+        top = _top(_filled(some, batch_size), exact.head, count)
         found.append([np.asarray(a)[: len(some)] for a in top])
     tokens, values, rest = (np.concatenate(a) for a in zip(*found))
     return Likeliest(tokens, values, rest, exact.counts, exact.nll, exact.expert_weights)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _top(hidden, arrays, cap, count):
-    return top_tokens(hidden, Head(*arrays, cap), count)
 
 
 def windows_digest(windows: Int[np.ndarray, "S T1"]) -> str:
@@ -259,6 +245,4 @@ def divergences(apart: Apart) -> Divergences:
 
 def _by_window(each: np.ndarray) -> tuple[float, float | None]:
     """The mean, and its standard error from the means of windows."""
-    windows = each.astype(np.float64).mean(axis=1)
-    count = len(windows)
-    return float(windows.mean()), float(windows.std(ddof=1) / math.sqrt(count)) if count > 1 else None
+    return mean_and_error(each.astype(np.float64).mean(axis=1))

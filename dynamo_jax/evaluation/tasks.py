@@ -17,6 +17,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Float
 
+from dynamo_jax.evaluation.errors import mean_and_error
 from dynamo_jax.evaluation.likelihood import likelihoods, pair_of
 from dynamo_jax.progress import Progress, no_progress
 from dynamo_jax.runtime.generate import Between, LanguageModel
@@ -120,7 +121,7 @@ def _mean(each: Float[np.ndarray, " S"]) -> tuple[float | None, float | None]:
     each = each[np.isfinite(each)]
     if not len(each):
         return None, None
-    return float(each.mean()), float(each.std(ddof=1) / math.sqrt(len(each))) if len(each) > 1 else None
+    return mean_and_error(each)
 
 
 def compared(task: str, found: Mapping[str, Scores]) -> list[TaskRow]:

@@ -31,8 +31,13 @@ def float_parameters(model: Decoder, rounding: GridSpec | None = None) -> dict[s
 
 def uniform_parameters(model: Decoder, variant: str, group_size: int = 64) -> dict[str, Array]:
     """Of one of ``UNIFORM``."""
+    return float_parameters(model, rounding_of(variant, group_size))
+
+
+def rounding_of(variant: str, group_size: int = 64) -> GridSpec | None:
+    """How one of ``UNIFORM`` rounds experts; None where it does not."""
     bits = UNIFORM[variant]
-    return float_parameters(model, None if bits is None else GridSpec(bits, group_size))
+    return None if bits is None else GridSpec(bits, group_size)
 
 
 def evaluate_float(
@@ -89,8 +94,7 @@ def evaluate_uniform(
     rows: list[Row] = []
     first: dict[str, Reference] = dict(references or {})
     for index, name in enumerate(names):
-        rtn_bits = UNIFORM[name]
-        rounding = None if rtn_bits is None else GridSpec(rtn_bits, group_size)
+        rounding = rounding_of(name, group_size)
         params = float_parameters(model, rounding)
         bits = 16.0 if rounding is None else rounding.bits_per_weight(model.config.hidden_size)
         for dataset in data:

@@ -37,27 +37,25 @@ def stop_tokens(files: Files) -> tuple[int, ...]:
 
     ValueError, which names file and key: something else than an id or a list of ids.
     """
-    for name in ("generation_config.json", "config.json"):
-        found = _json(files, name).get("eos_token_id")
-        if found is None:
-            continue
-        ids = found if isinstance(found, list) else [found]
-        if not all(type(i) is int and 0 <= i <= LARGEST_ID for i in ids):
-            raise ValueError(f"{name}: eos_token_id is {_short(found)}, expected a token id or a list of them")
-        return tuple(ids)
-    return ()
+    return _ids(files, "eos_token_id")
 
 
 def prefix_token(files: Files) -> int | None:
     """The id that stands before a text that nothing else stands before: ``bos_token_id``, or else the first that ends a
-    text; None where there is neither. ValueError, which names the file: it is no id."""
+    text; None where there is neither. ValueError: as of ``stop_tokens``."""
+    return next(iter(_ids(files, "bos_token_id") or stop_tokens(files)), None)
+
+
+def _ids(files: Files, key: str) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
-        found = _json(files, name).get("bos_token_id")
-        if found is not None:
-            if type(found) is not int or not 0 <= found <= LARGEST_ID:
-                raise ValueError(f"{name}: bos_token_id is {_short(found)}, expected a token id")
-            return found
-    return next(iter(stop_tokens(files)), None)
+        found = _json(files, name).get(key)
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        if not all(type(i) is int and 0 <= i <= LARGEST_ID for i in ids):
+            raise ValueError(f"{name}: {key} is {_short(found)}, expected a token id or a list of them")
+        return tuple(ids)
+    return ()
 
 
 def _short(value: Any) -> str:

@@ -5,8 +5,10 @@ Axes: B batch, T tokens, D hidden, V vocabulary, C rows a chunk.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +32,7 @@ def next_token_nll(
 
     def nll(row, label):
         own = logits(row)
-        chosen = jnp.take_along_axis(own, label[:, None], axis=1)[:, 0]
-        return jax.nn.logsumexp(own, axis=1) - chosen
+        return jax.nn.logsumexp(own, axis=1) - _at(own, label)
 
     return _by_chunk(nll, head.shape[0], hidden, targets)
 
@@ -48,8 +49,7 @@ def next_token_scores(
 
     def scores(row, label):
         own = logits(row)
-        chosen = jnp.take_along_axis(own, label[:, None], axis=1)[:, 0]
-        return jax.nn.logsumexp(own, axis=1) - chosen, own.argmax(axis=1) == label
+        return jax.nn.logsumexp(own, axis=1) - _at(own, label), own.argmax(axis=1) == label
 
     return _by_chunk(scores, head.shape[0], hidden, targets)
 
@@ -72,16 +72,14 @@ def next_token_divergence(
     return _by_chunk(divergence, head.shape[0], exact, hidden)
 
 
-class Head(NamedTuple):
-    """What turns hidden states into logits. cap: as ``capped`` takes it."""
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weights", "bias"], meta_fields=["cap"])
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits, an argument of jitted functions. cap: as ``capped`` takes it."""
 
     weights: Float[Array, "V D"]
     bias: Float[Array, " V"] | None = None
     cap: float = 0.0
-
-    def arrays(self) -> tuple[Array, Array | None]:
-        """Its parts that are arrays."""
-        return self.weights, self.bias
 
     def log_probabilities(self, rows: Float[Array, "C D"]) -> Float[Array, "C V"]:
         return jax.nn.log_softmax(_logits_of(self.weights, self.bias, rows.dtype, self.cap)(rows))
@@ -99,8 +97,7 @@ def next_token_changes(
 
     def changes(row, other, label):
         p, q = reference.log_probabilities(row), head.log_probabilities(other)
-        more = jnp.take_along_axis(p - q, label[:, None], axis=1)[:, 0]
-        return jnp.sum(jnp.exp(p) * (p - q), axis=1), p.argmax(axis=1) == q.argmax(axis=1), more
+        return jnp.sum(jnp.exp(p) * (p - q), axis=1), p.argmax(axis=1) == q.argmax(axis=1), _at(p - q, label)
 
     return _by_chunk(changes, head.weights.shape[0], exact, hidden, targets)
 
@@ -132,10 +129,14 @@ def top_token_changes(
         q = head.log_probabilities(row)
         own = jnp.take_along_axis(q, tokens, axis=1)
         apart = jnp.sum(jnp.exp(p) * (p - own), axis=1) + jnp.exp(p_rest) * (p_rest - _rest(own))
-        more = -jnp.take_along_axis(q, label[:, None], axis=1)[:, 0] - loss
-        return jnp.maximum(apart, 0), tokens[:, 0] == q.argmax(axis=1), more
+        return jnp.maximum(apart, 0), tokens[:, 0] == q.argmax(axis=1), -_at(q, label) - loss
 
     return _by_chunk(changes, head.weights.shape[0], tokens, values, rest, nll, hidden, targets)
+
+
+def _at(rows: Float[Array, "C V"], label: Int[Array, " C"]) -> Float[Array, " C"]:
+    """Of each row the number at its label."""
+    return jnp.take_along_axis(rows, label[:, None], axis=1)[:, 0]
 
 
 def _rest(values: Float[Array, "C M"]) -> Float[Array, " C"]:
