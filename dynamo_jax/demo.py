@@ -6,7 +6,6 @@ The texts are pinned (``texts/demo.py``), so that the same versions of jax print
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 
 from dynamo_jax.calibration.analyses import Analysis
@@ -17,13 +16,12 @@ from dynamo_jax.evaluation.switched import Adaptation, calibrated_windows, evalu
 from dynamo_jax.evaluation.uniform import evaluate_uniform
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED, BUNDLED_NAME
-from dynamo_jax.models.decoder import Decoder
 from dynamo_jax.models.huggingface import load_decoder
 from dynamo_jax.models.tokenizer import load_tokenizer
-from dynamo_jax.progress import Progress, no_progress
+from dynamo_jax.progress import Clock, Progress, no_progress
 from dynamo_jax.report.gains import switching_words
 from dynamo_jax.report.page import write_report
-from dynamo_jax.report.results import report_content
+from dynamo_jax.report.results import next_steps, report_content
 from dynamo_jax.report.run import Run, versions
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.storage import checkpoint, facts
@@ -38,23 +36,6 @@ class DemoConfig:
     evaluate: EvalConfig = dataclasses.field(default_factory=lambda: EvalConfig(limit=32))
 
 
-MEMORY = ("bits a weight", "experts on the device", "experts in host memory", "on disk")  # facts of a checkpoint
-
-
-class Clock:
-    """Passes progress on, and keeps the seconds of each stage: those that went by until it said how far it was."""
-
-    def __init__(self, progress: Progress):
-        self.seconds: dict[str, float] = {}
-        self._progress, self._last = progress, time.perf_counter()
-
-    def __call__(self, stage: str, done: float, of: int) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
-        self._progress(stage, done, of)
-
-
 @dataclasses.dataclass(frozen=True)
 class DemoResult:
     """What the demo found. summary: the report's first sentences, on what switching gained."""
@@ -66,7 +47,7 @@ class DemoResult:
     summary: str = ""
 
 
-def compute(config: DemoConfig, texts: Path | None, progress: Progress = no_progress) -> tuple[DemoResult, Decoder]:
+def compute(config: DemoConfig, texts: Path | None, progress: Progress = no_progress) -> DemoResult:
     """All of the demo but the files; texts: the folder of their packages, None for the cache."""
     known = {name: collect(parts(texts)) for name, parts in KNOWN.items()}
     novel = {name: collect(parts(texts)) for name, parts in NOVEL.items()}
@@ -81,7 +62,7 @@ def compute(config: DemoConfig, texts: Path | None, progress: Progress = no_prog
     switched, adaptations = evaluate_quantized(quantized, data, config.evaluate, references=floats, progress=progress)
     order = {d.name: i for i, d in enumerate(data)}
     rows = sorted(rows + switched, key=lambda r: order[r.dataset])
-    return DemoResult(rows, quantized, adaptations, analyses), model
+    return DemoResult(rows, quantized, adaptations, analyses)
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
@@ -111,14 +92,22 @@ def run(
     but, with ``overwrite``, the files of an earlier demo."""
     _check_out(out, overwrite)
     clock = Clock(progress)
-    result, model = compute(config, texts, clock)
+    result = compute(config, texts, clock)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.save(out / "checkpoint", result.model, overwrite)
     clock("save", 1, 1)
     write_json(out / "results.json", {"made_by": versions(), "results": [r.to_dict() for r in result.rows]})
-    described = facts.describe(out / "checkpoint")
-    of_run = Run(command, clock.seconds, out / "checkpoint", {name: described[name] for name in MEMORY})
-    parts = (result.model, result.analyses, result.rows, result.adaptations)
-    content = report_content(BUNDLED_NAME, model, *parts, of_run)
+    made = result.model
+    content = report_content(
+        BUNDLED_NAME,
+        made.config,
+        Run(command, clock.stages, facts.memory(out / "checkpoint"), next_steps(out / "checkpoint")),
+        plan=made.plan,
+        knowledge=made.knowledge,
+        spare=made.spare,
+        analyses=result.analyses,
+        rows=result.rows,
+        adaptations=result.adaptations,
+    )
     write_report(out / "report.html", content)
     return dataclasses.replace(result, summary=switching_words(content))

@@ -82,7 +82,7 @@ def make(
             *(r for name, step in novel.items() for r in group(name, "novel", *step)),
         ],
         significance={n: rng.lognormal(-7, 2, shape[:2]) for n in names},
-        channel_significance={n: rng.lognormal(-7, 2, shape) for n in names},
+        block_significance={n: rng.lognormal(-7, 2, shape) for n in names},
         baseline_bits=np.repeat(base[:, :, None], shape[2], axis=2),
         adapted_bits={n: rng.choice([2, 3, 4, 8], shape) for n in novel},
         verdicts={n: (known[0] if known else "none", 1.6 if n in novel else 0.2, n in novel) for n in names},

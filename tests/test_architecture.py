@@ -32,7 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": {"storage", "runtime", "models", "precision", "quant", "kernels.layout", *LOW},
     "calibration": {"calibration", "storage", "texts", *RUN_TIME, *LOW},
     "evaluation": {"evaluation", "texts", *RUN_TIME, *LOW},
-    "report": {"report", "evaluation", "calibration", "analysis", "runtime", "models", "kernels.layout", "files"},
+    "report": {
+        *("report", "evaluation", "calibration", "analysis", "precision", "runtime", "models", "kernels.layout"),
+        *("files", "progress"),
+    },
     "transform": {"transform", "calibration", "storage", *RUN_TIME, *LOW},
     "generation": {"storage", "runtime", "models", "kernels.layout"},
     "harness": {"generation", "evaluation", "runtime", "models"},
@@ -40,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": {"texts", "storage", "calibration", "evaluation", "report", *RUN_TIME, *LOW},
     "commands": {
         *("commands", "demo", "training", "generation", "harness", "texts", "storage", "calibration", "evaluation"),
-        *("runtime", "models", *LOW),
+        *("report", "runtime", "models", *LOW),
     },
 }
 FACES = {"__init__", "__main__"}  # hand names on

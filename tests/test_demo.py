@@ -11,7 +11,7 @@ import pytest
 from dynamo_jax import demo
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.commands import app
-from dynamo_jax.demo import Clock, DemoConfig
+from dynamo_jax.demo import DemoConfig
 from dynamo_jax.evaluation.perplexity import EvalConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -83,17 +83,6 @@ def test_what_a_demo_would_not_replace_is_named_before_anything_is_computed(smal
     with pytest.raises(ValueError, match=r"something else|not as it was written|not a folder"):
         demo.run(SMALL, None, out, COMMAND, overwrite=True)
     assert path.read_text() == content
-
-
-def test_the_clock_gives_each_stage_the_time_until_it_spoke(monkeypatch):
-    times = iter([0.0, 1.0, 3.0, 3.5])
-    monkeypatch.setattr(demo.time, "perf_counter", lambda: next(times))
-    told = []
-    clock = Clock(lambda *words: told.append(words))
-    for words in (("read", 1, 1), ("write", 1, 2), ("write", 2, 2)):
-        clock(*words)
-    assert clock.seconds == {"read": 1.0, "write": 2.5}
-    assert told == [("read", 1, 1), ("write", 1, 2), ("write", 2, 2)]
 
 
 def test_the_command_that_a_report_names_is_the_one_that_was_given(monkeypatch, tmp_path):

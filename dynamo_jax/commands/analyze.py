@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -11,9 +12,11 @@ from dynamo_jax.commands.options import (
     JsonOption,
     KnownOption,
     ModelOption,
+    ReportOption,
     WindowOption,
     check_json,
     float_folder,
+    given_command,
     read_datasets,
 )
 from dynamo_jax.commands.several import one_job
@@ -29,6 +32,7 @@ def analyze(
         str,
         typer.Option(help="How experts are measured: rtn, by rounding; gptq, as quantize does, which takes longer."),
     ] = "rtn",
+    report: ReportOption = None,
     hosts: HostsOption = "",
 ) -> None:
     """Show which experts matter on which dataset: routing, divergence, predicted loss at each width.
@@ -39,15 +43,30 @@ def analyze(
     from dynamo_jax.calibration.pipeline import analyze_folder
     from dynamo_jax.calibration.summary import analyses_json, summary
     from dynamo_jax.files import write_json
+    from dynamo_jax.models.huggingface import load_config
+    from dynamo_jax.progress import Clock
+    from dynamo_jax.report.page import write_report
+    from dynamo_jax.report.results import report_content
+    from dynamo_jax.report.run import Run
 
     settings = QuantizeConfig(window=window, calibration_windows=windows, favour=1.0, quantizer=quantizer)
     with one_job(hosts) as (processes, progress):
         texts, folder = read_datasets(known, [])["known"], float_folder(model)
         check_json(json if processes.first else None)
-        result = analyses_json(analyze_folder(folder, texts, settings, progress, hosts=processes), window)
+        check_json(report if processes.first else None, "--report")
+        clock = Clock(progress)
+        analyses = analyze_folder(folder, texts, settings, clock, hosts=processes)
+        result = analyses_json(analyses, window)
     if not processes.first:
         return
     for line in summary(result):
         print(line)
     if json:
         write_json(json, result)
+    if report:
+        config = load_config(folder)
+        grid = settings.channel_block, settings.group(config.hidden_size)
+        of_model = f"--model {shlex.quote(model)}"
+        after = {"A quantized model": f"dynamo-jax quantize {of_model} --known a=A.txt --bits 3.0 --out quantized"}
+        run = Run(given_command(), clock.stages, next_steps=after)
+        write_report(report, report_content(model, config, run, analyses=analyses, grid=grid))

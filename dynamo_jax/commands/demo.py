@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dynamo_jax.commands.console import describe_verdict, plain_signs, print_rows
-from dynamo_jax.commands.options import OverwriteOption
+from dynamo_jax.commands.options import OverwriteOption, given_command
 from dynamo_jax.commands.steps import progress_bar
 
 
@@ -33,9 +31,8 @@ def demo(
     from dynamo_jax.settings import find_preset, load_toml
 
     settings = load_toml(job.DemoConfig, find_preset(config))
-    command = shlex.join(["dynamo-jax", *sys.argv[1:]])
     with progress_bar() as progress:
-        result = job.run(settings, texts, out, command, progress, overwrite=overwrite)
+        result = job.run(settings, texts, out, given_command(), progress, overwrite=overwrite)
     print_rows(result.rows)
     for name, found in result.adaptations.items():
         print(f"{name}: {describe_verdict(found)}")

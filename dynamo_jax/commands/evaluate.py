@@ -15,11 +15,13 @@ from dynamo_jax.commands.options import (
     ModelOption,
     NovelOption,
     ReadsOption,
+    ReportOption,
     WindowOption,
     check_json,
     check_variants,
     check_window,
     float_folder,
+    given_command,
     load_float,
     read_datasets,
     read_tasks,
@@ -59,6 +61,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Windows of each dataset at most.")] = None,
     batch: BatchOption = 1,
     reads: ReadsOption = 1.0,
+    report: ReportOption = None,
 ) -> None:
     """Perplexity, bits a weight on the device and bytes read a token, for each dataset and variant; accuracy on tasks.
 
@@ -74,10 +77,16 @@ def evaluate(
     from dynamo_jax.models.chat import prefix_token
     from dynamo_jax.models.hub import model_folder
     from dynamo_jax.models.huggingface import Source, side_files
-    from dynamo_jax.storage import checkpoint
+    from dynamo_jax.progress import Clock
+    from dynamo_jax.report.page import write_report
+    from dynamo_jax.report.results import next_steps, report_content
+    from dynamo_jax.report.run import Run
+    from dynamo_jax.runtime.quantized import QuantizedModel
+    from dynamo_jax.storage import checkpoint, facts
 
     texts, tasks = read_datasets(known, novel), read_tasks(task, documents)
     check_json(json)
+    check_json(report, "--report")
     if not (known or novel or tasks):
         raise ValueError("nothing to evaluate: give --known NAME=FILE, --novel NAME=FILE or --task NAME=FILE")
     loaded: Any
@@ -95,7 +104,9 @@ def evaluate(
     settings = EvalConfig(window=window, limit=limit, batch=batch, reads=reads)
     common: Any = {"config": settings, "variants": names, "tokenizer": tokenizer}
     results: dict[str, Any] = {"results": []}
-    with progress_bar() as progress:
+    told: dict[str, Any] = {}
+    with progress_bar() as bars:
+        progress = Clock(bars)
         if known or novel:
             source = Source(float_folder(reference)) if reference else None
             beside: Any = {"reference": source, "reference_logits": reference_logits}
@@ -111,13 +122,23 @@ def evaluate(
         for name, found in adaptations.items():
             print(f"{name}: {describe_verdict(found)}")
         results["results"] = [row.to_dict() for row in rows]
+        told |= {"rows": rows, "adaptations": adaptations}
         print_divergences(rows)
     if tasks:
         print_tasks(task_rows)
-        for name, seen in events.items():
-            for event in seen:
-                print(f"{name}: {describe_event(event)}")
+        words = {name: [describe_event(event) for event in seen] for name, seen in events.items()}
+        for name, lines in words.items():
+            for line in lines:
+                print(f"{name}: {line}")
         results["tasks"] = [row.to_dict() for row in task_rows]
         results["events"] = {name: [event._asdict() for event in seen] for name, seen in events.items()}
+        told |= {"tasks": task_rows, "events": words}
     if json:
         write_json(json, results)
+    if report:
+        memory, after = {}, {}
+        if isinstance(loaded, QuantizedModel):
+            memory, after = facts.memory(Path(model)), next_steps(Path(model))
+            told |= {"plan": loaded.plan, "knowledge": loaded.knowledge, "spare": loaded.spare}
+        run_of = Run(given_command(), progress.stages, memory, after)
+        write_report(report, report_content(model, loaded.config, run_of, **told))

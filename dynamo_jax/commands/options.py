@@ -5,6 +5,8 @@ A mistake is a ``ValueError`` that names the option. Heavy imports happen inside
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,6 +44,9 @@ BatchOption = Annotated[
     ),
 ]
 ReadsOption = Annotated[float, typer.Option(help="How many times the baseline's bytes a step may read once adapted.")]
+ReportOption = Annotated[
+    Path | None, typer.Option("--report", help="Also write the results to this file as one HTML page.")
+]
 OverwriteOption = Annotated[
     bool,
     typer.Option(
@@ -130,6 +135,11 @@ def check_json(path: Path | None, option: str = "--json") -> None:
         raise ValueError(f"{option} {path}: exists and is no regular file")
     if path and not path.absolute().parent.is_dir():
         raise ValueError(f"{option} {path}: no such folder {path.absolute().parent}")
+
+
+def given_command() -> str:
+    """The command line, as one would type it again."""
+    return shlex.join(["dynamo-jax", *sys.argv[1:]])
 
 
 def check_variants(names: list[str], known: Iterable[str], what: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,9 +15,11 @@ from dynamo_jax.commands.options import (
     KnownOption,
     ModelOption,
     OverwriteOption,
+    ReportOption,
     WindowOption,
     check_json,
     float_folder,
+    given_command,
     read_datasets,
     read_weights,
 )
@@ -95,6 +97,7 @@ def quantize(
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows a dataset.")] = 32,
     window: WindowOption = 256,
+    report: ReportOption = None,
     overwrite: OverwriteOption = False,
     hosts: HostsOption = "",
 ) -> None:
@@ -103,11 +106,16 @@ def quantize(
     One layer's weights are in memory at a time. A run that was stopped goes on when it is called again, with as many
     processes as you like.
     """
+    from dynamo_jax.calibration.analyses import Analysis
     from dynamo_jax.calibration.config import QuantizeConfig
     from dynamo_jax.calibration.pipeline import quantize_folder
     from dynamo_jax.calibration.summary import analyses_json
     from dynamo_jax.files import write_json
-    from dynamo_jax.storage import facts
+    from dynamo_jax.progress import Clock
+    from dynamo_jax.report.page import write_report
+    from dynamo_jax.report.results import next_steps, report_content
+    from dynamo_jax.report.run import Run
+    from dynamo_jax.storage import checkpoint, facts
 
     settings = QuantizeConfig(
         bits=bits,
@@ -130,12 +138,30 @@ def quantize(
     with one_job(hosts) as (processes, progress):
         texts, folder = read_datasets(known, [])["known"], float_folder(model)
         check_json(analysis if processes.first else None, "--analysis")
-        options: dict[str, Any] = {"overwrite": overwrite, "log": say, "hosts": processes}
-        if analysis:
-            options["found"] = lambda of: write_json(analysis, analyses_json(of, window))
-        quantize_folder(folder, out, texts, settings, progress, **options)
+        check_json(report if processes.first else None, "--report")
+        clock, analyses = Clock(progress), dict[str, Analysis]()
+
+        def found(of: dict[str, Analysis]) -> None:
+            if report:
+                analyses.update(of)
+            if analysis:
+                write_json(analysis, analyses_json(of, window))
+
+        quantize_folder(folder, out, texts, settings, clock, overwrite=overwrite, log=say, found=found, hosts=processes)
     if not processes.first:
         return
+    if report:
+        description = checkpoint.read_description(out)
+        content = report_content(
+            model,
+            description.config,
+            Run(given_command(), clock.stages, facts.memory(out), next_steps(out)),
+            plan=description.plan,
+            knowledge=checkpoint.knowledge_of(description),
+            spare=description.meta.spare,
+            analyses=analyses,
+        )
+        write_report(report, content)
     if analysis and not analysis.exists():
         say(f"--analysis {analysis}: {out} was done already; dynamo-jax analyze measures without making it anew")
     print_facts(facts.summary(out))

@@ -26,7 +26,7 @@ USE, EXPERTS, BLOCKS = "rtn", "auto", "baseline"
 def dynamics_section(content: ReportContent) -> str:
     moved = content.dynamics
     if moved is None or not any(len(b) for b in moved.busiest.values()):
-        return nothing("What moves between datasets was not measured.")
+        return ""
     busiest = [float(v) for shares in moved.busiest.values() for v in shares if math.isfinite(v)]
     words = f"The busiest expert of a layer takes {span(busiest, '.1f')} times its share." if busiest else ""
     if not moved.routing:

@@ -21,6 +21,7 @@ from dynamo_jax.report.charts import PLUS_MINUS, SPACE, number
 from dynamo_jax.report.content import ReportContent, Row
 
 SIGNIFICANT = 2.0  # standard errors
+ORIGINALS = {"bf16": "bf16", "reference": "the reference"}  # variants that are not quantized, and what words call them
 
 
 class Finding(NamedTuple):
@@ -52,6 +53,17 @@ def by_dataset(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
     return groups
 
 
+def original(group: dict[str, Row]) -> Row | None:
+    """The row that losses are measured from: of the model that is not quantized."""
+    return next((group[variant] for variant in ORIGINALS if variant in group), None)
+
+
+def original_words(rows: Sequence[Row]) -> str:
+    """What words call the model that losses are measured from."""
+    there = {row["variant"] for row in rows}
+    return next((words for variant, words in ORIGINALS.items() if variant in there), ORIGINALS["bf16"])
+
+
 def paired_auto(group: dict[str, Row]) -> Row | None:
     """The auto row, if its difference is to the baseline."""
     row = group.get("auto")
@@ -63,10 +75,11 @@ def kinds(content: ReportContent) -> dict[str, str]:
 
 
 def relative_cost(group: dict[str, Row], variant: str) -> float | None:
-    """Share by which the perplexity is above that of bf16; None where a row is missing or not finite."""
-    if variant not in group or "bf16" not in group:
+    """Share by which the perplexity is above the original's; None where a row is missing or not finite."""
+    zero = original(group)
+    if variant not in group or zero is None:
         return None
-    above = group[variant]["nll"] - group["bf16"]["nll"]
+    above = group[variant]["nll"] - zero["nll"]
     return math.expm1(min(above, 700.0)) if math.isfinite(above) else None
 
 
@@ -102,22 +115,45 @@ def listed(names: Sequence[str]) -> str:
 
 
 def headline(content: ReportContent) -> list[Finding]:
-    """What happened, from the rows alone: the bytes, their price, and what adaptation did for each dataset."""
+    """What happened, from the rows alone: the bytes, their price, and what adaptation did for each text and task."""
     groups = by_dataset(content.rows)
     found = [*_byte_findings(groups), *_cost_findings(groups, kinds(content)), *_adaptation_findings(content, groups)]
-    return found or [Finding("plain", "No rows were evaluated, so there is nothing to compare.")]
+    return found + _task_findings(content)
+
+
+def _task_findings(content: ReportContent) -> list[Finding]:
+    """What switching did on each task, by the margin, which is the finest measure."""
+    found = []
+    for row in content.tasks:
+        if row["variant"] != "auto" or row.get("difference_margin") is None:
+            continue
+        step = {"difference": row["difference_margin"], "standard_error": row["difference_margin_error"]}
+        mark = {"better": "worse", "worse": "better"}.get(reading(step), reading(step))  # a larger margin is better
+        what = {
+            "better": "Switching helped",
+            "worse": "Switching did harm",
+            "same": "Switching changed nothing",
+            "noise": "Switching made no sure difference",
+        }.get(mark, "Switching shows nothing")
+        words = (
+            f"{what} on the task {row['task']}: the right answer is {plus_minus(step)} nats a character further ahead, "
+            f"accuracy {number(row['difference'], '+.1%')}, against {row['reference']}."
+        )
+        found.append(Finding(mark if mark in ("better", "worse") else "noise", words))
+    return found
 
 
 def _byte_findings(groups: dict[str, dict[str, Row]]) -> list[Finding]:
-    pairs = [(g["baseline"], g["bf16"]) for g in groups.values() if "baseline" in g and "bf16" in g]
-    pairs = [(a, b) for a, b in pairs if math.isfinite(a["bytes_per_token"]) and b["bytes_per_token"] > 0]
+    both = [(g["baseline"], zero) for g in groups.values() if "baseline" in g and (zero := original(g))]
+    pairs = [(a, b) for a, b in both if math.isfinite(a["bytes_per_token"]) and b["bytes_per_token"] > 0]
     if not pairs:
         return []
     shares = [a["bytes_per_token"] / b["bytes_per_token"] for a, b in pairs]
     read = max(a["bytes_per_token"] for a, _ in pairs)
+    reader = original_words([b for _, b in pairs])
     words = (
-        f"Bytes: for each token the baseline reads {span(shares, '.1%')} of the expert bytes that bf16 reads, at most "
-        f"{byte_text(read)} instead of {byte_text(pairs[0][1]['bytes_per_token'])}."
+        f"Bytes: for each token the baseline reads {span(shares, '.1%')} of the expert bytes that {reader} reads, at "
+        f"most {byte_text(read)} instead of {byte_text(pairs[0][1]['bytes_per_token'])}."
     )
     return [Finding("plain", words)]
 
@@ -126,18 +162,21 @@ def _cost_findings(groups: dict[str, dict[str, Row]], kind: dict[str, str]) -> l
     costs = {name: relative_cost(group, "baseline") for name, group in groups.items()}
     known = [c for n, c in costs.items() if c is not None and kind[n] == "known"]
     novel = [c for n, c in costs.items() if c is not None and kind[n] != "known"]
+    if not any("baseline" in group for group in groups.values()):
+        return []
     if not known and not novel:
-        return [Finding("plain", "Price: unknown, for no dataset has both a bf16 and a baseline row.")]
+        return [Finding("plain", "Price: unknown, for no dataset has rows of the unquantized model and the baseline.")]
+    zero = original_words([row for group in groups.values() for row in group.values()])
     parts = [f"{span(c, '+.1%')} on {k} data" for k, c in (("known", known), ("novel", novel)) if c]
-    words = f"Price: against bf16 the baseline changes perplexity by {' and '.join(parts)}."
-    noisy = [n for n, g in groups.items() if "baseline" in g and _is_noise(g["baseline"], "bf16")]
+    words = f"Price: against {zero} the baseline changes perplexity by {' and '.join(parts)}."
+    noisy = [n for n, g in groups.items() if "baseline" in g and _is_noise(g["baseline"])]
     if noisy:
         words += f" On {listed(noisy)} that is within {SIGNIFICANT:g} standard errors, noise."
     return [Finding("plain", words), *_rounding_finding(groups)]
 
 
-def _is_noise(row: Row, reference: str) -> bool:
-    return row.get("reference") == reference and reading(row) == "noise"
+def _is_noise(row: Row) -> bool:
+    return row.get("reference") in ORIGINALS and reading(row) == "noise"
 
 
 def _rounding_finding(groups: dict[str, dict[str, Row]]) -> list[Finding]:
@@ -165,7 +204,8 @@ def _rounding_finding(groups: dict[str, dict[str, Row]]) -> list[Finding]:
     if reads:
         words += f" Bytes read a token: {span([a / b - 1 for a, b in reads], '+z.1%')} against {name}."
     if costs:
-        words += f" Against bf16 {name} changes perplexity by {span(costs, '+.1%')}."
+        zero = original_words([row for g in both for row in g.values()])
+        words += f" Against {zero} {name} changes perplexity by {span(costs, '+.1%')}."
     words += f" By nll the baseline is better than {name} on {len(pairs) - len(beaten)} of {len(pairs)} datasets"
     words += f", but not on {listed(beaten)}." if beaten else "."
     return [Finding("worse" if beaten else "plain", words)]
@@ -176,14 +216,14 @@ def _adaptation_findings(content: ReportContent, groups: dict[str, dict[str, Row
     changed = dict.fromkeys([*content.adapted_bits, *(n for n, row in steps.items() if row and row["difference"] != 0)])
     found = [_tally(content, groups)] if content.adapted_bits else []
     found += [_adapted_finding(name, _why_odd(content, name), groups.get(name, {})) for name in changed]
-    missed = [n for n in groups if kind[n] != "known" and n not in changed]
+    missed = [n for n in groups if kind[n] != "known" and n not in changed and "auto" in groups[n]]
     kept = [n for n in groups if kind[n] == "known" and n not in changed and "auto" in groups[n]]
     if missed:
         found.append(Finding("noise", f"No adaptation on {listed(missed)}, though novel: the baseline was kept."))
     if kept:
         words = f"On known data ({listed(kept)}) no gain was sure and the baseline was kept, so nothing changed."
         found.append(Finding("plain", words))
-    if content.rows and not any(k != "known" for k in kind.values()):
+    if any("auto" in g for g in groups.values()) and not any(k != "known" for k in kind.values()):
         found.append(Finding("plain", "No novel dataset was evaluated, so this report says nothing of novel data."))
     return found
 

@@ -1,7 +1,7 @@
 """What switching gained on novel text, in words and numbers, from the rows alone.
 
-The baseline loses something against bf16 on a kind of text, or nothing that is sure; the run time then changes that
-loss. Shares are stated only of a loss that is sure, which is one past ``SIGNIFICANT`` standard errors.
+The baseline loses something against the unquantized model on a kind of text, or nothing that is sure; the run time then
+changes that loss. Shares are stated only of a loss that is sure, which is one past ``SIGNIFICANT`` standard errors.
 """
 
 from __future__ import annotations
@@ -11,8 +11,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dynamo_jax.report.charts import PLUS_MINUS, number
-from dynamo_jax.report.content import ReportContent
-from dynamo_jax.report.findings import SIGNIFICANT, by_dataset, kinds, listed, paired_auto
+from dynamo_jax.report.content import PLAN, ReportContent
+from dynamo_jax.report.findings import (
+    ORIGINALS,
+    SIGNIFICANT,
+    by_dataset,
+    byte_text,
+    kinds,
+    listed,
+    original,
+    original_words,
+    paired_auto,
+)
 
 
 class Step(NamedTuple):
@@ -31,7 +41,7 @@ class Step(NamedTuple):
 
 
 class Gain(NamedTuple):
-    """Of a kind of text. lost: nll of the baseline minus that of bf16; change: of auto minus that of the baseline."""
+    """Of a kind of text. lost: nll of the baseline minus the original's; change: of auto minus that of the baseline."""
 
     name: str
     lost: Step
@@ -48,16 +58,14 @@ class Gain(NamedTuple):
 
 
 def gains(content: ReportContent) -> list[Gain]:
-    """Of each novel kind that has rows of bf16, the baseline and auto, with finite losses."""
+    """Of each novel kind that has rows of the original, the baseline and auto, with finite losses."""
     kind, found = kinds(content), []
     for name, group in by_dataset(content.rows).items():
-        auto = paired_auto(group)
-        if kind[name] == "known" or auto is None or not {"bf16", "baseline"} <= group.keys():
+        auto, zero, baseline = paired_auto(group), original(group), group.get("baseline")
+        if kind[name] == "known" or auto is None or zero is None or baseline is None:
             continue
-        paired = group["baseline"].get("reference") == "bf16"
-        lost = Step(
-            group["baseline"]["nll"] - group["bf16"]["nll"], group["baseline"]["standard_error"] if paired else None
-        )
+        paired = baseline.get("reference") in ORIGINALS
+        lost = Step(baseline["nll"] - zero["nll"], baseline["standard_error"] if paired else None)
         gain = Gain(name, lost, Step(auto["difference"], auto["standard_error"]))
         if math.isfinite(gain.lost.value) and math.isfinite(gain.change.value):
             found.append(gain)
@@ -78,21 +86,39 @@ def switching_words(content: ReportContent) -> str:
         return "No novel text was evaluated with and without switching, so this report does not say what it gains."
     whole = Gain("", mean_step([g.lost for g in found]), mean_step([g.change for g in found]))
     on = f"on {found[0].name}" if len(found) == 1 else f"on the mean of {len(found)} novel kinds of text"
-    return " ".join(filter(None, [_whole_words(whole, on), _extreme_words(found), _exception_words(found)]))
+    zero = original_words(content.rows)
+    return " ".join(filter(None, [_whole_words(whole, on, zero), _extreme_words(found), _exception_words(found)]))
 
 
-def _whole_words(whole: Gain, on: str) -> str:
+def lead_words(content: ReportContent) -> str:
+    """The report's first sentences: what switching gained where that was tried, else what is predicted to be lost."""
+    if any(row["variant"] == "auto" for row in content.rows):
+        return switching_words(content)
+    predicted = {point.variant: point for point in content.predicted if point.lost}
+    if content.rows or not predicted:
+        return ""
+    plan = predicted.pop(PLAN, None)
+    uniform = [f"{number(p.lost, '.4f')} with {p.variant}, {byte_text(p.held)}" for p in predicted.values()]
+    if plan is None:
+        return f"Predicted for the known texts, nats a token more than unquantized: {listed(uniform)} of experts."
+    return (
+        f"On the known texts the plan is predicted to lose {number(plan.lost, '.4f')} nats a token against the "
+        f"unquantized model, its experts taking {byte_text(plan.held)} on the device; it would be {listed(uniform)}."
+    )
+
+
+def _whole_words(whole: Gain, on: str, zero: str) -> str:
     if not whole.loses:
         return (
-            f"The baseline shows no sure loss against bf16 {on} ({whole.lost} nats a token), so there is none for "
+            f"The baseline shows no sure loss against {zero} {on} ({whole.lost} nats a token), so there is none for "
             f"switching to remove; it changed that by {whole.change}."
         )
     numbers = f"{whole.change} of {whole.lost} nats a token"
     if not whole.change.sure:
-        return f"Switching made no sure difference to what the baseline loses against bf16 {on}: {numbers}."
+        return f"Switching made no sure difference to what the baseline loses against {zero} {on}: {numbers}."
     did = "added" if whole.change.value > 0 else "removed"
     share = number(abs(whole.share), ".0%") + (" to" if whole.change.value > 0 else " of")
-    return f"Switching {did} {share} what the baseline loses against bf16 {on}: {numbers}."
+    return f"Switching {did} {share} what the baseline loses against {zero} {on}: {numbers}."
 
 
 def _extreme_words(found: Sequence[Gain]) -> str:

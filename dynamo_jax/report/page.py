@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from dynamo_jax.files import write_text
 from dynamo_jax.report.charts import element, text
 from dynamo_jax.report.content import ReportContent
 from dynamo_jax.report.dynamics import dynamics_section
 from dynamo_jax.report.findings import headline
-from dynamo_jax.report.gains import switching_words
+from dynamo_jax.report.gains import lead_words
+from dynamo_jax.report.measures import divergence_section, tasks_section
 from dynamo_jax.report.picture import picture
 from dynamo_jax.report.sections import (
     adaptation_section,
@@ -28,18 +31,20 @@ from dynamo_jax.report.sections import (
 from dynamo_jax.report.style import STYLE
 from dynamo_jax.report.timeline import timeline_section
 
-SECTIONS = (
-    ("adaptation", "Before and after adaptation, kind by kind", adaptation_section),
-    ("results", "All results", results_section),
-    ("significance", "Which experts matter", significance_section),
-    ("channels", "Do an expert's channel blocks differ?", channels_section),
-    ("dynamics", "How significance moves between datasets", dynamics_section),
-    ("bits", "Bits chosen for the baseline", bits_section),
-    ("adapted", "Bits moved by adaptation", adapted_section),
-    ("monitor", "What the monitor saw", monitor_section),
-    ("timeline", "Over the text", timeline_section),
-    ("facts", "How this was made", facts_section),
-    ("next", "What next", next_section),
+SECTIONS = (  # id, title, function, and the field of the content without which there is no section
+    ("adaptation", "What quantization costs and adaptation wins back, kind by kind", adaptation_section, "rows"),
+    ("results", "All results", results_section, "rows"),
+    ("divergence", "How far predictions are from the reference's", divergence_section, "rows"),
+    ("tasks", "Tasks", tasks_section, "tasks"),
+    ("significance", "Which experts matter", significance_section, "significance"),
+    ("channels", "Do an expert's channel blocks differ?", channels_section, "block_significance"),
+    ("dynamics", "How significance moves between datasets", dynamics_section, "dynamics"),
+    ("bits", "Bits chosen for the baseline", bits_section, "baseline_bits"),
+    ("adapted", "Bits moved by adaptation", adapted_section, "verdicts"),
+    ("monitor", "What the monitor saw", monitor_section, "verdicts"),
+    ("timeline", "Over the text", timeline_section, "timelines"),
+    ("facts", "How this was made", facts_section, "command"),
+    ("next", "What next", next_section, "next_steps"),
 )
 
 
@@ -47,20 +52,27 @@ def render(content: ReportContent) -> str:
     """The whole page."""
     title = f"{content.model}: dynamic mixed precision"
     findings = [element("li", text(f.words), class_=f.mark) for f in headline(content)]
-    links = [element("a", text(name), href=f"#{key}") for key, name, _ in SECTIONS]
+    made = [(key, name, make(content)) for key, name, make, field in SECTIONS if _is_there(getattr(content, field))]
+    there = [(key, name, section) for key, name, section in made if section]
+    links = [element("a", text(name), href=f"#{key}") for key, name, _ in there]
+    lead = lead_words(content)
     body = [
         element("h1", text(title)),
-        element("p", text(switching_words(content)), class_="lead"),
+        element("p", text(lead), class_="lead") if lead else "",
         picture(content),
         element("ul", *findings, class_="findings"),
         element("nav", *links),
-        *(element("section", element("h2", text(name)), make(content), id=key) for key, name, make in SECTIONS),
+        *(element("section", element("h2", text(name)), section, id=key) for key, name, section in there),
     ]
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{text(title)}</title><style>{STYLE}</style>"
     )
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{element("main", *body)}</body></html>\n'
+
+
+def _is_there(value: object) -> bool:
+    return bool(np.size(value)) if isinstance(value, np.ndarray) else bool(value)
 
 
 def write_report(path: Path, content: ReportContent) -> None:

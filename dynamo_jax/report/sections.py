@@ -1,4 +1,4 @@
-"""The result of ``dynamo-jax demo`` as one HTML file: no scripts, nothing loaded from elsewhere.
+"""The sections of a report: each a function from its content to HTML.
 
 The words are computed from the rows, good and bad news alike. A difference counts only past
 ``SIGNIFICANT`` standard errors of the paired per-window differences, else it is called noise. Every
@@ -20,12 +20,15 @@ from dynamo_jax.report import charts
 from dynamo_jax.report.charts import MINUS, PLUS_MINUS, TIMES, Mark, Paint, element, number, text
 from dynamo_jax.report.content import ReportContent, Row
 from dynamo_jax.report.findings import (
+    ORIGINALS,
     SIGNIFICANT,
     block_concentration,
     by_dataset,
     byte_text,
     kinds,
     moved_pages,
+    original,
+    original_words,
     paired_auto,
     perplexity,
     plus_minus,
@@ -36,6 +39,7 @@ from dynamo_jax.report.pieces import cells, figure, nothing, table
 
 VARIANTS = {
     "bf16": "not quantized",
+    "reference": "the model that others are measured against",
     "rtn4": "all experts rounded to nearest at 4 bits",
     "rtn3": "all experts rounded to nearest at 3 bits",
     "rtn2": "all experts rounded to nearest at 2 bits",
@@ -61,10 +65,9 @@ BITS = {
 
 
 def results_section(content: ReportContent) -> str:
-    if not content.rows:
-        return nothing("No rows were evaluated.")
     batch = max(row.get("batch", 1) for row in content.rows)
-    head = ["variant", "device bits", "bytes a token", "of bf16"]
+    zero = original_words(content.rows)
+    head = ["variant", "device bits", "bytes a token", f"of {zero}"]
     head += [f"bytes a step of {batch}"] if batch > 1 else []
     head += ["tokens", "nll", "perplexity", f"difference {PLUS_MINUS} standard error", "from", "reading"]
     words = (0, len(head) - 2, len(head) - 1)
@@ -73,7 +76,7 @@ def results_section(content: ReportContent) -> str:
         kind = next(iter(group.values()))["kind"]
         title = element("th", text(f"{name} ({kind})"), colspan=len(head), scope="rowgroup")
         lines = [
-            cells("td", _row_line(row, group.get("bf16"), batch), words, class_=_look(row)) for row in group.values()
+            cells("td", _row_line(row, original(group), batch), words, class_=_look(row)) for row in group.values()
         ]
         bodies.append(element("tbody", element("tr", title, class_="group"), *lines))
     used = [v for v in VARIANTS if any(row["variant"] == v for row in content.rows)]
@@ -81,8 +84,8 @@ def results_section(content: ReportContent) -> str:
     caption = (
         "nll: mean negative log-likelihood, nats a token, and perplexity is exp(nll); lower is better. Device bits: "
         "what the device holds for a weight of the experts, scales included, and spare slots and page tables of a "
-        "model that switches. Bytes a token: of experts, that one request alone reads; of bf16: as a share of what "
-        "that reads. "
+        f"model that switches. Bytes a token: of experts, that one request alone reads; of {zero}: as a share of "
+        "what that reads. "
         + (f"Bytes a step: that a step of {batch} requests reads. " if batch > 1 else "")
         + "Difference: nll minus that of the row under from, paired by window. Reading: better or worse past "
         f"{SIGNIFICANT:g} standard errors, else noise; about one in twenty differences that are only noise passes this "
@@ -96,8 +99,8 @@ def _look(row: Row) -> str:
     return f"{row['variant']} {reading(row)}"
 
 
-def _row_line(row: Row, bf16: Row | None, batch: int) -> list[str]:
-    share = row["bytes_per_token"] / bf16["bytes_per_token"] if bf16 and bf16["bytes_per_token"] else math.nan
+def _row_line(row: Row, zero: Row | None, batch: int) -> list[str]:
+    share = row["bytes_per_token"] / zero["bytes_per_token"] if zero and zero["bytes_per_token"] else math.nan
     return [
         row["variant"],
         number(row["device_bits"], ".2f"),
@@ -114,20 +117,23 @@ def _row_line(row: Row, bf16: Row | None, batch: int) -> list[str]:
 
 
 def adaptation_section(content: ReportContent) -> str:
-    """nll above bf16 of the plans, and the step from the baseline to the adapted plan on an axis of its own."""
+    """nll of the plans above the original, and the step from the baseline to the adapted plan on an axis of its own."""
     kind = kinds(content)
     groups = {n: g for n, g in by_dataset(content.rows).items() if kind[n] != "known" or n in content.adapted_bits}
     if not groups:
         return nothing("No novel dataset was evaluated and none was adapted to.")
-    above = [(name, _marks_above(group)) for name, group in groups.items() if "bf16" in group]
+    zero = original_words(content.rows)
+    above = [(name, _marks_above(group, own)) for name, group in groups.items() if (own := original(group))]
     steps = [(name, [_step_mark(row)]) for name, g in groups.items() if (row := paired_auto(g))]
     parts = []
     if any(marks for _, marks in above):
-        chart = charts.lollipop_chart(above, "nll above bf16, nats a token")
-        legend = element("p", *(charts.key(series, variant) for variant, series in DRAWN.items()))
+        chart = charts.lollipop_chart(above, f"nll above {zero}, nats a token")
+        drawn = {mark.series for _, marks in above for mark in marks}
+        keys = [charts.key(series, variant) for variant, series in DRAWN.items() if series in drawn]
+        legend = element("p", *keys)
         caption = (
-            "What quantization costs: nll above the unquantized model, nats a token; zero is bf16, shorter is better. "
-            f"Bars are {PLUS_MINUS}{SIGNIFICANT:g} standard errors, drawn where the row is paired with bf16."
+            f"What quantization costs: nll above the unquantized model, nats a token; zero is {zero}, shorter is "
+            f"better. Bars are {PLUS_MINUS}{SIGNIFICANT:g} standard errors, drawn where the row is paired with it."
         )
         parts.append(figure(caption, legend, chart))
     if steps:
@@ -140,12 +146,12 @@ def adaptation_section(content: ReportContent) -> str:
     return "".join(parts) or nothing("The rows hold no pair to compare.")
 
 
-def _marks_above(group: dict[str, Row]) -> list[Mark]:
+def _marks_above(group: dict[str, Row], zero: Row) -> list[Mark]:
     marks = []
     for variant, series in DRAWN.items():
         if row := group.get(variant):
-            value = row["nll"] - group["bf16"]["nll"]
-            error = row.get("standard_error") if row.get("reference") == "bf16" else None
+            value = row["nll"] - zero["nll"]
+            error = row.get("standard_error") if row.get("reference") in ORIGINALS else None
             half = None if error is None else SIGNIFICANT * error
             words = number(value, "+.4f")
             title = f"{variant}: {words} nats a token, perplexity {perplexity(row)}"
@@ -162,8 +168,6 @@ def _step_mark(row: Row) -> Mark:
 
 def significance_section(content: ReportContent) -> str:
     maps = content.significance
-    if not any(np.size(m) for m in maps.values()):
-        return nothing("No significance was measured.")
     colours = charts.log_colours(list(maps.values()))
     parts = [colours.legend("nats a token")]
     for name, values in maps.items():
@@ -183,7 +187,7 @@ def significance_section(content: ReportContent) -> str:
 
 def _agreement(maps: dict[str, np.ndarray]) -> str:
     if len(maps) < 2:
-        return nothing("One dataset only: there is no agreement between datasets to show.")
+        return nothing("One map only: there is no agreement between datasets to show.")
     names = list(maps)
     whole, within = rank_correlations(list(maps.values()))
     tables = [
@@ -212,8 +216,6 @@ def _matrix(names: Sequence[str], values: Float[np.ndarray, "K K"]) -> str:
 
 def bits_section(content: ReportContent) -> str:
     pages = np.asarray(content.baseline_bits)
-    if not pages.size:
-        return nothing("The plan has no experts.")
     if not content.apart:
         return _widths_of("each expert", pages[:, :, 0])
     return _widths_of("each expert's gate and up", pages[:, :, 0]) + _widths_of("each expert's down", pages[:, :, -1])
@@ -290,60 +292,53 @@ def _moved_table(base: np.ndarray, adapted: dict[str, np.ndarray]) -> str:
 
 def channels_section(content: ReportContent) -> str:
     """How unevenly significance is spread over the channel blocks of an expert."""
-    significance = content.channel_significance
+    significance = content.block_significance
     blocks = max((np.shape(s)[2] for s in significance.values()), default=0)
     if blocks < 2:
         return nothing("Experts are not divided into channel blocks, so there is no spread over channels to show.")
     rows = [(name, block_concentration(s)) for name, s in significance.items()]
     caption = (
-        f"Significance of the largest of an expert's {blocks} channel blocks over their mean: 1 is all alike, {blocks} "
-        "is all in one block; the further right, the more widths by block can gain. Dot and number: median over "
-        "experts; box: quartiles; line: 5% to 95%."
+        "Significance of a channel block: predicted loss when that block alone is rounded to 2 bits. Here that of the "
+        f"largest of an expert's {blocks} blocks over their mean: 1 is all alike, {blocks} is all in one block; the "
+        "further right, the more widths by block can gain. Dot and number: median over experts; box: quartiles; line: "
+        "5% to 95%."
     )
     return figure(caption, charts.range_chart(rows, 1.0, f"largest block {TIMES} the mean block"))
 
 
 def monitor_section(content: ReportContent) -> str:
-    kind, parts = kinds(content), []
-    if content.verdicts:
-        lines = []
-        for name, (nearest, score, novel) in content.verdicts.items():
-            right = {("known", True): "false alarm", ("novel", False): "missed"}.get(
-                (kind.get(name, ""), novel), "right"
-            )
-            line = [name, kind.get(name, "not stated"), nearest, "novel" if novel else "known", right]
-            lines.append([*line, number(score, ".2f")])
-        head = [
-            "dataset",
-            "it is",
-            "nearest known",
-            "verdict",
-            "verdict is",
-            "score",
-        ]
-        caption = (
-            "What the monitor said at the end of the first windows of each dataset. Score: how far the routing of the "
-            "last tokens lies beyond that of the nearest known dataset's own windows, over what chance allows: 0 is no "
-            "farther than they are on the mean. Data is novel that was above 1 twice in a row. It is adapted to, and "
-            "so is data whose gain on the first windows is sure, whatever the verdict. Single stretches, which the "
-            "next section shows, can look otherwise."
-        )
-        parts.append(figure(caption, table(head, lines, words=5)))
-    else:
-        parts.append(nothing("The monitor was not asked."))
-    return "".join(parts)
+    kind, lines = kinds(content), []
+    for name, (nearest, score, novel) in content.verdicts.items():
+        right = {("known", True): "false alarm", ("novel", False): "missed"}.get((kind.get(name, ""), novel), "right")
+        line = [name, kind.get(name, "not stated"), nearest, "novel" if novel else "known", right]
+        lines.append([*line, number(score, ".2f")])
+    head = ["dataset", "it is", "nearest known", "verdict", "verdict is", "score"]
+    caption = (
+        "What the monitor said at the end of the first windows of each dataset. Score: how far the routing of the "
+        "last tokens lies beyond that of the nearest known dataset's own windows, over what chance allows: 0 is no "
+        "farther than they are on the mean. Data is novel that was above 1 twice in a row. It is adapted to, and "
+        "so is data whose gain on the first windows is sure, whatever the verdict. Single stretches, which the "
+        "next section shows, can look otherwise."
+    )
+    return figure(caption, table(head, lines, words=5))
 
 
 def facts_section(content: ReportContent) -> str:
     facts = [[name, str(value)] for name, value in content.facts.items()]
     command = element("pre", element("code", text(content.command)))
-    return (table(["fact", "value"], facts, 2, "facts") if facts else "") + element("p", "Made by:") + command
+    parts = [table(["fact", "value"], facts, 2, "facts") if facts else "", element("p", "Made by:"), command]
+    if content.stages:
+        lines = [
+            [name, number(spent.seconds, ".1f"), byte_text(spent.memory if spent.memory is not None else math.nan)]
+            for name, spent in content.stages.items()
+        ]
+        caption = "Time of each stage, and the most memory that the process had until its end."
+        parts.append(figure(caption, table(["stage", "seconds", "peak memory"], lines)))
+    return "".join(parts)
 
 
 def next_section(content: ReportContent) -> str:
     """Commands that go on from here."""
-    if not content.next_steps:
-        return nothing("Nothing was kept to go on with.")
     steps = [
         element("p", text(f"{words}:")) + element("pre", element("code", text(command)))
         for words, command in content.next_steps.items()

@@ -203,6 +203,12 @@ class Description(NamedTuple):
     arrays: Bundle
 
 
+def knowledge_of(description: Description) -> Knowledge:
+    """What calibration left behind for run time."""
+    meta = description.meta
+    return knowledge_from(description.arrays, meta.names, meta.tokens, meta.calibrated, meta.odd)
+
+
 def read_description(folder: Path) -> Description:
     """The checkpoint's JSON and plan; ValueError where they are missing, damaged or of another format."""
     if not folder.is_dir():
@@ -319,7 +325,8 @@ def load(folder: str | Path, mesh: Mesh | None = None) -> QuantizedModel:
 
 def _loaded(folder: Path, mesh: Mesh | None) -> tuple[QuantizedModel, dict[str, str]]:
     """The model, and the digests of its files."""
-    result, meta, config, plan, arrays = read_description(folder)
+    description = read_description(folder)
+    result, meta, config, plan, _ = description
     files = {
         name.removeprefix(f"{SOURCE}/"): result.path(name).read_bytes()
         for name in result.sums
@@ -349,7 +356,7 @@ def _loaded(folder: Path, mesh: Mesh | None) -> tuple[QuantizedModel, dict[str, 
         store=store,
         plan=plan,
         window=meta.window,
-        knowledge=knowledge_from(arrays, meta.names, meta.tokens, meta.calibrated, meta.odd),
+        knowledge=knowledge_of(description),
         files=files,
         spare=meta.spare,
         held=held,

@@ -92,6 +92,12 @@ def _planes_bytes(plan: Plan, meta: Meta) -> int:
     return dataclasses.replace(plan, widths=np.full_like(plan.widths, meta.max_width)).stored_bytes()
 
 
+def memory(folder: Path) -> dict[str, str]:
+    """Bits a weight of a quantized model, and its bytes on the device, in host memory and on disk."""
+    result, meta, config, plan, _ = read_description(folder)
+    return _memory(result, config, plan, meta)
+
+
 def describe(folder: Path) -> dict[str, Any]:
     """What ``dynamo-jax inspect`` shows of a quantized model, without reading its layers."""
     result, meta, config, plan, arrays = read_description(folder)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.spatial.distance
 import scipy.stats
+from made_up_reports import Page
 
 import dynamo_jax
 from dynamo_jax.calibration import pipeline
@@ -111,14 +112,19 @@ def test_eval_writes_the_rows_that_the_readme_promises(run, folder, files, tmp_p
 def test_eval_says_how_far_a_quantized_model_is_from_its_original(run, folder, shallow_folder, files, tmp_path):
     out = tmp_path / "out.json"
     given = ("--novel", f"verse={files / 'verse.txt'}", "--window", "64", "--limit", "4", "--variant", "baseline")
-    logits = tmp_path / "logits"
+    logits, page, task = tmp_path / "logits", tmp_path / "page.html", tmp_path / "task.jsonl"
+    task.write_text(json.dumps({"context": "2 + 2 =", "continuations": [" 4", " five"], "label": 0}))
     code, printed, _ = run(
         *("eval", "--model", folder, *given, "--reference", shallow_folder, "--json", out),
-        *("--reference-logits", logits),
+        *("--reference-logits", logits, "--task", f"four={task}", "--report", page),
     )
     first, row = json.loads(out.read_text())["results"]
     assert code == 0 and f"{row['divergence']['mean']:.5f}" in printed and logits.is_file()
     assert first["variant"] == "reference" and row["tokens"] == 256 and 0 < row["divergence"]["mean"] < 1
+    shown = Page(page.read_text()).text()
+    for words in (f"{row['divergence']['mean']:.5f}", "experts on the device", f"--report {page}", "Tasks", "four"):
+        assert words in shown
+    assert "What the monitor saw" not in shown  # which was not asked
     code, printed, _ = run("eval", "--model", folder, *given, "--reference-logits", logits)
     assert code == 0 and "reference" in printed
     code, _, said = run("eval", "--model", folder, *given, "--reference", folder)
@@ -151,7 +157,8 @@ def test_eval_of_the_bundled_model_is_the_bf16_row(run, files, tmp_path):
 def test_analyze_reports_each_dataset_and_their_divergence(run, files, narrow_folder, tmp_path):
     out = tmp_path / "out.json"
     known = ("--known", f"code={files / 'code.txt'}", "--known", f"verse={files / 'verse.txt'}")
-    code, printed, _ = run("analyze", "--model", narrow_folder, *known, *FAST, "--json", out)
+    page = tmp_path / "page.html"
+    code, printed, _ = run("analyze", "--model", narrow_folder, *known, *FAST, "--json", out, "--report", page)
     assert code == 0 and "code | verse" in printed
     result = json.loads(out.read_text())
     assert set(result["datasets"]) == {"code", "verse"}
@@ -171,12 +178,20 @@ def test_analyze_reports_each_dataset_and_their_divergence(run, files, narrow_fo
     assert set(moved["spans"]["within"]) == {"code", "verse"} and moved["spans"]["tokens"] % 64 == 0
     assert moved["by_chance"]["experts"] == -(-experts // 10) / experts
     assert "NaN" not in out.read_text() and "blocks of one expert" in printed and blocks > 1
+    shown = Page(page.read_text()).text()
+    assert "Which experts matter" in shown and "All results" not in shown and "Bits chosen" not in shown
+    mean = np.mean([values.sum() for values in significance.values()])
+    assert f"{mean:.4f} with 2 bits" in shown
     made, again = tmp_path / "made", tmp_path / "again.json"
     given = ("quantize", "--model", narrow_folder, *known, *FAST, "--quantizer", "rtn", "--out", made)
-    assert run(*given, "--analysis", again)[0] == 0
+    assert run(*given, "--analysis", again, "--report", page)[0] == 0
+    shown = Page(page.read_text()).text()
+    assert "the plan is predicted to lose" in shown and "Bits chosen for the baseline" in shown and "code" in shown
     assert json.loads(again.read_text()) == result  # rounding, as analyze does
     code, _, said = run(*given, "--analysis", tmp_path / "late.json")
     assert code == 0 and "was done already" in said and not (tmp_path / "late.json").exists()
+    assert run(*given, "--report", page)[0] == 0  # of what lies there: datasets are no longer told apart
+    assert "known texts" in Page(page.read_text()).text()
 
 
 @pytest.mark.parametrize("model", ["tiny-moe", "quantized"])
@@ -301,6 +316,10 @@ def bad_inputs(files, folder, tmp_path):
         "name twice": (("quantize", "--known", f"a={code}", "--known", f"a={code}", *out), "given twice"),
         "no model": (("eval", "--model", tmp_path / "nothing", "--known", f"a={code}"), "no such model folder"),
         "nothing to do": (("eval", "--model", "tiny-moe"), "nothing to evaluate"),
+        "report": (
+            ("eval", "--model", folder, "--known", f"a={code}", "--report", tmp_path),
+            "a folder; expected the name",
+        ),
         "variant": (("eval", "--model", "tiny-moe", "--known", f"a={code}", "--variant", "auto"), "--variant auto"),
         "json": (("eval", "--model", folder, "--known", f"a={code}", "--json", tmp_path / "x" / "y"), "no such folder"),
         "window": (("eval", "--model", folder, "--known", f"a={code}", "--window", "9999"), "past the model's"),
@@ -343,7 +362,7 @@ CASES = [
         "taken",
         "no name",
     ),
-    *("name twice", "no model", "nothing to do", "variant", "json", "window", "quantized twice"),
+    *("name twice", "no model", "nothing to do", "variant", "json", "report", "window", "quantized twice"),
     *("empty prompt", "dtype", "top p", "prompt too long", "export of a float", "export to a full folder"),
     "inspect of a truncated",
 ]
