@@ -22,7 +22,8 @@ from lm_eval.api.registry import register_model
 from dynamo_jax.evaluation.likelihood import TOGETHER, Pair, likelihoods
 from dynamo_jax.evaluation.switched import VARIANTS
 from dynamo_jax.generation import continuations, continued, load_text_model
-from dynamo_jax.models.chat import prefix_token, stop_tokens
+from dynamo_jax.models.chat import chat_template as chat_template_of
+from dynamo_jax.models.chat import chat_text, prefix_token, stop_tokens
 from dynamo_jax.models.hub import model_folder
 from dynamo_jax.models.tokenizer import encode
 from dynamo_jax.runtime.generate import GenerateConfig, LanguageModel
@@ -145,8 +146,20 @@ class DynamoJax(TemplateLM):
         """The model where the follower left it."""
         return continued(self._text.model, self._text.follower) if self._text.follower else self._text.model
 
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The model's template, which the harness writes into its results. ValueError: it has none, and one is asked
+        for, or one of several by name."""
+        if not chat_template:
+            return None
+        if isinstance(chat_template, str):
+            raise ValueError(f"--apply_chat_template {chat_template}: names are not known here, only the default one")
+        found = chat_template_of(self._text.files)
+        if found is None:
+            raise ValueError(f"{self.name}: the model has no chat template")
+        return found.source
+
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        raise NotImplementedError("chat templates: prompts of tasks are taken as they stand")
+        return chat_text(self._text.files, chat_history, add_generation_prompt)
 
     def get_model_info(self) -> dict[str, Any]:
         """What goes into the results: the variant, and what the run time saw and did."""

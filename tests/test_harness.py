@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 pytest.importorskip("lm_eval")
@@ -17,6 +18,9 @@ from dynamo_jax.harness import DynamoJax  # noqa: E402
 from dynamo_jax.models.bundled import BUNDLED  # noqa: E402
 from dynamo_jax.storage import checkpoint  # noqa: E402
 
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }} {% endfor %}" + (
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 TEXTS = ["The cat sat on the mat. ", "def main(x):\n    return", "Was ist das? "]
 
 
@@ -29,20 +33,24 @@ def ours():
     return DynamoJax("tiny-moe", batch_size=4)
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
+def harness_model(folder, end, positions):
     """The harness's own model, one sequence at a time: together, its router decides otherwise where two experts are
     all but equal."""
     pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
 
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special | {"chat_template": TEMPLATE}))
+    return HFLM(str(folder), device="cpu", dtype="float32", batch_size=1, max_length=positions)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     for file in BUNDLED.iterdir():
         if file.is_file():
             (folder / file.name).write_bytes(file.read_bytes())
-    special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special))
-    return HFLM(str(folder), device="cpu", dtype="float32", batch_size=1, max_length=256)
+    return harness_model(folder, "<|endoftext|>", 256)
 
 
 def test_log_likelihoods_are_those_of_the_harness(ours, theirs):
@@ -68,6 +76,40 @@ def test_greedy_generations_are_those_of_the_harness(ours, theirs):
     own = ours.generate_until(instances("generate_until", *asked))
     assert own == theirs.generate_until(instances("generate_until", *asked))
     assert not any("\n" in text or " of" in text for text in own)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_random_models_of_other_lineages_are_as_likely_as_in_the_harness(
+    family, family_model, tokenizer_file, tmp_path
+):
+    family_model(family).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    theirs = harness_model(tmp_path, "w0", 64)
+    ours = DynamoJax(str(tmp_path), batch_size=2)
+    assert ours.max_length >= 64
+    words = [f" w{i}" for i in np.random.default_rng(0).integers(1, 61, 60)]
+    pairs = [
+        ("".join(words[i : i + n]).strip(), "".join(words[40 : 40 + n // 3])) for i, n in ((0, 6), (3, 9), (1, 30))
+    ]
+    for (a, b), (c, d) in zip(
+        ours.loglikelihood(instances("loglikelihood", *pairs)), theirs.loglikelihood(instances("loglikelihood", *pairs))
+    ):
+        assert a == pytest.approx(c, abs=1e-3) and b == d
+    asked = [(context, {"until": [], "max_gen_toks": 8, "do_sample": False}) for context, _ in pairs]
+    own = [text.lstrip() for text in ours.generate_until(instances("generate_until", *asked))]
+    assert own == theirs.generate_until(instances("generate_until", *asked)) and all(own)  # which drops a blank before
+
+
+def test_a_chat_is_asked_as_the_harness_asks_it(theirs, ours, monkeypatch):
+    chat = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4, since"}]
+    with pytest.raises(ValueError, match="tiny-moe: the model has no chat template"):
+        ours.chat_template(True)
+    monkeypatch.setitem(ours._text.files, "chat_template.jinja", TEMPLATE.encode())
+    assert ours.chat_template(True) == theirs.chat_template(True) == TEMPLATE and ours.chat_template() is None
+    for some, answering in ((chat[:1], True), (chat, False), (chat, True)):
+        assert ours.apply_chat_template(some, answering) == theirs.apply_chat_template(some, answering)
+    with pytest.raises(ValueError, match="tool: names are not known here"):
+        ours.chat_template("tool")
 
 
 def test_generation_needs_room(ours):

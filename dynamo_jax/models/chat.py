@@ -114,9 +114,37 @@ def chat_prompts(files: Files, messages: list[str]) -> list[str] | None:
         return None
     special = special_tokens(files)
     try:
-        return template.run(found.source, messages, special)
+        return template.run(found.source, [[user(message)] for message in messages], special)
     except ValueError as error:
         raise ValueError(f"{found.file}: {error} (generate --raw leaves the template out)") from error
+
+
+def user(message: str) -> dict[str, str]:
+    """A message of a user."""
+    return {"role": "user", "content": message}
+
+
+def chat_text(files: Files, messages: template.Chat, answering: bool = True) -> str:
+    """A whole chat in the model's template; answering: with the beginning of an answer, else up to the end of the last
+    message, which the model is to go on with. The template has no limits of time and memory here.
+
+    ValueError: the model has no template, or as of ``chat_prompts``, or one that does not show the last message.
+    """
+    found = chat_template(files)
+    if found is None:
+        raise ValueError("the model has no chat template")
+    try:
+        (text,) = template.rendered(found.source, [messages], special_tokens(files), answering)
+    except ValueError as error:
+        raise ValueError(f"{found.file}: {error}") from error
+    if answering or not messages:
+        return text
+    last = messages[-1]["content"]
+    place = text.rfind(last.strip())
+    if place < 0:
+        raise ValueError(f"{found.file}: the chat template does not show the last message as it is")
+    whole = last.lstrip()
+    return text[:place] + (whole if text.startswith(whole, place) else last.strip())
 
 
 def chat_prompt(files: Files, message: str) -> str | None:

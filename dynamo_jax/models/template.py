@@ -23,6 +23,7 @@ LONGEST = 2**24  # characters that a template may write
 LONGEST_ERROR = 500  # characters of its own words in an error
 MEMORY = 2**30  # bytes of address space
 SECONDS = 5  # of computing
+Chat = list[dict[str, str]]  # what was said in turn: role and content of each message
 WALL_SECONDS = 30  # where the machine is busy, or has no limit of computing
 CHILD = (
     "import sys, json, runpy; job = json.load(sys.stdin); sys.path[:] = job['path']; "
@@ -41,10 +42,11 @@ class GenerationBlock(jinja2.ext.Extension):
         return jinja2.nodes.Scope(body, lineno=line)
 
 
-def rendered(template: str, messages: list[str], special: dict[str, str]) -> list[str]:
-    """What the template makes of each message of a user, run here, without limits of time and memory.
+def rendered(template: str, chats: list[Chat], special: dict[str, str], answering: bool = True) -> list[str]:
+    """What the template makes of each chat, run here, without limits of time and memory.
 
-    special: tokens by name. ValueError: the template cannot be compiled, fails, or writes more than ``LONGEST``.
+    special: tokens by name; answering: whether the model's answer is to begin at the end. ValueError: the template
+    cannot be compiled, fails, or writes more than ``LONGEST``.
     """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, "jinja2.ext.loopcontrols"]
@@ -52,13 +54,13 @@ def rendered(template: str, messages: list[str], special: dict[str, str]) -> lis
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     environment.filters["tojson"] = _to_json
-    given: dict[str, Any] = {"tools": None, "documents": None, **special, "add_generation_prompt": True}
+    given: dict[str, Any] = {"tools": None, "documents": None, **special, "add_generation_prompt": answering}
     texts = []
     try:
         compiled = environment.from_string(template)
-        for message in messages:
+        for messages in chats:
             parts, size = [], 0
-            for part in compiled.generate(given, messages=[{"role": "user", "content": message}]):
+            for part in compiled.generate(given, messages=messages):
                 size += len(part)
                 if size > LONGEST:
                     raise ValueError(f"it writes more than {LONGEST:,} characters")
@@ -83,11 +85,13 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def run(template: str, messages: list[str], special: dict[str, str]) -> list[str]:
-    """As ``rendered``, in a process with ``MEMORY`` bytes and ``SECONDS`` of computing. ValueError: past them too."""
+def run(template: str, chats: list[Chat], special: dict[str, str]) -> list[str]:
+    """As ``rendered``, of chats to be answered, in a process with ``MEMORY`` bytes and ``SECONDS`` of computing.
+    ValueError: past them too."""
     path = [entry for entry in sys.path if isinstance(entry, str)]
-    limits = {"memory": MEMORY + 16 * sum(map(len, messages)), "seconds": SECONDS}
-    given = {"template": template, "messages": messages, "special": special}
+    said = sum(len(message["content"]) for messages in chats for message in messages)
+    limits = {"memory": MEMORY + 16 * said, "seconds": SECONDS}
+    given = {"template": template, "chats": chats, "special": special}
     job = json.dumps({"path": path, "file": __file__, **limits, **given})
     try:
         ran = subprocess.run(
@@ -122,7 +126,7 @@ def answer(job: dict[str, Any]) -> None:
     """The process's own side: limits, then the job, then what came of it as JSON on standard output."""
     _limit(job["memory"], job["seconds"])
     try:
-        found = json.dumps({"texts": rendered(job["template"], job["messages"], job["special"])})
+        found = json.dumps({"texts": rendered(job["template"], job["chats"], job["special"])})
     except ValueError as error:
         found = json.dumps({"error": str(error)})
     except MemoryError:

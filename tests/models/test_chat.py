@@ -52,13 +52,46 @@ def test_a_template_asks_what_transformers_would(case):
         )[0][0]
         for message in messages
     ]
-    assert template.rendered(SAME[case], messages, special) == want
+    assert template.rendered(SAME[case], [[chat.user(message)] for message in messages], special) == want
 
 
 def test_a_template_in_its_own_process_is_the_same_one():
     source = SAME["generation"] + SAME["tokens"] + SAME["JSON in ASCII"]
-    given = (source, ["hi ö 🙂", "", "\ufffd" * 1000], {"bos_token": "<s>"})
+    chats = [[chat.user(message)] for message in ("hi ö 🙂", "", "\ufffd" * 1000)]
+    given = (source, chats, {"bos_token": "<s>"})
     assert template.run(*given) == template.rendered(*given)
+
+
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}" + (
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("last", ["The answer is", "The answer is ", "  The answer is", ""])
+@pytest.mark.parametrize("content", ["m.content", "m.content | trim"])
+def test_a_chat_of_several_turns_is_what_transformers_makes_of_it(last, content):
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    source = TURNS.replace("m.content", content)
+    messages = [{"role": "system", "content": "Be short."}, chat.user("2 + 2?"), {"role": "assistant", "content": last}]
+
+    def theirs(messages, answering):
+        options = {"add_generation_prompt": answering, "continue_final_message": not answering}
+        return utils.render_jinja_template([messages], chat_template=source, **options)[0][0]
+
+    files = {"chat_template.jinja": source.encode()}
+    assert chat.chat_text(files, messages[:2]) == theirs(messages[:2], True)
+    if last:
+        assert chat.chat_text(files, messages, False) == theirs(messages, False)
+    assert chat.chat_prompt(files, "hi") == chat.chat_text(files, [chat.user("hi")])
+
+
+def test_a_chat_that_cannot_go_on_is_named():
+    with pytest.raises(ValueError, match="the model has no chat template"):
+        chat.chat_text({}, [chat.user("hi")])
+    with pytest.raises(ValueError, match="does not show the last message"):
+        chat.chat_text({"chat_template.jinja": b"no"}, [chat.user("hi")], False)
+    with pytest.raises(ValueError, match="fails: no such role"):
+        chat.chat_text({"chat_template.jinja": b"{{ raise_exception('no such role') }}"}, [chat.user("hi")])
 
 
 ENDLESS = {
@@ -101,7 +134,7 @@ FAILING = {
 @pytest.mark.parametrize("case", FAILING)
 def test_whatever_a_template_raises_is_a_short_error(case):
     with pytest.raises(ValueError, match=r"^the chat template fails: .") as caught:
-        template.rendered(FAILING[case], ["hi"], {})
+        template.rendered(FAILING[case], [[chat.user("hi")]], {})
     assert len(str(caught.value)) < 1000
 
 
