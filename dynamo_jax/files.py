@@ -174,3 +174,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return value
+
+
+def cache_folder(name: str) -> Path:
+    """Where what can be had again is kept: below $XDG_CACHE_HOME, or ~/.cache. ValueError: there is no home folder."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamo_jax" / name
+    except RuntimeError as error:
+        raise ValueError(f"no home folder to keep {name} in ({error}): set XDG_CACHE_HOME") from error

