@@ -19,6 +19,7 @@ from dynamo_jax.models.chat import Files, chat_prompts, stop_tokens
 from dynamo_jax.models.decoder import parameters
 from dynamo_jax.models.huggingface import load_decoder, side_files
 from dynamo_jax.models.stacked import stacked
+from dynamo_jax.models.template import Chat
 from dynamo_jax.models.tokenizer import decode, encode, load_tokenizer, whole_characters
 from dynamo_jax.runtime.generate import Between, GenerateConfig, LanguageModel, check_prompts
 from dynamo_jax.runtime.generate import stream as token_stream
@@ -115,14 +116,15 @@ def load_text_model(
 
 
 def stream(
-    model: TextModel, prompts: Sequence[str], config: GenerateConfig | None = None, chat: bool = True
+    model: TextModel, prompts: Sequence[str | Chat], config: GenerateConfig | None = None, chat: bool = True
 ) -> Iterator[list[str]]:
     """At each step the text that each prompt's continuation has grown by; whole characters only.
 
-    The prompts run as one batch. chat: in the model's chat template, where it has one. The model's stop tokens are
+    The prompts run as one batch. A prompt is a text, or a chat to be answered: its messages, a list of role and content
+    each. chat: texts, too, in the model's chat template, where it has one. The model's stop tokens are
     added to those of ``config``. A model that adapts goes on from call to call: its monitors and its variant are of one
     client's texts (of as many clients as there are prompts). ValueError, at the first step: a prompt without tokens, or
-    with too many.
+    with too many, or a chat for a model without a template.
     """
     config = config or GenerateConfig()
     config = dataclasses.replace(config, stop=(*config.stop, *stop_tokens(model.files)))
@@ -141,19 +143,22 @@ def generate(
     return out
 
 
-def prompts_tokens(model: TextModel, prompts: Sequence[str], chat: bool) -> list[list[int]]:
+def prompts_tokens(model: TextModel, prompts: Sequence[str | Chat], chat: bool) -> list[list[int]]:
     """The ids of all prompts, which are checked; ValueError that names the first that the model cannot take."""
     if isinstance(prompts, str):
         raise ValueError("prompts: expected a list of texts, got one text")
-    asked = _asked(model.files, prompts) if chat else None
-    tokens = [encode(model.tokenizer, text, special=asked is None) for text in asked or prompts]
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    asked = _asked(model.files, prompts) if chat or len(texts) < len(prompts) else None
+    if asked is None and len(texts) < len(prompts):
+        raise ValueError("prompts: a chat, and the model has no chat template")
+    tokens = [encode(model.tokenizer, text, special=asked is None) for text in asked or texts]
     check_prompts(model.model.config, tokens)
     return tokens
 
 
-def _asked(files: Files, prompts: Sequence[str]) -> list[str] | None:
+def _asked(files: Files, prompts: Sequence[str | Chat]) -> list[str] | None:
     """The prompts in the model's chat template, where it has one."""
-    return chat_prompts(files, [whole_characters(prompt) for prompt in prompts])
+    return chat_prompts(files, [whole_characters(p) if isinstance(p, str) else p for p in prompts])
 
 
 def prompt_tokens(tokenizer: tokenizers.Tokenizer, files: Files, text: str, chat: bool) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dynamo_jax.models import template
@@ -104,8 +105,8 @@ def special_tokens(files: Files) -> dict[str, str]:
     return tokens
 
 
-def chat_prompts(files: Files, messages: list[str]) -> list[str] | None:
-    """The texts that ask the model to answer each message; None where the model has no chat template.
+def chat_prompts(files: Files, chats: Sequence[str | template.Chat]) -> list[str] | None:
+    """The texts that ask the model to answer each chat, or each message of a user; None where it has no template.
 
     ValueError, which names the file: it holds no template, or one that fails, does not end or takes too much memory.
     """
@@ -114,7 +115,7 @@ def chat_prompts(files: Files, messages: list[str]) -> list[str] | None:
         return None
     special = special_tokens(files)
     try:
-        return template.run(found.source, [[user(message)] for message in messages], special)
+        return template.run(found.source, [[user(c)] if isinstance(c, str) else c for c in chats], special)
     except ValueError as error:
         raise ValueError(f"{found.file}: {error} (generate --raw leaves the template out)") from error
 
