@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +25,9 @@ from dynamo_jax.commands.options import (
     read_weights,
 )
 from dynamo_jax.commands.several import one_job
+
+if TYPE_CHECKING:
+    from dynamo_jax.calibration.estimate import Estimate
 
 
 def quantize(
@@ -98,16 +102,22 @@ def quantize(
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows a dataset.")] = 32,
     window: WindowOption = 256,
     report: ReportOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take, in bytes and time, and do nothing.")
+    ] = False,
     overwrite: OverwriteOption = False,
     hosts: HostsOption = "",
 ) -> None:
     """Calibrate on the known datasets, choose the experts' widths under the budget, and write the model.
+
+    For example: dynamo-jax quantize --model FOLDER --known wiki=WIKI.txt --known code=CODE.txt --bits 3.0 --out OUT
 
     One layer's weights are in memory at a time. A run that was stopped goes on when it is called again, with as many
     processes as you like.
     """
     from dynamo_jax.calibration.analyses import Analysis
     from dynamo_jax.calibration.config import QuantizeConfig
+    from dynamo_jax.calibration.estimate import estimate
     from dynamo_jax.calibration.pipeline import quantize_folder
     from dynamo_jax.calibration.summary import analyses_json
     from dynamo_jax.files import write_json
@@ -134,6 +144,10 @@ def quantize(
         window=window,
         calibration_windows=windows,
     )
+    if dry_run:
+        texts, folder = read_datasets(known, [])["known"], float_folder(model)
+        print_facts(expected(estimate(folder, texts, settings), out))
+        return
     begin = time.monotonic()
     with one_job(hosts) as (processes, progress):
         texts, folder = read_datasets(known, [])["known"], float_folder(model)
@@ -167,3 +181,25 @@ def quantize(
     print_facts(facts.summary(out))
     print_facts({"time": f"{time.monotonic() - begin:,.0f} seconds", "checkpoint": str(out)})
     print(f"next: dynamo-jax generate --model {shlex.quote(str(out))} --prompt TEXT, or eval with the texts given here")
+
+
+def expected(found: Estimate, out: Path) -> dict[str, str]:
+    """What it would take, in words."""
+    from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
+    from dynamo_jax.storage.facts import bytes_words
+
+    few = f", fewer than the {PRIOR_ROWS} that its own inputs need; more --windows reach more"
+    free = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.is_dir())).free
+    hours, minutes = divmod(round(found.seconds / 60), 60)
+    return {
+        "size": f"{bytes_words(found.before)} before; {bytes_words(found.device)} for the experts and "
+        f"{bytes_words(found.others)} for all else on the device",
+        "host": f"{bytes_words(found.host)} in host memory when it serves",
+        "disk": f"{bytes_words(found.result)} for the result, up to {bytes_words(found.work)} in {out} while it works; "
+        f"{bytes_words(free)} are free" + (": too few" if free < found.work else ""),
+        "calibration": f"{found.tokens:,} tokens, {found.rows:,.0f} for an expert on the mean"
+        + (few if found.rows < PRIOR_ROWS else ""),
+        "time": f"about {f'{hours} h ' if hours else ''}{minutes} min on this machine"
+        if found.seconds >= 90
+        else f"about {found.seconds:.0f} s on this machine",
+    }

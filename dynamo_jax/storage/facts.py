@@ -34,15 +34,15 @@ def summary(folder: Path) -> dict[str, str]:
     description = read_description(folder)
     meta, plan, arrays = description.meta, description.plan, description.arrays
     held = device_bytes(plan, meta.spare).total
-    before = f"{_size(meta.expert_bytes + meta.other_bytes)} before; " if meta.expert_bytes else ""
-    rest = f", {_size(meta.other_bytes)} for all else" if meta.other_bytes else ""
+    before = f"{bytes_words(meta.expert_bytes + meta.other_bytes)} before; " if meta.expert_bytes else ""
+    rest = f", {bytes_words(meta.other_bytes)} for all else" if meta.other_bytes else ""
     bits = f"{8 * held / num_weights(plan):.2f} bits a weight"
     predicted = float(plan.chosen(arrays["block_errors"]).sum())
     few = (arrays["counts"].sum(axis=0) < PRIOR_ROWS).sum()
     return {
-        "size": f"{before}{_size(held)} for the experts ({bits}){rest} on the device",
-        "host": f"{_size(_planes_bytes(plan, meta))} in host memory, {_size(description.result.size())} on disk: all "
-        "planes, so that precision can move",
+        "size": f"{before}{bytes_words(held)} for the experts ({bits}){rest} on the device",
+        "host": f"{bytes_words(_planes_bytes(plan, meta))} in host memory, "
+        f"{bytes_words(description.result.size())} on disk: all planes, so that precision can move",
         "loss": f"{predicted:.4f} nats a token more than unquantized, predicted for the known datasets",
         "experts": f"{few} of {arrays['counts'][0].size} had fewer than {PRIOR_ROWS} calibration tokens"
         + (f"; {_remedy(description)}" if few else ""),
@@ -63,7 +63,8 @@ def _source(plan: Plan, meta: Meta) -> dict[str, str]:
     return {"source": f"experts: {meta.expert_format}, {bits:.2f} bits a weight{said}"}
 
 
-def _size(number: float) -> str:
+def bytes_words(number: float) -> str:
+    """In the unit that reads best."""
     for unit in ("bytes", "KiB", "MiB"):
         if number < 1000:
             return f"{number:,.3g} {unit}"

@@ -17,6 +17,7 @@ from made_up_reports import Page
 import dynamo_jax
 from dynamo_jax.calibration import pipeline
 from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.estimate import estimate
 from dynamo_jax.commands import app as cli
 from dynamo_jax.commands.console import fact_words
 from dynamo_jax.models.bundled import BUNDLED
@@ -141,6 +142,22 @@ def test_quantize_asks_for_what_its_settings_would(monkeypatch, files, shallow_f
     for more in ((), ("--novelty-weight", "0.25")):
         cli.app(["quantize", "--model", str(shallow_folder), *known, *more], standalone_mode=False)
     assert asked == [QuantizeConfig(), QuantizeConfig(novelty_weight=0.25)]
+
+
+def test_a_dry_run_says_what_it_would_take_and_does_nothing(run, folder, shallow_folder, files, tmp_path):
+    known = ("--known", f"code={files / 'code.txt'}", "--known", f"sums={files / 'sums.txt'}")
+    out = tmp_path / "out"
+    given = ("quantize", "--model", shallow_folder, *known, *FAST, "--quantizer", "rtn", "--out", out)
+    code, printed, _ = run(*given, "--dry-run")
+    said = dict(line.split(None, 1) for line in printed.splitlines())
+    assert code == 0 and not out.exists() and "are free" in said["disk"] and said["time"].startswith("about ")
+    real = facts.summary(folder)
+    assert said["host"].split(" in ")[0] == real["host"].split(" in ")[0]
+    assert "512 tokens, 43 for an expert" in said["calibration"] and "--windows" in said["calibration"]
+    found = estimate(shallow_folder, {"code": (files / "code.txt").read_text()}, QuantizeConfig(window=64))
+    assert abs(found.result / sum(p.stat().st_size for p in folder.iterdir() if p.is_file()) - 1) < 0.05
+    code, _, said = run(*given, "--dry-run", "--bits", "1.5")
+    assert code == 2 and "is too small" in said
 
 
 def test_the_version_is_that_of_the_package(run):
