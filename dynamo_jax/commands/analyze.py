@@ -37,6 +37,8 @@ def analyze(
 ) -> None:
     """Show which experts matter on which dataset: routing, divergence, predicted loss at each width.
 
+    For example: dynamo-jax analyze --model FOLDER --known wiki=WIKI.txt --known code=CODE.txt --report report.html
+
     quantize --analysis FILE writes the same of the planes that it makes, in its own pass.
     """
     from dynamo_jax.calibration.config import QuantizeConfig

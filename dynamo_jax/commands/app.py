@@ -41,7 +41,6 @@ def show_version(asked: bool) -> None:
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Dynamic mixed precision for mixture-of-experts language models. Start with: dynamo-jax demo",
 )

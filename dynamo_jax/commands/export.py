@@ -24,7 +24,10 @@ def export(
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Write a quantized model as a Hugging Face folder with dequantized bfloat16 experts."""
+    """Write a quantized model as a Hugging Face folder with dequantized bfloat16 experts.
+
+    For example: dynamo-jax export --model quantized --out hf-folder
+    """
     from dynamo_jax.storage.export import export as run
 
     with progress_bar() as progress:

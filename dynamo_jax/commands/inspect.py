@@ -17,7 +17,10 @@ def inspect(
         bool, typer.Option("--check", help="Read every file of a quantized model and compare it with its digest.")
     ] = False,
 ) -> None:
-    """Show what a model folder holds, from headers alone: family, sizes, bytes, what is or would be quantized."""
+    """Show what a model folder holds, from headers alone: family, sizes, bytes, what is or would be quantized.
+
+    For example: dynamo-jax inspect --model quantized --check
+    """
     from dynamo_jax.models import huggingface
     from dynamo_jax.models.hub import model_folder
     from dynamo_jax.storage import checkpoint, facts

@@ -13,7 +13,7 @@ ANY = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_na
 def lm_eval(context: typer.Context) -> None:
     """Run lm_eval, of lm-evaluation-harness, with the model dynamo_jax: all arguments are its own.
 
-    For example: --model dynamo_jax --model_args model=FOLDER,variant=auto --tasks arc_easy
+    For example: dynamo-jax lm-eval --model dynamo_jax --model_args model=FOLDER,variant=auto --tasks arc_easy
     """
     try:
         import lm_eval as _  # noqa: F401

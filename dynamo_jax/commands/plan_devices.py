@@ -28,7 +28,10 @@ def plan_devices(
     ] = 0.15,
     json: JsonOption = None,
 ) -> None:
-    """Say how many devices serve a model, and what lies on each: planes, slots, the rest, the cache."""
+    """Say how many devices serve a model, and what lies on each: planes, slots, the rest, the cache.
+
+    For example: dynamo-jax plan-devices --model FOLDER --bits 3.0 --chip v5e
+    """
     from dynamo_jax.files import write_json
     from dynamo_jax.models import huggingface
     from dynamo_jax.models.hub import model_folder

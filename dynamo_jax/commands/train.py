@@ -16,7 +16,10 @@ def train(
         Path | None, typer.Option(help="Checkpoint folder whose weights and tokenizer a new run begins with.")
     ] = None,
 ) -> None:
-    """Train a small mixture-of-experts decoder and write it as a Hugging Face folder, OUT/model."""
+    """Train a small mixture-of-experts decoder and write it as a Hugging Face folder, OUT/model.
+
+    For example: dynamo-jax train --config tiny_moe --corpus corpus --out run (docs/training.md has the corpus)
+    """
     from dynamo_jax.settings import find_preset, load_toml
     from dynamo_jax.training import TrainConfig
     from dynamo_jax.training import train as run
