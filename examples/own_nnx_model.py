@@ -1,6 +1,6 @@
 """A mixture of experts of one's own in thirty lines of Flax NNX, quantized, watched, adapted, saved and loaded.
 
-    python examples/own_model.py
+    python examples/own_nnx_model.py
 
 It is trained on bytes of three kinds of text, 300 steps by default, analysed on two of them, and meets the third.
 """
