@@ -53,25 +53,10 @@ def evaluate(
     positions, an unknown variant, no tokenizer, a reference of another vocabulary or with fewer positions, a file of
     other windows, or that is missing without a reference.
     """
-    texts = [(n, kind, t) for kind, named in (("known", known), ("novel", novel)) for n, t in (named or {}).items()]
-    if not texts:
-        raise ValueError("nothing to evaluate: no known and no novel text")
-    if twice := (known or {}).keys() & (novel or {}).keys():
-        raise ValueError(f"{min(twice)}: a text of that name is known, and one is novel")
     config = config or EvalConfig()
-    config.check(model.config)
-    vocabulary = model.config.vocab_size
     names = _checked_variants(model, variants)
-    if isinstance(model, QuantizedModel):
-        data = [
-            make_dataset(n, kind, t, model.tokenizer, config, calibrated_windows(model, n, t, config), vocabulary)
-            for n, kind, t in texts
-        ]
-    elif tokenizer is None:
-        raise ValueError("tokenizer: an unquantized model does not bring its own, so one has to be given")
-    else:
-        data = [make_dataset(n, kind, t, tokenizer, config, vocab_size=vocabulary) for n, kind, t in texts]
-    exact = _exact(data, vocabulary, config, reference, reference_logits, progress)
+    data = datasets_of(model, known, novel, config, tokenizer)
+    exact = references_of(data, model.config.vocab_size, config, reference, reference_logits, progress)
     beside = {d.name: reference_row(d, exact[d.name], config.batch) for d in data if d.name in exact}
     compared_with = {name: own for name, (_, own) in beside.items()}
     rows: list[Row] = []
@@ -88,15 +73,40 @@ def evaluate(
     return rows, adaptations
 
 
-def _exact(
+def datasets_of(
+    model: QuantizedModel | Decoder,
+    known: Mapping[str, str] | None,
+    novel: Mapping[str, str] | None,
+    config: EvalConfig,
+    tokenizer: tokenizers.Tokenizer | None = None,
+) -> list[Dataset]:
+    """The windows of texts that a model is judged on, as ``evaluate`` takes them apart. ValueError: as of that."""
+    texts = [(n, kind, t) for kind, named in (("known", known), ("novel", novel)) for n, t in (named or {}).items()]
+    if not texts:
+        raise ValueError("nothing to evaluate: no known and no novel text")
+    if twice := (known or {}).keys() & (novel or {}).keys():
+        raise ValueError(f"{min(twice)}: a text of that name is known, and one is novel")
+    config.check(model.config)
+    vocabulary = model.config.vocab_size
+    if isinstance(model, QuantizedModel):
+        return [
+            make_dataset(n, kind, t, model.tokenizer, config, calibrated_windows(model, n, t, config), vocabulary)
+            for n, kind, t in texts
+        ]
+    if tokenizer is None:
+        raise ValueError("tokenizer: an unquantized model does not bring its own, so one has to be given")
+    return [make_dataset(n, kind, t, tokenizer, config, vocab_size=vocabulary) for n, kind, t in texts]
+
+
+def references_of(
     data: list[Dataset],
     vocabulary: int,
     config: EvalConfig,
     reference: Decoder | LayerSource | None,
-    file: Path | None,
-    progress: Progress,
+    file: Path | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, Exact | Likeliest]:
-    """What the reference makes of each dataset's windows."""
+    """What the reference makes of each dataset's windows, by name. file: as ``reference_logits`` of ``evaluate``."""
     windows = {d.name: d.rest for d in data}
     if file is not None and file.exists():
         return dict(read_references(file, windows, vocabulary))
@@ -151,6 +161,22 @@ def evaluate_tasks(
     comes first. A row is compared with the one before it, document by document. dtype: of all but quantized experts.
     ValueError: as of ``evaluate``, no task, a task without documents, a continuation of no tokens.
     """
+    found, events = score_tasks(model, tasks, config, variants, tokenizer, prefix, reference, dtype, progress)
+    return [row for task, of_task in found.items() for row in compared(task, of_task)], events
+
+
+def score_tasks(
+    model: QuantizedModel | Decoder,
+    tasks: Mapping[str, Sequence[Document]],
+    config: EvalConfig | None = None,
+    variants: Sequence[str] = (),
+    tokenizer: tokenizers.Tokenizer | None = None,
+    prefix: int | None = None,
+    reference: Decoder | None = None,
+    dtype: Any = jnp.float32,
+    progress: Progress = no_progress,
+) -> tuple[dict[str, dict[str, Scores]], dict[str, list[Event]]]:
+    """As ``evaluate_tasks``, the scores of each document in place of rows: by task, then by variant."""
     if not tasks:
         raise ValueError("nothing to evaluate: no task")
     if empty := [name for name, documents in tasks.items() if not documents]:
@@ -188,4 +214,4 @@ def evaluate_tasks(
             ready = LanguageModel(config=model.config, parameters=arrays, dtype=dtype)
             for task, documents in tasks.items():
                 found[task][name] = scores(ready, tokenizer, documents, prefix, None, progress)
-    return [row for task, of_task in found.items() for row in compared(task, of_task)], events
+    return found, events
