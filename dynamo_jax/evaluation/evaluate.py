@@ -17,6 +17,7 @@ from dynamo_jax.evaluation.switched import VARIANTS, Adaptation, calibrated_wind
 from dynamo_jax.evaluation.tasks import Scores, TaskRow, compared, scores
 from dynamo_jax.evaluation.uniform import UNIFORM, evaluate_uniform, reference_row, uniform_parameters
 from dynamo_jax.models.chat import prefix_token
+from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, parameters
 from dynamo_jax.models.sources import DecoderSource, LayerSource
 from dynamo_jax.progress import Progress, no_progress
@@ -55,7 +56,14 @@ def evaluate(
     """
     config = config or EvalConfig()
     names = _checked_variants(model, variants)
-    data = datasets_of(model, known, novel, config, tokenizer)
+    calibrated: dict[str, int] = {}
+    if isinstance(model, QuantizedModel):
+        tokenizer = model.tokenizer
+        texts = {**(known or {}), **(novel or {})}
+        calibrated = {name: calibrated_windows(model, name, text, config) for name, text in texts.items()}
+    if tokenizer is None:
+        raise ValueError("tokenizer: an unquantized model does not bring its own, so one has to be given")
+    data = datasets_of(known, novel, config, model.config, tokenizer, calibrated)
     exact = references_of(data, model.config.vocab_size, config, reference, reference_logits, progress)
     beside = {d.name: reference_row(d, exact[d.name], config.batch) for d in data if d.name in exact}
     compared_with = {name: own for name, (_, own) in beside.items()}
@@ -74,28 +82,25 @@ def evaluate(
 
 
 def datasets_of(
-    model: QuantizedModel | Decoder,
     known: Mapping[str, str] | None,
     novel: Mapping[str, str] | None,
     config: EvalConfig,
-    tokenizer: tokenizers.Tokenizer | None = None,
+    model: ModelConfig,
+    tokenizer: tokenizers.Tokenizer,
+    calibrated: Mapping[str, int],
 ) -> list[Dataset]:
-    """The windows of texts that a model is judged on, as ``evaluate`` takes them apart. ValueError: as of that."""
+    """The windows of texts that a model is judged on; calibrated: of a text, the windows to leave out.
+
+    ValueError: as of ``evaluate``.
+    """
     texts = [(n, kind, t) for kind, named in (("known", known), ("novel", novel)) for n, t in (named or {}).items()]
     if not texts:
         raise ValueError("nothing to evaluate: no known and no novel text")
     if twice := (known or {}).keys() & (novel or {}).keys():
         raise ValueError(f"{min(twice)}: a text of that name is known, and one is novel")
-    config.check(model.config)
-    vocabulary = model.config.vocab_size
-    if isinstance(model, QuantizedModel):
-        return [
-            make_dataset(n, kind, t, model.tokenizer, config, calibrated_windows(model, n, t, config), vocabulary)
-            for n, kind, t in texts
-        ]
-    if tokenizer is None:
-        raise ValueError("tokenizer: an unquantized model does not bring its own, so one has to be given")
-    return [make_dataset(n, kind, t, tokenizer, config, vocab_size=vocabulary) for n, kind, t in texts]
+    config.check(model)
+    size = model.vocab_size
+    return [make_dataset(n, kind, t, tokenizer, config, calibrated.get(n, 0), size) for n, kind, t in texts]
 
 
 def references_of(
@@ -195,7 +200,9 @@ def score_tasks(
         arrays = {name: a.astype(dtype) for name, a in parameters(reference).items()}
         exact = LanguageModel(config=reference.config, parameters=arrays, dtype=dtype)
         for task, documents in tasks.items():
-            found[task]["reference"] = scores(exact, tokenizer, documents, prefix, None, progress)
+            found[task]["reference"] = scores(
+                exact, tokenizer, documents, prefix, None, _of_task(progress, task, "reference")
+            )
         del arrays, exact
     if isinstance(model, QuantizedModel):
         host, state = init(model)
@@ -204,8 +211,8 @@ def score_tasks(
             for name in names:
                 host, state = whole(host, begun(state, 1))
                 follower = Follower(model, host, state, config.batch, config.reads) if name == "auto" else None
-                now = dataclasses.replace(ready, state=state)
-                found[task][name] = scores(now, tokenizer, documents, prefix, follower, progress)
+                now, told = dataclasses.replace(ready, state=state), _of_task(progress, task, name)
+                found[task][name] = scores(now, tokenizer, documents, prefix, follower, told)
                 if follower:
                     host, state, events[task] = follower.host, follower.state, follower.events
     else:
@@ -213,5 +220,10 @@ def score_tasks(
             arrays = {key: a.astype(dtype) for key, a in uniform_parameters(model, name).items()}
             ready = LanguageModel(config=model.config, parameters=arrays, dtype=dtype)
             for task, documents in tasks.items():
-                found[task][name] = scores(ready, tokenizer, documents, prefix, None, progress)
+                found[task][name] = scores(ready, tokenizer, documents, prefix, None, _of_task(progress, task, name))
     return found, events
+
+
+def _of_task(progress: Progress, task: str, variant: str) -> Progress:
+    """A stage for each task and variant."""
+    return lambda _, done, of: progress(f"{task}, {variant}", done, of)

@@ -1,0 +1,178 @@
+"""A recipe run from the command line: its figures are those of eval, and its exit code says whether it is reached."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+import dynamo_jax
+from dynamo_jax.commands import app
+from dynamo_jax.evaluation.perplexity import EvalConfig
+from dynamo_jax.texts.demo import KINDS
+from dynamo_jax.texts.fetched import EVALUATION_SETS, FLAX_SOURCES, opened
+
+RECIPE = """
+model = "tiny-moe"
+budgets = [3.4, 4.5]
+uniform = [3]
+tasks = ["mine={folder}/rows.jsonl"]
+documents = 9
+waiting = "a machine of this test"
+[known]
+code = "{folder}/code.txt"
+[judged]
+code = "{folder}/sums.txt"
+[novel]
+verse = "{folder}/verse.txt"
+[quantize]
+quantizer = "rtn"
+window = 64
+calibration_windows = 4
+[evaluate]
+window = 64
+limit = 4
+adaptation_windows = 4
+[[thresholds]]
+budget = 4.5
+variant = "auto"
+measure = "recovery"
+on = "novel"
+least = 0.5
+[[published]]
+method = "theirs"
+bits = 3.0
+on = "mine"
+measure = "accuracy"
+value = 0.25
+variant = "gptq3"
+source = "a table"
+"""
+FAILS = """[[thresholds]]
+variant = "gptq3"
+measure = "agreement"
+on = "known"
+most = 0.01
+"""
+
+
+@pytest.fixture
+def folder(texts, tmp_path):
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    row = {"context": "Tom has", "continuations": [" apples", " a river"], "label": 0}
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row | {"label": i % 2}) for i in range(8)))
+    (tmp_path / "reached.toml").write_text(RECIPE.format(folder=tmp_path))
+    (tmp_path / "missed.toml").write_text(RECIPE.format(folder=tmp_path) + FAILS)
+    return tmp_path
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """Call ``dynamo-jax bench``; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dynamo-jax", "bench", *map(str, arguments)])
+        code = 0
+        try:
+            app.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.usefixtures("quick_compilation_here")
+def test_a_recipe_is_reached_or_missed_and_its_figures_are_those_of_eval(bench, folder, narrow_folder, texts):
+    given = ("--model", narrow_folder, "--json", folder / "out.json")
+    code, printed, said = bench(folder / "missed.toml", *given, "--documents", "4", "--keep", folder / "kept")
+    assert code == 1, said
+    assert "failed" in printed and "passed" in printed and "waiting for a machine of this test" in printed
+    assert "baseline 3.4" in printed and "theirs" in printed
+    missed = json.loads((folder / "out.json").read_text())
+    code, printed, said = bench(folder / "reached.toml", *given, "--documents", "4", "--keep", folder / "kept")
+    assert code == 0 and "failed" not in printed
+    assert f"{folder / 'kept' / '3.4-bits'}: done already" in said
+    found = json.loads((folder / "out.json").read_text())
+    assert found["results"] == missed["results"] and found["tasks"] == missed["tasks"]  # the same figures each time
+
+    variants = [("bf16", None), ("gptq3", None)] + [(v, b) for b in (3.4, 4.5) for v in ("baseline", "auto")]
+    places = [(r["dataset"], r["variant"], r["budget"]) for r in found["results"]]
+    assert places == [(name, *variant) for name in ("code", "verse") for variant in variants]
+    assert [(r["task"], r["variant"], r["budget"]) for r in found["tasks"]] == [("mine", *v) for v in variants]
+    assert {r["documents"] for r in found["tasks"]} == {4}  # of the option, not the recipe's 9
+    assert (found["recipe"]["model"], found["waiting"]) == (str(narrow_folder), "a machine of this test")
+    assert found["made_by"].keys() == {"dynamo_jax", "jax"} and found["seconds"] > 0
+
+    own = {place: r for place, r in zip(places, found["results"])}
+    exact, auto = own["verse", "bf16", None], own["verse", "auto", 4.5]
+    [threshold] = found["thresholds"]
+    assert threshold["passed"] and threshold["value"] == pytest.approx(exact["perplexity"] / auto["perplexity"])
+    accuracy = next(r["accuracy"] for r in found["tasks"] if r["variant"] == "gptq3")
+    assert [p["ours"] for p in found["published"]] == [accuracy]
+    assert not next(t for t in missed["thresholds"] if t["variant"] == "gptq3")["passed"]
+
+    loaded = dynamo_jax.load(folder / "kept" / "4.5-bits")
+    settings = EvalConfig(window=64, limit=4, adaptation_windows=4)
+    rows, _ = dynamo_jax.evaluate(loaded, {"code": texts["sums"]}, {"verse": texts["verse"]}, settings)
+    for row in rows:
+        assert own[row.dataset, row.variant, 4.5]["nll"] == pytest.approx(row.nll, rel=1e-6)
+    model, tokenizer = dynamo_jax.load_decoder(narrow_folder), dynamo_jax.load_tokenizer(narrow_folder)
+    rows, _ = dynamo_jax.evaluate(model, None, {"verse": texts["verse"]}, settings, tokenizer=tokenizer)
+    assert exact["nll"] == pytest.approx(rows[0].nll, rel=1e-5)
+
+
+@pytest.mark.usefixtures("quick_compilation_here")
+def test_without_a_folder_to_keep_models_in_the_figures_are_the_same(bench, folder, narrow_folder):
+    text = RECIPE.format(folder=folder).replace("[3.4, 4.5]", "[4.5]")
+    (folder / "one.toml").write_text(text.replace("uniform = [3]", "").split("[[published]]")[0])
+    found = []
+    for more in ((), ("--keep", folder / "kept")):
+        code, printed, said = bench(folder / "one.toml", "--model", narrow_folder, "--json", folder / "one.json", *more)
+        assert code == 0, said
+        assert "baseline 4.5" not in printed  # of one budget
+        found.append(json.loads((folder / "one.json").read_text()))
+    assert found[0]["results"] == found[1]["results"] and found[0]["tasks"] == found[1]["tasks"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"code.txt": "missing.txt"}, r"missing\.txt: no such file"),
+        ({"{folder}/code.txt": "demo:cod"}, "demo:cod: no such kind of text; there are encyclopedic"),
+        ({"rows.jsonl": "none.jsonl"}, r"none\.jsonl: no such file"),
+        ({"mine={folder}/rows.jsonl": "mine"}, "task mine: known are hellaswag", ),
+        ({"window = 64\nlimit": "window = 6400\nlimit"}, "window 6400 is past the model's 256 positions"),
+        ({"3.4, 4.5": "1.0"}, "the budget, bits 1, is too small"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_before_any_long_work(bench, folder, narrow_folder, changes, message):
+    text = RECIPE.split("[[thresholds]]")[0]
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "own.toml").write_text(text.format(folder=folder))
+    code, printed, said = bench(folder / "own.toml", "--model", narrow_folder)
+    assert code == 2 and not printed
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(said)
+
+
+def test_a_recipe_that_there_is_not_names_those_that_there_are(bench):
+    code, _, said = bench("tiny")
+    assert code == 2 and "presets are gpt_oss_20b, mixtral_8x7b, olmoe_1b_7b" in said
+
+
+@pytest.mark.slow
+def test_the_bundled_models_recipe_is_reached(bench, tmp_path):
+    try:
+        opened(EVALUATION_SETS).close()
+        opened(FLAX_SOURCES).close()
+    except ValueError as error:
+        pytest.skip(f"the texts of the demo are not to be had: {error}")
+    code, _, said = bench("tiny_moe", "--json", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert code == 0, (said, found["thresholds"])
+    assert {r["dataset"] for r in found["results"]} <= set(KINDS) and not found["waiting"]
