@@ -1,12 +1,12 @@
-# make demo: environment, install, the main job. make test: environment, test extra, tests. make faults: killed
-# processes, full disks and the like, minutes.
+# make demo: environment, install, the main job. make bench: a recipe and its thresholds (RECIPE=tiny_moe).
+# make test: environment, test extra, tests. make faults: killed processes, full disks and the like, minutes.
 # make fuzz: twenty times as many damaged files as in make test, from another seed: make fuzz FUZZ_SEED=7
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test slow faults fuzz lint
+.PHONY: demo bench test slow faults fuzz lint
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ $(VENV)/test.stamp: $(BIN)/python pyproject.toml
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/dynamo-jax demo --overwrite
+
+bench: $(VENV)/demo.stamp
+	$(BIN)/dynamo-jax bench $(or $(RECIPE),tiny_moe)
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(PYTEST)

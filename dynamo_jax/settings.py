@@ -41,7 +41,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
             filled[key] = from_dict(kind, values, f"{where} [{key}]")
             continue
         if typing.get_origin(hints[key]) is tuple and isinstance(value, list):
-            value = tuple(value)
+            value = _items(hints[key], value, f"{where} [{key}]")
         if not _fits(value, hints[key]):
             expected = hints[key].__name__ if type(hints[key]) is type else hints[key]
             raise ValueError(f"{where}: {key} = {shown(value)}, expected {expected}")
@@ -50,6 +50,14 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
         return cls(**filled)
     except ValueError as error:  # of a dataclass that checks its own values
         raise ValueError(f"{where}: {shortened(str(error), 500)}") from error
+
+
+def _items(hint: Any, values: list[Any], where: str) -> tuple[Any, ...]:
+    """The items of a list; tables become the dataclass that a tuple of any length has."""
+    item = typing.get_args(hint)[0]
+    if not dataclasses.is_dataclass(item):
+        return tuple(values)
+    return tuple(from_dict(item, value, f"{where} {i}") for i, value in enumerate(values, 1))  # type: ignore[arg-type]
 
 
 def _dataclass_of(hint: Any, value: Any) -> type | None:
@@ -87,7 +95,7 @@ def _fits(value: Any, hint: Any) -> bool:
 def find_preset(name: str, kind: str = "") -> Path:
     """The file that ``name`` means: a path, or the short name of a preset that comes with the package.
 
-    kind: the folder of the presets, "" or "train". ValueError names those that there are.
+    kind: the folder of the presets, "", "train" or "recipes". ValueError names those that there are.
     """
     folder = PRESETS / kind
     short = folder / f"{name}.toml"

@@ -38,7 +38,9 @@ def main() -> None:
     rows, found = dj.evaluate(quantized, novel=novel, config=dj.EvalConfig(limit=given.limit), reference=model)
     for row in rows:
         change = f"{row.difference:+.4f} nats a token to {row.reference}" if row.reference else ""
-        print(f"{row.dataset:10} {row.variant:10} {row.device_bits:6.3f} bits  perplexity {row.perplexity:8.3f}  {change}")
+        print(
+            f"{row.dataset:10} {row.variant:10} {row.device_bits:6.3f} bits  perplexity {row.perplexity:8.3f}  {change}"
+        )
     for name, one in found.items():
         print(f"{name}: {'novel' if one.verdict.novel else f'like {one.verdict.nearest}'} to the monitor")
 

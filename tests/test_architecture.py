@@ -41,9 +41,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "harness": {"generation", "evaluation", "runtime", "models"},
     "training": {"models", "files"},
     "demo": {"texts", "storage", "calibration", "evaluation", "report", *RUN_TIME, *LOW},
+    "recipes": {"texts", "calibration", "evaluation", "quant"},
+    "bench": {"recipes", "texts", "storage", "calibration", "evaluation", "report", "models", "runtime", "progress"},
     "commands": {
-        *("commands", "demo", "training", "generation", "harness", "texts", "storage", "calibration", "evaluation"),
-        *("report", "runtime", "models", *LOW),
+        *("commands", "demo", "bench", "recipes", "training", "generation", "harness", "texts", "storage"),
+        *("calibration", "evaluation", "report", "runtime", "models", *LOW),
     },
 }
 FACES = {"__init__", "__main__"}  # hand names on

@@ -12,6 +12,7 @@ from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.demo import DemoConfig
 from dynamo_jax.evaluation.perplexity import EvalConfig
 from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.recipes import Recipe
 from dynamo_jax.settings import find_preset, load_toml
 from dynamo_jax.training import TrainConfig
 
@@ -61,7 +62,7 @@ def test_a_presets_header_says_what_it_is_for(path):
     assert "# Purpose:" in header and "# Command: dynamo-jax" in header
 
 
-@pytest.mark.parametrize("config", [TrainConfig, ModelConfig, QuantizeConfig, EvalConfig, DemoConfig])
+@pytest.mark.parametrize("config", [TrainConfig, ModelConfig, QuantizeConfig, EvalConfig, DemoConfig, Recipe])
 def test_every_setting_is_read_somewhere(config):
     source = "\n".join(p.read_text() for p in (ROOT / "dynamo_jax").rglob("*.py"))
     unread = [f.name for f in dataclasses.fields(config) if not re.search(rf"\.{f.name}\b", source)]

@@ -20,9 +20,13 @@ from dynamo_jax.models.experts import activation_of
 from dynamo_jax.models.huggingface import Source
 from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.precision.plan import expert_plan
+from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
 
 BACKWARD = 3  # times the forward pass, with the pass that is taken again
 PASSES = 2 + BACKWARD  # of what is not an expert: up, down and once more for what experts are given
+
+
+ENOUGH_ROWS = PRIOR_ROWS  # of an expert, from which on its own inputs count for more than its layer's
 
 
 class Estimate(NamedTuple):

@@ -1,5 +1,5 @@
-"""The command line: ``dynamo-jax demo | train | analyze | quantize | eval | generate | export | inspect |
-plan-devices | lm-eval``.
+"""The command line: ``dynamo-jax demo | train | analyze | quantize | eval | bench | generate | export |
+inspect | plan-devices | lm-eval``.
 
 Each command is a module of its own; here they are wired. Bad input is one line on standard error and exit code 2;
 results go to standard output, progress to standard error. Heavy imports happen inside the commands, so that --help
@@ -18,6 +18,7 @@ import typer
 from dynamo_jax import __version__
 from dynamo_jax.commands import (
     analyze,
+    bench,
     demo,
     evaluate,
     export,
@@ -60,6 +61,7 @@ app.command()(train.train)
 app.command()(analyze.analyze)
 app.command()(quantize.quantize)
 app.command(name="eval")(evaluate.evaluate)
+app.command()(bench.bench)
 app.command()(generate.generate)
 app.command()(export.export)
 app.command()(inspect.inspect)

@@ -92,6 +92,35 @@ def print_tasks(rows: list[TaskRow]) -> None:
     rich.console.Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
+def print_published(figures: list[dict[str, Any]]) -> None:
+    """Figures of others beside ours."""
+    table = rich.table.Table(caption="published by others, and ours beside it")
+    left = ("on", "measure", "method", "source", "ours is")
+    for name in ("on", "measure", "method", "bits", "published", "ours", "ours is", "source"):
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    for figure in figures:
+        ours = figure["variant"] if figure["budget"] is None else f"{figure['variant']} {figure['budget']:g}"
+        form = ".2%" if figure["measure"] == "accuracy" else ".2f"
+        words = (figure["on"], figure["measure"], figure["method"], f"{figure['bits']:g}", f"{figure['value']:{form}}")
+        table.add_row(*words, f"{figure['ours']:{form}}", ours, figure["source"])
+    if table.row_count:
+        rich.console.Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def print_thresholds(thresholds: list[dict[str, Any]]) -> None:
+    """What was asked for and what was found."""
+    table = rich.table.Table()
+    for name in ("threshold", "on", "variant", "asked", "found", ""):
+        table.add_column(name, justify="right" if name in ("asked", "found") else "left", no_wrap=True)
+    for one in thresholds:
+        variant = one["variant"] if one["budget"] is None else f"{one['variant']} {one['budget']:g}"
+        asked = f">= {one['least']:g}" if one["least"] is not None else f"<= {one['most']:g}"
+        verdict = "passed" if one["passed"] else "failed"
+        table.add_row(one["measure"], one["on"], variant, asked, f"{one['value']:.4f}", verdict)
+    if table.row_count:
+        rich.console.Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
 def _share(value: float, error: float | None) -> str:
     return f"{value:.2%}" + (f" +- {error:.2%}" if error is not None else "")
 

@@ -29,7 +29,8 @@ KnownOption = Annotated[
         "--known",
         metavar="NAME=FILE",
         help="A dataset of calibration: UTF-8 text, .jsonl or .json (field text), or "
-        "datasets:NAME[,CONFIG[,SPLIT]][:FIELD] of the datasets library. Repeatable.",
+        "datasets:NAME[,CONFIG[,SPLIT]][:FIELD] of the datasets library, or demo:KIND of the demo's texts. "
+        "Repeatable.",
     ),
 ]
 NovelOption = Annotated[
@@ -84,8 +85,7 @@ def load_float(model: str) -> Any:
 
 def read_datasets(known: list[str], novel: list[str]) -> dict[str, dict[str, str]]:
     """The texts of all NAME=FILE arguments, read before any long work."""
-    from dynamo_jax.texts.library import PREFIX, read_library
-    from dynamo_jax.texts.reading import read_text
+    from dynamo_jax.texts.sources import read_source
 
     texts: dict[str, dict[str, str]] = {"known": {}, "novel": {}}
     seen = set()
@@ -97,23 +97,15 @@ def read_datasets(known: list[str], novel: list[str]) -> dict[str, dict[str, str
             if name in seen:
                 raise ValueError(f"--{kind} {item}: the name {name} is given twice")
             seen.add(name)
-            texts[kind][name] = read_library(path) if path.startswith(PREFIX) else read_text(path)
+            texts[kind][name] = read_source(path)
     return texts
 
 
 def read_tasks(given: list[str], limit: int | None) -> dict[str, list[Document]]:
     """The documents of all NAME=FILE arguments and names of sets, read before any long work."""
-    from dynamo_jax.texts.tasks import read_set, read_task
+    from dynamo_jax.texts.tasks import read_tasks as read
 
-    tasks: dict[str, list[Document]] = {}
-    for item in given:
-        name, separator, path = item.partition("=")
-        if not name or (separator and not path):
-            raise ValueError(f"--task {item}: expected NAME=FILE, or the name of a set")
-        if name in tasks:
-            raise ValueError(f"--task {item}: the name {name} is given twice")
-        tasks[name] = read_task(path)[:limit] if separator else read_set(name, limit=limit)
-    return tasks
+    return read(given, limit, where="--task ")
 
 
 def read_weights(items: list[str]) -> dict[str, float]:

@@ -185,10 +185,10 @@ def quantize(
 
 def expected(found: Estimate, out: Path) -> dict[str, str]:
     """What it would take, in words."""
-    from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
+    from dynamo_jax.calibration.estimate import ENOUGH_ROWS
     from dynamo_jax.storage.facts import bytes_words
 
-    few = f", fewer than the {PRIOR_ROWS} that its own inputs need; more --windows reach more"
+    few = f", fewer than the {ENOUGH_ROWS} that its own inputs need; more --windows reach more"
     free = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.is_dir())).free
     hours, minutes = divmod(round(found.seconds / 60), 60)
     return {
@@ -198,7 +198,7 @@ def expected(found: Estimate, out: Path) -> dict[str, str]:
         "disk": f"{bytes_words(found.result)} for the result, up to {bytes_words(found.work)} in {out} while it works; "
         f"{bytes_words(free)} are free" + (": too few" if free < found.work else ""),
         "calibration": f"{found.tokens:,} tokens, {found.rows:,.0f} for an expert on the mean"
-        + (few if found.rows < PRIOR_ROWS else ""),
+        + (few if found.rows < ENOUGH_ROWS else ""),
         "time": f"about {f'{hours} h ' if hours else ''}{minutes} min on this machine"
         if found.seconds >= 90
         else f"about {found.seconds:.0f} s on this machine",

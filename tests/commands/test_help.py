@@ -22,7 +22,9 @@ def test_each_command_has_an_example_with_options_that_there_are(name):
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     used = [word for word in words if word.startswith("--")]
     assert used and (name == "lm-eval" or set(used) <= known)
-    required = {parameter.opts[0] for parameter in command.params if parameter.required}
+    required = {
+        parameter.opts[0] for parameter in command.params if parameter.required and parameter.opts[0][:2] == "--"
+    }
     assert required <= set(used)
 
 

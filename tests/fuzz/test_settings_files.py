@@ -13,6 +13,7 @@ from fuzz.judge import Case, count, judge, outcome, seeded
 from fuzz.tensors import ODD_FILES
 
 from dynamo_jax.demo import DemoConfig
+from dynamo_jax.recipes import Recipe
 from dynamo_jax.settings import find_preset, load_toml
 from dynamo_jax.training import TrainConfig
 
@@ -20,6 +21,7 @@ NAME = "settings.toml"
 KINDS: dict[str, tuple[type, Path]] = {
     "demo": (DemoConfig, find_preset("demo")),
     "train": (TrainConfig, find_preset("tiny_moe", "train")),
+    "recipe": (Recipe, find_preset("olmoe_1b_7b", "recipes")),
 }
 ODD = (  # as TOML writes them
     *("nan", "inf", "-inf", "-1", "0", "1", "2", "7", "0.5", "-0.0", "1e308", "1e-320", "true", '""', '"x"', "[]"),

@@ -1,0 +1,1 @@
+"""Recipes: named runs of `dynamo-jax bench`."""
