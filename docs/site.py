@@ -2,7 +2,8 @@
 
 1. The commands' help, read from typer, stands in reference/commands.md in place of its marker.
 2. A drawing is put into its page, so that its colours follow the page's light or dark mode.
-3. A file of the repository that a page links to is copied beside the pages, so that no link is dead.
+3. A file of the repository that a page links to is copied beside the pages, so that no link is dead. Of a link to a
+   text outside of the pages the words stay.
 4. In docstrings and help, the name of a page becomes a link to it.
 """
 
@@ -18,7 +19,7 @@ from mkdocs.structure.files import File
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 COMMANDS = "<!-- commands -->"
-OUTSIDE = re.compile(r"\]\(((?:\.\./)+[^)#\s]+)((?:#[^)]*)?)\)")
+OUTSIDE = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)#\s]+)\)")
 NAMED = re.compile(r"docs/([a-z0-9/-]+)\.md")
 
 
@@ -33,7 +34,8 @@ def on_files(files: Any, config: Any) -> Any:
     wanted = set()
     for page in files.documentation_pages():
         links = OUTSIDE.findall(Path(page.abs_src_path).read_text())
-        wanted |= {found for link, _ in links if (found := from_root(page.src_uri, link))}
+        found = {from_root(page.src_uri, link) for _, link in links}
+        wanted |= {path for path in found if path and path.suffix != ".md"}
     for path in sorted(wanted):
         files.append(File.generated(config, f"files/{path.as_posix()}", abs_src_path=str(ROOT / path)))
     return files
@@ -43,10 +45,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     here = posixpath.dirname(page.file.src_uri)
 
     def moved(found: re.Match[str]) -> str:
-        path = from_root(page.file.src_uri, found[1])
+        path = from_root(page.file.src_uri, found[2])
         if path is None:
             return found[0]
-        return f"]({posixpath.relpath(f'files/{path.as_posix()}', here or '.')}{found[2]})"
+        if path.suffix == ".md":  # no page of the site, and its own links would be dead here
+            return found[1]
+        return f"[{found[1]}]({posixpath.relpath(f'files/{path.as_posix()}', here or '.')})"
 
     markdown = OUTSIDE.sub(moved, markdown)
     return markdown.replace(COMMANDS, commands()) if COMMANDS in markdown else markdown
@@ -90,4 +94,4 @@ def row(option: Any) -> str:
     default = option.default
     shown = "required" if option.required else "" if default in (None, False, []) else f"`{default}`"
     cells = (f"`{', '.join(option.opts)}{metavar}`", shown, option.help)
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    return "| " + " | ".join(re.sub(r"([|\[\]])", r"\\\1", cell).replace("\n", " ") for cell in cells) + " |"
