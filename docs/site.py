@@ -91,7 +91,6 @@ def commands() -> str:
 def row(option: Any) -> str:
     """One option as a row of a table."""
     metavar = f" {option.metavar}" if option.metavar else ""
-    default = option.default
-    shown = "required" if option.required else "" if default in (None, False, []) else f"`{default}`"
-    cells = (f"`{', '.join(option.opts)}{metavar}`", shown, option.help)
-    return "| " + " | ".join(re.sub(r"([|\[\]])", r"\\\1", cell).replace("\n", " ") for cell in cells) + " |"
+    shown = "required" if option.required else f"`{option.default}`" if option.default else ""
+    help_ = re.sub(r"([|\[\]])", r"\\\1", " ".join(option.help.split()))
+    return f"| `{', '.join(option.opts)}{metavar}` | {shown} | {help_} |"
