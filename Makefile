@@ -1,12 +1,13 @@
 # make demo: environment, install, the main job. make bench: a recipe and its thresholds (RECIPE=tiny_moe).
 # make test: environment, test extra, tests. make faults: killed processes, full disks and the like, minutes.
+# make docs: the site, into site/.
 # make fuzz: twenty times as many damaged files as in make test, from another seed: make fuzz FUZZ_SEED=7
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo bench test slow faults fuzz lint
+.PHONY: demo bench test slow faults fuzz lint docs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +19,10 @@ $(VENV)/demo.stamp: $(BIN)/python pyproject.toml
 
 $(VENV)/test.stamp: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/docs.stamp: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 demo: $(VENV)/demo.stamp
@@ -42,3 +47,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell README.md CONTRIBUTING.md docs
+
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
