@@ -40,6 +40,7 @@ def files(texts, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_own_text(narrow_folder, files):
     given = ["--known", f"code={files / 'code'}", "--novel", f"verse={files / 'verse'}"]
     said = printed_by("own_text.py", "--model", narrow_folder, *given, "--windows", 2, "--limit", 2)
@@ -52,6 +53,7 @@ def test_own_step_is_compiled_once_whatever_is_switched(folder, files):
     assert "the step was compiled 1 time(s)" in said and "at variants [0 0]" in said
 
 
+@pytest.mark.slow
 def test_serve(folder):
     said = printed_by("serve.py", "--model", folder, "--prompt", "def f(", "--prompt", "1 +", "--max-tokens", 4)
     assert said.startswith("> def f(") and "variant in use: 0" in said
@@ -63,6 +65,7 @@ def test_tasks(folder, shallow_folder):
     assert "mine: auto" in said and "the run time switched 0 time(s)" in said
 
 
+@pytest.mark.slow
 def test_pod(folder):
     said = printed_by("pod.py", "--model", folder, "--emulate", 4, "--mesh", "1x4", "--max-tokens", 2)
     assert said.startswith("4 devices: experts in 4 parts, their blocks in 1")

@@ -36,20 +36,13 @@ from flax import nnx
 from own_models import Model, nll as loss, top_k
 rng = np.random.default_rng(0)
 wiki_batches, code_batches = ([jnp.asarray(rng.integers(0, 50, (8, 33))) for _ in range(2)] for _ in range(2))
-model = Model(nnx.Rngs(0))
-"""
-DECODING = """
-from dynamo_jax.models.decoder import with_parameters
-config, quantized = model.model.config, dj.load("FOLDER")
-parts, model = model, quantized
-tokens, mask = jnp.zeros((8, 1), jnp.int32), jnp.ones((8, 1), bool)
+model = Model(nnx.Rngs(0), blocks=((6, 32), (6, 32)))
 """
 PRELUDES = {
     "README.md": SMALL + OWN + WINDOWS,
     "index.md": SMALL,
     "package.md": SMALL,
     "serving.md": SMALL + "text = text_b * 9\n",
-    "transform.md": OWN,
 }
 QUICK = ("README.md", "serving.md")  # the others are among the slow tests
 
@@ -89,5 +82,6 @@ def test_the_blocks_of_a_page_run(name, folder, tmp_path):
 
 def test_pages_with_blocks_are_all_run():
     with_blocks = {page.name for page in PAGES if blocks(page)}
-    continued = {"howto.md", "scale.md", "pod.md"}  # parts of programs: examples/own_step.py and examples/pod.py run
+    # parts of programs; whole ones are examples/own_step.py, examples/pod.py and examples/own_nnx_model.py
+    continued = {"howto.md", "scale.md", "pod.md", "transform.md"}
     assert with_blocks <= PRELUDES.keys() | continued
