@@ -44,7 +44,7 @@ PRELUDES = {
     "package.md": SMALL,
     "serving.md": SMALL + "text = text_b * 9\n",
 }
-QUICK = ("README.md", "serving.md")  # the others are among the slow tests
+QUICK = ("README.md",)  # the others are among the slow tests
 
 
 def blocks(page: Path) -> list[str]:
