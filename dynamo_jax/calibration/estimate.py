@@ -13,7 +13,7 @@ import numpy as np
 
 from dynamo_jax.calibration.analyses import known_windows
 from dynamo_jax.calibration.config import QuantizeConfig, check_shapes, settled
-from dynamo_jax.calibration.experts import Routed, portions
+from dynamo_jax.calibration.experts import PORTIONS, Routed, portions
 from dynamo_jax.calibration.layers import LayerJob, outputs_and_drafts, quantized_and_measured
 from dynamo_jax.models.config import ExpertSizes, ModelConfig
 from dynamo_jax.models.experts import activation_of
@@ -24,8 +24,6 @@ from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
 
 BACKWARD = 3  # times the forward pass, with the pass that is taken again
 PASSES = 2 + BACKWARD  # of what is not an expert: up, down and once more for what experts are given
-
-
 ENOUGH_ROWS = PRIOR_ROWS  # of an expert, from which on its own inputs count for more than its layer's
 
 
@@ -80,9 +78,8 @@ def _seconds(model: ModelConfig, config: QuantizeConfig, tokens: int, rows: floa
     """others: weights of what is no expert, which take as long a product as experts' do."""
     sizes = model.expert_sizes
     together = len(portions(sizes)[0].experts)
-    count = min(
-        sizes.experts, 8 * together if together > 1 else 1
-    )  # a layer whose portions are as large as the model's
+    # a layer whose portions are as large as the model's
+    count = min(sizes.experts, PORTIONS * together) if together > 1 else 1
     job, routed = _drawn(model, sizes._replace(layers=1, experts=count), config, max(1, round(rows)))
     emphasis = np.broadcast_to(np.array(config.emphasis, np.float32), (count, 2 if job.apart else 1, 3))
     importance = np.ones(len(routed.x), np.float32)
