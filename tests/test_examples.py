@@ -59,6 +59,7 @@ def test_serve(folder):
     assert said.startswith("> def f(") and "variant in use: 0" in said
 
 
+@pytest.mark.slow
 def test_tasks(folder, shallow_folder):
     assert re.search(r"mine: rtn2 +[0-9.]+% of 4 documents  [-+][0-9.]+% to bf16", printed_by("tasks.py"))
     said = printed_by("tasks.py", "--model", folder, "--reference", shallow_folder)

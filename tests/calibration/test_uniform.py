@@ -11,10 +11,16 @@ from dynamo_jax.evaluation.reference import exact_states
 from dynamo_jax.evaluation.uniform import evaluate_float, uniform_parameters
 from dynamo_jax.models.config import ExpertSizes
 from dynamo_jax.models.decoder import expert_parameter_names, parameters
+from dynamo_jax.models.huggingface import load_decoder
 from dynamo_jax.models.sources import DecoderSource
 from dynamo_jax.texts.windows import token_windows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def model(narrow_folder):
+    return load_decoder(narrow_folder)
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +29,11 @@ def windows(shallow, texts):
 
 
 @pytest.fixture(scope="module")
-def found(shallow, windows):
-    return uniform_gptq(DecoderSource(shallow[0]), windows[:6], (2, 8), 64, batch_size=4)
+def found(model, windows):
+    return uniform_gptq(DecoderSource(model), windows[:6], (2, 8), 64, batch_size=4)
 
 
-def test_gptq_is_nearer_than_rounding_on_what_it_saw(shallow, windows, found):
-    model = shallow[0]
+def test_gptq_is_nearer_than_rounding_on_what_it_saw(model, windows, found):
     data = Dataset("code", "known", windows[:1], windows[:6])
     exact = exact_states(DecoderSource(model), data.rest, 3)
 
@@ -40,8 +45,8 @@ def test_gptq_is_nearer_than_rounding_on_what_it_saw(shallow, windows, found):
     assert 0 < 20 * at[8] < at[2] < rounded
 
 
-def test_every_expert_is_on_its_grid(shallow, found):
-    names, exact = expert_parameter_names(shallow[0].config), parameters(shallow[0])
+def test_every_expert_is_on_its_grid(model, found):
+    names, exact = expert_parameter_names(model.config), parameters(model)
     assert set(found[2]) == set(found[8]) == set(names)
     for name in names:
         assert found[2][name].shape == exact[name].shape

@@ -15,6 +15,7 @@ import scipy.stats
 from made_up_reports import Page
 
 import dynamo_jax
+from dynamo_jax.calibration import estimate as estimates
 from dynamo_jax.calibration import pipeline
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.estimate import estimate
@@ -144,7 +145,7 @@ def test_quantize_asks_for_what_its_settings_would(monkeypatch, files, shallow_f
     assert asked == [QuantizeConfig(), QuantizeConfig(novelty_weight=0.25)]
 
 
-def test_a_dry_run_says_what_it_would_take_and_does_nothing(run, folder, shallow_folder, files, tmp_path):
+def test_a_dry_run_says_what_it_would_take_and_does_nothing(run, folder, shallow_folder, files, tmp_path, monkeypatch):
     known = ("--known", f"code={files / 'code.txt'}", "--known", f"sums={files / 'sums.txt'}")
     out = tmp_path / "out"
     given = ("quantize", "--model", shallow_folder, *known, *FAST, "--quantizer", "rtn", "--out", out)
@@ -154,6 +155,7 @@ def test_a_dry_run_says_what_it_would_take_and_does_nothing(run, folder, shallow
     real = facts.summary(folder)
     assert said["host"].split(" in ")[0] == real["host"].split(" in ")[0]
     assert "512 tokens, 43 for an expert" in said["calibration"] and "--windows" in said["calibration"]
+    monkeypatch.setattr(estimates, "_seconds", lambda *_: 1.0)  # measured once, above
     found = estimate(shallow_folder, {"code": (files / "code.txt").read_text()}, QuantizeConfig(window=64))
     assert abs(found.result / sum(p.stat().st_size for p in folder.iterdir() if p.is_file()) - 1) < 0.05
     code, _, said = run(*given, "--dry-run", "--bits", "1.5")

@@ -49,10 +49,16 @@ def pairs(count, rng):
     return [Pair(rng.integers(0, 64, a).tolist(), rng.integers(0, 64, b).tolist()) for a, b in sizes]
 
 
+@nnx.jit
+def every_logit(decoder, ids):
+    return decoder(ids[None])[0][0]
+
+
 def alone(decoder, pair):
-    """By the definition, from all logits of the sequence."""
+    """By the definition, from all logits of the sequence. What is after it changes none of them."""
     ids = [*pair.context, *pair.continuation]
-    logits = np.asarray(decoder(jnp.asarray([ids]))[0][0], np.float64)
+    filled = np.pad(ids, (0, CONFIG.max_position_embeddings + 1 - len(ids)))
+    logits = np.asarray(every_logit(decoder, filled)[: len(ids)], np.float64)
     logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
     places = range(len(pair.context), len(ids))
     return sum(logits[i - 1, ids[i]] for i in places), all(logits[i - 1].argmax() == ids[i] for i in places)

@@ -130,7 +130,7 @@ def test_logits_and_monitors_are_those_of_one_device(model, shape):
     alike(ran(model, state, tokens_of(2)), beside_one_device(model, host, tokens_of(2)))
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4), pytest.param((4, 2), marks=pytest.mark.slow)], ids=str)
 def test_few_experts_are_split_by_their_blocks(few_experts, shape):
     placement = placement_of(few_experts, shape)
     assert (placement.experts, placement.blocks) == (("data",), ("model",)) if shape == (2, 4) else placement.blocks
@@ -232,7 +232,7 @@ def test_switching_and_adapting_compile_nothing_and_move_no_array(model, compila
     assert count.compiled == 0 and not moved(begun, state)
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [pytest.param((2, 4), marks=pytest.mark.slow), (1, 2)], ids=str)
 def test_generation_that_adapts_writes_what_one_device_writes(model, shape):
     """Texts, events and plans; five prompts do not divide over two devices, and every one has them all then."""
     signatures = model.knowledge.signatures

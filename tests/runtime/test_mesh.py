@@ -61,6 +61,7 @@ def check_alike(one, first, second):
     assert [e[:4] for e in first["events"]] == [e[:4] for e in one["events"]]
 
 
+@pytest.mark.slow
 def test_two_processes_generate_and_adapt_as_one(tokenizer_file, tmp_path):
     """The same texts, events and plans, and each holds the planes of its own experts alone; what is wrong on one is an
     error on both, after which they go on."""
