@@ -1,0 +1,144 @@
+"""The README's picture, of rows of benchmarks/adaptation.py: loss over memory, switched and not.
+
+    python benchmarks/picture.py [--rows benchmarks/results/adaptation.json] [--out docs/drawings/loss.svg]
+
+A panel for each deployment; a line for each method, a point for each budget: the mean of the far kinds of text. Right:
+bits a weight that the device holds. Up: nats a token lost against bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynamo_jax.files import write_text
+from dynamo_jax.report.charts import ticks
+
+HERE = Path(__file__).parent
+METHODS = {  # in the order of the key; the class of a line says how it is drawn
+    "uniform": "all experts alike (GPTQ)",
+    "static-known": "a plan for known text",
+    "static": "dynamo_jax, not switched",
+    "adapted": "switched, no more bytes a token",
+    "adapted-reads1.3": "switched, 1.3 times the bytes a token",
+}
+DEPLOYMENTS = {"prose": "calibrated on English prose", "technical": "calibrated on code, sums and prose"}
+WIDTH, HEIGHT, GAP = 330, 250, 40  # of a panel, and between two
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 40, 44  # margins inside a panel
+STYLE = """
+    svg.drawing { --ink: #24292f; --soft: #6e7781; --grid: #d0d7de; --own: #0550ae; --more: #1a7f37; --peer: #bc4c00; }
+    @media (prefers-color-scheme: dark) {
+      svg.drawing { --ink: #e6edf3; --soft: #9aa4ae; --grid: #30363d; --own: #79c0ff; --more: #7ee787; --peer: #ffa657; }
+    }
+    .drawing text { fill: var(--ink); font: 13px system-ui, sans-serif; }
+    .drawing .name { font-weight: 700; font-size: 14px; }
+    .drawing .soft { fill: var(--soft); }
+    .drawing .grid { stroke: var(--grid); stroke-width: 1; }
+    .drawing path { fill: none; stroke-width: 2.5; }
+    .drawing .uniform { stroke: var(--peer); stroke-dasharray: 2 4; }
+    .drawing .static-known { stroke: var(--soft); stroke-dasharray: 7 4; }
+    .drawing .static { stroke: var(--ink); }
+    .drawing .adapted { stroke: var(--own); }
+    .drawing .adapted-reads1-3 { stroke: var(--more); stroke-dasharray: 10 3; }
+"""
+
+
+def means(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Deployment -> method -> (device bits, excess loss) of each budget, means of its far kinds."""
+    found: dict[str, dict[str, dict[float, list[tuple[float, float]]]]] = {}
+    for row in rows:
+        if row["far"] and row["method"] in METHODS:
+            budgets = found.setdefault(row["deployment"], {}).setdefault(row["method"], {})
+            budgets.setdefault(row["budget"], []).append((row["device_bits"], row["excess_nll"]))
+    return {
+        name: {
+            method: sorted({(float(x), float(y)) for x, y in (np.mean(points, axis=0) for points in by.values())})
+            for method, by in methods.items()
+        }
+        for name, methods in found.items()
+    }
+
+
+def panel(
+    name: str, lines: dict[str, list[tuple[float, float]]], loss: tuple[float, float], bits: tuple[float, float]
+) -> str:
+    """One deployment. loss, bits: the least and the most of all panels."""
+
+    def x(value: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (value - bits[0]) / (bits[1] - bits[0])
+
+    def y(value: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - loss[0]) / (loss[1] - loss[0])
+
+    parts = [f'<text class="name" x="{LEFT}" y="20">{DEPLOYMENTS.get(name, name)}</text>']
+    for tick in ticks(*loss):
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(f'<text class="soft" x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for tick in ticks(*bits):
+        parts.append(
+            f'<text class="soft" x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>'
+        )
+    parts.append(f'<text class="soft" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">bits a weight</text>')
+    for method in [m for m in METHODS if m in lines]:
+        points = lines[method]
+        way = " L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points)
+        title = "; ".join(f"{a:.2f} bits: {b:+.4f}" for a, b in points)
+        parts.append(f'<path class="{_class(method)}" d="M{way}"><title>{METHODS[method]}: {title}</title></path>')
+    return "\n".join(parts)
+
+
+def _class(method: str) -> str:
+    return method.replace(".", "-")
+
+
+def picture(rows: list[dict[str, Any]]) -> str:
+    """The SVG. ValueError: no rows of far kinds."""
+    found = means(rows)
+    points = [point for lines in found.values() for line in lines.values() for point in line]
+    if not points:
+        raise ValueError("no rows of far kinds to draw")
+    bits = min(x for x, _ in points), max(x for x, _ in points)
+    bits = (bits[0] - 0.05, bits[1] + 0.05)
+    loss = min(0.0, *(y for _, y in points)), 1.05 * max(y for _, y in points)
+    names = [name for name in DEPLOYMENTS if name in found]
+    shown = [m for m in METHODS if any(m in lines for lines in found.values())]
+    width, below = len(names) * (WIDTH + GAP) - GAP, HEIGHT + 16
+    height = below + 22 * len(shown)
+    said = "; ".join(
+        f"{DEPLOYMENTS[name]}, {METHODS[m]}: " + ", ".join(f"{b:+.3f} at {a:.2f} bits" for a, b in found[name][m])
+        for name in names
+        for m in shown
+        if m in found[name]
+    )
+    parts = [
+        f'<svg class="drawing" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        'aria-label="Loss over memory">',
+        "<title>Loss over memory</title>",
+        f"<desc>Nats a token lost against bfloat16, on text far from what was calibrated. {said}.</desc>",
+        f"<style>{STYLE}</style>",
+    ]
+    for index, name in enumerate(names):
+        parts.append(f'<g transform="translate({index * (WIDTH + GAP)} 0)">{panel(name, found[name], loss, bits)}</g>')
+    for index, method in enumerate(shown):
+        at = below + 22 * index
+        parts.append(f'<path class="{_class(method)}" d="M{LEFT} {at} L{LEFT + 40} {at}"/>')
+        parts.append(f'<text x="{LEFT + 50}" y="{at + 5}">{METHODS[method]}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=Path, default=HERE / "results" / "adaptation.json")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "drawings" / "loss.svg")
+    arguments = parser.parse_args()
+    write_text(arguments.out, picture(json.loads(arguments.rows.read_text())["results"]))
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
