@@ -33,7 +33,8 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 10, 40, 44  # margins inside a panel
 STYLE = """
     svg.drawing { --ink: #24292f; --soft: #6e7781; --grid: #d0d7de; --own: #0550ae; --more: #1a7f37; --peer: #bc4c00; }
     @media (prefers-color-scheme: dark) {
-      svg.drawing { --ink: #e6edf3; --soft: #9aa4ae; --grid: #30363d; --own: #79c0ff; --more: #7ee787; --peer: #ffa657; }
+      svg.drawing { --ink: #e6edf3; --soft: #9aa4ae; --grid: #30363d; }
+      svg.drawing { --own: #79c0ff; --more: #7ee787; --peer: #ffa657; }
     }
     .drawing text { fill: var(--ink); font: 13px system-ui, sans-serif; }
     .drawing .name { font-weight: 700; font-size: 14px; }
