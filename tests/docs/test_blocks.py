@@ -28,9 +28,13 @@ WINDOWS = """
 import numpy as np
 windows = np.random.default_rng(0).integers(0, 8192, (2, 33))
 """
-OWN = """
+TESTS = """
 import sys
 sys.path.insert(0, {tests!r})
+"""
+OWN = (
+    TESTS
+    + """
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from own_models import Model, nll as loss, top_k
@@ -38,12 +42,101 @@ rng = np.random.default_rng(0)
 wiki_batches, code_batches = ([jnp.asarray(rng.integers(0, 50, (8, 33))) for _ in range(2)] for _ in range(2))
 model = Model(nnx.Rngs(0), blocks=((6, 32), (6, 32)))
 """
-PRELUDES = {
-    "README.md": SMALL + OWN + WINDOWS,
-    "index.md": SMALL,
-    "package.md": SMALL,
-    "serving.md": SMALL + "text = text_b * 9\n",
+)
+STEP = """
+import jax, jax.numpy as jnp
+import dynamo_jax as dj
+model = dj.load("quantized")
+tokens = jnp.zeros((2, 64), jnp.int32)
+"""
+STEPPED = """
+from dynamo_jax.models.decoder import new_cache
+tokens, mask = jnp.zeros((8, 4), jnp.int32), jnp.ones((8, 4), bool)
+logits, state, cache = step(parameters, state, tokens, mask, new_cache(model.config, 8, 16, jnp.float32))
+assert logits.shape[:2] == (8, 4)
+"""
+HOSTS = """
+import os
+os.mkdir("hosts")
+os.chdir("hosts")
+os.symlink("../narrow", "FOLDER")
+texts = {"code": open("../A.txt").read()}
+config = dj.QuantizeConfig(quantizer="rtn", window=64, calibration_windows=2)
+"""
+LARGER = TESTS + """
+from small_decoders import decoder_config
+config = decoder_config(
+    vocab_size=64, hidden_size=256, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, max_position_embeddings=40
+)
+"""
+THEIRS = """
+import numpy as np
+from own_models import top_k
+
+class MoELayer(nnx.Module):
+    def __init__(self, rngs):
+        def weight(*shape):
+            return nnx.Param(jax.random.normal(rngs.params(), shape) * 0.2)
+        self.gate_proj, self.up_proj, self.down_proj = weight(6, 32, 16), weight(6, 32, 16), weight(6, 16, 32)
+        self.router = nnx.Linear(32, 6, rngs=rngs)
+        self.experts_per_tok = 2
+    def __call__(self, x):
+        ids, gates = top_k(self.router(x), self.experts_per_tok)
+        h = jnp.einsum("btd,edf->btef", x, self.gate_proj[...])
+        h = jax.nn.silu(h) * jnp.einsum("btd,edf->btef", x, self.up_proj[...])
+        y = jnp.einsum("btef,efd->bted", h, self.down_proj[...])
+        return jnp.einsum("bted,bte->btd", y, (jax.nn.one_hot(ids, 6) * gates[..., None]).sum(axis=2))
+
+class Attention(nnx.Module):
+    def __init__(self, rngs):
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nnx.Linear(32, 32, rngs=rngs) for _ in range(4))
+    def __call__(self, x):
+        return self.o_proj(jax.nn.dot_product_attention(*(p(x)[:, :, None] for p in (
+            self.q_proj, self.k_proj, self.v_proj)), is_causal=True)[:, :, 0])
+
+class Block(nnx.Module):
+    def __init__(self, rngs, mlp):
+        self.attn, self.mlp = Attention(rngs), mlp
+    def __call__(self, x):
+        x = x + self.attn(x)
+        return x + self.mlp(x)
+
+class Model(nnx.Module):
+    def __init__(self, rngs, mlp=None):
+        mlp = mlp or (lambda: MoE(nnx.Linear(32, 6, rngs=rngs), nnx.Linear(32, 32, rngs=rngs), *(
+            jax.random.normal(rngs.params(), shape) * 0.2 for shape in ((6, 32, 16), (6, 32, 16), (6, 16, 32)))))
+        self.embed = nnx.Embed(50, 32, rngs=rngs)
+        self.layers = nnx.List([Block(rngs, mlp()) for _ in range(4)])
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.embed.attend(x)
+
+model, theirs = Model(nnx.Rngs(0)), Model(nnx.Rngs(1), lambda: MoELayer(nnx.Rngs(2)))
+rng = np.random.default_rng(0)
+wiki_batches, code_batches, recent = ([jnp.asarray(rng.integers(0, 50, (8, 33))) for _ in range(2)] for _ in range(3))
+tokens = jnp.zeros((8, 32), jnp.int32)
+"""
+LOSS = """
+from own_models import forward, nll as loss
+"""
+RAN = """
+assert step(served, tokens).shape == (8, 32, 50)
+"""
+# what a reader brings to a page, and then to its blocks by their numbers
+PRELUDES: dict[str, dict[int, str]] = {
+    "README.md": {0: SMALL + OWN + WINDOWS},
+    "index.md": {0: SMALL},
+    "package.md": {0: SMALL},
+    "serving.md": {0: SMALL + "text = text_b * 9\n"},
+    "howto.md": {0: STEP},
+    "scale.md": {2: "import jax.numpy as jnp\n" + STEPPED + HOSTS, 3: LARGER},
+    "pod.md": {},
+    "transform.md": {0: TESTS, 2: THEIRS, 3: LOSS, 5: RAN, 6: RAN},
 }
+DEVICES = {"scale.md": 8, "pod.md": 16}
 QUICK = ("README.md",)  # the others are among the slow tests
 
 
@@ -70,18 +163,21 @@ def test_the_blocks_of_a_page_run(name, folder, tmp_path):
     (page,) = [page for page in PAGES if page.name == name and "reference" not in page.parts]
     parts = blocks(page)
     assert parts
-    script = PRELUDES[name].format(tests=str(ROOT / "tests")) + "\n".join(parts)
+    brought = PRELUDES[name]
+    script = "".join(brought.get(number, "") + part for number, part in enumerate(parts))
+    script = script.replace("{tests!r}", repr(str(ROOT / "tests")))
     for file in folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
-    if name in ("index.md", "package.md"):
+    if name in ("index.md", "package.md", "transform.md"):
         (tmp_path / "quantized").unlink()  # which the page makes
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    if name in DEVICES:
+        emulated = f" --xla_force_host_platform_device_count={DEVICES[name]}"
+        environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + emulated
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_pages_with_blocks_are_all_run():
     with_blocks = {page.name for page in PAGES if blocks(page)}
-    # parts of programs; whole ones are examples/own_step.py, examples/pod.py and examples/own_nnx_model.py
-    continued = {"howto.md", "scale.md", "pod.md", "transform.md"}
-    assert with_blocks <= PRELUDES.keys() | continued
+    assert with_blocks == set(PRELUDES)
