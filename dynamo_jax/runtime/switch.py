@@ -22,8 +22,6 @@ from jaxtyping import Array, Float, Int
 from dynamo_jax.kernels.arrangements import AnyResident
 from dynamo_jax.kernels.fragments import FragmentResident
 from dynamo_jax.kernels.layout import BasePlanes, PageTable, Resident, dequantize_experts, dequantize_layer, widened
-from dynamo_jax.kernels.quantized_gpu import quantized_experts_gpu
-from dynamo_jax.kernels.quantized_tpu import quantized_experts_tpu
 from dynamo_jax.kernels.quantized_xla import quantized_experts_xla
 from dynamo_jax.kernels.rows import RowOrder, combine_rows, gather_rows, sort_by_expert
 from dynamo_jax.kernels.tiles import TiledResident
@@ -199,9 +197,14 @@ def _kernel_of(resident: AnyResident, form: str) -> Callable[..., Array]:
     if isinstance(resident, Resident):
         return quantized_experts_xla
 
+    # Imported where they run: what they need of Pallas takes a second, on a machine that has neither device, too.
     def kernel(rows: Array, *rest: Any, **own: Any) -> Array:
         if isinstance(resident, TiledResident):
+            from dynamo_jax.kernels.quantized_tpu import quantized_experts_tpu
+
             return quantized_experts_tpu(rows.astype(jnp.bfloat16), *rest, form=form, **own)
+        from dynamo_jax.kernels.quantized_gpu import quantized_experts_gpu
+
         return quantized_experts_gpu(rows.astype(jnp.bfloat16), *rest, **own)
 
     return kernel

@@ -63,13 +63,16 @@ os.symlink("../narrow", "FOLDER")
 texts = {"code": open("../A.txt").read()}
 config = dj.QuantizeConfig(quantizer="rtn", window=64, calibration_windows=2)
 """
-LARGER = TESTS + """
+LARGER = (
+    TESTS
+    + """
 from small_decoders import decoder_config
 config = decoder_config(
     vocab_size=64, hidden_size=256, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, max_position_embeddings=40
 )
 """
+)
 THEIRS = """
 import numpy as np
 from own_models import top_k
