@@ -39,8 +39,9 @@ from dynamo_jax.runtime.mesh import Placement, check_same, fetch, in_order, own_
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.runtime.store import page_counts, places
 
-PRIOR_TOKENS = 64  # of the known datasets, in how often each expert is used
-PRIOR_COST_ROWS = 128  # of the known datasets, in what a row costs at each expert; of its layer's experts, in those
+PRIOR_TOKENS = 128  # of the known datasets, in how often each expert is used
+PRIOR_COST_ROWS = 32  # of the known datasets, in what a row costs at each expert
+LAYER_COST_ROWS = 1024  # of the layer's experts, in what a row of the known datasets costs at each
 
 
 class Observation(NamedTuple):
@@ -230,7 +231,7 @@ def expected(known: Knowledge, seen: Observation) -> Expected:
     """
     tokens, rows, known_rows = float(seen.tokens.sum()), seen.counts.sum(axis=0), known.counts.sum(axis=0)
     use = (rows + PRIOR_TOKENS * known_rows / known.tokens) / (tokens + PRIOR_TOKENS)
-    known_cost = cost_of_row(known.block_errors * known.tokens, known_rows, PRIOR_COST_ROWS)
+    known_cost = cost_of_row(known.block_errors * known.tokens, known_rows, LAYER_COST_ROWS)
     cost = (known.losses(seen.errors) + PRIOR_COST_ROWS * known_cost) / (rows + PRIOR_COST_ROWS)[:, :, None, None]
     return Expected(cost, use)
 
