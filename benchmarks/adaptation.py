@@ -1,6 +1,7 @@
 """What switching wins on text that a deployment was not calibrated for, at equal memory.
 
     python benchmarks/adaptation.py --corpus FOLDER [--budget 3.0] [--deployment prose] [--keep FOLDER] [--json PATH]
+    python benchmarks/adaptation.py --rows benchmarks/results/adaptation.json    # the tables of docs/method.md
 
 FOLDER holds KIND.heldout.txt for each kind of text: docs/training.md says how it is built. The model has seen all kinds
 in training, other documents of them. A deployment is calibrated on three kinds and meets the others. A kind is "far"
@@ -31,6 +32,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,6 +81,7 @@ FAR_BITS = 0.1
 MORE_MEMORY = 1.15
 READS = (1.15, 1.3)
 BATCH = 16
+MEANS = ("device_bits", "bytes_per_token", "bytes_per_step", "excess_nll", "kl", "accuracy")
 
 
 class Text(NamedTuple):
@@ -266,24 +269,49 @@ def line_of(row: dict[str, Any]) -> str:
     )
 
 
+def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A table of means for the far and the near kinds of each deployment and budget, in Markdown."""
+    for (model, name, budget, far), own in grouped(rows).items():
+        kinds = list(dict.fromkeys(r["novel"] for r in own))
+        yield f"\n{model} calibrated on {name}, {budget:g} bits, {'far' if far else 'near'}: {', '.join(kinds)}\n"
+        yield "| method | bits | kB a token | MB a step | excess loss | removed | divergence | removed | accuracy |"
+        yield f"| --- |{' ---: |' * 8}"
+        base = means(own, "static-known")
+        for method in dict.fromkeys(r["method"] for r in own):
+            mean = means(own, method)
+            line = f"| {method} | {mean['device_bits']:.2f} | {mean['bytes_per_token'] / 1e3:.0f} "
+            line += f"| {mean['bytes_per_step'] / 1e6:.2f} | {mean['excess_nll']:+.4f} "
+            line += f"| {1 - mean['excess_nll'] / base['excess_nll']:z.0%} | {mean['kl']:.4f} "
+            yield line + f"| {1 - mean['kl'] / base['kl']:z.0%} | {mean['accuracy']:.2%} |"
+
+
+def grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, str, float, bool], list[dict[str, Any]]]:
+    """The rows of each model, deployment, budget, and of far or of near kinds; the far ones first."""
+    found: dict[tuple[str, str, float, bool], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["deployment"], row["budget"], row["far"]), []).append(row)
+    return dict(sorted(found.items(), key=lambda item: (*item[0][:2], -item[0][2], not item[0][3])))
+
+
+def means(rows: list[dict[str, Any]], method: str) -> dict[str, float]:
+    """Of a method's rows, over their kinds."""
+    own = [r for r in rows if r["method"] == method]
+    return {key: float(np.mean([r[key] for r in own])) for key in MEANS}
+
+
 def marks(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Shares of the divergence and of the excess loss of static-known that each method removes, on the mean of the
     kinds, and what fares worst."""
     out = {}
-    for model, deployment, budget, far in sorted({(r["model"], r["deployment"], r["budget"], r["far"]) for r in rows}):
-        own = [
-            r for r in rows if (r["model"], r["deployment"], r["budget"], r["far"]) == (model, deployment, budget, far)
-        ]
+    for (model, deployment, budget, far), own in grouped(rows).items():
         kinds = sorted({r["novel"] for r in own})
         by = {(r["method"], r["novel"]): r for r in own}
         what = f"{model}, {deployment}, {budget:g} bits, {'far' if far else 'near'} ({len(kinds)} kinds)"
-
-        def mean(method: str, key: str, by: dict = by, kinds: list = kinds) -> float:
-            return float(np.mean([by[method, kind][key] for kind in kinds]))
-
+        base = means(own, "static-known")
         for method in dict.fromkeys(r["method"] for r in own):
+            mean = means(own, method)
             for key in ("kl", "excess_nll"):
-                out[f"{what}: {method} removes of {key}"] = 1 - mean(method, key) / mean("static-known", key)
+                out[f"{what}: {method} removes of {key}"] = 1 - mean[key] / base[key]
         for method in [m for m, _ in by if m.startswith("adapted")]:
             worst = max(by[method, kind]["nll"] - by["static-known", kind]["nll"] for kind in kinds)
             out[f"{what}: most that {method} adds to a kind's perplexity"] = math.expm1(worst)
@@ -297,7 +325,8 @@ def marks(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--corpus", type=Path, required=True, help="folder with KIND.heldout.txt: docs/training.md")
+    parser.add_argument("--corpus", type=Path, help="folder with KIND.heldout.txt: docs/training.md")
+    parser.add_argument("--rows", type=Path, help="print the tables of an earlier run's JSON, and do nothing else")
     parser.add_argument("--model", type=Path, default=BUNDLED, help="a checkpoint folder; the bundled model by default")
     parser.add_argument("--deployment", action="append", choices=list(DEPLOYMENTS), help="both by default")
     parser.add_argument("--budget", type=float, action="append", help=f"bits a weight; {BUDGETS} by default")
@@ -308,6 +337,11 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a folder for finished kinds, from which a stopped run goes on")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.rows:
+        print("\n".join(tables(json.loads(arguments.rows.read_text())["results"])))
+        return
+    if not arguments.corpus:
+        parser.error("--corpus FOLDER or --rows PATH")
     decoder, tokenizer = load_decoder(arguments.model), load_tokenizer(arguments.model)
     params = {name: jnp.asarray(np.asarray(a), jnp.float32) for name, a in parameters(decoder).items()}
     model = Model("tiny-moe" if arguments.model == BUNDLED else arguments.model.name, decoder, tokenizer, params)
@@ -341,6 +375,7 @@ def main() -> None:
                 rows += kept(path, job, run)
                 if arguments.json:  # a run that is stopped leaves the kinds that it ended
                     write_json(arguments.json, {"results": rows, "marks": marks(rows), "jax": jax.__version__})
+    print("\n".join(tables(rows)))
     for what, value in marks(rows).items():
         print(f"{what}: {value:+.1%}")
 

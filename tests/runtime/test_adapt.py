@@ -13,7 +13,6 @@ from dynamo_jax.analysis.statistics import observe
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.experts import ExpertWeights, expert_outputs
-from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.runtime import memory
 from dynamo_jax.runtime.adapt import (
@@ -24,7 +23,6 @@ from dynamo_jax.runtime.adapt import (
     adapted_plan,
     expected,
     observe_windows,
-    saved_by,
 )
 from dynamo_jax.runtime.memory import measuring_bytes, spare_slots
 from dynamo_jax.runtime.quantized import Knowledge
