@@ -31,9 +31,10 @@ DEPLOYMENTS = {"prose": "calibrated on English prose", "technical": "calibrated 
 WIDTH, HEIGHT, GAP = 330, 250, 40  # of a panel, and between two
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 40, 44  # margins inside a panel
 STYLE = """
-    svg.drawing { --ink: #24292f; --soft: #6e7781; --grid: #d0d7de; --own: #0550ae; --more: #1a7f37; --peer: #bc4c00; }
+    svg.drawing { --ink: #24292f; --soft: #6e7781; --paper: #ffffff; --grid: #d0d7de; }
+    svg.drawing { --own: #0550ae; --more: #1a7f37; --peer: #bc4c00; }
     @media (prefers-color-scheme: dark) {
-      svg.drawing { --ink: #e6edf3; --soft: #9aa4ae; --grid: #30363d; }
+      svg.drawing { --ink: #e6edf3; --soft: #9aa4ae; --paper: #0d1117; --grid: #30363d; }
       svg.drawing { --own: #79c0ff; --more: #7ee787; --peer: #ffa657; }
     }
     .drawing text { fill: var(--ink); font: 13px system-ui, sans-serif; }
@@ -41,11 +42,15 @@ STYLE = """
     .drawing .soft { fill: var(--soft); }
     .drawing .grid { stroke: var(--grid); stroke-width: 1; }
     .drawing path { fill: none; stroke-width: 2.5; }
-    .drawing .uniform { stroke: var(--peer); stroke-dasharray: 2 4; }
-    .drawing .static-known { stroke: var(--soft); stroke-dasharray: 7 4; }
+    .drawing circle { fill: var(--paper); stroke-width: 2.5; }
+    .drawing .uniform { stroke: var(--peer) }
+    .drawing path.uniform { stroke-dasharray: 2 4; }
+    .drawing .static-known { stroke: var(--soft) }
+    .drawing path.static-known { stroke-dasharray: 7 4; }
     .drawing .static { stroke: var(--ink); }
     .drawing .adapted { stroke: var(--own); }
-    .drawing .adapted-reads1-3 { stroke: var(--more); stroke-dasharray: 10 3; }
+    .drawing .adapted-reads1-3 { stroke: var(--more) }
+    .drawing path.adapted-reads1-3 { stroke-dasharray: 10 3; }
 """
 
 
@@ -90,6 +95,7 @@ def panel(
         way = " L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points)
         title = "; ".join(f"{a:.2f} bits: {b:+.4f}" for a, b in points)
         parts.append(f'<path class="{_class(method)}" d="M{way}"><title>{METHODS[method]}: {title}</title></path>')
+        parts += [f'<circle class="{_class(method)}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="3"/>' for a, b in points]
     return "\n".join(parts)
 
 
