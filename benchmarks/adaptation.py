@@ -318,8 +318,9 @@ def marks(rows: list[dict[str, Any]]) -> dict[str, float]:
             over = [by[method, kind]["over_the_limit"] for kind in kinds]
             out[f"{what}: {method} reads above its limit, mean"] = float(np.mean(over))
             out[f"{what}: {method} reads above its limit, most"] = max(over)
-        behind = [kind for kind in kinds if by["adapted", kind]["kl"] > by["static-more-memory", kind]["kl"]]
-        out[f"{what}: share of kinds on which adapted is ahead of static-more-memory"] = 1 - len(behind) / len(kinds)
+            ahead = [kind for kind in kinds if by[method, kind]["kl"] < by["static-more-memory", kind]["kl"]]
+            share = len(ahead) / len(kinds)
+            out[f"{what}: share of kinds on which {method} is nearer to bfloat16 than static-more-memory"] = share
     return out
 
 
