@@ -220,7 +220,7 @@ def test_python_on_a_page_can_be_read_and_its_names_are_there(path):
 
 
 def is_ours(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and node.id in ("dj", "dynamo_jax")
+    return isinstance(node, ast.Name) and node.id in ("dj", "djt", "dynamo_jax")
 
 
 def test_pages_count_the_families_that_are_known():
