@@ -20,6 +20,8 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 COMMANDS = "<!-- commands -->"
 OUTSIDE = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)#\s]+)\)")
+EXAMPLE = re.compile(r"\s*For example: (dynamo-jax [^\n(]*?)(?:\.(?= )|(?=\n|$|\())([^\n]*)")
+WIDEST = 70  # characters of a line of code
 NAMED = re.compile(r"docs/([a-z0-9/-]+)\.md")
 
 
@@ -80,12 +82,23 @@ def commands() -> str:
     parts = []
     for name, command in typer.main.get_command(app).commands.items():
         help_ = re.sub(r"(?<!\n)\n(?!\n)", " ", command.help or "")
-        parts += [f"## dynamo-jax {name}", help_]
+        parts += [f"## dynamo-jax {name}", EXAMPLE.sub(example, help_)]
         options = [p for p in command.params if getattr(p, "help", None) and not p.hidden]
         if options:
-            rows = ["| option | default | |", "| --- | --- | --- |", *(map(row, options))]
+            rows = ["| option | default | meaning |", "| --- | --- | --- |", *(map(row, options))]
             parts.append("\n".join(rows))
     return "\n\n".join(parts)
+
+
+def example(found: re.Match[str]) -> str:
+    """The command of a help's example as a block of its own, in lines that a narrow page has room for."""
+    lines = [""]
+    for word in re.split(r" (?=--)", found[1].strip().rstrip(".")):  # an option and its value stay together
+        if len(lines[-1]) + len(word) > WIDEST:
+            lines.append("   ")
+        lines[-1] += f" {word}" if lines[-1] else word
+    rest = found[2].strip()
+    return "\n\n```sh\n" + " \\\n".join(lines) + "\n```\n\n" + rest
 
 
 def row(option: Any) -> str:
