@@ -5,6 +5,7 @@
 3. A file of the repository that a page links to is copied beside the pages, so that no link is dead. Of a link to a
    text outside of the pages the words stay.
 4. In docstrings and help, the name of a page becomes a link to it.
+5. What a page of the reference says to those who read it as a file is left out.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ ROOT = DOCS.parent
 COMMANDS = "<!-- commands -->"
 OUTSIDE = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)#\s]+)\)")
 EXAMPLE = re.compile(r"\s*For example: (dynamo-jax [^\n(]*?)(?:\.(?= )|(?=\n|$|\())([^\n]*)")
+AS_FILE = re.compile(r"^> Read as a file.*\n(?:> .*\n)*\n?", re.MULTILINE)
 WIDEST = 70  # characters of a line of code
 NAMED = re.compile(r"docs/([a-z0-9/-]+)\.md")
 
@@ -54,7 +56,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             return found[1]
         return f"[{found[1]}]({posixpath.relpath(f'files/{path.as_posix()}', here or '.')})"
 
-    markdown = OUTSIDE.sub(moved, markdown)
+    markdown = AS_FILE.sub("", OUTSIDE.sub(moved, markdown))
     return markdown.replace(COMMANDS, commands()) if COMMANDS in markdown else markdown
 
 
