@@ -5,7 +5,8 @@
 3. A file of the repository that a page links to is copied beside the pages, so that no link is dead. Of a link to a
    text outside of the pages the words stay.
 4. In docstrings and help, the name of a page becomes a link to it.
-5. What a page of the reference says to those who read it as a file is left out.
+5. A link whose words are a page's file name gets that page's title.
+6. What a page of the reference says to those who read it as a file is left out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ COMMANDS = "<!-- commands -->"
 OUTSIDE = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)#\s]+)\)")
 EXAMPLE = re.compile(r"\s*For example: (dynamo-jax [^\n(]*?)(?:\.(?= )|(?=\n|$|\())([^\n]*)")
 AS_FILE = re.compile(r"^> Read as a file.*\n(?:> .*\n)*\n?", re.MULTILINE)
+BY_FILE = re.compile(r"\[[\w/-]+\.md\]\(([\w/.-]+\.md(?:#[\w-]+)?)\)")
 WIDEST = 70  # characters of a line of code
 NAMED = re.compile(r"docs/([a-z0-9/-]+)\.md")
 
@@ -56,7 +58,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             return found[1]
         return f"[{found[1]}]({posixpath.relpath(f'files/{path.as_posix()}', here or '.')})"
 
-    markdown = AS_FILE.sub("", OUTSIDE.sub(moved, markdown))
+    def titled(found: re.Match[str]) -> str:
+        path = (DOCS / page.file.src_uri).parent / found[1].partition("#")[0]
+        title = path.read_text().partition("\n")[0].removeprefix("# ") if path.is_file() else path.name
+        return f"[{title}]({found[1]})"
+
+    markdown = AS_FILE.sub("", OUTSIDE.sub(moved, BY_FILE.sub(titled, markdown)))
     return markdown.replace(COMMANDS, commands()) if COMMANDS in markdown else markdown
 
 
