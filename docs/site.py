@@ -112,7 +112,7 @@ def example(found: re.Match[str]) -> str:
 
 def row(option: Any) -> str:
     """One option as a row of a table."""
-    metavar = f" {option.metavar}" if option.metavar else ""
+    metavar = f" `{option.metavar}`" if option.metavar else ""  # may break, which the option may not
     shown = "required" if option.required else f"`{option.default}`" if option.default else ""
     help_ = re.sub(r"([|\[\]])", r"\\\1", " ".join(option.help.split()))
-    return f"| `{', '.join(option.opts)}{metavar}` | {shown} | {help_} |"
+    return f"| `{', '.join(option.opts)}`{metavar} | {shown} | {help_} |"

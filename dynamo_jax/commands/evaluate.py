@@ -40,7 +40,8 @@ def evaluate(
         str | None,
         typer.Option(
             help="A model of the same vocabulary, such as the unquantized one: its row comes first, and rows of texts "
-            "say how far predictions are from its. For texts it is read a layer at a time; for tasks it has to fit memory."
+            "say how far predictions are from its. For texts it is read a layer at a time, for tasks it must fit "
+            "memory."
         ),
     ] = None,
     reference_logits: Annotated[

@@ -190,8 +190,8 @@ class ForwardPass:
         """The stream (B, T, D) after the last norm, which ``logits`` takes, and what ``experts`` returned in each layer
         with experts: the router's choices, by default.
 
-        tokens: (B, T), ids. mask: (B, T), False where a token is padding. experts: how a layer's experts are multiplied,
-        such as ``dj.experts(state)``. dtype: of the computation.
+        tokens: (B, T), ids. mask: (B, T), False where a token is padding. experts: how a layer's experts are
+        multiplied, such as ``dj.experts(state)``. dtype: of the computation.
         """
         positions, keys = positions_of(tokens.shape, mask)
         places = Places(positions, keys, angles(self.config, positions), mask=mask)
@@ -211,7 +211,9 @@ class ForwardPass:
         """``hidden_states`` of tokens that follow those in the cache, and the cache with them in it.
 
         tokens: (B, T); a prompt at first, then T = 1. mask: (B, T), False where a token is padding. cache: as
-        ``new_cache`` makes it, of B requests. spread: of attention over devices (``Placement.spread``). The caller sees to it that the cache has room: slots past its capacity would overwrite its last ones.
+        ``new_cache`` makes it, of B requests. spread: of attention over devices (``Placement.spread``).
+
+        The caller sees to it that the cache has room: slots past its capacity would overwrite its last ones.
         """
         places, keys = next_places(self.config, mask, cache)
         places = places._replace(spread=spread)
@@ -246,8 +248,8 @@ class Decoder(nnx.Module, ForwardPass):
         """Logits (B, T, V) of the next token at each place, float32, and what ``experts`` returned for each layer with
         experts: the router's choices, by default.
 
-        tokens: (B, T), ids. mask: (B, T), False where a token is padding. experts: how a layer's experts are multiplied,
-        such as ``dj.experts(state)``; by default in float. dtype: of the computation.
+        tokens: (B, T), ids. mask: (B, T), False where a token is padding. experts: how a layer's experts are
+        multiplied, such as ``dj.experts(state)``; by default in float. dtype: of the computation.
         """
         x, extras = self.hidden_states(tokens, mask, experts=experts, dtype=dtype)
         return self.logits(x), extras
