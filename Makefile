@@ -1,6 +1,6 @@
 # make demo: environment, install, the main job. make bench: a recipe and its thresholds (RECIPE=tiny_moe).
 # make test: environment, test extra, tests. make faults: killed processes, full disks and the like, minutes.
-# make docs: the site, into site/.
+# make docs: the site, into site/; python3 -m http.server -d site shows it, with search.
 # make fuzz: twenty times as many damaged files as in make test, from another seed: make fuzz FUZZ_SEED=7
 PYTHON ?= python3
 VENV ?= .venv

@@ -286,7 +286,8 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """As docs/checkpoints.md has it."""
+    """As docs/checkpoints.md has them: what is read, and what is not and why."""
+    unread = ["| checkpoint | why it is not read |", "| --- | --- |"]
     lines = [
         "| checkpoint | model_type | format | exact to | logits | greedy |",
         "| --- | --- | --- | ---: | ---: | --- |",
@@ -295,10 +296,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "logit_error" in row:
             to = f"{row['exact_to']:,}" if row["exact_to"] else "all"
             own = f"{to} | {row['logit_error']:.0e} | {'equal' if row['greedy_equal'] else 'differ'}"
+            lines.append(f"| {row['checkpoint']} | {row['model_type']} | {row['format']} | {own} |")
         else:
-            own = f"{row['words']} | | "
-        lines.append(f"| {row['checkpoint']} | {row.get('model_type', '')} | {row.get('format', '')} | {own} |")
-    return "\n".join(lines)
+            unread.append(f"| {row['checkpoint']} | {row['words']} |")
+    return "\n".join([*lines, "", *unread])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@
 3. A file of the repository that a page links to is copied beside the pages, so that no link is dead. Of a link to a
    text outside of the pages the words stay.
 4. In docstrings and help, the name of a page becomes a link to it.
+5. A link whose words are a page's file name gets that page's title.
+6. What a page of the reference says to those who read it as a file is left out.
 """
 
 from __future__ import annotations
@@ -20,6 +22,10 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 COMMANDS = "<!-- commands -->"
 OUTSIDE = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)#\s]+)\)")
+EXAMPLE = re.compile(r"\s*For example: (dynamo-jax [^\n(]*?)(?:\.(?= )|(?=\n|$|\())([^\n]*)")
+AS_FILE = re.compile(r"^> Read as a file.*\n(?:> .*\n)*\n?", re.MULTILINE)
+BY_FILE = re.compile(r"\[[\w/-]+\.md\]\(([\w/.-]+\.md(?:#[\w-]+)?)\)")
+WIDEST = 70  # characters of a line of code
 NAMED = re.compile(r"docs/([a-z0-9/-]+)\.md")
 
 
@@ -52,7 +58,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             return found[1]
         return f"[{found[1]}]({posixpath.relpath(f'files/{path.as_posix()}', here or '.')})"
 
-    markdown = OUTSIDE.sub(moved, markdown)
+    def titled(found: re.Match[str]) -> str:
+        path = (DOCS / page.file.src_uri).parent / found[1].partition("#")[0]
+        title = path.read_text().partition("\n")[0].removeprefix("# ") if path.is_file() else path.name
+        return f"[{title}]({found[1]})"
+
+    markdown = AS_FILE.sub("", OUTSIDE.sub(moved, BY_FILE.sub(titled, markdown)))
     return markdown.replace(COMMANDS, commands()) if COMMANDS in markdown else markdown
 
 
@@ -80,17 +91,28 @@ def commands() -> str:
     parts = []
     for name, command in typer.main.get_command(app).commands.items():
         help_ = re.sub(r"(?<!\n)\n(?!\n)", " ", command.help or "")
-        parts += [f"## dynamo-jax {name}", help_]
+        parts += [f"## dynamo-jax {name}", EXAMPLE.sub(example, help_)]
         options = [p for p in command.params if getattr(p, "help", None) and not p.hidden]
         if options:
-            rows = ["| option | default | |", "| --- | --- | --- |", *(map(row, options))]
+            rows = ["| option | default | meaning |", "| --- | --- | --- |", *(map(row, options))]
             parts.append("\n".join(rows))
     return "\n\n".join(parts)
 
 
+def example(found: re.Match[str]) -> str:
+    """The command of a help's example as a block of its own, in lines that a narrow page has room for."""
+    lines = [""]
+    for word in re.split(r" (?=--)", found[1].strip().rstrip(".")):  # an option and its value stay together
+        if len(lines[-1]) + len(word) > WIDEST:
+            lines.append("   ")
+        lines[-1] += f" {word}" if lines[-1] else word
+    rest = found[2].strip()
+    return "\n\n```sh\n" + " \\\n".join(lines) + "\n```\n\n" + rest
+
+
 def row(option: Any) -> str:
     """One option as a row of a table."""
-    metavar = f" {option.metavar}" if option.metavar else ""
+    metavar = f" `{option.metavar}`" if option.metavar else ""  # may break, which the option may not
     shown = "required" if option.required else f"`{option.default}`" if option.default else ""
     help_ = re.sub(r"([|\[\]])", r"\\\1", " ".join(option.help.split()))
-    return f"| `{', '.join(option.opts)}{metavar}` | {shown} | {help_} |"
+    return f"| `{', '.join(option.opts)}`{metavar} | {shown} | {help_} |"

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from dynamo_jax import transform as dj
+from dynamo_jax import transform as djt
 
 for _name in ("xprof", "xprof.cli", "xprof.cli.tools"):  # a profiler's, which tokamax imports and nothing here needs
     sys.modules[_name] = types.ModuleType(_name)
@@ -48,11 +48,11 @@ def layer(
     return experts(x, ids, gates), loss, None
 
 
-def rule(config: Any) -> dj.ExpertsRule:
+def rule(config: Any) -> djt.ExpertsRule:
     act = moe.linears._convert_to_activation_function(config.mlp_activations[0])
-    return dj.ExpertsRule(
+    return djt.ExpertsRule(
         moe.RoutedMoE,
-        experts=lambda m: dj.Experts(m.wi_0, m.wi_1, m.wo, activation=lambda g, u: act(g) * u),
+        experts=lambda m: djt.Experts(m.wi_0, m.wi_1, m.wo, activation=lambda g, u: act(g) * u),
         call=layer,
     )
 
@@ -71,10 +71,10 @@ def main() -> None:
         kernel_init=nd_dense_init(1.0, "fan_in", "truncated_normal"), kernel_axes=("embed", None), dtype=jnp.float32,
     )  # fmt: skip
     x = jax.random.normal(jax.random.key(1), (2, 24, 64))
-    (want, loss, _), taken = model(x), dj.with_experts(model, [rule(config)], x)
+    (want, loss, _), taken = model(x), djt.with_experts(model, [rule(config)], x)
     print(f"balance loss {float(loss):.6f}, by the rule {float(taken(x)[1]):.6f}")
     for name, other in [("float", taken)] + [
-        (f"{w} bits", dj.quantize(taken, dj.uniform(taken, w))[0]) for w in (8, 4, 2)
+        (f"{w} bits", djt.quantize(taken, djt.uniform(taken, w))[0]) for w in (8, 4, 2)
     ]:
         print(f"{name:8} relative error {float(jnp.linalg.norm(other(x)[0] - want) / jnp.linalg.norm(want)):.6f}")
 

@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 
 import dynamo_jax
-from dynamo_jax import transform as dj
+from dynamo_jax import transform as djt
 from dynamo_jax.texts.demo import KINDS, collect
 
 KNOWN, NOVEL, TOKENS, REQUESTS = ("encyclopedic", "stories"), "python", 96, 8
@@ -88,9 +88,9 @@ def trained(texts: dict[str, np.ndarray], steps: int) -> Model:
 
 @nnx.jit
 def step(model: Model, tokens: Any) -> Any:
-    with dj.observe(model):  # what the router does goes to the monitors
+    with djt.observe(model):  # what the router does goes to the monitors
         logits = model(tokens)
-    dj.follow(model)  # requests whose text is novel run variant 1 from the next step on
+    djt.follow(model)  # requests whose text is novel run variant 1 from the next step on
     return logits
 
 
@@ -109,12 +109,12 @@ def main() -> None:
     model = trained(texts, arguments.steps)
 
     data = {kind: [windows(texts[kind], REQUESTS, rng) for _ in range(6)] for kind in KNOWN}
-    analysis = dj.analyze(model, data, loss, dj.QuantizeConfig(window=TOKENS))
+    analysis = djt.analyze(model, data, loss, djt.QuantizeConfig(window=TOKENS))
     for layer, found in analysis.significance(KNOWN[0]).items():
         expert = int(found.experts[:, 0].argmax())
         print(f"{layer}: at 2 bits expert {expert} loses most, {found.experts[expert, 0]:.5f} nats a token")
-    plan = dj.plan(analysis, bits=2.8)
-    served, host = dj.quantize(model, plan, analysis, requests=REQUESTS)
+    plan = djt.plan(analysis, bits=2.8)
+    served, host = djt.quantize(model, plan, analysis, requests=REQUESTS)
     on_device = plan.device_bytes(analysis.config.spare)
     print(f"{plan.bits_per_weight():.2f} stored bits a weight, {on_device:,} bytes on the device")
 
@@ -122,18 +122,18 @@ def main() -> None:
     for tokens in novel:
         step(served, tokens[:, :-1])
     names = [*host.datasets, "novel"]
-    print("the monitors say:", ", ".join(names[label] for label in np.asarray(dj.labels(served))))
-    dj.adapt(served, host, novel, forward)
+    print("the monitors say:", ", ".join(names[label] for label in np.asarray(djt.labels(served))))
+    djt.adapt(served, host, novel, forward)
     later = windows(texts[NOVEL], 16 * REQUESTS, rng)
     exact = nats(model, later)
     for variant, name in enumerate(("baseline", "adapted")):
-        dj.switch(served, [variant] * REQUESTS)
+        djt.switch(served, [variant] * REQUESTS)
         print(f"{NOVEL}, {name}: {nats(served, later) - exact:+.4f} nats a byte beside float")
 
     with tempfile.TemporaryDirectory() as folder:
-        dj.save(Path(folder) / "quantized", served, host)
-        again, _ = dj.load(Path(folder) / "quantized", nnx.eval_shape(lambda: Model(nnx.Rngs(0))))
-        dj.switch(again, 1)
+        djt.save(Path(folder) / "quantized", served, host)
+        again, _ = djt.load(Path(folder) / "quantized", nnx.eval_shape(lambda: Model(nnx.Rngs(0))))
+        djt.switch(again, 1)
         same = np.array_equal(again(later[:REQUESTS, :-1]), served(later[:REQUESTS, :-1]))
         print("saved and loaded without float experts: the same logits" if same else "the logits differ")
 

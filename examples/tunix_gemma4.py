@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynamo_jax import transform as dj
+from dynamo_jax import transform as djt
 
 # tunix's own __init__ imports a stack for reinforcement learning that is not needed: the package without running it
 for _name in ("tunix", "tunix.models.gemma4"):
@@ -36,9 +36,9 @@ def layer(m: Any, experts: Any, x: Any) -> Any:
     return experts(x, ids, gates)
 
 
-RULE = dj.ExpertsRule(
+RULE = djt.ExpertsRule(
     moe.MoERagged,
-    experts=lambda m: dj.Experts(m.gating_einsum, m.linear, activation=lambda g, u: nnx.gelu(g) * u, layout="e2fd"),
+    experts=lambda m: djt.Experts(m.gating_einsum, m.linear, activation=lambda g, u: nnx.gelu(g) * u, layout="e2fd"),
     call=layer,
 )
 
@@ -62,9 +62,9 @@ def random_layer() -> Any:
 
 def main() -> None:
     model, x = random_layer(), jax.random.normal(jax.random.key(9), (2, 24, 64))
-    want, taken = model(x), dj.with_experts(random_layer(), [RULE], x)
+    want, taken = model(x), djt.with_experts(random_layer(), [RULE], x)
     for name, other in [("float", taken)] + [
-        (f"{w} bits", dj.quantize(taken, dj.uniform(taken, w))[0]) for w in (8, 4, 2)
+        (f"{w} bits", djt.quantize(taken, djt.uniform(taken, w))[0]) for w in (8, 4, 2)
     ]:
         print(f"{name:8} relative error {float(jnp.linalg.norm(other(x) - want) / jnp.linalg.norm(want)):.6f}")
 

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from dynamo_jax import transform as dj
+from dynamo_jax import transform as djt
 from dynamo_jax.texts.demo import KINDS, collect
 
 # tunix's own __init__ imports a stack for reinforcement learning that is not needed: the package without running it
@@ -63,26 +63,26 @@ def loss(model: Any, tokens: Any) -> Any:
 
 def users_code(model: Any, known: Any, novel: Any, example: Any, settings: Any) -> Any:
     # --- 18 lines from a model to an adapted step
-    rule = dj.ExpertsRule(
+    rule = djt.ExpertsRule(
         qwen3.MoELayer,
-        experts=lambda m: dj.Experts(m.gate_proj, m.up_proj, m.down_proj),
+        experts=lambda m: djt.Experts(m.gate_proj, m.up_proj, m.down_proj),
         call=lambda m, experts, x: experts(x, *top_k(m.router, x, m.experts_per_tok)),
     )
-    model = dj.with_experts(model, [rule], *example)
-    analysis = dj.analyze(model, known, loss, settings)
-    plan = dj.plan(analysis, bits=2.75)  # on the device, with slots and page tables: 2.6 stored bits a weight
-    served, host = dj.quantize(model, plan, analysis, requests=SEQUENCES)
+    model = djt.with_experts(model, [rule], *example)
+    analysis = djt.analyze(model, known, loss, settings)
+    plan = djt.plan(analysis, bits=2.75)  # on the device, with slots and page tables: 2.6 stored bits a weight
+    served, host = djt.quantize(model, plan, analysis, requests=SEQUENCES)
 
     @nnx.jit
     def step(served: Any, tokens: Any) -> Any:
-        with dj.observe(served):
+        with djt.observe(served):
             logits = forward(served, tokens)
-        dj.follow(served)
+        djt.follow(served)
         return logits
 
     for tokens in novel:
         step(served, tokens)
-    dj.adapt(served, host, novel, forward, lend=True)  # the whole batch is of the novel text
+    djt.adapt(served, host, novel, forward, lend=True)  # the whole batch is of the novel text
     # ---
     return model, analysis, plan, served, host, step
 
@@ -174,28 +174,28 @@ def main() -> None:
     rng = np.random.default_rng(arguments.seed + 1)
     known = {kind: [windows(texts[kind], SEQUENCES, rng) for _ in range(8)] for kind in CALIBRATED}
     example = (jnp.zeros((2, 8), jnp.int32), jnp.tile(jnp.arange(8), (2, 1)), None, jnp.ones((2, 8, 8), bool))
-    settings = dj.QuantizeConfig(window=TOKENS)
+    settings = djt.QuantizeConfig(window=TOKENS)
 
     novel = {kind: [windows(texts[kind], SEQUENCES, rng)[:, :-1] for _ in range(8)] for kind in MET}
     taken, analysis, plan, served, host, step = users_code(model, known, novel[MET[0]], example, settings)
-    rounded = {w: dj.quantize(taken, dj.uniform(taken, w, group_size=64))[0] for w in (2, 3, 4, 8)}
+    rounded = {w: djt.quantize(taken, djt.uniform(taken, w, group_size=64))[0] for w in (2, 3, 4, 8)}
     of_known = jnp.concatenate([windows(later[kind], 64, rng)[:, :-1] for kind in CALIBRATED])
     rows = [{"text": "calibrated kinds", "stored_bits": plan.bits_per_weight()}]
     rows[0] |= {f"kl_rounded_{w}": divergence(taken, m, of_known) for w, m in rounded.items()}
-    at_plan = dj.quantize(taken, plan, analysis)[0]
+    at_plan = djt.quantize(taken, plan, analysis)[0]
     rows[0]["kl_plan"] = divergence(taken, at_plan, of_known)
-    more = dj.plan(analysis, bits=3.0)
+    more = djt.plan(analysis, bits=3.0)
     rows[0] |= {"stored_bits_more": more.bits_per_weight()}
-    rows[0]["kl_plan_more"] = divergence(taken, dj.quantize(taken, more, analysis)[0], of_known)
-    even = dj.quantize(taken, dj.uniform(taken, 3, group_size=64), analysis)[0]
+    rows[0]["kl_plan_more"] = divergence(taken, djt.quantize(taken, more, analysis)[0], of_known)
+    even = djt.quantize(taken, djt.uniform(taken, 3, group_size=64), analysis)[0]
     rows[0]["kl_planes_3"] = divergence(taken, even, of_known)
     rows[0]["logit_error_rounded_8"] = relative(taken, rounded[8], of_known)
     for kind in MET:
-        dj.adapt(served, host, known["python"], with_targets)  # so that all programs are compiled
+        djt.adapt(served, host, known["python"], with_targets)  # so that all programs are compiled
         tokens, numbers = windows(later[kind], SEQUENCES, rng)[:, :-1], [0, 1] * (SEQUENCES // 2)
         step_at(step, served, numbers, tokens)
         with counted() as compiled:
-            dj.adapt(served, host, novel[kind], forward)
+            djt.adapt(served, host, novel[kind], forward)
             mixed = np.asarray(step_at(step, served, numbers, tokens))
             alone = [np.asarray(step_at(step, served, [number] * SEQUENCES, tokens)) for number in (0, 1)]
         after = windows(later[kind], 256, rng)[:, :-1]
@@ -204,7 +204,7 @@ def main() -> None:
         row["kl_plan"] = float(baseline.mean())
         for name, lend in (("beside_the_plan", False), ("adapted", True)):  # True: no request is left at the baseline
             with counted() as moving:
-                dj.adapt(served, host, novel[kind], forward, lend=lend)
+                djt.adapt(served, host, novel[kind], forward, lend=lend)
             compiled += moving
             own = divergences(taken, served_at(served, 1), after)
             row[f"kl_{name}"] = float(own.mean())
@@ -230,14 +230,14 @@ def with_targets(model: Any, tokens: Any) -> Any:
 def served_at(served: Any, number: int) -> Any:
     """A copy that runs one variant for a batch of any size."""
     alone = nnx.clone(served)
-    dj.for_requests(alone, 1)
-    dj.switch(alone, number)
+    djt.for_requests(alone, 1)
+    djt.switch(alone, number)
     return alone
 
 
 def step_at(step: Any, served: Any, numbers: list[int], tokens: Any) -> Any:
     """One step at these variants: ``step`` follows the monitors after it."""
-    dj.switch(served, numbers)
+    djt.switch(served, numbers)
     return step(served, tokens)
 
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on our models, where it is installed (``pip install 'dynamo_jax[eval]'``)."""
+"""lm-evaluation-harness on our models, where it is installed (``pip install '.[eval]'``)."""
 
 from __future__ import annotations
 

@@ -31,22 +31,32 @@ class QuantizeConfig:
     """What ``dynamo-jax quantize`` decides by. Windows are of ``window`` tokens.
 
     The budget is what the device holds of the experts when it serves: the baseline's planes with their scales, page
-    tables, spare slots for pages of novel text, and pages on their way to these (``runtime.memory``). It is one of
-    bits, a weight of the experts (3 by default); budget_bytes, of all experts; fits_gib, device memory in GiB for the
-    whole model: the experts, what is not quantized, and reserve_gib for the key/value cache, activations, a monitor for
-    each request and what measuring a text takes between two steps (a tenth of fits_gib by default).
-    spare: slots for pages of novel text while other requests need the baseline, as a share of its pages.
-    max_width: planes of more bits are left out, in memory and on disk; 2, 3, 4 or 8.
-    objective: the loss of a plan over the known datasets, their sum or the worst (``precision.allocate``). weights:
-    what datasets count for in the sum, by name; 1 for those that are not named. novelty_weight: the share of the text
-    to come that is expected to be like none of the datasets (``plans.expecting``); 0: all of it is like them.
-    per_projection: whether an expert's gate and up have one width and its down another.
-    group_size: weights that share a scale, by default the largest of 128, 64, 32, 16 that divides the hidden size, or
-    8. Neither it nor channel_block need divide the model's sizes: planes are filled up (``kernels.layout``), in bytes
-    that the budget counts. The kernels of TPUs and Hopper GPUs take blocks of 128 and groups of multiples of 128.
-    quantizer: gptq or rtn (``sweeps.Calibration``). emphasis: what squared errors at 2, 3 and 4 bits count for
-    each other when gptq chooses the codes that these widths share; favour: how many times more they count at the
-    width that a first plan gives the expert (1: no first plan is made).
+    tables, spare slots for pages of novel text, and pages on their way to these (``runtime.memory``). Give one of bits,
+    budget_bytes and fits_gib.
+
+    - bits: a weight of the experts; 3 where no budget is given.
+    - budget_bytes: of all experts.
+    - fits_gib: device memory in GiB for the whole model: the experts, what is not quantized, and reserve_gib.
+    - reserve_gib: for the key/value cache, activations, a monitor for each request and what measuring a text takes
+      between two steps; a tenth of fits_gib by default.
+    - spare: slots for pages of novel text while other requests need the baseline, as a share of its pages.
+    - max_width: planes of more bits are left out, in memory and on disk; 2, 3, 4 or 8.
+    - objective: the loss of a plan over the known datasets, their sum or the worst (``precision.allocate``).
+    - weights: what datasets count for in the sum, by name; 1 for those that are not named.
+    - novelty_weight: the share of the text to come that is expected to be like none of the datasets
+      (``plans.expecting``); 0: all of it is like them.
+    - per_projection: whether an expert's gate and up have one width and its down another.
+    - group_size: weights that share a scale, by default the largest of 128, 64, 32, 16 that divides the hidden size,
+      or 8. The kernels of TPUs and Hopper GPUs take multiples of 128.
+    - channel_block: channels that share a width; these kernels take 128. Neither it nor group_size need divide the
+      model's sizes: planes are filled up (``kernels.layout``), in bytes that the budget counts.
+    - quantizer: gptq or rtn (``sweeps.Calibration``).
+    - emphasis: what squared errors at 2, 3 and 4 bits count for each other when gptq chooses the codes that these
+      widths share.
+    - favour: how many times more they count at the width that a first plan gives the expert; 1: no first plan is made.
+    - window: tokens of a window.
+    - calibration_windows: of each known dataset, from its beginning.
+    - batch_size: windows that run together.
     """
 
     bits: float | None = None

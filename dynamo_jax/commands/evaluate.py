@@ -39,8 +39,9 @@ def evaluate(
     reference: Annotated[
         str | None,
         typer.Option(
-            help="A model of the same vocabulary, such as the unquantized one: show it beside this one, and how far "
-            "predictions are from its. Its layers are read one after the other."
+            help="A model of the same vocabulary, such as the unquantized one: its row comes first, and rows of texts "
+            "say how far predictions are from its. For texts it is read a layer at a time, for tasks it must fit "
+            "memory."
         ),
     ] = None,
     reference_logits: Annotated[

@@ -7,6 +7,9 @@ from typing import Any
 
 import typer
 
+INSTALL = (
+    "lm-evaluation-harness is not installed: pip install '.[eval]' in a checkout of dynamo_jax, or pip install lm-eval"
+)
 ANY = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
@@ -18,7 +21,10 @@ def lm_eval(context: typer.Context) -> None:
     try:
         import lm_eval as _  # noqa: F401
     except ImportError:
-        raise ValueError("lm-evaluation-harness is not installed: pip install 'dynamo_jax[eval]'") from None
+        if {"--help", "-h"} & set(context.args):
+            print(f"{context.get_help()}\n\n{INSTALL}, and --help then shows its own options.")
+            return
+        raise ValueError(INSTALL) from None
     from lm_eval import __main__ as harness
 
     import dynamo_jax.harness  # noqa: F401 (registers the model)

@@ -48,7 +48,7 @@ class Cache(NamedTuple):
 
 
 def new_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache for ``capacity`` tokens a sequence."""
+    """An empty cache for ``batch`` requests of up to ``capacity`` tokens each, for ``Decoder.cached_states``."""
     layers = tuple(empty_cache(layer.mixer, batch, capacity, dtype) for layer in config.layers)
     return Cache(layers, jnp.full((batch, capacity), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -187,7 +187,12 @@ class ForwardPass:
         experts: ExpertsFn = float_experts,
         dtype: Any = jnp.float32,
     ) -> tuple[Float[Array, "B T D"], list[Any]]:
-        """What ``next_token_nll`` and ``logits`` take; for losses that need not hold all logits."""
+        """The stream (B, T, D) after the last norm, which ``logits`` takes, and what ``experts`` returned in each layer
+        with experts: the router's choices, by default.
+
+        tokens: (B, T), ids. mask: (B, T), False where a token is padding. experts: how a layer's experts are
+        multiplied, such as ``dj.experts(state)``. dtype: of the computation.
+        """
         positions, keys = positions_of(tokens.shape, mask)
         places = Places(positions, keys, angles(self.config, positions), mask=mask)
         x, extras, _ = self.run(self.embedded(tokens, dtype), experts, places, None)
@@ -203,8 +208,10 @@ class ForwardPass:
         dtype: Any = jnp.float32,
         spread: Spread | None = None,
     ) -> tuple[Float[Array, "B T D"], list[Any], Cache]:
-        """``hidden_states`` of tokens that follow those in the cache, and the cache with them in it. spread: of
-        attention over devices.
+        """``hidden_states`` of tokens that follow those in the cache, and the cache with them in it.
+
+        tokens: (B, T); a prompt at first, then T = 1. mask: (B, T), False where a token is padding. cache: as
+        ``new_cache`` makes it, of B requests. spread: of attention over devices (``Placement.spread``).
 
         The caller sees to it that the cache has room: slots past its capacity would overwrite its last ones.
         """
@@ -238,8 +245,12 @@ class Decoder(nnx.Module, ForwardPass):
         experts: ExpertsFn = float_experts,
         dtype: Any = jnp.float32,
     ) -> tuple[Float[Array, "B T V"], list[Any]]:
-        """Logits in float32 and what ``experts`` returned for each layer with experts; ``dtype`` computes the
-        rest. ``mask`` is False where a token is padding."""
+        """Logits (B, T, V) of the next token at each place, float32, and what ``experts`` returned for each layer with
+        experts: the router's choices, by default.
+
+        tokens: (B, T), ids. mask: (B, T), False where a token is padding. experts: how a layer's experts are
+        multiplied, such as ``dj.experts(state)``; by default in float. dtype: of the computation.
+        """
         x, extras = self.hidden_states(tokens, mask, experts=experts, dtype=dtype)
         return self.logits(x), extras
 
@@ -267,6 +278,7 @@ class Decoder(nnx.Module, ForwardPass):
         return x if self.config.logits_scaling == 1.0 else x / jnp.asarray(self.config.logits_scaling, x.dtype)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits (B, T, V), float32, of what ``hidden_states`` or ``cached_states`` gave, (B, T, D)."""
         out = jnp.einsum("btd,vd->btv", x, self.head_weights().astype(x.dtype), preferred_element_type=jnp.float32)
         bias, cap = self.logit_form()
         return capped(out if bias is None else out + bias.astype(jnp.float32), cap)

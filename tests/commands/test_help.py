@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 
 import pytest
 import typer.main
+from typer.testing import CliRunner
 
 from dynamo_jax.commands.app import app
 
@@ -26,6 +28,13 @@ def test_each_command_has_an_example_with_options_that_there_are(name):
         parameter.opts[0] for parameter in command.params if parameter.required and parameter.opts[0][:2] == "--"
     }
     assert required <= set(used)
+
+
+def test_lm_eval_has_help_without_the_harness(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    shown = CliRunner().invoke(app, ["lm-eval", "--help"])
+    assert shown.exit_code == 0
+    assert "For example: dynamo-jax lm-eval" in shown.output and "pip install" in shown.output
 
 
 def test_options_are_explained():

@@ -173,7 +173,7 @@ def test_a_page_links_to_the_words_that_it_uses(path):
 
 def test_words_are_spelled_right():
     if importlib.util.find_spec("codespell_lib") is None:
-        pytest.skip("codespell is not installed: pip install 'dynamo_jax[test]'")
+        pytest.skip("codespell is not installed: pip install '.[test]'")
     command = [sys.executable, "-c", "from codespell_lib import _script_main as main; raise SystemExit(main())"]
     texts = [named(path) for path in (*TEXTS, DOCS / "drawings")]
     done = subprocess.run([*command, *texts], cwd=ROOT, capture_output=True, text=True)
@@ -220,7 +220,7 @@ def test_python_on_a_page_can_be_read_and_its_names_are_there(path):
 
 
 def is_ours(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and node.id in ("dj", "dynamo_jax")
+    return isinstance(node, ast.Name) and node.id in ("dj", "djt", "dynamo_jax")
 
 
 def test_pages_count_the_families_that_are_known():

@@ -19,3 +19,6 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert "<svg" in first and "drawings/way.svg" not in first  # drawn in the page, to follow its colours
     commands = (tmp_path / "site" / "reference" / "commands.html").read_text(encoding="utf-8")
     assert "quantize" in commands and "--dry-run" in commands
+    assert "Read as a file" not in commands and "For example:" not in commands
+    names = (tmp_path / "site" / "reference" / "package.html").read_text(encoding="utf-8")
+    assert "dynamo_jax.Decoder.cached_states" in names and "Read as a file" not in names
