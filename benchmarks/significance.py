@@ -59,6 +59,7 @@ WIDTH = 2
 BATCH = 8  # windows at once, in estimates
 HALF = 4  # and in the truth
 DRAWS = 2  # labels a token
+OWN_WINDOWS = 8  # of a novel kind, from which its own estimates come
 TRUTHS = ("kl", "nll", "nll, symmetric")
 
 
@@ -252,7 +253,7 @@ def main() -> None:
     for name, parts in {**KNOWN, **NOVEL}.items():
         windows = token_windows(collect(parts(arguments.texts)), tokenizer, settings.window, name)
         data[name] = windows[-seen:] if name in KNOWN else windows[-8:]
-        size = settings.calibration_windows if name in KNOWN else settings.adaptation_windows
+        size = settings.calibration_windows if name in KNOWN else OWN_WINDOWS
         calibration[name] = sample(windows[:-24], size, arguments.seed)
     _, store = dynamo(model, {n: calibration[n] for n in KNOWN}, settings)
     params = {n: jnp.asarray(np.asarray(a), jnp.float32) for n, a in parameters(model).items()}

@@ -14,7 +14,6 @@ SETTINGS = QuantizeConfig(
     calibration_windows=4,
     window=64,
     batch_size=4,
-    adaptation_windows=2,
     quantizer="rtn",
 )
 EVAL = EvalConfig(window=64, batch_size=4, adaptation_windows=4, limit=4)

@@ -17,7 +17,7 @@ from dynamo_jax.evaluation.perplexity import EvalConfig
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SMALL = DemoConfig(
-    quantize=QuantizeConfig(quantizer="rtn", window=64, calibration_windows=4, adaptation_windows=4, bits=3.4),
+    quantize=QuantizeConfig(quantizer="rtn", window=64, calibration_windows=4, bits=3.4),
     evaluate=EvalConfig(window=64, limit=4, adaptation_windows=4),
 )
 COMMAND = "dynamo-jax demo --out 'some where'"

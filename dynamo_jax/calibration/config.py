@@ -76,11 +76,10 @@ class QuantizeConfig:
     favour: float = 4.0
     window: int = 256
     calibration_windows: int = 32
-    adaptation_windows: int = 8
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("window", "calibration_windows", "adaptation_windows", "batch_size", "channel_block"):
+        for name in ("window", "calibration_windows", "batch_size", "channel_block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more")
         if not 0 <= self.novelty_weight <= 1:
