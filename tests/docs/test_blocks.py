@@ -47,7 +47,7 @@ STEP = """
 import jax, jax.numpy as jnp
 import dynamo_jax as dj
 model = dj.load("quantized")
-tokens = jnp.zeros((2, 64), jnp.int32)
+tokens, windows = jnp.zeros((2, 64), jnp.int32), jnp.arange(66).reshape(2, 33)
 """
 STEPPED = """
 from dynamo_jax.models.decoder import new_cache
