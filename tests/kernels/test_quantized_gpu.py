@@ -23,14 +23,14 @@ from small_decoders import decoder_config
 
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
-from dynamo_jax.kernels import arrangements, gpu_registers
+from dynamo_jax.kernels import arrangements, gpu_registers, quantized_gpu
 from dynamo_jax.kernels.fragments import THREADS, WORDS, empty_pages, fragment_base, fragment_pages
 from dynamo_jax.kernels.gpu_unpack import LAST_TWICE, Reading, last_weights, offset_word, reading, weights
 from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, BasePlanes, Pages, unpack
 from dynamo_jax.kernels.quantized_gpu import quantized_experts_gpu, rows_of_tile
 from dynamo_jax.models.decoder import Decoder, with_parameters
 from dynamo_jax.models.experts import silu_gated
-from dynamo_jax.runtime import serving, switch
+from dynamo_jax.runtime import serving
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -200,7 +200,7 @@ CONFIG = decoder_config(
 def test_the_run_time_adapts_and_switches_with_planes_in_fragments(tokenizer_file, monkeypatch):
     import tokenizers
 
-    monkeypatch.setattr(switch, "quantized_experts_gpu", INTERPRETED)
+    monkeypatch.setattr(quantized_gpu, "quantized_experts_gpu", INTERPRETED)
     rng = np.random.default_rng(0)
     known = {n: " ".join(f"w{i}" for i in rng.integers(a, a + 20, 2000)) for n, a in (("low", 3), ("high", 35))}
     settings = QuantizeConfig(

@@ -21,10 +21,10 @@ from own_models import Model, StackedModel, batches, forward, known, nll
 
 from dynamo_jax import transform
 from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.kernels import quantized_gpu
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import dequantize, quantize
 from dynamo_jax.runtime import serving
-from dynamo_jax.runtime import switch as runtime_switch
 from dynamo_jax.runtime.monitor import HOP
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -466,9 +466,9 @@ def test_the_split_of_experts_over_devices_is_kept():
 def test_the_kernels_of_accelerators_serve_experts_of_a_model(arrangement, monkeypatch):
     """In their interpreters: requests at mixed variants, as the path of a CPU gives them."""
     if arrangement == "fragments":
-        gpu = runtime_switch.quantized_experts_gpu
+        gpu = quantized_gpu.quantized_experts_gpu
         interpreted = functools.partial(gpu, interpret=InterpretGPUParams(), blocks=2)
-        monkeypatch.setattr(runtime_switch, "quantized_experts_gpu", interpreted)
+        monkeypatch.setattr(quantized_gpu, "quantized_experts_gpu", interpreted)
     rng = np.random.default_rng(0)
     experts = transform.Experts(*(jnp.asarray(rng.normal(size=(4, 256, 256)) * 0.06, jnp.float32) for _ in range(3)))
     plans = [transform.uniform(experts, width, 128, 128) for width in (4, 2)]
