@@ -143,6 +143,7 @@ def documents():
     return [Document(w, (" time", " x = 1", " house"), n % 3) for n, w in enumerate(words * 8)]
 
 
+@pytest.mark.slow
 def test_a_quantized_model_follows_a_task(quantized, shallow, documents):
     """Each variant by itself gives what it gives beside others, and a task begins where another did."""
     tasks = {"a": documents, "b": documents}

@@ -96,7 +96,7 @@ def both(cases: list[Case], good: Path, work: Path, kind: str, share: int) -> No
         jax.clear_caches()  # what memory is taken is that of a few passes
 
 
-OFTEN = ("mixtral", "deepseek_v3")
+OFTEN = ("deepseek_v3",)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ def test_two_processes_share_the_blocks_of_experts(tokenizer_file, tmp_path):
     assert first["experts"] == second["experts"] == [*range(6)]
 
 
+@pytest.mark.slow
 def test_the_command_line_of_two_processes(tokenizer_file, tmp_path):
     """The first writes; where a file of one is damaged, both end with an error."""
     made = [sys.executable, HERE / "two_processes.py", tmp_path / "alone.json", tokenizer_file, "-1", "0", "folder"]

@@ -100,6 +100,7 @@ def test_layers_one_at_a_time_give_the_same(model, analysis):
         transform.analyze(model, {"low": iter(known()["low"])}, nll, SETTINGS, layers_at_once=1)
 
 
+@pytest.mark.slow
 def test_sizes_that_differ_share_one_budget():
     model = Model(nnx.Rngs(0), blocks=((6, 24), (4, 16), (6, 24)))
     config = dataclasses.replace(SETTINGS, favour=1.0)

@@ -208,6 +208,7 @@ def test_adaptation_brings_novel_text_nearer_to_the_users_model(model, analysis)
     assert far[1] < 0.98 * far[0]
 
 
+@pytest.mark.slow
 def test_plans_by_hand_are_variants(model):
     plans = [random_plan(model, seed) for seed in range(3)]
     quantized, host = transform.quantize(model, plans[0], None, *plans[1:])
@@ -453,6 +454,7 @@ print("split")
 """
 
 
+@pytest.mark.slow
 def test_the_split_of_experts_over_devices_is_kept():
     """On four devices, in a process of its own, since their number is set when JAX begins."""
     tests = Path(__file__).parent.parent
