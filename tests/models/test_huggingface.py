@@ -274,6 +274,7 @@ def test_templates_have_names_that_a_result_can_hold(tmp_path, name, taken):
             side_files(tmp_path)
 
 
+@pytest.mark.slow
 def test_experts_of_several_dtypes_are_read_as_float32(small_folder, tmp_path):
     """Where one projection of one expert is float16 in a bfloat16 file."""
     folder = tmp_path / "mixed"

@@ -60,7 +60,14 @@ def test_alike_layers_are_found(kind):
     assert loops(decoder_config(**BASE | changes)) == tuple(wanted)
 
 
-@pytest.mark.parametrize("kind", ["every second dense", "two after two", "a delta net in turns"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "every second dense",
+        pytest.param("two after two", marks=pytest.mark.slow),
+        pytest.param("a delta net in turns", marks=pytest.mark.slow),
+    ],
+)
 def test_loops_do_what_the_layers_do_one_after_the_other(kind):
     config = decoder_config(**BASE | KINDS[kind][0])
     arrays = parameters(Decoder(config, rngs=nnx.Rngs(0)))

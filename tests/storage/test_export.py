@@ -45,7 +45,9 @@ def family_case(family):
     return pytest.param(family, False, marks=[] if family == "gpt_oss" else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize(("family", "apart"), [*map(family_case, FAMILY_MODELS), ("olmoe", True)])
+@pytest.mark.parametrize(
+    ("family", "apart"), [*map(family_case, FAMILY_MODELS), pytest.param("olmoe", True, marks=pytest.mark.slow)]
+)
 def test_transformers_loads_an_export_and_has_our_logits(family_model, family, apart, tokenizer_file, tmp_path):
     """A bfloat16 checkpoint in several shards, quantized with several widths, exported, loaded in float32."""
     model = family_model(family).to(torch.bfloat16)

@@ -94,7 +94,9 @@ def step(model, tokens):
         return model(tokens)
 
 
-@pytest.mark.parametrize("shape", [(3, 16), (2, 1), (1, 1)], ids=["many", "few", "one"])
+@pytest.mark.parametrize(
+    "shape", [pytest.param((3, 16), marks=pytest.mark.slow), (2, 1), (1, 1)], ids=["many", "few", "one"]
+)
 def test_a_quantized_model_computes_with_its_dequantized_weights(model, shape):
     """Also where so few tokens come that only their own experts are unpacked."""
     plan, text = random_plan(model, 0), TEXT[: shape[0], : shape[1]]
@@ -152,6 +154,7 @@ def test_variants_of_requests_switches_and_moves_compile_nothing(model, served, 
         np.testing.assert_array_equal(mixed[request], alone[variant][request])
 
 
+@pytest.mark.slow
 def test_the_monitors_see_what_the_run_time_would_be_told(served):
     """``observe`` is ``serving.observe`` of the model's own routings; steps of any length, padding left out."""
     quantized, _ = served
@@ -231,6 +234,7 @@ def test_plans_by_hand_are_variants(model):
     assert host.parts[0].here.plans[2] is plans[0].plans[0]
 
 
+@pytest.mark.slow
 def test_gradients_go_through_to_what_is_around_the_experts(model):
     """As those through float experts with the same weights."""
     plans = [random_plan(model, seed) for seed in (0, 1)]
@@ -464,7 +468,7 @@ def test_the_split_of_experts_over_devices_is_kept():
     assert done.stdout.strip() == "split", done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("arrangement", ["tiles", "fragments"])
+@pytest.mark.parametrize("arrangement", ["tiles", pytest.param("fragments", marks=pytest.mark.slow)])
 def test_the_kernels_of_accelerators_serve_experts_of_a_model(arrangement, monkeypatch):
     """In their interpreters: requests at mixed variants, as the path of a CPU gives them."""
     if arrangement == "fragments":
