@@ -13,6 +13,7 @@ from dynamo_jax.analysis.statistics import observe
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.experts import ExpertWeights, expert_outputs
+from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.runtime import memory
 from dynamo_jax.runtime.adapt import (
@@ -23,6 +24,7 @@ from dynamo_jax.runtime.adapt import (
     adapted_plan,
     expected,
     observe_windows,
+    saved_by,
 )
 from dynamo_jax.runtime.memory import measuring_bytes, spare_slots
 from dynamo_jax.runtime.quantized import Knowledge
@@ -137,6 +139,49 @@ def test_what_is_expected_by_hand():
     np.testing.assert_allclose(found.use, [[(192 + 256) / 256, 64 / 256]])
     np.testing.assert_allclose(found.errors[0, 0, 0, 0], (192 + 256) / 256 * (1536 + 32 * 2) / (192 + 32))
     np.testing.assert_allclose(found.errors[0, 1, 0, 0], 64 / 256 * 32 * 2 / (64 + 32))
+
+
+def test_what_a_plan_saves_follows_the_router(quantized, novel):
+    """On rows as the plan was expected to have them, it saves what it was expected to; the baseline saves nothing."""
+    model, known = quantized, quantized.knowledge
+    seen = observe_windows(model, novel.first)
+    plan, found = adapted_plan(model.plan, known, seen), expected(known, seen)
+    saves = saved_by(plan, model.plan, known, seen)
+    assert saves.shape == seen.counts.shape[1:] and (saved_by(model.plan, model.plan, known, seen) == 0).all()
+    before, after = (p.chosen(found.errors).sum() for p in (model.plan, plan))
+    assert (found.use * saves).sum() == pytest.approx(before - after, rel=1e-9) and before > after
+
+
+@pytest.mark.parametrize(("tokens", "most"), [(2048, 0.01), (512, 0.02)])
+def test_later_text_reads_no_more_bytes_though_the_plan_follows_the_text_it_saw(tokens, most):
+    """Where a few rows make an expert look busy, pages would go there; over many texts that must not cost bytes."""
+    layers, experts, blocks, chosen, ratios = 3, 48, 4, 4, []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        share = rng.dirichlet(np.full(experts, 2.0), layers)
+        novel = rng.dirichlet(np.full(experts, 2.0), layers) / 2 + share / 2
+        cost = rng.lognormal(0, 0.5, (layers, experts, blocks, 1)) * np.array([4.0, 1.0, 0.25, 0.0])
+        widths = np.array(rng.choice([2, 2, 3, 4], (layers, experts, 1)).repeat(blocks, 2), np.int8)
+        plan = Plan(widths=widths, channel_block=16, group_size=64, hidden_size=64)
+        calibrated = 24576
+        counts = np.stack([rng.multinomial(calibrated * chosen, p) for p in share]).astype(float)
+        errors = counts[:, :, None, None] / calibrated * cost
+        known = known_of(counts, calibrated, errors, np.ones((layers, experts, 4)), [1.0] * layers)
+        routed = np.stack([rng.multinomial(tokens * chosen, p) for p in novel]).astype(float)
+        noise = rng.gamma(np.maximum(routed, 1e-9))[:, :, None, None]
+        seen = Observation(noise * cost, routed[None], np.array([float(tokens)]), np.zeros((1, 1, 1)))
+        found = adapted_plan(plan, known, seen)
+        assert not (found.widths == plan.widths).all()
+        ratios.append(found.bytes_per_token(chosen * novel, 1) / plan.bytes_per_token(chosen * novel, 1))
+    assert np.mean(ratios) <= 1 + most
+
+
+@pytest.mark.parametrize(("kind", "window"), [("quantized", [5, 9]), ("apart", [5] * 17)])
+def test_one_token_and_one_repeated_token_make_a_plan(request, kind, window):
+    model = request.getfixturevalue(kind)
+    plan = adapt(model, np.array([window], np.int32))
+    before, after = page_counts(model.plan), page_counts(plan)
+    assert all(after[level] <= before[level] for level in before)
 
 
 def times(seen, factor):
