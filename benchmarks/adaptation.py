@@ -293,10 +293,13 @@ def grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, str, float, bool], li
     return dict(sorted(found.items(), key=lambda item: (*item[0][:2], -item[0][2], not item[0][3])))
 
 
-def means(rows: list[dict[str, Any]], method: str) -> dict[str, float]:
+def mean_of(rows: list[dict[str, Any]], method: str, key: str) -> float:
     """Of a method's rows, over their kinds."""
-    own = [r for r in rows if r["method"] == method]
-    return {key: float(np.mean([r[key] for r in own])) for key in MEANS}
+    return float(np.mean([r[key] for r in rows if r["method"] == method]))
+
+
+def means(rows: list[dict[str, Any]], method: str) -> dict[str, float]:
+    return {key: mean_of(rows, method, key) for key in MEANS}
 
 
 def marks(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -312,7 +315,7 @@ def marks(rows: list[dict[str, Any]]) -> dict[str, float]:
             mean = means(own, method)
             for key in ("kl", "excess_nll"):
                 out[f"{what}: {method} removes of {key}"] = 1 - mean[key] / base[key]
-        for method in [m for m, _ in by if m.startswith("adapted")]:
+        for method in [m for m in dict.fromkeys(r["method"] for r in own) if m.startswith("adapted")]:
             worst = max(by[method, kind]["nll"] - by["static-known", kind]["nll"] for kind in kinds)
             out[f"{what}: most that {method} adds to a kind's perplexity"] = math.expm1(worst)
             over = [by[method, kind]["over_the_limit"] for kind in kinds]

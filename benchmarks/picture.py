@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from adaptation import grouped, mean_of
 
 from dynamo_jax.files import write_text
 from dynamo_jax.report.charts import ticks
@@ -43,31 +42,26 @@ STYLE = """
     .drawing .grid { stroke: var(--grid); stroke-width: 1; }
     .drawing path { fill: none; stroke-width: 2.5; }
     .drawing circle { fill: var(--paper); stroke-width: 2.5; }
-    .drawing .uniform { stroke: var(--peer) }
+    .drawing .uniform { stroke: var(--peer); }
     .drawing path.uniform { stroke-dasharray: 2 4; }
-    .drawing .static-known { stroke: var(--soft) }
+    .drawing .static-known { stroke: var(--soft); }
     .drawing path.static-known { stroke-dasharray: 7 4; }
     .drawing .static { stroke: var(--ink); }
     .drawing .adapted { stroke: var(--own); }
-    .drawing .adapted-reads1-3 { stroke: var(--more) }
+    .drawing .adapted-reads1-3 { stroke: var(--more); }
     .drawing path.adapted-reads1-3 { stroke-dasharray: 10 3; }
 """
 
 
-def means(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Deployment -> method -> (device bits, excess loss) of each budget, means of its far kinds."""
-    found: dict[str, dict[str, dict[float, list[tuple[float, float]]]]] = {}
-    for row in rows:
-        if row["far"] and row["method"] in METHODS:
-            budgets = found.setdefault(row["deployment"], {}).setdefault(row["method"], {})
-            budgets.setdefault(row["budget"], []).append((row["device_bits"], row["excess_nll"]))
-    return {
-        name: {
-            method: sorted({(float(x), float(y)) for x, y in (np.mean(points, axis=0) for points in by.values())})
-            for method, by in methods.items()
-        }
-        for name, methods in found.items()
-    }
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for (_, name, _, far), own in grouped(rows).items():
+        if far:
+            for method in [m for m in METHODS if any(r["method"] == m for r in own)]:
+                point = mean_of(own, method, "device_bits"), mean_of(own, method, "excess_nll")
+                found.setdefault(name, {}).setdefault(method, []).append(point)
+    return {name: {method: sorted(points) for method, points in lines.items()} for name, lines in found.items()}
 
 
 def panel(
@@ -81,7 +75,7 @@ def panel(
     def y(value: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - loss[0]) / (loss[1] - loss[0])
 
-    parts = [f'<text class="name" x="{LEFT}" y="20">{DEPLOYMENTS.get(name, name)}</text>']
+    parts = [f'<text class="name" x="{LEFT}" y="20">{DEPLOYMENTS[name]}</text>']
     for tick in ticks(*loss):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text class="soft" x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')

@@ -14,9 +14,8 @@ import picture
 
 
 def row(method, budget, loss, deployment="prose", far=True):
-    return {"deployment": deployment, "far": far, "method": method, "budget": budget, "device_bits": budget} | {
-        "excess_nll": loss
-    }
+    where = {"model": "one", "deployment": deployment, "budget": budget, "far": far}
+    return where | {"method": method, "device_bits": budget, "excess_nll": loss}
 
 
 def points_of(drawn, method):
