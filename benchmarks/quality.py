@@ -13,6 +13,8 @@ and what they calibrate on:
     mc             one known set      significance times error, an integer program a layer, 2, 3, 4 bits (GPTQ)
     data-free      nothing            error times kurtosis, one knapsack over bits and group sizes (rounding)
     dynamo         all known sets     nested planes and the plan that `dynamo-jax quantize` makes
+    dynamo-before  all known sets     the same, down made for float hidden channels (`asymmetric=False`)
+    dynamo-distil  all known sets     the same after `distil` on DISTIL other tokens of the known sets
     dynamo-experts all known sets     the same with one width an expert instead of two (first seed only)
     dynamo-groups  all known sets     the same, group sizes of 64, 128 or 256 chosen with the bits (first seed only)
 
@@ -46,6 +48,7 @@ from texts import KNOWN, NOVEL, add_texts
 from dynamo_jax.calibration import plans
 from dynamo_jax.calibration.analyses import Analysis
 from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.distil import distil
 from dynamo_jax.calibration.pipeline import analyze_layers
 from dynamo_jax.demo import DemoConfig
 from dynamo_jax.files import write_json
@@ -73,7 +76,8 @@ UNIFORM_GRIDS = [
     for symmetric in (False, True)
     for clip in (False, True)
 ]
-PARTS = ("dynamo", "uniform", "one-set", "data-free")
+PARTS = ("dynamo", "distil", "uniform", "one-set", "data-free")
+DISTIL = 2**18  # tokens
 TEXT_BYTES = 600_000  # of each kind, for windows to draw from and to evaluate on
 
 
@@ -204,6 +208,22 @@ def run_dynamo(bench: Bench, calibration: dict[str, np.ndarray], budgets: list[f
             run_groups(bench, found, config, budget, seed)
 
 
+def run_distil(
+    bench: Bench, calibration: dict[str, np.ndarray], others: np.ndarray, budgets: list[float], seed: int
+) -> None:
+    """What changed in how planes are made. others: windows (S, T1) to train on."""
+    for budget in budgets:
+        for method, asymmetric in (("dynamo-before", False), ("dynamo-distil", True)):
+            own = dataclasses.replace(bench.settings, bits=budget, asymmetric=asymmetric)
+            analyses, store = dynamo(bench.model, calibration, own)
+            plan = plans.plan(analyses, bench.config, own)
+            if method == "dynamo-distil":
+                found = distil(bench.model, store, plan, others, DISTIL, own.batch_size)
+                print(f"seed {seed}, {budget:g} bits: {found.words()}", flush=True)
+                store = found.planes
+            bench.add(method, budget, plan.bits_per_weight(), seed, bench.measure(planned(store, plan)))
+
+
 def run_groups(bench: Bench, found: dict[int, Any], config: QuantizeConfig, budget: float, seed: int) -> None:
     """Bits and group size of each expert's gate and up, and of its down, by one program; ``found``: by group size."""
     hidden, channels = bench.config.hidden_size, config.channel_block
@@ -287,8 +307,10 @@ def name_of(model: Path) -> str:
     return BUNDLED_NAME if model == BUNDLED else str(model.resolve())
 
 
-def sample(windows: np.ndarray, count: int, seed: int) -> np.ndarray:
-    return windows[np.sort(np.random.default_rng(seed).choice(len(windows), count, replace=False))]
+def drawn_windows(windows: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Some windows, and the others."""
+    chosen = np.sort(np.random.default_rng(seed).choice(len(windows), count, replace=False))
+    return windows[chosen], np.delete(windows, chosen, axis=0)
 
 
 def mean_of(rows: list[dict], key: str = "excess_nll", **where: Any) -> float:
@@ -327,6 +349,9 @@ def summary(bench: Bench, budgets: list[float]) -> dict[str, Any]:
             marks[f"known excess loss over {peer}, {budget:g} bits"] = ours / mean_of(
                 rows, method=peer, budget=budget, kind="known"
             )
+        for kind in KINDS if "dynamo-distil" in methods else ():
+            kl = [mean_of(rows, "kl", method=f"dynamo-{m}", budget=budget, kind=kind) for m in ("distil", "before")]
+            marks[f"{kind} divergence of dynamo-distil over dynamo-before, {budget:g} bits"] = kl[0] / kl[1]
         worst = max(mean_of(rows, method="dynamo", budget=budget, dataset=name) for name in KNOWN)
         unseen = [r for r in rows if r["method"] == "mc" and r["budget"] == budget and r["kind"] == "known"]
         unseen = [r for r in unseen if r["dataset"] != r["calibration"]]
@@ -356,12 +381,15 @@ def run_part(
     name: str,
     weights: np.ndarray,
     calibration: dict[str, np.ndarray],
+    others: np.ndarray,
     budgets: list[float],
     seed: int,
     quick: bool,
 ) -> None:
     if name == "dynamo":
         run_dynamo(bench, calibration, budgets, seed, more=not (quick or seed))
+    elif name == "distil":
+        run_distil(bench, calibration, others, budgets, seed)
     elif name == "uniform":
         inputs = peers.observed(bench.config, bench.params, np.concatenate(list(calibration.values())))
         run_uniform(bench, weights, peers.sums_of(bench.config, weights, inputs), budgets, seed, quick)
@@ -419,15 +447,17 @@ def main() -> None:
         data[name], spare[name] = windows[-count:], windows[:-count]
     bench = Bench(model, settings, data)
     weights = peers.expert_weights(model)
-    only = arguments.only or list(PARTS)
+    only = arguments.only or [name for name in PARTS if name != "distil" or not arguments.quick]
     shapes = {name: list(windows.shape) for name, windows in data.items()}
     job = {"model": name_of(arguments.model), "windows": shapes, "budgets": budgets, "quick": arguments.quick}
     job |= {"calibration_windows": settings.calibration_windows}
     bench.add("bf16", 16.0, 16.0, 0, bench.measure(None))
     for seed in range(1 if arguments.quick else arguments.seeds):
-        calibration = {name: sample(spare[name], settings.calibration_windows, seed) for name in KNOWN}
+        parts = {name: drawn_windows(spare[name], settings.calibration_windows, seed) for name in KNOWN}
+        calibration = {name: chosen for name, (chosen, _) in parts.items()}
+        others = np.random.default_rng(seed).permutation(np.concatenate([left for _, left in parts.values()]))
         for name in only:
-            run = functools.partial(run_part, bench, name, weights, calibration, budgets, seed, arguments.quick)
+            run = functools.partial(run_part, bench, name, weights, calibration, others, budgets, seed, arguments.quick)
             part(bench, arguments.keep, f"{name}-{seed}", job, run)
         print(f"seed {seed}: {time.time() - start:.0f} s", flush=True)
         found = summary(bench, budgets)

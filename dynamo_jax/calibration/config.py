@@ -54,6 +54,10 @@ class QuantizeConfig:
     - emphasis: what squared errors at 2, 3 and 4 bits count for each other when gptq chooses the codes that these
       widths share.
     - favour: how many times more they count at the width that a first plan gives the expert; 1: no first plan is made.
+    - asymmetric: whether gptq makes down for the hidden channels that quantized gate and up give it
+      (``quant.asymmetric``), or for those of float ones.
+    - distil: tokens of the known texts that codes and base scales are trained on once there is a plan
+      (``calibration.distil``), passed over as often as it takes; 0 for none. The whole model must fit memory.
     - window: tokens of a window.
     - calibration_windows: of each known dataset, from its beginning.
     - batch_size: windows that run together.
@@ -74,6 +78,8 @@ class QuantizeConfig:
     quantizer: str = "gptq"
     emphasis: tuple[float, float, float] = EMPHASIS
     favour: float = 4.0
+    asymmetric: bool = True
+    distil: int = 0
     window: int = 256
     calibration_windows: int = 32
     batch_size: int = 8
@@ -101,6 +107,8 @@ class QuantizeConfig:
             raise ValueError(f"objective {self.objective!r}: known are {', '.join(OBJECTIVES)}")
         if len(self.emphasis) != 3 or not all(math.isfinite(e) and e > 0 for e in self.emphasis):
             raise ValueError(f"emphasis {self.emphasis}: expected three positive numbers, for 2, 3 and 4 bits")
+        if self.distil < 0:
+            raise ValueError(f"distil {self.distil}: expected a number of tokens, 0 for none")
         if not (math.isfinite(self.favour) and self.favour > 0):
             raise ValueError(f"favour {self.favour}: expected a positive number, 1 for none")
         if self.group_size is not None and (self.group_size < 8 or self.group_size % 8):

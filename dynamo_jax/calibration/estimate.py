@@ -119,6 +119,7 @@ def _drawn(model: ModelConfig, sizes: ExpertSizes, config: QuantizeConfig, rows:
         channel_block=config.channel_block,
         apart=config.per_projection,
         quantizer=config.quantizer,
+        asymmetric=config.asymmetric,
         done=lambda _: None,
     )
     return job, Routed(x, chosen, np.full(chosen.shape, 0.5, np.float32))

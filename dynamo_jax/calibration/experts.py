@@ -9,7 +9,6 @@ B channel blocks, P = 3 projections, U = 2 where gate with up and down are apart
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dynamo_jax.kernels.layout import widened
+from dynamo_jax.kernels.layout import WIDTHS, widened
 from dynamo_jax.models.config import ExpertSizes
 from dynamo_jax.models.experts import Activation
-from dynamo_jax.quant.nested_gptq import CHUNK_WEIGHTS, PRIOR_ROWS, quantize_nested, shrunk
-from dynamo_jax.quant.planes import Planes, dequantize, filled_up, quantize
+from dynamo_jax.quant.asymmetric import channel_factors, corrected
+from dynamo_jax.quant.nested_gptq import CHUNK_WEIGHTS, PRIOR_ROWS, finished, nested_codes, quantize_nested, shrunk
+from dynamo_jax.quant.planes import Planes, dequantize, rounded_scale, values_of
 
 PORTION_WEIGHTS = 2**18  # of experts in one go: the fastest on a CPU, whose caches hold what GPTQ works on then
 PORTIONS = 8  # of a layer, at least, where it has so many experts
@@ -90,13 +90,17 @@ def portions(sizes: ExpertSizes) -> list[Portion]:
 
 def _expert(activation: Activation, x: Array, weights: Any, biases: Any) -> tuple[Array, Array]:
     """Hidden channels (R, F) and output (R, D) of one expert."""
-    gate, up, down = (w.astype(x.dtype) for w in weights)
-    a, u = x @ gate.T, x @ up.T
+    gate, up, down = weights
+    h = _hidden(activation, x, gate, up, biases)
+    y = h @ down.astype(x.dtype)
+    return h, y if biases is None else y + biases[2].astype(x.dtype)
+
+
+def _hidden(activation: Activation, x: Array, gate: Array, up: Array, biases: Any) -> Array:
+    a, u = x @ gate.astype(x.dtype).T, x @ up.astype(x.dtype).T
     if biases is not None:
         a, u = a + biases[0].astype(x.dtype), u + biases[1].astype(x.dtype)
-    h = activation(a, u)
-    y = h @ down
-    return h, y if biases is None else y + biases[2].astype(x.dtype)
+    return activation(a, u)
 
 
 @functools.partial(jax.jit, static_argnames="activation")
@@ -128,12 +132,13 @@ def expert_vjp(activation, x, gates, weights, biases, d_out):
 def errors_at(activation, channel_block, apart, width, x, gates, member, h, y, weights, planes, biases):
     """By dataset, the summed squared output error at ``width``: of the whole expert (A,), of gate with up and of down
     one without the other (A, U), and of blocks (A, M); no blocks without a channel_block."""
-    own = _at_width(planes, width, weights.shape[1:])  # apart: one program for each number of rows serves all widths
+    own = at_width(planes, width, weights.shape[1:])  # apart: one program for each number of rows serves all widths
     return _errors(activation, channel_block, apart, x, gates, member, h, y, weights, own, biases)
 
 
 @functools.partial(jax.jit, static_argnames=("width", "sizes"))
-def _at_width(planes, width, sizes):
+def at_width(planes, width, sizes):
+    """One expert's weights (P, F, D), without what fills up, as a matrix unit takes them."""
     channels, hidden = sizes
     return dequantize(planes, width)[:, :channels, :hidden].astype(jnp.bfloat16).astype(jnp.float32)
 
@@ -172,71 +177,97 @@ def _errors(activation, channel_block, apart, x, gates, member, h, y, weights, r
     return whole, each, jnp.moveaxis(blocks, 2, 0).reshape(-1, len(squared)).T
 
 
-def planes_of(
-    quantizer: str,
-    channel_block: int,
+class Given(NamedTuple):
+    """What some experts were given, for error feedback. hidden: float hidden channels of their rows; spread: the mean
+    square of those of their chunk (``mean_square``); typical: the squared gate of one row of the layer."""
+
+    rows: list[Rows]
+    hidden: list[Float[np.ndarray, "R F"]]
+    spread: float
+    typical: float
+
+    @property
+    def squared(self) -> list[Float[np.ndarray, " R"]]:
+        return [r.gates**2 for r in self.rows]
+
+
+def given_of(routed: Routed, rows: list[Rows], hidden: list[Float[np.ndarray, "R F"]], spread: float) -> Given:
+    squared = float((np.asarray(routed.gates) ** 2 * (routed.experts >= 0)).sum())
+    return Given(rows, hidden, spread, squared / max(1, int((routed.experts >= 0).sum())))
+
+
+def gate_up_planes(
+    w: Float[np.ndarray, "X 2 F D"], given: Given, routed: Routed, group_size: int, emphasis: Float[np.ndarray, "X 3"]
+) -> Planes:
+    """Planes (X, 2, F, ..) of gate and up, by error feedback along the inputs of the layer."""
+    count, _, channels, size = w.shape
+    rows = w.reshape(count, 2 * channels, size)
+    shares = (np.asarray(routed.gates) ** 2 * (routed.experts >= 0)).sum(axis=1)
+    shares = (shares / max(float(shares.sum()), 1e-30))[:, None]
+    parts = []
+    for part in _input_parts(size, group_size):
+        of_layer = np.asarray(routed.x)[:, part]  # without what fills up
+        common = (of_layer * shares).T @ of_layer
+        common = np.pad(common, (0, part.stop - part.start - len(common)))
+        hessians = []
+        for x, s in zip(given.rows, given.squared):
+            own = widened(x.x, size)[:, part]
+            hessians.append(_leaning((own * s[:, None]).T @ own, s, common, given))
+        parts.append(quantize_nested(rows[:, :, part], np.stack(hessians), group_size, 2, emphasis))
+    found = jax.tree.map(lambda *a: np.concatenate(a, axis=2), *parts)
+    return jax.tree.map(lambda a: a.reshape(count, 2, channels, -1), found)
+
+
+def down_planes(
+    w: Float[np.ndarray, "X F D"],
+    given: Given,
+    reached: list[Float[np.ndarray, "3 R F"]] | None,
     group_size: int,
-    weights: Float[np.ndarray, "X P F D"],
-    rows: list[Rows],
-    hidden: list[Float[np.ndarray, "R F"]],
-    spread: float,
-    routed: Routed,
     emphasis: Float[np.ndarray, "X U 3"],
 ) -> Planes:
-    """Planes (X, P, F, ..) of some experts, whole blocks and groups (``filled_up``); hidden, spread: hidden channels of
-    their rows, and the mean square of those of their chunk (``mean_square``), for gptq; emphasis: what errors at 2, 3
-    and 4 bits count for it, U = 1 for all projections or U = 2 for gate with up and for down."""
-    whole = filled_up(weights, channel_block, group_size)
-    if quantizer == "rtn":
-        return quantize(whole, group_size)
-    count, _, channels, hidden_size = whole.shape
-    squared = [r.gates**2 for r in rows]
-    shares = (np.asarray(routed.gates) ** 2 * (routed.experts >= 0)).sum(axis=1)
-    typical = float(shares.sum()) / max(1, int((routed.experts >= 0).sum()))  # of one row
-    inputs = [widened(r.x, hidden_size) for r in rows]
-
-    def layer_hessian(part: slice) -> np.ndarray:
-        x = np.asarray(routed.x)[:, part]  # without what fills up
-        own = (x * (shares / max(float(shares.sum()), 1e-30))[:, None]).T @ x
-        return np.pad(own, (0, part.stop - part.start - len(own)))
-
-    gate_up = whole[:, :2].reshape(count, 2 * channels, hidden_size)
-    first = _feedback_planes(group_size, gate_up, inputs, squared, typical, 2, layer_hessian, emphasis[:, 0])
-    inner = [widened(h, channels) for h in hidden]
-
-    def own_scale(part: slice) -> np.ndarray:  # hidden channels of different experts have nothing in common
-        return np.eye(part.stop - part.start, dtype=np.float32) * np.float32(spread)
-
-    down = _feedback_planes(group_size, whole[:, 2], inner, squared, typical, 1, own_scale, emphasis[:, -1])
-    return jax.tree.map(
-        lambda a, b: np.concatenate([a.reshape(count, 2, channels, -1), b[:, None]], axis=1), first, down
-    )
-
-
-def _feedback_planes(
-    group_size: int,
-    w: np.ndarray,
-    inputs: list[np.ndarray],
-    squared: list[np.ndarray],
-    typical: float,
-    input_axis: int,
-    prior: Callable[[slice], np.ndarray],
-    emphasis: np.ndarray,
-) -> Planes:
-    """GPTQ planes of one projection. inputs: rows (R, C) of each expert; squared: their squared gates."""
-    size = w.shape[input_axis]
-    step = size if size <= MAX_INPUTS else MAX_INPUTS // group_size * group_size
+    """Planes (X, F, ..) of down. reached: the hidden channels that gate and up give at 2, 3 and 4 bits; down is made
+    for these then (``quant.asymmetric``), each counted as an error at that width is. Its last plane is made for the
+    float ones in any case: at 8 bits gate and up give nearly these."""
+    channels = w.shape[1]
+    counted = emphasis / emphasis.sum(axis=-1, keepdims=True)
     parts = []
-    for start in range(0, size, step):
-        part = slice(start, min(start + step, size))
-        common = prior(part)
-        hessians = [
-            shrunk((x[:, part] * s[:, None]).T @ x[:, part], float(s.sum()), common, PRIOR_ROWS * typical)
-            for x, s in zip(inputs, squared)
-        ]
-        own = w[:, part] if input_axis == 1 else w[:, :, part]
-        parts.append(quantize_nested(own, np.stack(hessians), group_size, input_axis, emphasis))
-    return jax.tree.map(lambda *a: np.concatenate(a, axis=input_axis), *parts)
+    for part in _input_parts(channels, group_size):
+        common = np.eye(part.stop - part.start, dtype=np.float32) * np.float32(given.spread)
+        exact = [widened(h, channels)[:, part] for h in given.hidden]
+        if reached is None:
+            products = [(h * s[:, None]).T @ h for h, s in zip(exact, given.squared)]
+            hessians = np.stack([_leaning(own, s, common, given) for own, s in zip(products, given.squared)])
+            parts.append(quantize_nested(w[:, part], hessians, group_size, 1, emphasis[:, -1]))
+            continue
+        own, cross = [], []
+        for h, ways, s, share in zip(exact, reached, given.squared, counted[:, 0]):
+            weighted = [(s[:, None] * p * widened(way, channels)[:, part]).T for p, way in zip(share, ways)]
+            own.append(sum(a @ widened(way, channels)[:, part] for a, way in zip(weighted, ways)))
+            cross.append(sum(weighted) @ h)
+        hessians = np.stack([_leaning(a, s, common, given) for a, s in zip(own, given.squared)])
+        prior = PRIOR_ROWS * given.typical * given.spread
+        weights = np.asarray(w[:, part], np.float32)
+        targets = np.stack([corrected(each, a, b, prior) for each, a, b in zip(weights, own, cross)])
+        four, scales = nested_codes(targets, hessians, group_size, 1, emphasis[:, -1])
+        for i, share in enumerate(counted[:, -1]):
+            at_widths = np.stack([values_of(four[i], scales[i], width) for width in WIDTHS[:3]])
+            factors = channel_factors(weights[i], at_widths, share, own[i], cross[i])
+            scales[i] = np.asarray(rounded_scale(jnp.asarray(scales[i] * factors[:, None])))
+        parts.append(finished(weights, four, scales))
+    return jax.tree.map(lambda *a: np.concatenate(a, axis=1), *parts)
+
+
+def _input_parts(size: int, group_size: int) -> list[slice]:
+    """All inputs, or parts of them that have Hessians of their own."""
+    step = size if size <= MAX_INPUTS else MAX_INPUTS // group_size * group_size
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _leaning(
+    own: Float[np.ndarray, "C C"], squared: Float[np.ndarray, " R"], common: Float[np.ndarray, "C C"], given: Given
+) -> np.ndarray:
+    """An expert's Hessian, which leans on the one that its layer has in common."""
+    return shrunk(own, float(squared.sum()), common, PRIOR_ROWS * given.typical)
 
 
 class Energy(NamedTuple):
@@ -258,6 +289,6 @@ def mean_square(energies: list[Energy]) -> float:
 
 
 @functools.partial(jax.jit, static_argnames="activation")
-def hidden_channels(activation, x, weights, biases):
+def hidden_channels(activation, x, gate, up, biases):
     """(R, F)"""
-    return _expert(activation, x, weights, biases)[0]
+    return _hidden(activation, x, gate, up, biases)

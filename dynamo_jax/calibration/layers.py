@@ -22,11 +22,15 @@ from dynamo_jax.calibration.experts import (
     Energy,
     Portion,
     Routed,
+    Rows,
+    at_width,
+    down_planes,
     energy_of,
     errors_at,
+    gate_up_planes,
+    given_of,
     hidden_channels,
     mean_square,
-    planes_of,
     portions,
     rows_of,
     run_expert,
@@ -61,6 +65,7 @@ class LayerJob:
     channel_block: int
     apart: bool
     quantizer: str
+    asymmetric: bool
     done: Callable[[float], None]
     hosts: Hosts = ALONE
 
@@ -143,30 +148,45 @@ def quantized_and_measured(
         for expert in portion.chunk:
             if expert in portion.experts or expert not in energies:
                 rows = rows_of(routed, expert)[2]
-                given = (job.activation, rows.x, job.weights(expert), job.biases(expert))
-                hidden = np.asarray(hidden_channels(*given))
+                gate, up, _ = job.weights(expert)
+                hidden = np.asarray(hidden_channels(job.activation, rows.x, gate, up, job.biases(expert)))
                 energies[expert] = energy_of(rows, hidden)
                 if expert in portion.experts:
                     kept[expert] = hidden
         return list(kept.values())
 
+    def planes_of(portion: Portion, weights: list[np.ndarray], rows: list[Rows]) -> Planes:
+        if job.quantizer == "rtn":
+            return _rounded(job, weights)
+        whole = filled_up(np.stack(weights), job.channel_block, job.group_size)
+        hidden = hidden_of(portion)
+        given = given_of(routed, rows, hidden, mean_square([energies[e] for e in portion.chunk]))
+        own = emphasis[portion.experts]
+        first = gate_up_planes(whole[:, :2], given, routed, job.group_size, own[:, 0])
+        reached = None
+        if job.asymmetric:
+            reached = [reached_by(expert, rows[i], first, i) for i, expert in enumerate(portion.experts)]
+        down = down_planes(whole[:, 2], given, reached, job.group_size, own)
+        return jax.tree.map(lambda a, b: np.concatenate([a, b[:, None]], axis=1), first, down)
+
+    def reached_by(expert: int, rows: Rows, gate_up: Planes, i: int) -> Float[np.ndarray, "3 R F"]:
+        """What down of the portion's i-th expert gets from quantized gate and up."""
+        own, sizes = jax.tree.map(lambda a: a[i], gate_up), (job.sizes.channels, job.sizes.hidden_size)
+        ways = [at_width(own, width, sizes) for width in WIDTHS[:3]]
+        return np.stack([hidden_channels(job.activation, rows.x, *way, job.biases(expert)) for way in ways])
+
     def run(portion: Portion) -> Message:
         weights = [job.finite(expert) for expert in portion.experts]
         found = [rows_of(routed, expert) for expert in portion.experts]
-        biases = [job.biases(expert) for expert in portion.experts]
         rows = [f[2] for f in found]
-        hidden = hidden_of(portion) if job.quantizer == "gptq" else []
-        spread = mean_square([energies[e] for e in portion.chunk]) if hidden else 0.0
-        sizes = job.channel_block, job.group_size
-        own = emphasis[portion.experts]
-        planes = planes_of(job.quantizer, *sizes, np.stack(weights), rows, hidden, spread, routed, own)
+        planes = planes_of(portion, weights, rows)
         sums = []
         for i, expert in enumerate(portion.experts):
             own = jax.tree.map(lambda a, i=i: a[i], planes)
-            token, (x, gates) = found[i][0], rows[i]
-            h, y, total = run_expert(job.activation, x, gates, job.member(token, len(x)), weights[i], biases[i])
+            token, (x, gates), biases = found[i][0], rows[i], job.biases(expert)
+            h, y, total = run_expert(job.activation, x, gates, job.member(token, len(x)), weights[i], biases)
             weighted = job.member(token, len(x), importance[token])
-            measured = (x, gates, weighted, h, y, weights[i], own, biases[i])
+            measured = (x, gates, weighted, h, y, weights[i], own, biases)
             fixed = (job.activation, job.channel_block, job.apart)
             errors = (np.stack(e, axis=-1) for e in zip(*(errors_at(*fixed, width, *measured) for width in WIDTHS)))
             sums.append(jax.tree.map(np.asarray, total) | dict(zip(ERRORS, errors)))

@@ -11,33 +11,39 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 import tokenizers
 from jaxtyping import Float, Int
 
 from dynamo_jax.analysis.statistics import Statistics
-from dynamo_jax.calibration.analyses import Analysis, known_windows, whole
+from dynamo_jax.calibration.analyses import Analysis, distilled_windows, known_windows, whole
 from dynamo_jax.calibration.config import QuantizeConfig, check_shapes, settled
 from dynamo_jax.calibration.knowledge import knowledge_of
 from dynamo_jax.calibration.plans import favoured, plan
 from dynamo_jax.calibration.sweeps import Calibration, Draft, calibrate, statistics_of
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
-from dynamo_jax.models.huggingface import Source, side_files, side_files_of
+from dynamo_jax.models.huggingface import Source, load_decoder, side_files, side_files_of
 from dynamo_jax.models.sources import DecoderSource, LayerSource
 from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.progress import Log, Progress, no_log, no_progress
+from dynamo_jax.quant.planes import Planes
 from dynamo_jax.runtime.hosts import ALONE, Hosts
 from dynamo_jax.runtime.quantized import Knowledge, QuantizedModel
 from dynamo_jax.storage import checkpoint
-from dynamo_jax.storage.bundles import stacked_planes
+from dynamo_jax.storage.bundles import layer_name, layer_planes, planes_bundle, stacked_planes
 from dynamo_jax.storage.results import Making, is_done
 from dynamo_jax.storage.work import FolderWork, MemoryWork, SharedWork, Work
 from dynamo_jax.texts.reading import digest
 
-WORK_FORMAT = 3  # of unfinished work: raised when bundles change their meaning
+if TYPE_CHECKING:
+    from dynamo_jax.calibration.distil import Distilled
+
+DISTILLED = "distilled"
+WORK_FORMAT = 4  # of unfinished work: raised when bundles change their meaning
 Found = Callable[[dict[str, Analysis]], None]
 
 
@@ -136,6 +142,7 @@ def analyze_layers(
         channel_block=config.channel_block,
         apart=config.per_projection,
         quantizer=config.quantizer,
+        asymmetric=config.asymmetric,
         emphasis=config.emphasis,
         favour=favour if config.favour != 1 else None,
         max_width=config.max_width,
@@ -196,12 +203,15 @@ def quantize(
     windows = known_windows(known, tokenizer, config, model.config.vocab_size)
     analyses = analyze_layers(source, windows, config, work, progress)
     chosen, knowledge = _plan_and_knowledge(source, analyses, windows, known, config, progress)
+    store = stacked_planes(work.get, model.config)
+    if config.distil:
+        store = _distilled(model, store, chosen, known, tokenizer, config, progress).planes
     experts = set(expert_parameter_names(model.config))
     quantized = QuantizedModel(
         config=model.config,
         parameters={name: a for name, a in parameters(model).items() if name not in experts},
         tokenizer=tokenizer,
-        store=stacked_planes(work.get, model.config),
+        store=store,
         plan=chosen,
         window=config.window,
         knowledge=knowledge,
@@ -209,6 +219,45 @@ def quantize(
         spare=config.spare,
     )
     return quantized, analyses
+
+
+def _distilled(
+    model: Decoder,
+    planes: Planes,
+    plan: Plan,
+    known: dict[str, str],
+    tokenizer: tokenizers.Tokenizer,
+    config: QuantizeConfig,
+    progress: Progress,
+) -> Distilled:
+    from dynamo_jax.calibration.distil import distil  # and with it an optimizer, which others need not wait for
+
+    windows = distilled_windows(known, tokenizer, config)
+    return distil(model, planes, plan, windows, config.distil, config.batch_size, progress)
+
+
+def _distil_work(
+    source: Source,
+    work: Work,
+    plan: Plan,
+    known: dict[str, str],
+    tokenizer: tokenizers.Tokenizer,
+    config: QuantizeConfig,
+    progress: Progress,
+    log: Log,
+) -> None:
+    """Put distilled planes in the place of the layers'. All of them are one bundle first, so that a run that is killed
+    while they are put there does not train what it has trained."""
+    if not work.has(DISTILLED):
+        planes = stacked_planes(work.get, source.config)
+        model = load_decoder(source.folder)
+        found = _distilled(model, planes, plan, known, tokenizer, config, progress)
+        log(found.words())
+        work.put(DISTILLED, planes_bundle(found.planes))
+    planes = layer_planes(work.get(DISTILLED))
+    for index, layer in enumerate(source.config.moe_layers):
+        own = jax.tree.map(lambda a, index=index: a[index], planes)
+        work.put(layer_name(layer), work.get(layer_name(layer)) | planes_bundle(own))
 
 
 def quantize_folder(
@@ -284,6 +333,8 @@ def _quantize_folder(
         def finished() -> Plan:
             found(analyses)
             chosen, knowledge = _plan_and_knowledge(source, analyses, windows, known, config, progress)
+            if config.distil:
+                _distil_work(source, work, chosen, known, tokenizer, config, progress, log)
             sizes = config.window, config.spare, config.max_width, source.expert_bytes(), source.other_bytes()
             facts = checkpoint.Facts(*sizes, tuple(source.unread), job, source.expert_format(), source.fused())
             checkpoint.publish(making, work, source.config, chosen, facts, knowledge, files)

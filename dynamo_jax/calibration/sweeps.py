@@ -79,10 +79,10 @@ class Calibration:
     datasets: how many there are, those without windows too. (A dataset here may be a part of one to the caller.)
 
     quantizer: gptq (``quant/nested_gptq.py``: error feedback along the calibration inputs) or rtn
-    (``quant/planes.py``). emphasis: what errors at 2, 3 and 4 bits count for gptq; ``favour``, if there is one, gives
-    that of each expert from the drafts. max_width: planes of more bits are measured, not kept. apart: whether gate with
-    up and down have widths of their own. hosts: the processes that share the work out; ``work`` is then one that they
-    share, too (``storage.work.SharedWork``).
+    (``quant/planes.py``). asymmetric: as of ``QuantizeConfig``. emphasis: what errors at 2, 3 and 4 bits count for
+    gptq; ``favour``, if there is one, gives that of each expert from the drafts. max_width: planes of more bits are
+    measured, not kept. apart: whether gate with up and down have widths of their own. hosts: the processes that share
+    the work out; ``work`` is then one that they share, too (``storage.work.SharedWork``).
     """
 
     source: LayerSource
@@ -93,6 +93,7 @@ class Calibration:
     channel_block: int
     apart: bool
     quantizer: str
+    asymmetric: bool
     emphasis: tuple[float, float, float]
     max_width: int
     favour: Callable[[Draft], Float[np.ndarray, "L E U 3"]] | None
@@ -274,6 +275,7 @@ def _job_of_layer(job: Calibration, layer: int, rest: Bundle, done: Callable[[fl
         channel_block=job.channel_block,
         apart=job.apart,
         quantizer=job.quantizer,
+        asymmetric=job.asymmetric,
         done=done,
         hosts=job.hosts,
     )

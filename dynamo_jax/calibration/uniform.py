@@ -102,8 +102,8 @@ def _hessians(
     rows = np.zeros(experts)
     for expert in range(experts):
         token, _, given = rows_of(routed, expert)
-        own = np.stack([part[expert] for part in weights.values()])
-        h = np.asarray(hidden_channels(activation, given.x, own, biases_of(rest, expert)))[: len(token)]
+        gate_up = weights["gate"][expert], weights["up"][expert]
+        h = np.asarray(hidden_channels(activation, given.x, *gate_up, biases_of(rest, expert)))[: len(token)]
         x = given.x[: len(token)]
         inner[expert], hidden[expert], rows[expert] = x.T @ x, h.T @ h, len(token)
     return inner, hidden, rows

@@ -100,6 +100,15 @@ def quantize(
         Path | None, typer.Option(help="Also write to this file what analyze --json would: which experts matter where.")
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows a dataset.")] = 32,
+    distil: Annotated[
+        int,
+        typer.Option(
+            metavar="TOKENS",
+            min=0,
+            help="Train codes and scales on so many tokens of the known datasets, until the quantized model predicts "
+            "what the unquantized one does; 0: not. The whole model must fit memory.",
+        ),
+    ] = 0,
     window: WindowOption = 256,
     report: ReportOption = None,
     dry_run: Annotated[
@@ -143,6 +152,7 @@ def quantize(
         quantizer=quantizer,
         window=window,
         calibration_windows=windows,
+        distil=distil,
     )
     if dry_run:
         texts, folder = read_datasets(known, [])["known"], float_folder(model)

@@ -46,7 +46,21 @@ def quantize_nested(
     emphasis: Emphasis | Float[np.ndarray, "X 3"] = EMPHASIS,
     sweeps: int = SWEEPS,
 ) -> Planes:
-    """Planes of experts' weights with groups along the last axis, whichever axis holds the inputs.
+    """Planes of experts' weights with groups along the last axis, whichever axis holds the inputs: ``nested_codes``,
+    ``finished``. Arguments and errors are those of the first."""
+    four, scales = nested_codes(w, hessian, group_size, input_axis, emphasis, sweeps)
+    return finished(w, four, scales)
+
+
+def nested_codes(
+    w: Float[np.ndarray, "X A B"],
+    hessian: Float[np.ndarray, "X C C"],
+    group_size: int,
+    input_axis: int,
+    emphasis: Emphasis | Float[np.ndarray, "X 3"] = EMPHASIS,
+    sweeps: int = SWEEPS,
+) -> tuple[UInt8[np.ndarray, "X A B"], Float[np.ndarray, "X A G"]]:
+    """The codes of four bits, indices into ``VALUES``, and the base scales.
 
     input_axis: 1 for weights (X, C, R), such as down projections, 2 for (X, R, C), such as gate and up.
     hessian: sums of products of inputs with inputs, weighted as the errors count; a zero one is taken as the
@@ -86,8 +100,19 @@ def quantize_nested(
                 of_columns = jnp.repeat(found, group_size, axis=2).swapaxes(1, 2)
             codes = np.asarray(run(slab, of_columns, orders, factors, products, own))
             four[at] = codes.swapaxes(1, 2) if input_axis == 1 else codes
-    eight, ratios = _finest(w, four, scales, group_size)
-    return planes_of(four, eight, scales, ratios)
+    return four, scales
+
+
+def finished(
+    w: Float[np.ndarray, "X A B"], four: UInt8[np.ndarray, "X A B"], scales: Float[np.ndarray, "X A G"]
+) -> Planes:
+    """The planes of these codes and base scales; the last one rounds what they leave of ``w``."""
+    codes, ratios = [], []
+    for weights, index, scale in zip(w, four, scales):
+        code, ratio = _round_residual(jnp.asarray(weights, jnp.float32), jnp.asarray(index), jnp.asarray(scale))
+        codes.append(np.asarray(code))
+        ratios.append(np.asarray(ratio))
+    return planes_of(four, np.stack(codes), scales, np.stack(ratios))
 
 
 def _prepared(hessian: Float[np.ndarray, "C C"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -95,16 +120,6 @@ def _prepared(hessian: Float[np.ndarray, "C C"]) -> tuple[np.ndarray, np.ndarray
     order = np.argsort(-np.diag(hessian), kind="stable")
     own = hessian[np.ix_(order, order)]
     return order, feedback_factor(own), damped(own).astype(np.float32)
-
-
-def _finest(w: np.ndarray, four: np.ndarray, scales: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes (X, A, B) and ratios (X, A, G) of the 8-bit plane, expert by expert."""
-    codes, ratios = [], []
-    for weights, index, scale in zip(w, four, scales):
-        code, ratio = _round_residual(jnp.asarray(weights, jnp.float32), jnp.asarray(index), jnp.asarray(scale))
-        codes.append(np.asarray(code))
-        ratios.append(np.asarray(ratio))
-    return np.stack(codes), np.stack(ratios)
 
 
 @jax.jit

@@ -72,6 +72,14 @@ def planes_of(
     return Planes(packed, np.asarray(jnp.asarray(scales).astype(jnp.bfloat16)), np.asarray(ratios, np.uint8))
 
 
+def values_of(
+    four: UInt8[np.ndarray, "*S D"], scales: Float[np.ndarray, "*S G"], width: int
+) -> Float[np.ndarray, "*S D"]:
+    """The weights at 2, 3 or 4 bits, from the codes of four bits and the base scales."""
+    values = VALUES[WIDTHS.index(width)][four]
+    return (values.reshape(*scales.shape, -1) * np.asarray(scales)[..., None]).reshape(four.shape)
+
+
 def over(a: Array, scale: Array) -> Array:
     """a / scale; a scale of zero, that of a group of zeros, leaves ``a`` finite."""
     return a / jnp.where(scale == 0, 1.0, scale)

@@ -131,6 +131,8 @@ def analyze(
     Source: docs/design.md, "Formulas".
     """
     config = config or QuantizeConfig()
+    if config.distil:
+        raise ValueError(f"distil {config.distil}: trains models that dynamo_jax loads, no transformed module")
     parts = float_parts_of(model)
     if not isinstance(data, Mapping):
         raise ValueError(f"data is a {type(data).__name__}: expected a dict, the name of each dataset and its batches")
@@ -344,6 +346,7 @@ def _job(layer: Layer, part: Part, seen: _Seen, config: QuantizeConfig) -> Layer
         channel_block=config.channel_block,
         apart=config.per_projection,
         quantizer=config.quantizer,
+        asymmetric=config.asymmetric,
         done=lambda share: None,
     )
 
