@@ -14,7 +14,7 @@ and what they calibrate on:
     data-free      nothing            error times kurtosis, one knapsack over bits and group sizes (rounding)
     dynamo         all known sets     nested planes and the plan that `dynamo-jax quantize` makes
     dynamo-before  all known sets     the same, down made for float hidden channels (`asymmetric=False`)
-    dynamo-distil  all known sets     the same after `distil` on DISTIL other tokens of the known sets
+    dynamo-distil  all known sets     after `distil` on DISTIL tokens: others of the known sets, and drawn ones
     dynamo-experts all known sets     the same with one width an expert instead of two (first seed only)
     dynamo-groups  all known sets     the same, group sizes of 64, 128 or 256 chosen with the bits (first seed only)
 
@@ -49,6 +49,7 @@ from dynamo_jax.calibration import plans
 from dynamo_jax.calibration.analyses import Analysis
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.distil import distil
+from dynamo_jax.calibration.distil_text import drawn_windows
 from dynamo_jax.calibration.pipeline import analyze_layers
 from dynamo_jax.demo import DemoConfig
 from dynamo_jax.files import write_json
@@ -211,14 +212,18 @@ def run_dynamo(bench: Bench, calibration: dict[str, np.ndarray], budgets: list[f
 def run_distil(
     bench: Bench, calibration: dict[str, np.ndarray], others: np.ndarray, budgets: list[float], seed: int
 ) -> None:
-    """What changed in how planes are made. others: windows (S, T1) to train on."""
+    """What changed in how planes are made. others: windows (S, T1) of the known sets to train on."""
+    drawn = round(bench.settings.novelty_weight * DISTIL / bench.settings.window)
+    own_text = drawn_windows(bench.model, drawn, bench.settings.window)
+    windows = np.concatenate([others[: DISTIL // bench.settings.window - drawn, :-1], own_text])
+    windows = np.random.default_rng(seed).permutation(windows)
     for budget in budgets:
         for method, asymmetric in (("dynamo-before", False), ("dynamo-distil", True)):
             own = dataclasses.replace(bench.settings, bits=budget, asymmetric=asymmetric)
             analyses, store = dynamo(bench.model, calibration, own)
             plan = plans.plan(analyses, bench.config, own)
             if method == "dynamo-distil":
-                found = distil(bench.model, store, plan, others, DISTIL, own.batch_size)
+                found = distil(bench.model, store, plan, windows, DISTIL, own.batch_size)
                 print(f"seed {seed}, {budget:g} bits: {found.words()}", flush=True)
                 store = found.planes
             bench.add(method, budget, plan.bits_per_weight(), seed, bench.measure(planned(store, plan)))
@@ -307,7 +312,7 @@ def name_of(model: Path) -> str:
     return BUNDLED_NAME if model == BUNDLED else str(model.resolve())
 
 
-def drawn_windows(windows: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def parted(windows: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Some windows, and the others."""
     chosen = np.sort(np.random.default_rng(seed).choice(len(windows), count, replace=False))
     return windows[chosen], np.delete(windows, chosen, axis=0)
@@ -453,7 +458,7 @@ def main() -> None:
     job |= {"calibration_windows": settings.calibration_windows}
     bench.add("bf16", 16.0, 16.0, 0, bench.measure(None))
     for seed in range(1 if arguments.quick else arguments.seeds):
-        parts = {name: drawn_windows(spare[name], settings.calibration_windows, seed) for name in KNOWN}
+        parts = {name: parted(spare[name], settings.calibration_windows, seed) for name in KNOWN}
         calibration = {name: chosen for name, (chosen, _) in parts.items()}
         others = np.random.default_rng(seed).permutation(np.concatenate([left for _, left in parts.values()]))
         for name in only:

@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
-from quality import drawn_windows, dynamo
+from quality import dynamo, parted
 from scipy.stats import spearmanr
 from texts import KNOWN, NOVEL, add_texts
 
@@ -254,7 +254,7 @@ def main() -> None:
         windows = token_windows(collect(parts(arguments.texts)), tokenizer, settings.window, name)
         data[name] = windows[-seen:] if name in KNOWN else windows[-8:]
         size = settings.calibration_windows if name in KNOWN else OWN_WINDOWS
-        calibration[name] = drawn_windows(windows[:-24], size, arguments.seed)[0]
+        calibration[name] = parted(windows[:-24], size, arguments.seed)[0]
     _, store = dynamo(model, {n: calibration[n] for n in KNOWN}, settings)
     params = {n: jnp.asarray(np.asarray(a), jnp.float32) for n, a in parameters(model).items()}
     weights, rounded = peers.expert_weights(model), np.asarray(dequantize(store, WIDTH))

@@ -67,20 +67,6 @@ def known_windows(
     }
 
 
-def distilled_windows(
-    known: dict[str, str], tokenizer: tokenizers.Tokenizer, config: QuantizeConfig
-) -> Int[np.ndarray, "S T1"]:
-    """Windows of all texts, as many of each, to train on: those behind the ones that calibration takes, and where a
-    text has too few of them those too. In an order that mixes the texts."""
-    each = -(-config.distil // (config.window * len(known)))
-    rng = np.random.default_rng(0)
-    found = []
-    for name, text in known.items():
-        own = token_windows(text, tokenizer, config.window, name, config.calibration_windows + each)
-        found.append(own[-each:])
-    return rng.permutation(np.concatenate(found))
-
-
 def whole(first: Analysis, second: Analysis) -> Analysis:
     """A dataset from its halves."""
     windows = np.concatenate([first.windows, second.windows])

@@ -56,8 +56,9 @@ class QuantizeConfig:
     - favour: how many times more they count at the width that a first plan gives the expert; 1: no first plan is made.
     - asymmetric: whether gptq makes down for the hidden channels that quantized gate and up give it
       (``quant.asymmetric``), or for those of float ones.
-    - distil: tokens of the known texts that codes and base scales are trained on once there is a plan
-      (``calibration.distil``), passed over as often as it takes; 0 for none. The whole model must fit memory.
+    - distil: tokens that codes and base scales are trained on once there is a plan (``calibration.distil``), 0 for
+      none: known texts and, for the share of ``novelty_weight``, text that the model draws. The whole model must fit
+      memory.
     - window: tokens of a window.
     - calibration_windows: of each known dataset, from its beginning.
     - batch_size: windows that run together.

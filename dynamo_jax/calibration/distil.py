@@ -40,7 +40,7 @@ from dynamo_jax.texts.windows import batches
 
 STAGE = "distil"
 SCALE_RATE = 3e-3  # Adam's, of the logarithm of a base scale's factor
-CODE_RATE = 1.5e-3  # of a weight's place, in base scales
+CODE_RATE = 1e-3  # of a weight's place, in base scales
 WARM_UP = 0.05  # of the steps; then both rates fall, as a cosine, to LAST_RATE of themselves
 LAST_RATE = 0.05
 DECAYS = (0.9, 0.99)  # of Adam's means
@@ -88,7 +88,7 @@ def distil(
     model: Decoder,
     planes: Planes,
     plan: Plan,
-    windows: Int[np.ndarray, "S T1"],
+    windows: Int[np.ndarray, "S T"],
     tokens: int,
     batch_size: int,
     progress: Progress = no_progress,
@@ -99,10 +99,10 @@ def distil(
     ``HELD_OUT`` of them is for checks, the others are passed over, in another order each time, until so many tokens
     were seen. ValueError: too few windows or tokens for a batch.
     """
-    if len(windows) < HELD_OUT or tokens < batch_size * (windows.shape[1] - 1):
+    if len(windows) < HELD_OUT or tokens < batch_size * windows.shape[1]:
         raise ValueError(
             f"distil: {len(windows)} windows and {tokens:,} tokens are too few; it takes {HELD_OUT} windows, and "
-            f"{batch_size * (windows.shape[1] - 1):,} tokens for a step"
+            f"{batch_size * windows.shape[1]:,} tokens for a step"
         )
     config = model.config
     arrays = {name: jnp.asarray(a, jnp.float32) for name, a in parameters(model).items()}
@@ -111,7 +111,7 @@ def distil(
     now = _Trained(_places(weights, student), jnp.zeros(student.scales.shape))
     apart = np.arange(len(windows)) % HELD_OUT == HELD_OUT - 1
     held, own = windows[apart][:MOST_HELD_OUT], windows[~apart]
-    steps = tokens // (batch_size * (windows.shape[1] - 1))
+    steps = tokens // (batch_size * windows.shape[1])
     order = _orders(len(own), steps * batch_size).reshape(steps, batch_size)
     rates = tuple(_falling(rate, steps) for rate in (CODE_RATE, SCALE_RATE))
     state = _adam().init(now)
@@ -201,11 +201,11 @@ def _with_planes(config: ModelConfig, arrays: dict[str, Array], student: _Studen
 
 
 def _divergence(
-    config: ModelConfig, arrays: dict[str, Array], student: _Student, now: _Trained, tokens: Int[Array, "B T1"]
+    config: ModelConfig, arrays: dict[str, Array], student: _Student, now: _Trained, tokens: Int[Array, "B T"]
 ) -> Float[Array, " B"]:
     teacher = with_parameters(config, arrays)
-    exact, _ = teacher.hidden_states(tokens[:, :-1], experts=float_experts)
-    hidden, _ = _with_planes(config, arrays, student, now).hidden_states(tokens[:, :-1], experts=float_experts)
+    exact, _ = teacher.hidden_states(tokens, experts=float_experts)
+    hidden, _ = _with_planes(config, arrays, student, now).hidden_states(tokens, experts=float_experts)
     exact = jax.lax.stop_gradient(exact)
     return next_token_divergence(exact, hidden, teacher.head_weights(), *teacher.logit_form()).mean(axis=1)
 
@@ -218,7 +218,7 @@ def _mean_divergence(
     arrays: dict[str, Array],
     student: _Student,
     now: _Trained,
-    windows: Int[np.ndarray, "S T1"],
+    windows: Int[np.ndarray, "S T"],
     batch_size: int,
 ) -> float:
     found = [

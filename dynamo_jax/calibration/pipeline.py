@@ -19,8 +19,9 @@ import tokenizers
 from jaxtyping import Float, Int
 
 from dynamo_jax.analysis.statistics import Statistics
-from dynamo_jax.calibration.analyses import Analysis, distilled_windows, known_windows, whole
+from dynamo_jax.calibration.analyses import Analysis, known_windows, whole
 from dynamo_jax.calibration.config import QuantizeConfig, check_shapes, settled
+from dynamo_jax.calibration.distil_text import distil_windows
 from dynamo_jax.calibration.knowledge import knowledge_of
 from dynamo_jax.calibration.plans import favoured, plan
 from dynamo_jax.calibration.sweeps import Calibration, Draft, calibrate, statistics_of
@@ -232,7 +233,7 @@ def _distilled(
 ) -> Distilled:
     from dynamo_jax.calibration.distil import distil  # and with it an optimizer, which others need not wait for
 
-    windows = distilled_windows(known, tokenizer, config)
+    windows = distil_windows(model, known, tokenizer, config, progress)
     return distil(model, planes, plan, windows, config.distil, config.batch_size, progress)
 
 

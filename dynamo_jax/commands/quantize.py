@@ -105,8 +105,9 @@ def quantize(
         typer.Option(
             metavar="TOKENS",
             min=0,
-            help="Train codes and scales on so many tokens of the known datasets, until the quantized model predicts "
-            "what the unquantized one does; 0: not. The whole model must fit memory.",
+            help="Train codes and scales on so many tokens of the known datasets and, for the share of "
+            "--novelty-weight, of text that the model draws itself, until the quantized model predicts what the "
+            "unquantized one does; 0: not. The whole model must fit memory.",
         ),
     ] = 0,
     window: WindowOption = 256,

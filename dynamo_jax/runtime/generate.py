@@ -93,7 +93,14 @@ def choose(logits: Float[Array, "B V"], sampling: Sampling, step: Int[Array, ""]
     def greedy() -> Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def sample() -> Array:
+    def drawn(ranked: Array) -> Array:
+        keys = jax.random.split(jax.random.fold_in(sampling.key, step), logits.shape[0])
+        return jax.vmap(jax.random.categorical)(keys, ranked).astype(jnp.int32)
+
+    def of_all() -> Array:
+        return drawn(logits / jnp.maximum(sampling.temperature, 1e-6))
+
+    def of_likeliest() -> Array:
         order = jnp.argsort(-logits, axis=-1)
         ranked = jnp.take_along_axis(logits, order, axis=-1) / jnp.maximum(sampling.temperature, 1e-6)
         rank = jnp.arange(logits.shape[-1])
@@ -101,11 +108,10 @@ def choose(logits: Float[Array, "B V"], sampling: Sampling, step: Int[Array, ""]
         probability = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(probability, axis=-1) - probability
         ranked = jnp.where((before < sampling.top_p) | (rank == 0), ranked, -jnp.inf)
-        keys = jax.random.split(jax.random.fold_in(sampling.key, step), logits.shape[0])
-        place = jax.vmap(jax.random.categorical)(keys, ranked)
-        return jnp.take_along_axis(order, place[:, None], axis=-1)[:, 0].astype(jnp.int32)
+        return jnp.take_along_axis(order, drawn(ranked)[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
-    return jax.lax.cond(sampling.temperature == 0, greedy, sample)
+    every = (sampling.top_k == 0) & (sampling.top_p >= 1)  # then nothing need be sorted
+    return jax.lax.switch(jnp.where(sampling.temperature == 0, 0, 2 - every), (greedy, of_all, of_likeliest))
 
 
 def _next(

@@ -12,34 +12,42 @@ from quantized_runs import SETTINGS
 
 from dynamo_jax.calibration import distil as module
 from dynamo_jax.calibration import pipeline
-from dynamo_jax.calibration.analyses import distilled_windows
 from dynamo_jax.calibration.distil import distil
+from dynamo_jax.calibration.distil_text import DRAW, distil_windows, drawn_windows
 from dynamo_jax.calibration.pipeline import quantize, quantize_folder
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.decoder import expert_parameter_names, parameters
 from dynamo_jax.quant.planes import dequantize, narrowed
 from dynamo_jax.storage import checkpoint
 from dynamo_jax.storage.work import FolderWork
+from dynamo_jax.texts.windows import token_windows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 DISTIL = dataclasses.replace(SETTINGS, bits=2.6, per_projection=True, distil=2048)
 
 
+def shallow_known(shallow, texts):
+    model, tokenizer = shallow
+    return model, {"code": texts["code"], "sums": texts["sums"]}, tokenizer
+
+
 @pytest.fixture(scope="module")
 def before(shallow, texts):
     """Rounded planes, of which some rows are read at each width, and windows of the known texts."""
-    known = {"code": texts["code"], "sums": texts["sums"]}
+    _, known, _ = shallow_known(shallow, texts)
     model = quantize(*shallow, known, dataclasses.replace(DISTIL, distil=0))[0]
     widths = model.plan.widths.copy()
     widths[0, :4] = WIDTHS[-1]
     plan = dataclasses.replace(model.plan, widths=widths)
-    return model.store, plan, distilled_windows(known, shallow[1], DISTIL)
+    return model.store, plan, distil_windows(*shallow_known(shallow, texts), DISTIL)
 
 
 @pytest.fixture(scope="module")
 def after(shallow, before):
-    return distil(shallow[0], *before, DISTIL.distil, DISTIL.batch_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CODE_RATE", 0.01)  # so that codes change in few steps
+        return distil(shallow[0], *before, DISTIL.distil, DISTIL.batch_size)
 
 
 def places(planes, plan):
@@ -116,12 +124,37 @@ def test_windows_of_a_short_text_are_passed_over_again(shallow, before):
         distil(shallow[0], planes, plan, windows, 100, DISTIL.batch_size)
 
 
-def test_windows_lie_behind_those_of_calibration(shallow, texts):
-    known = {"code": texts["code"], "sums": texts["sums"]}
-    few = dataclasses.replace(DISTIL, distil=512)
-    calibrated = {w.tobytes() for k in pipeline.known_windows(known, shallow[1], few).values() for w in k}
-    own = distilled_windows(known, shallow[1], few)
-    assert len(own) == 8 and not calibrated & {w.tobytes() for w in own}
+def test_half_of_the_windows_lie_behind_those_of_calibration_and_half_are_drawn(shallow, texts):
+    model, known, tokenizer = shallow_known(shallow, texts)
+    few, told = dataclasses.replace(DISTIL, distil=1024), []
+    calibrated = {w[:-1].tobytes() for k in pipeline.known_windows(known, tokenizer, few).values() for w in k}
+    every = {w.tobytes() for text in known.values() for w in token_windows(text, tokenizer, 64, "")[:, :-1]}
+    mixed = {w.tobytes() for w in distil_windows(model, known, tokenizer, few, lambda *a: told.append(a))}
+    assert len(mixed) == 16 and len(mixed & every) == 8 and not calibrated & mixed
+    assert mixed - every == {w.tobytes() for w in drawn_windows(model, 8, 64)}
+    assert told[-1][0] == DRAW and told[-1][1] == told[-1][2]
+    known_alone = distil_windows(model, known, tokenizer, dataclasses.replace(few, novelty_weight=0.0))
+    drawn_alone = distil_windows(model, known, tokenizer, dataclasses.replace(few, novelty_weight=1.0))
+    assert {w.tobytes() for w in known_alone} <= every and not {w.tobytes() for w in drawn_alone} & every
+
+
+def test_a_text_that_is_short_gives_what_it_has(shallow, texts):
+    model, known, tokenizer = shallow_known(shallow, texts)
+    own = dataclasses.replace(DISTIL, distil=10**6, novelty_weight=0.0)
+    count = sum(len(token_windows(text, tokenizer, 64, "")) for text in known.values())
+    assert len(distil_windows(model, known, tokenizer, own)) == count
+
+
+def test_drawn_text_follows_the_model(shallow):
+    """Its own text surprises it no more than it expects to be surprised: by the entropy of its predictions."""
+    model, _ = shallow
+    windows = jnp.asarray(drawn_windows(model, 64, 64))
+    logs = jax.nn.log_softmax(model(windows)[0][:, :-1])
+    surprise = -jnp.take_along_axis(logs, windows[:, 1:, None], axis=-1)[..., 0]
+    entropy = -(jnp.exp(logs) * logs).sum(axis=-1)
+    error = float((surprise - entropy).std() / surprise.size**0.5)
+    assert abs(float((surprise - entropy).mean())) < 4 * error
+    assert len(np.unique(np.asarray(windows[:, 0]))) > 50
 
 
 def test_a_run_that_is_stopped_while_planes_are_replaced_ends_with_the_same(
