@@ -24,6 +24,7 @@ LARGEST_SPARE = 100
 LARGEST_WEIGHT = 1e9
 QUANTIZERS = ("gptq", "rtn")
 NOVELTY_WEIGHT = 0.5  # benchmarks/unseen.py
+DISTIL_WINDOWS = 8  # at least, of which one is held out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,8 +109,9 @@ class QuantizeConfig:
             raise ValueError(f"objective {self.objective!r}: known are {', '.join(OBJECTIVES)}")
         if len(self.emphasis) != 3 or not all(math.isfinite(e) and e > 0 for e in self.emphasis):
             raise ValueError(f"emphasis {self.emphasis}: expected three positive numbers, for 2, 3 and 4 bits")
-        if self.distil < 0:
-            raise ValueError(f"distil {self.distil}: expected a number of tokens, 0 for none")
+        least = max(self.batch_size, DISTIL_WINDOWS) * self.window
+        if self.distil and self.distil < least:
+            raise ValueError(f"distil {self.distil}: expected {least:,} tokens or more, or 0 for none")
         if not (math.isfinite(self.favour) and self.favour > 0):
             raise ValueError(f"favour {self.favour}: expected a positive number, 1 for none")
         if self.group_size is not None and (self.group_size < 8 or self.group_size % 8):

@@ -27,6 +27,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from dynamo_jax.calibration.config import DISTIL_WINDOWS
 from dynamo_jax.kernels.layout import PLANE_BITS, PROJECTIONS, STEP, WIDTHS, unpack
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters, with_parameters
@@ -45,7 +46,6 @@ WARM_UP = 0.05  # of the steps; then both rates fall, as a cosine, to LAST_RATE 
 LAST_RATE = 0.05
 DECAYS = (0.9, 0.99)  # of Adam's means
 CHECKS = 4  # on held-out windows, in equal parts of the steps
-HELD_OUT = 8  # one window in so many
 MOST_HELD_OUT = 32
 EDGE = 0.02  # of a cell, how near to its edge a weight begins that its code does not hold
 
@@ -96,12 +96,12 @@ def distil(
     """The planes of a model's experts (L, E, P, F, ..), trained at the widths of ``plan``.
 
     model: unquantized, in memory with about ten times its experts' weights beside it. windows: of text; one in
-    ``HELD_OUT`` of them is for checks, the others are passed over, in another order each time, until so many tokens
-    were seen. ValueError: too few windows or tokens for a batch.
+    ``DISTIL_WINDOWS`` is for checks, the others are passed over, in another order each time, until so many tokens were
+    seen. ValueError: too few windows or tokens for a batch.
     """
-    if len(windows) < HELD_OUT or tokens < batch_size * windows.shape[1]:
+    if len(windows) < DISTIL_WINDOWS or tokens < batch_size * windows.shape[1]:
         raise ValueError(
-            f"distil: {len(windows)} windows and {tokens:,} tokens are too few; it takes {HELD_OUT} windows, and "
+            f"distil: {len(windows)} windows and {tokens:,} tokens are too few; it takes {DISTIL_WINDOWS} windows, and "
             f"{batch_size * windows.shape[1]:,} tokens for a step"
         )
     config = model.config
@@ -109,12 +109,13 @@ def distil(
     weights = filled_up(_expert_weights(config, arrays), plan.channel_block, plan.group_size)
     student = _student(planes, plan)
     now = _Trained(_places(weights, student), jnp.zeros(student.scales.shape))
-    apart = np.arange(len(windows)) % HELD_OUT == HELD_OUT - 1
+    apart = np.arange(len(windows)) % DISTIL_WINDOWS == DISTIL_WINDOWS - 1
     held, own = windows[apart][:MOST_HELD_OUT], windows[~apart]
     steps = tokens // (batch_size * windows.shape[1])
     order = _orders(len(own), steps * batch_size).reshape(steps, batch_size)
     rates = tuple(_falling(rate, steps) for rate in (CODE_RATE, SCALE_RATE))
     state = _adam().init(now)
+    progress(STAGE, 0, steps)
     divergences, best = [_mean_divergence(config, arrays, student, now, held, batch_size)], None
     for step in range(steps):
         batch = jnp.asarray(own[order[step]])

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from dynamo_jax.analysis.statistics import Statistics
 from dynamo_jax.calibration.analyses import Analysis, known_windows, whole
 from dynamo_jax.calibration.config import QuantizeConfig, check_shapes, settled
-from dynamo_jax.calibration.distil_text import distil_windows
+from dynamo_jax.calibration.distil_text import distil_windows, known_to_distil
 from dynamo_jax.calibration.knowledge import knowledge_of
 from dynamo_jax.calibration.plans import favoured, plan
 from dynamo_jax.calibration.sweeps import Calibration, Draft, calibrate, statistics_of
@@ -201,7 +201,7 @@ def quantize(
     check_shapes(model.config, config)
     config = settled(config, [model.config.expert_sizes], source.other_bytes(), list(known))
     work = MemoryWork()
-    windows = known_windows(known, tokenizer, config, model.config.vocab_size)
+    windows = _checked_windows(known, tokenizer, config, model.config.vocab_size)
     analyses = analyze_layers(source, windows, config, work, progress)
     chosen, knowledge = _plan_and_knowledge(source, analyses, windows, known, config, progress)
     store = stacked_planes(work.get, model.config)
@@ -220,6 +220,16 @@ def quantize(
         spare=config.spare,
     )
     return quantized, analyses
+
+
+def _checked_windows(
+    known: dict[str, str], tokenizer: tokenizers.Tokenizer, config: QuantizeConfig, vocab_size: int
+) -> dict[str, Int[np.ndarray, "S T1"]]:
+    """Those of calibration. ValueError, before any work, also if the texts are too short for what follows."""
+    found = known_windows(known, tokenizer, config, vocab_size)
+    if config.distil:
+        known_to_distil(known, tokenizer, config)
+    return found
 
 
 def _distilled(
@@ -322,7 +332,7 @@ def _quantize_folder(
         log(f"{out}: done already, by the same command")
         return _plan_of_first(hosts, lambda: checkpoint.read_description(out).plan)
     tokenizer = load_tokenizer(folder)
-    windows = known_windows(known, tokenizer, config, source.config.vocab_size)
+    windows = _checked_windows(known, tokenizer, config, source.config.vocab_size)
     if not hosts.first:
         analyze_layers(source, windows, config, MemoryWork(), hosts=hosts)
         return _plan_of_first(hosts, _never)

@@ -157,7 +157,7 @@ def quantize(
     )
     if dry_run:
         texts, folder = read_datasets(known, [])["known"], float_folder(model)
-        print_facts(expected(estimate(folder, texts, settings), out))
+        print_facts(expected(estimate(folder, texts, settings), out, distil))
         return
     begin = time.monotonic()
     with one_job(hosts) as (processes, progress):
@@ -194,7 +194,7 @@ def quantize(
     print(f"next: dynamo-jax generate --model {shlex.quote(str(out))} --prompt TEXT, or eval with the texts given here")
 
 
-def expected(found: Estimate, out: Path) -> dict[str, str]:
+def expected(found: Estimate, out: Path, distil: int = 0) -> dict[str, str]:
     """What it would take, in words."""
     from dynamo_jax.calibration.estimate import ENOUGH_ROWS
     from dynamo_jax.storage.facts import bytes_words
@@ -210,7 +210,10 @@ def expected(found: Estimate, out: Path) -> dict[str, str]:
         f"{bytes_words(free)} are free" + (": too few" if free < found.work else ""),
         "calibration": f"{found.tokens:,} tokens, {found.rows:,.0f} for an expert on the mean"
         + (few if found.rows < ENOUGH_ROWS else ""),
-        "time": f"about {f'{hours} h ' if hours else ''}{minutes} min on this machine"
-        if found.seconds >= 90
-        else f"about {found.seconds:.0f} s on this machine",
+        "time": (
+            f"about {f'{hours} h ' if hours else ''}{minutes} min on this machine"
+            if found.seconds >= 90
+            else f"about {found.seconds:.0f} s on this machine"
+        )
+        + (f", and as long as training on {distil:,} tokens takes" if distil else ""),
     }

@@ -138,6 +138,16 @@ def test_half_of_the_windows_lie_behind_those_of_calibration_and_half_are_drawn(
     assert {w.tobytes() for w in known_alone} <= every and not {w.tobytes() for w in drawn_alone} & every
 
 
+def test_texts_too_short_to_train_on_are_said_before_any_work(shallow, texts, monkeypatch):
+    model, known, tokenizer = shallow_known(shallow, texts)
+    monkeypatch.setattr(pipeline, "analyze_layers", None)
+    short = {name: text[:600] for name, text in known.items()}
+    with pytest.raises(ValueError, match=r"distil 2048: the known texts have . windows of 64 tokens, fewer than 8"):
+        quantize(model, tokenizer, short, dataclasses.replace(DISTIL, novelty_weight=0.0))
+    with pytest.raises(ValueError, match=r"distil 511: expected 512 tokens or more, or 0 for none"):
+        dataclasses.replace(DISTIL, distil=511)
+
+
 def test_a_text_that_is_short_gives_what_it_has(shallow, texts):
     model, known, tokenizer = shallow_known(shallow, texts)
     own = dataclasses.replace(DISTIL, distil=10**6, novelty_weight=0.0)
