@@ -360,7 +360,8 @@ def summary(bench: Bench, budgets: list[float]) -> dict[str, Any]:
         worst = max(mean_of(rows, method="dynamo", budget=budget, dataset=name) for name in KNOWN)
         unseen = [r for r in rows if r["method"] == "mc" and r["budget"] == budget and r["kind"] == "known"]
         unseen = [r for r in unseen if r["dataset"] != r["calibration"]]
-        marks[f"worst known over mc on sets it was not calibrated on, {budget:g} bits"] = worst / mean_of(unseen)
+        if unseen:
+            marks[f"worst known over mc on sets it was not calibrated on, {budget:g} bits"] = worst / mean_of(unseen)
     return {"table": table, "marks": marks}
 
 
