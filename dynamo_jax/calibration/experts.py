@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from dynamo_jax.kernels.layout import WIDTHS, widened
 from dynamo_jax.models.config import ExpertSizes
 from dynamo_jax.models.experts import Activation
 from dynamo_jax.quant.asymmetric import channel_factors, corrected
-from dynamo_jax.quant.nested_gptq import CHUNK_WEIGHTS, PRIOR_ROWS, finished, nested_codes, quantize_nested, shrunk
+from dynamo_jax.quant.nested_gptq import CHUNK_WEIGHTS, PRIOR_ROWS, quantize_nested, shrunk
 from dynamo_jax.quant.planes import Planes, dequantize, rounded_scale, values_of
 
 PORTION_WEIGHTS = 2**18  # of experts in one go: the fastest on a CPU, whose caches hold what GPTQ works on then
@@ -234,27 +234,42 @@ def down_planes(
     for part in _input_parts(channels, group_size):
         common = np.eye(part.stop - part.start, dtype=np.float32) * np.float32(given.spread)
         exact = [widened(h, channels)[:, part] for h in given.hidden]
+        weights = w[:, part]
         if reached is None:
-            products = [(h * s[:, None]).T @ h for h, s in zip(exact, given.squared)]
-            hessians = np.stack([_leaning(own, s, common, given) for own, s in zip(products, given.squared)])
-            parts.append(quantize_nested(w[:, part], hessians, group_size, 1, emphasis[:, -1]))
-            continue
-        own, cross = [], []
-        for h, ways, s, share in zip(exact, reached, given.squared, counted[:, 0]):
-            weighted = [(s[:, None] * p * widened(way, channels)[:, part]).T for p, way in zip(share, ways)]
-            own.append(sum(a @ widened(way, channels)[:, part] for a, way in zip(weighted, ways)))
-            cross.append(sum(weighted) @ h)
+            own = [(h * s[:, None]).T @ h for h, s in zip(exact, given.squared)]
+            target = refit = None
+        else:
+            weights = np.asarray(weights, np.float32)
+            own, cross = [], []
+            for h, ways, s, share in zip(exact, reached, given.squared, counted[:, 0]):
+                cut = [widened(way, channels)[:, part] for way in ways]
+                weighted = [(s[:, None] * p * way).T for p, way in zip(share, cut)]
+                own.append(sum(a @ way for a, way in zip(weighted, cut)))
+                cross.append(sum(weighted) @ h)
+            prior = PRIOR_ROWS * given.typical * given.spread
+            target = np.stack([corrected(each, a, b, prior) for each, a, b in zip(weights, own, cross)])
+            refit = functools.partial(_with_factors, weights, own, cross, counted[:, -1])
         hessians = np.stack([_leaning(a, s, common, given) for a, s in zip(own, given.squared)])
-        prior = PRIOR_ROWS * given.typical * given.spread
-        weights = np.asarray(w[:, part], np.float32)
-        targets = np.stack([corrected(each, a, b, prior) for each, a, b in zip(weights, own, cross)])
-        four, scales = nested_codes(targets, hessians, group_size, 1, emphasis[:, -1])
-        for i, share in enumerate(counted[:, -1]):
-            at_widths = np.stack([values_of(four[i], scales[i], width) for width in WIDTHS[:3]])
-            factors = channel_factors(weights[i], at_widths, share, own[i], cross[i])
-            scales[i] = np.asarray(rounded_scale(jnp.asarray(scales[i] * factors[:, None])))
-        parts.append(finished(weights, four, scales))
+        found = quantize_nested(weights, hessians, group_size, 1, emphasis[:, -1], target=target, refit=refit)
+        parts.append(found)
     return jax.tree.map(lambda *a: np.concatenate(a, axis=1), *parts)
+
+
+def _with_factors(
+    w: Float[np.ndarray, "X C D"],
+    own: list[Float[np.ndarray, "C C"]],
+    cross: list[Float[np.ndarray, "C C"]],
+    shares: Float[np.ndarray, "X 3"],
+    four: UInt8[np.ndarray, "X C D"],
+    scales: Float[np.ndarray, "X C G"],
+) -> Float[np.ndarray, "X C G"]:
+    """Base scales of down with the ``channel_factors`` in them."""
+    out = []
+    for weights, a, b, share, codes, scale in zip(w, own, cross, shares, four, scales):
+        at_widths = np.stack([values_of(codes, scale, width) for width in WIDTHS[:3]])
+        factors = channel_factors(weights, at_widths, share, a, b)
+        out.append(np.asarray(rounded_scale(jnp.asarray(scale * factors[:, None]))))
+    return np.stack(out)
 
 
 def _input_parts(size: int, group_size: int) -> list[slice]:

@@ -29,6 +29,7 @@ from dynamo_jax.quant.gptq import damped, feedback_factor
 from dynamo_jax.quant.planes import VALUES, Planes, over, planes_of, refinement, rounded_scale
 
 Emphasis = tuple[float, float, float]
+Refit = Callable[[UInt8[np.ndarray, "X A B"], Float[np.ndarray, "X A G"]], Float[np.ndarray, "X A G"]]
 EMPHASIS: Emphasis = (1.0, 2.0, 4.0)  # of a squared error at 2, 3 and 4 bits when codes are chosen
 PRIOR_ROWS = 256  # what the layer's own Hessian counts for in that of each expert
 BASE_FRACTIONS = tuple(np.linspace(0.3, 0.75, 13).tolist())  # base scale over the group's largest weight
@@ -45,23 +46,14 @@ def quantize_nested(
     input_axis: int,
     emphasis: Emphasis | Float[np.ndarray, "X 3"] = EMPHASIS,
     sweeps: int = SWEEPS,
+    *,
+    target: Float[np.ndarray, "X A B"] | None = None,
+    refit: Refit | None = None,
 ) -> Planes:
-    """Planes of experts' weights with groups along the last axis, whichever axis holds the inputs: ``nested_codes``,
-    ``finished``. Arguments and errors are those of the first."""
-    four, scales = nested_codes(w, hessian, group_size, input_axis, emphasis, sweeps)
-    return finished(w, four, scales)
+    """Planes of experts' weights with groups along the last axis, whichever axis holds the inputs.
 
-
-def nested_codes(
-    w: Float[np.ndarray, "X A B"],
-    hessian: Float[np.ndarray, "X C C"],
-    group_size: int,
-    input_axis: int,
-    emphasis: Emphasis | Float[np.ndarray, "X 3"] = EMPHASIS,
-    sweeps: int = SWEEPS,
-) -> tuple[UInt8[np.ndarray, "X A B"], Float[np.ndarray, "X A G"]]:
-    """The codes of four bits, indices into ``VALUES``, and the base scales.
-
+    target: what the codes of 2, 3 and 4 bits stand for, ``w`` by default; the 8-bit plane is made for ``w`` in any
+    case. refit: is given the codes of four bits, indices into ``VALUES``, and the base scales, and returns others.
     input_axis: 1 for weights (X, C, R), such as down projections, 2 for (X, R, C), such as gate and up.
     hessian: sums of products of inputs with inputs, weighted as the errors count; a zero one is taken as the
     identity, which leaves rounding without feedback. emphasis: what a squared error at 2, 3 and 4 bits counts when
@@ -75,7 +67,8 @@ def nested_codes(
         raise ValueError(f"last axis {w.shape[2]} must be a multiple of group_size {group_size}, and that of 8")
     if hessian.shape != (len(w), w.shape[input_axis], w.shape[input_axis]):
         raise ValueError(f"hessian {hessian.shape} does not fit weights {w.shape} with inputs on axis {input_axis}")
-    if not np.isfinite(np.asarray(w, np.float32)).all():
+    wanted = w if target is None else np.asarray(target)
+    if not (np.isfinite(np.asarray(w, np.float32)).all() and np.isfinite(np.asarray(wanted, np.float32)).all()):
         raise ValueError("weights to quantize hold NaN or infinity")
     weights = np.broadcast_to(np.asarray(emphasis, np.float32), (len(w), 3))
     share = group_size if input_axis == 1 else 1  # rows that have one scale in a column
@@ -90,7 +83,7 @@ def nested_codes(
         orders, factors, products = (np.stack(a) for a in zip(*map(_prepared, hessian[i : i + step])))
         for r in range(0, size, rows):
             at = np.s_[i : i + step, :, r : r + rows] if input_axis == 1 else np.s_[i : i + step, r : r + rows]
-            slab = jnp.asarray(w[at], jnp.float32)
+            slab = jnp.asarray(wanted[at], jnp.float32)
             found = _scales(slab, own, group_size)
             groups = np.s_[i : i + step, :, r // group_size : (r + rows) // group_size] if input_axis == 1 else at
             scales[groups] = found
@@ -100,7 +93,7 @@ def nested_codes(
                 of_columns = jnp.repeat(found, group_size, axis=2).swapaxes(1, 2)
             codes = np.asarray(run(slab, of_columns, orders, factors, products, own))
             four[at] = codes.swapaxes(1, 2) if input_axis == 1 else codes
-    return four, scales
+    return finished(w, four, scales if refit is None else refit(four, scales))
 
 
 def finished(
