@@ -78,8 +78,8 @@ def test_a_plan_keeps_its_budget_and_more_bits_lose_less(model, analysis):
     assert fits.device_bytes(SETTINGS.spare) <= 11059
     with pytest.raises(ValueError, match="the budget, bits 1, is too small"):
         transform.plan(analysis, bits=1)
-    with pytest.raises(ValueError, match="distil 512: trains models that dynamo_jax loads"):
-        transform.analyze(model, known(), nll, dataclasses.replace(SETTINGS, distil=512))
+    with pytest.raises(ValueError, match="distil 2048: trains models that dynamo_jax loads"):
+        transform.analyze(model, known(), nll, dataclasses.replace(SETTINGS, distil=2048))
     with pytest.raises(ValueError, match="a budget is given one way only"):
         transform.plan(analysis, bits=3.0, bytes=10000)
 
