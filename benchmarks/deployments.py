@@ -60,10 +60,7 @@ def at_widths(config: ModelConfig, store: Planes) -> list[np.ndarray]:
 
 def weights_of(options: list[np.ndarray], plan: Plan) -> np.ndarray:
     """Of ``at_widths`` those that the plan chooses."""
-    layers, experts, projections, channels, _ = options[0].shape
-    widths = plan.page_widths().reshape(layers, experts, -1, plan.blocks)
-    each = np.broadcast_to(widths, (layers, experts, projections, plan.blocks))
-    at = np.searchsorted(WIDTHS, np.repeat(each, plan.channel_block, axis=3)[..., :channels])[..., None]
+    at = np.searchsorted(WIDTHS, plan.channel_widths()[..., : plan.channels, None])
     out = options[0]
     for index, option in enumerate(options[1:], 1):
         out = np.where(at == index, option, out)

@@ -149,10 +149,7 @@ def _student(planes: Planes, plan: Plan) -> _Student:
         if width in codes:
             four |= codes[width] << bits
     scales = jnp.asarray(planes.scales).astype(jnp.float32)
-    layers, experts, _ = plan.widths.shape
-    each = plan.page_widths().reshape(layers, experts, -1, plan.blocks)
-    each = np.broadcast_to(each, (layers, experts, PROJECTIONS, plan.blocks))
-    widths = np.repeat(each, plan.channel_block, axis=3)[..., None]
+    widths = plan.channel_widths()[..., None]
     exact = np.zeros((), np.float32)
     if (widths == WIDTHS[-1]).any():
         wide = jnp.repeat(scales, plan.group_size, axis=-1)

@@ -1,7 +1,7 @@
 """A plan: the bit-width of every channel block, and what it costs in bytes.
 
-Axes: L layers, E experts, N channel blocks an expert, M = N or, where projections are apart, 2 N: what has a width
-of its own.
+Axes: L layers, E experts, N channel blocks an expert, P = 3 projections, F channels, M = N or, where projections are
+apart, 2 N: what has a width of its own.
 """
 
 from __future__ import annotations
@@ -82,6 +82,13 @@ class Plan:
         layers, experts, _ = self.widths.shape
         each = self.widths.reshape(layers, experts, 2, self.blocks)
         return each[:, :, [0, 0, 1]].reshape(layers, experts, -1)
+
+    def channel_widths(self) -> Int8[np.ndarray, "L E P F"]:
+        """The width of every channel of gate, of up and of down, with those that fill up the last block."""
+        layers, experts, _ = self.widths.shape
+        pages = self.page_widths().reshape(layers, experts, -1, self.blocks)
+        each = np.broadcast_to(pages, (layers, experts, PROJECTIONS, self.blocks))
+        return np.repeat(each, self.channel_block, axis=3)
 
     def expert_bytes(self) -> Float[np.ndarray, "L E"]:
         """Stored bytes of each expert, scales included."""

@@ -178,9 +178,9 @@ def _layer_tensors(description: checkpoint.Description, origin: Source | None, l
         tensors[name] = filed.to_file(own[ours], beside)
     if layer in config.dense_layers:
         return tensors
-    widths = plan.page_widths()[config.moe_layers.index(layer)].reshape(config.num_experts, -1, plan.blocks)
+    widths = plan.channel_widths()[config.moe_layers.index(layer)]
     planes = layer_planes(bundle)
-    experts = [dequantized_expert(_expert(planes, e), widths[e], plan) for e in range(config.num_experts)]
+    experts = [_dequantized_expert(_expert(planes, e), widths[e], plan) for e in range(config.num_experts)]
     return tensors | expert_tensors(expert_names(config, layer, meta.fused), experts, own)
 
 
@@ -188,16 +188,12 @@ def _expert(planes: Planes, expert: int) -> Planes:
     return jax.tree.map(lambda a: a[expert], planes)
 
 
-def dequantized_expert(planes: Planes, widths: Int[np.ndarray, "U N"], plan: Plan) -> Triple:
-    """bfloat16 gate, up and down (F, D) of one expert whose planes are (P, F, ..), each block at its width; U is 1
-    or, where each projection has its own widths, 3. ``plan`` says how large blocks and the expert are."""
-    projections = planes.scales.shape[0]
-    of_channel = np.broadcast_to(
-        np.repeat(widths, plan.channel_block, axis=1), (projections, widths.shape[1] * plan.channel_block)
-    )
+def _dequantized_expert(planes: Planes, widths: Int[np.ndarray, "P F"], plan: Plan) -> Triple:
+    """bfloat16 gate, up and down (F, D) of one expert whose planes are (P, F, ..), each channel at its width
+    (``Plan.channel_widths``). ``plan`` says how large the expert is."""
     out: Float[np.ndarray, "P F D"] | None = None
     for width in WIDTHS:
-        if (at := of_channel == width).any():
+        if (at := widths == width).any():
             value = np.asarray(dequantize(planes, width).astype(ml_dtypes.bfloat16))
             out = np.zeros_like(value) if out is None else out
             out[at] = value[at]

@@ -66,8 +66,7 @@ def quantized(request, tokenizer_file):
 
 def at_plan(model):
     """The float model whose experts are what the planes say at the plan's widths."""
-    widths = model.plan.page_widths().reshape(2, 6, 3, -1)
-    of_channel = np.repeat(widths, 8, axis=3)[..., :CHANNELS, None]
+    of_channel = model.plan.channel_widths()[..., :CHANNELS, None]
     whole = {w: np.asarray(dequantize(model.store, w))[..., :CHANNELS, :HIDDEN] for w in WIDTHS}
     weights = sum(np.where(of_channel == w, whole[w], 0) for w in WIDTHS)
     exact = jnp.asarray(weights).astype(jnp.bfloat16).astype(jnp.float32)

@@ -68,6 +68,9 @@ def test_gate_and_up_cost_two_thirds_of_a_block_and_down_a_third():
     want = (BY_HAND[2] + BY_HAND[4]) * 2 / 3 + (BY_HAND[8] + BY_HAND[3]) / 3
     assert two.stored_bytes() == want and two.blocks == 2 and num_weights(two) == 2 * 768
     assert two.page_widths().tolist() == [[[2, 4, 2, 4, 8, 3]]]
+    gate_up, down = [2] * 4 + [4] * 4, [8] * 4 + [3] * 4
+    assert two.channel_widths().tolist() == [[[gate_up, gate_up, down]]]
+    assert plan([[[2, 3]]]).channel_widths().tolist() == [[[[2] * 4 + [3] * 4] * 3]]
     same = expert_plan(np.array([[[3, 3]]]), 8, 4, 32, 64)
     assert same.apart and same.stored_bytes() == plan([[[3, 3]]]).stored_bytes()
     with pytest.raises(ValueError, match="3 widths an expert, expected two for each block"):

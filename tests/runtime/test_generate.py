@@ -374,8 +374,7 @@ def test_a_quantized_model_generates_what_its_dequantized_weights_generate(quant
     model, _ = quantized_language_model(quantized)
     arrays = dict(model.parameters)
     plan = quantized.plan
-    pages = plan.page_widths().reshape(*plan.widths.shape[:2], -1, plan.blocks)
-    wide = np.repeat(pages, plan.channel_block, axis=3)[..., None]
+    wide = plan.channel_widths()[..., None]
     values = {w: np.asarray(dequantize(quantized.store, w).astype(jnp.bfloat16)) for w in (2, 3, 4, 8)}
     full = sum(np.where(wide == w, value, 0) for w, value in values.items())
     for layer, weights in enumerate(full.astype(np.float32)):
