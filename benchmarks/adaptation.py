@@ -11,7 +11,7 @@ Every method holds as many bits a weight on the device as its budget says (stati
 page tables counted. What a method sees of the novel text are its first tokens; all are evaluated on later windows.
 
     uniform             GPTQ at one width, of the grid whose bits are nearest to the budget
-    static              the product's baseline: with spare slots, for text that nobody has seen too
+    static              the product's baseline: with spare slots, calibrated on text that the model draws too
     static-known        a baseline that looks at the known texts only, without slots
     static-more-memory  the same with 15 % more memory
     static-channel      pages placed by channel block, from the known texts, without slots
@@ -43,6 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 from deployments import Sweeps, at_widths, heldout_windows, kept, uniform_gptq, weights_of
+from drawn import and_drawn
 from float_changes import changes, predictions
 from placements import clustered_experts, hot_experts
 from quality import groups_of
@@ -51,7 +52,7 @@ from dynamo_jax.analysis.dynamics import routing_divergence
 from dynamo_jax.calibration import plans
 from dynamo_jax.calibration.analyses import Analysis
 from dynamo_jax.calibration.config import QuantizeConfig
-from dynamo_jax.calibration.knowledge import knowledge_of
+from dynamo_jax.calibration.knowledge import knowledge_of, without_unseen
 from dynamo_jax.calibration.pipeline import analyze_layers
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
@@ -153,17 +154,22 @@ def calibrated(
     uniform: Callable[[float], tuple[np.ndarray, float]],
     settings: QuantizeConfig,
     work: Sweeps,
+    work_alone: Sweeps,
 ) -> Deployment:
-    """All that is calibrated on the known windows, at the budget of ``settings``; ``work`` keeps the sweeps."""
+    """All that is calibrated on the known windows, at the budget of ``settings``; ``work`` keeps the sweeps with text
+    that the model draws, ``work_alone`` those without."""
     bits = settings.bits
     assert bits is not None
     own = work.again()
-    baseline = quantized_on(model, known, settings, own)
+    baseline = quantized_on(model, and_drawn(model.decoder, known, settings), settings, own)
     work.keep(own)
     alone = dataclasses.replace(settings, spare=0.0, novelty_weight=0.0)
-    only_known = quantized_on(model, known, alone, work.again())
-    more = quantized_on(model, known, dataclasses.replace(alone, bits=MORE_MEMORY * bits), work.again())
-    significance = np.stack([a.expert_significance()[..., 0] for a in baseline.analyses.values()])
+    own = work_alone.again()
+    only_known = quantized_on(model, known, alone, own)
+    work_alone.keep(own)
+    more = quantized_on(model, known, dataclasses.replace(alone, bits=MORE_MEMORY * bits), work_alone.again())
+    each = without_unseen(baseline.analyses).values()
+    significance = np.stack([a.expert_significance()[..., 0] for a in each])
     return Deployment(baseline, only_known, more, uniform(bits), significance)
 
 
@@ -368,11 +374,12 @@ def main() -> None:
     for name in arguments.deployment or DEPLOYMENTS:
         known = {kind: windows_of(kind)[: settings.calibration_windows] for kind in DEPLOYMENTS[name]}
         novel = arguments.novel or [kind for kind in KINDS if kind not in known]
-        work, uniform = Sweeps(), uniform_gptq(decoder, params, np.concatenate(list(known.values())))
+        work, work_alone = Sweeps(), Sweeps()
+        uniform = uniform_gptq(decoder, params, np.concatenate(list(known.values())))
         for budget in arguments.budget or BUDGETS:
             what = {"model": model.name, "deployment": name, "budget": budget}
             at = dataclasses.replace(settings, bits=budget)
-            once = functools.cache(functools.partial(calibrated, model, known, uniform, at, work))
+            once = functools.cache(functools.partial(calibrated, model, known, uniform, at, work, work_alone))
             for kind in novel:
                 path = arguments.keep and arguments.keep / f"{model.name}-{name}-{budget:g}-{kind}.json"
                 run = functools.partial(rows_of, model, once, text_of, what | {"novel": kind})

@@ -49,8 +49,8 @@ from dynamo_jax.calibration import plans
 from dynamo_jax.calibration.analyses import Analysis
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.distil import distil
-from dynamo_jax.calibration.distil_text import drawn_windows
 from dynamo_jax.calibration.pipeline import analyze_layers
+from dynamo_jax.calibration.unseen import DISTILLATION, drawn_windows
 from dynamo_jax.demo import DemoConfig
 from dynamo_jax.files import write_json
 from dynamo_jax.kernels.layout import WIDTHS
@@ -214,7 +214,7 @@ def run_distil(
 ) -> None:
     """What changed in how planes are made. others: windows (S, T1) of the known sets to train on."""
     drawn = round(bench.settings.novelty_weight * DISTIL / bench.settings.window)
-    own_text = drawn_windows(bench.model, drawn, bench.settings.window)
+    own_text = drawn_windows(bench.model, drawn, bench.settings.window, DISTILLATION)
     windows = np.concatenate([others[: DISTIL // bench.settings.window - drawn, :-1], own_text])
     windows = np.random.default_rng(seed).permutation(windows)
     for budget in budgets:

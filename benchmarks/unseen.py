@@ -4,8 +4,10 @@
 
 FOLDER holds KIND.heldout.txt for each kind of text. A deployment is calibrated on the first windows of its known kinds,
 quantized for each budget and ``novelty_weight`` (planes and plan), and evaluated on later windows of its known kinds
-and on far kinds. Weight 0: the known kinds alone decide. "uniform" is GPTQ at one width on the same windows, of the
-grid whose bits are nearest to the budget.
+and on far kinds. Weight 0: the known kinds alone decide. "drawn" is what ``quantize`` does: half of the text to come is
+like text that the model draws itself, on which it is calibrated, too; at a weight in figures, what nobody has seen is
+expected from the known kinds. "uniform" is GPTQ at one width on the known windows, of the grid whose bits are nearest
+to the budget.
 
 Excess loss is nats a token above bfloat16, "kl" the divergence from its predictions; "difference" and "kl_difference"
 are those to weight 0 on the same windows, with standard errors by window. Marks: the mean divergence of far kinds over
@@ -27,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 from deployments import Sweeps, at_widths, heldout_windows, kept, uniform_gptq, weights_of
+from drawn import and_drawn
 from float_changes import changes, predictions
 
 from dynamo_jax.calibration import plans
@@ -48,6 +51,7 @@ DEPLOYMENTS = {  # known kinds, far kinds
 }
 BUDGETS = (4.125, 3.1, 2.5)
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, NOVELTY_WEIGHT, 0.6, 1.0)
+DRAWN = "drawn"  # the method
 
 
 class Bench(NamedTuple):
@@ -86,7 +90,8 @@ def bench_of(model: Decoder, tokenizer: Any, corpus: Path, name: str, settings: 
 def quantized(bench: Bench, sweeps: Sweeps, settings: QuantizeConfig) -> tuple[np.ndarray, float]:
     """What the model does when it is quantized with the settings, and its bits a weight."""
     work = sweeps.again()
-    analyses = analyze_layers(DecoderSource(bench.model), bench.calibration, settings, work)
+    calibration = and_drawn(bench.model, bench.calibration, settings)
+    analyses = analyze_layers(DecoderSource(bench.model), calibration, settings, work)
     sweeps.keep(work)
     plan = plans.plan(analyses, bench.model, settings)
     options = at_widths(bench.model.config, stacked_planes(work.get, bench.model.config))
@@ -152,7 +157,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=BUNDLED, help="a checkpoint folder; the bundled model by default")
     parser.add_argument("--deployment", action="append", choices=list(DEPLOYMENTS), help="all by default")
     parser.add_argument("--budget", type=float, action="append", help=f"bits a weight; {BUDGETS} by default")
-    parser.add_argument("--weight", type=float, action="append", help=f"novelty_weight beside 0; {WEIGHTS} by default")
+    parser.add_argument(
+        "--weight", type=float, action="append", help=f"without drawn text, beside 0; {WEIGHTS} by default"
+    )
     parser.add_argument("--limit", type=int, default=16, help="evaluated windows of each kind at most")
     parser.add_argument("--calibration-windows", type=int, default=32, help="of each known kind")
     parser.add_argument("--keep", type=Path, help="a folder for finished parts, from which a stopped run goes on")
@@ -165,7 +172,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     print("deployment  budget method   bits   kinds   excess  kl  accuracy  loss above weight 0  kl above weight 0")
     for name in arguments.deployment or DEPLOYMENTS:
-        bench, sweeps = bench_of(model, tokenizer, arguments.corpus, name, base, arguments.limit), Sweeps()
+        bench = bench_of(model, tokenizer, arguments.corpus, name, base, arguments.limit)
+        sweeps, with_drawn = Sweeps(), Sweeps()
         uniform = uniform_gptq(model, bench.params, np.concatenate(list(bench.calibration.values())))
         for budget in arguments.budget or BUDGETS:
 
@@ -183,18 +191,21 @@ def main() -> None:
                 weights, bits = uniform(budget)
                 return bench.run(weights), bits
 
-            def settings_of(weight: float, budget: float = budget) -> QuantizeConfig:
-                return dataclasses.replace(base, bits=budget, novelty_weight=weight)
+            def settings_of(method: str, budget: float = budget) -> QuantizeConfig:
+                if method == DRAWN:
+                    return dataclasses.replace(base, bits=budget)
+                return dataclasses.replace(base, bits=budget, novelty_weight=float(method), unseen_windows=0)
 
             what = {"model": arguments.model.name, "deployment": name, "budget": budget}
             found, bits = found_by("uniform", uniform_run)
             rows += rows_of(bench, what | {"method": "uniform", "bits": bits}, found, None)
             none = None
-            for weight in weights:
-                run = functools.partial(quantized, bench, sweeps, settings_of(weight))
-                found, bits = found_by(f"{weight:g}", run)
+            for method in (*(f"{weight:g}" for weight in weights), DRAWN):
+                kept_sweeps = with_drawn if method == DRAWN else sweeps
+                run = functools.partial(quantized, bench, kept_sweeps, settings_of(method))
+                found, bits = found_by(method, run)
                 none = found if none is None else none
-                rows += rows_of(bench, what | {"method": f"{weight:g}", "bits": bits}, found, none)
+                rows += rows_of(bench, what | {"method": method, "bits": bits}, found, none)
             if arguments.json:  # a run that is stopped leaves what it ended
                 write_json(arguments.json, {"results": rows, "marks": marks(rows), "jax": jax.__version__})
     for mark, value in marks(rows).items():

@@ -14,6 +14,7 @@ SETTINGS = QuantizeConfig(
     calibration_windows=4,
     window=64,
     batch_size=4,
+    unseen_windows=0,
     quantizer="rtn",
 )
 EVAL = EvalConfig(window=64, batch_size=4, adaptation_windows=4, limit=4)

@@ -17,7 +17,7 @@ from dynamo_jax.analysis.significance import (
     expert_significance,
 )
 from dynamo_jax.analysis.statistics import Statistics, merge
-from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.config import UNSEEN, QuantizeConfig
 from dynamo_jax.texts.windows import token_windows
 
 
@@ -55,14 +55,17 @@ class Analysis(NamedTuple):
 def known_windows(
     known: dict[str, str], tokenizer: tokenizers.Tokenizer, config: QuantizeConfig, vocab_size: int | None = None
 ) -> dict[str, Int[np.ndarray, "S T1"]]:
-    """The first windows of each text, as many as calibration takes. vocab_size: of the model, which ids are checked by.
+    """The first windows of each text, as many as calibration takes; of one that is named ``unseen`` as many as stand
+    for text that nobody has seen. vocab_size: of the model, which ids are checked by.
 
     ValueError: no text, one of less than a window, an id that the model does not know.
     """
-    if not known:
+    others = len(known) - (UNSEEN in known)
+    if not others:
         raise ValueError("no known dataset: calibration needs at least one")
+    counts = dict.fromkeys(known, config.calibration_windows) | {UNSEEN: config.unseen_count(others)}
     return {
-        name: token_windows(text, tokenizer, config.window, name, config.calibration_windows, vocab_size)
+        name: token_windows(text, tokenizer, config.window, name, counts[name], vocab_size)
         for name, text in known.items()
     }
 

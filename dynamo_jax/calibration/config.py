@@ -24,6 +24,8 @@ LARGEST_SPARE = 100
 LARGEST_WEIGHT = 1e9
 QUANTIZERS = ("gptq", "rtn")
 NOVELTY_WEIGHT = 0.5  # benchmarks/unseen.py
+UNSEEN = "unseen"  # the dataset that stands for text that nobody has seen
+DRAWING_BYTES = 4 * 2**30  # of a model, at most, for it to be loaded and to draw that text where nobody asked
 DISTIL_WINDOWS = 8  # at least, of which one is held out
 
 
@@ -44,8 +46,12 @@ class QuantizeConfig:
     - max_width: planes of more bits are left out, in memory and on disk; 2, 3, 4 or 8.
     - objective: the loss of a plan over the known datasets, their sum or the worst (``precision.allocate``).
     - weights: what datasets count for in the sum, by name; 1 for those that are not named.
-    - novelty_weight: the share of the text to come that is expected to be like none of the datasets
-      (``plans.expecting``); 0: all of it is like them.
+    - novelty_weight: the share of the text to come that is expected to be like none of the datasets; 0: all of it is
+      like them.
+    - unseen_windows: calibration windows of text that stands for that share. The dataset named ``unseen`` has them, if
+      one is given; else the model draws them (``calibration.unseen``). By default as many as of all known datasets
+      together, and none where a model of more than ``DRAWING_BYTES`` would have to draw; 0: what such text costs is
+      expected from the known datasets (``plans.expecting``).
     - per_projection: whether an expert's gate and up have one width and its down another.
     - group_size: weights that share a scale, by default the largest of 128, 64, 32, 16 that divides the hidden size,
       or 8. The kernels of TPUs and Hopper GPUs take multiples of 128.
@@ -74,6 +80,7 @@ class QuantizeConfig:
     objective: str = "sum"
     weights: dict[str, float] | None = None
     novelty_weight: float = NOVELTY_WEIGHT
+    unseen_windows: int | None = None
     per_projection: bool = True
     group_size: int | None = None
     channel_block: int = 16
@@ -92,6 +99,8 @@ class QuantizeConfig:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more")
         if not 0 <= self.novelty_weight <= 1:
             raise ValueError(f"novelty_weight {self.novelty_weight}: expected a share of the text to come, 0 to 1")
+        if self.unseen_windows is not None and self.unseen_windows < 0:
+            raise ValueError(f"unseen_windows {self.unseen_windows}: expected 0 or more")
         given = [n for n in BUDGETS if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)}: a budget is given one way only")
@@ -139,6 +148,18 @@ class QuantizeConfig:
     def reserve(self) -> float:
         """GiB of fits_gib that are neither experts nor other weights."""
         return RESERVE * (self.fits_gib or 0) if self.reserve_gib is None else self.reserve_gib
+
+    def unseen_count(self, known: int) -> int:
+        """Windows that stand for text that nobody has seen, beside those of so many known datasets."""
+        if self.novelty_weight == 0:
+            return 0
+        return known * self.calibration_windows if self.unseen_windows is None else self.unseen_windows
+
+    def drawn_count(self, known: int, model_bytes: int) -> int:
+        """Of these windows, those that a model of so many bytes draws where no dataset has them."""
+        if self.unseen_windows is None and model_bytes > DRAWING_BYTES:
+            return 0
+        return self.unseen_count(known)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -231,7 +252,14 @@ def _check_most(config: QuantizeConfig, parts: Sequence[ExpertSizes]) -> None:
 
 
 def check_weights(config: QuantizeConfig, names: list[str]) -> None:
-    """ValueError if ``config.weights`` do not fit the known datasets."""
+    """ValueError if ``config.weights`` do not fit the known datasets, or there is none."""
+    if UNSEEN in names and config.unseen_count(1) == 0:
+        raise ValueError(f"{UNSEEN}: this dataset stands for text to come, of which the settings expect none")
+    if UNSEEN in names and UNSEEN in (config.weights or {}):
+        raise ValueError(f"weights: {UNSEEN} counts as novelty_weight says")
+    names = [name for name in names if name != UNSEEN]
+    if not names:
+        raise ValueError("no known dataset: calibration needs at least one")
     for name, value in (config.weights or {}).items():
         if name not in names:
             raise ValueError(f"weights: {name} is none of the known datasets, {', '.join(names)}")

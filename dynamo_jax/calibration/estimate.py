@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dynamo_jax.calibration.analyses import known_windows
-from dynamo_jax.calibration.config import QuantizeConfig, check_shapes, settled
+from dynamo_jax.calibration.config import UNSEEN, QuantizeConfig, check_shapes, settled
 from dynamo_jax.calibration.experts import PORTIONS, Routed, portions
 from dynamo_jax.calibration.layers import LayerJob, outputs_and_drafts, quantized_and_measured
 from dynamo_jax.models.config import ExpertSizes, ModelConfig
@@ -29,8 +29,8 @@ ENOUGH_ROWS = PRIOR_ROWS  # of an expert, from which on its own inputs count for
 
 class Estimate(NamedTuple):
     """Bytes: device, of experts that the plan may hold there; others, of what is not quantized; host, of all planes;
-    result, of the folder; work, most that lies in it while it is made. tokens: of calibration; rows: of an expert, on
-    the mean; seconds: on this machine."""
+    result, of the folder; work, most that lies in it while it is made. tokens: of calibration; drawn: those of them
+    that the model draws itself; rows: of an expert, on the mean; seconds: on this machine, without the drawing."""
 
     before: int
     device: int
@@ -39,6 +39,7 @@ class Estimate(NamedTuple):
     result: int
     work: int
     tokens: int
+    drawn: int
     rows: float
     seconds: float
 
@@ -52,6 +53,8 @@ def estimate(folder: str | Path, known: dict[str, str], config: QuantizeConfig |
     config = settled(config, [model.expert_sizes], source.other_bytes(), list(known))
     windows = known_windows(known, load_tokenizer(Path(folder)), config, model.vocab_size)
     tokens = sum(w[:, 1:].size for w in windows.values())
+    drawn = 0 if UNSEEN in windows else config.drawn_count(len(windows), source.expert_bytes() + source.other_bytes())
+    tokens += drawn * config.window
     sizes = model.expert_sizes
     group_size = config.group(sizes.hidden_size)
     widest = expert_plan(
@@ -69,6 +72,7 @@ def estimate(folder: str | Path, known: dict[str, str], config: QuantizeConfig |
         result=host + others,
         work=max(streams, host + others),
         tokens=tokens,
+        drawn=drawn * config.window,
         rows=rows,
         seconds=_seconds(model, config, tokens, rows, others / 2),
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import numpy as np
 
 from dynamo_jax.analysis.significance import per_token, whole_over_blocks
 from dynamo_jax.analysis.statistics import merge
 from dynamo_jax.calibration.analyses import Analysis
-from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.config import UNSEEN, QuantizeConfig
 from dynamo_jax.runtime.quantized import Knowledge
 from dynamo_jax.runtime.signatures import SPAN, Signatures, learn, spans
 
@@ -19,7 +20,9 @@ def knowledge_of(
     config: QuantizeConfig,
     calibrated: dict[str, tuple[str, int]],
 ) -> Knowledge:
-    """Signatures, prior errors and corrections of the known datasets together."""
+    """Signatures, prior errors and corrections of the known datasets together; text that stands for what nobody has
+    seen is none of them."""
+    analyses = without_unseen(analyses)
     runs = list(analyses.values())
     stats = functools.reduce(merge, (a.stats for a in runs))
     tokens = float(stats.tokens[0])
@@ -35,9 +38,14 @@ def knowledge_of(
         loss_per_error=np.sum([a.sensitivity for a in runs], axis=0) / tokens,
         block_errors=block_errors,
         correction=correction,
-        calibrated=calibrated,
+        calibrated={name: calibrated[name] for name in analyses if name in calibrated},
         tokens=int(tokens),
     )
+
+
+def without_unseen(analyses: Mapping[str, Analysis]) -> dict[str, Analysis]:
+    """Those of known datasets."""
+    return {name: run for name, run in analyses.items() if name != UNSEEN}
 
 
 def noticed(analyses: dict[str, Analysis], window: int) -> tuple[Signatures, dict[str, tuple[int, ...]]]:
@@ -46,6 +54,7 @@ def noticed(analyses: dict[str, Analysis], window: int) -> tuple[Signatures, dic
     window: tokens of one. It is as many stretches of about ``SPAN`` tokens as it was counted in; shorter ones are put
     together.
     """
+    analyses = without_unseen(analyses)
     size = max(1, round(SPAN / window))
     stretches = [spans(a.windows.reshape(-1, *a.windows.shape[2:]), size) for a in analyses.values()]
     signatures, kept = learn(stretches)

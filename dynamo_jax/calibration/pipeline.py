@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,11 +20,11 @@ from jaxtyping import Float, Int
 
 from dynamo_jax.analysis.statistics import Statistics
 from dynamo_jax.calibration.analyses import Analysis, known_windows, whole
-from dynamo_jax.calibration.config import QuantizeConfig, check_shapes, settled
-from dynamo_jax.calibration.distil_text import distil_windows, known_to_distil
+from dynamo_jax.calibration.config import DRAWING_BYTES, UNSEEN, QuantizeConfig, check_shapes, settled
 from dynamo_jax.calibration.knowledge import knowledge_of
 from dynamo_jax.calibration.plans import favoured, plan
 from dynamo_jax.calibration.sweeps import Calibration, Draft, calibrate, statistics_of
+from dynamo_jax.calibration.unseen import CALIBRATION, distil_windows, drawn_windows, given_to_distil, with_unseen
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
 from dynamo_jax.models.huggingface import Source, load_decoder, side_files, side_files_of
 from dynamo_jax.models.sources import DecoderSource, LayerSource
@@ -43,8 +43,9 @@ from dynamo_jax.texts.reading import digest
 if TYPE_CHECKING:
     from dynamo_jax.calibration.distil import Distilled
 
-DISTILLED = "distilled"
-WORK_FORMAT = 4  # of unfinished work: raised when bundles change their meaning
+DISTILLED, DRAWN = "distilled", "drawn"
+HOW_TO_DRAW = f"--unseen-windows makes it, --known {UNSEEN}=FILE gives it text, --novelty-weight 0 expects none"
+WORK_FORMAT = 5  # of unfinished work: raised when bundles change their meaning
 Found = Callable[[dict[str, Analysis]], None]
 
 
@@ -60,13 +61,15 @@ def analyze(
     progress: Progress = no_progress,
 ) -> dict[str, Analysis]:
     """What each known text (name -> text) says of a model in memory: routing, and the significance of its experts,
-    channel blocks and channels, in nats a token.
+    channel blocks and channels, in nats a token; and, as the dataset ``unseen``, what text says that stands for what
+    nobody has seen (``QuantizeConfig.unseen_windows``).
 
     Significance is measured on the planes that ``quantize`` would make with the same ``config``, so that ``plan`` can
     choose from it under any budget. progress: is called with (stage, done, of). ValueError: no text, a text of less
     than a window, settings that do not fit the model. Source: docs/design.md, "Formulas".
     """
-    return _analyze_only(DecoderSource(model), tokenizer, known, config or QuantizeConfig(), progress)
+    whole = Whole(lambda: model, 0)
+    return _analyze_only(DecoderSource(model), whole, tokenizer, known, config or QuantizeConfig(), progress)
 
 
 def analyze_folder(
@@ -86,7 +89,8 @@ def analyze_folder(
         source = Source(Path(folder))
         hosts.check_same(_given(source, known, config, side_files(source.folder)))
         tokenizer = load_tokenizer(source.folder)
-        return _analyze_only(source, tokenizer, known, config, progress if hosts.first else no_progress, hosts)
+        told = progress if hosts.first else no_progress
+        return _analyze_only(source, _whole(source), tokenizer, known, config, told, hosts)
 
 
 def _given(source: Source, known: dict[str, str], config: QuantizeConfig, files: dict[str, bytes]) -> dict[str, str]:
@@ -105,6 +109,7 @@ def _digests(files: dict[str, bytes]) -> dict[str, str]:
 
 def _analyze_only(
     source: LayerSource,
+    whole: Whole,
     tokenizer: tokenizers.Tokenizer,
     known: dict[str, str],
     config: QuantizeConfig,
@@ -113,7 +118,43 @@ def _analyze_only(
 ) -> dict[str, Analysis]:
     check_shapes(source.config, config)
     windows = known_windows(known, tokenizer, config, source.config.vocab_size)
-    return analyze_layers(source, windows, config, MemoryWork(unwanted=("layer-", "top")), progress, hosts)
+    work = MemoryWork(unwanted=("layer-", "top"))
+    windows = _and_unseen(whole, windows, config, work, progress, hosts)
+    return analyze_layers(source, windows, config, work, progress, hosts)
+
+
+class Whole(NamedTuple):
+    """A model as text is drawn from it. bytes: that loading it takes, 0 if it is in memory."""
+
+    load: Callable[[], Decoder]
+    bytes: int
+
+
+def _whole(source: Source) -> Whole:
+    return Whole(lambda: load_decoder(source.folder), source.expert_bytes() + source.other_bytes())
+
+
+def _and_unseen(
+    whole: Whole,
+    windows: dict[str, Int[np.ndarray, "S T1"]],
+    config: QuantizeConfig,
+    work: Work,
+    progress: Progress,
+    hosts: Hosts,
+) -> dict[str, Int[np.ndarray, "S T1"]]:
+    """The windows of calibration, and those that the model draws. Drawing them is a finished step of ``work``. Of
+    several processes the first one draws them for all."""
+
+    def draw(count: int) -> Int[np.ndarray, "S T1"]:
+        def drawn() -> dict[str, np.ndarray]:
+            if not work.has(DRAWN):
+                found = drawn_windows(whole.load(), count, config.window + 1, CALIBRATION, progress)
+                work.put(DRAWN, {"windows": found})
+            return work.get(DRAWN)
+
+        return hosts.of_first(drawn)["windows"]
+
+    return with_unseen(windows, draw, config, whole.bytes)
 
 
 def analyze_layers(
@@ -177,7 +218,7 @@ def _plan_and_knowledge(
 ) -> tuple[Plan, Knowledge]:
     progress("allocate", 0, 1)
     chosen = plan(analyses, source.config, config)
-    calibrated = {name: (digest(known[name]), len(w)) for name, w in windows.items()}
+    calibrated = {name: (digest(known[name]), len(w)) for name, w in windows.items() if name != UNSEEN}
     knowledge = knowledge_of(analyses, config, calibrated)
     progress("allocate", 1, 1)
     return chosen, knowledge
@@ -202,6 +243,7 @@ def quantize(
     config = settled(config, [model.config.expert_sizes], source.other_bytes(), list(known))
     work = MemoryWork()
     windows = _checked_windows(known, tokenizer, config, model.config.vocab_size)
+    windows = _and_unseen(Whole(lambda: model, 0), windows, config, work, progress, ALONE)
     analyses = analyze_layers(source, windows, config, work, progress)
     chosen, knowledge = _plan_and_knowledge(source, analyses, windows, known, config, progress)
     store = stacked_planes(work.get, model.config)
@@ -228,7 +270,7 @@ def _checked_windows(
     """Those of calibration. ValueError, before any work, also if the texts are too short for what follows."""
     found = known_windows(known, tokenizer, config, vocab_size)
     if config.distil:
-        known_to_distil(known, tokenizer, config)
+        given_to_distil(known, tokenizer, config)
     return found
 
 
@@ -333,8 +375,13 @@ def _quantize_folder(
         return _plan_of_first(hosts, lambda: checkpoint.read_description(out).plan)
     tokenizer = load_tokenizer(folder)
     windows = _checked_windows(known, tokenizer, config, source.config.vocab_size)
+
+    def and_unseen(work: Work) -> dict[str, Int[np.ndarray, "S T1"]]:
+        return _and_unseen(_whole(source), windows, config, work, progress, hosts)
+
     if not hosts.first:
-        analyze_layers(source, windows, config, MemoryWork(), hosts=hosts)
+        other = MemoryWork()
+        analyze_layers(source, and_unseen(other), config, other, hosts=hosts)
         return _plan_of_first(hosts, _never)
     with Making(out, checkpoint.META, job, overwrite=overwrite) as making:
         work = FolderWork(making.folder)
@@ -352,7 +399,10 @@ def _quantize_folder(
             return chosen
 
         try:
-            analyses = analyze_layers(source, windows, config, work, progress, hosts)
+            calibrated = and_unseen(work)
+            if UNSEEN not in calibrated and config.unseen_count(len(known)):
+                log(f"the model is larger than {DRAWING_BYTES:,} bytes: it draws no text; {HOW_TO_DRAW}")
+            analyses = analyze_layers(source, calibrated, config, work, progress, hosts)
             return _plan_of_first(hosts, finished)
         except (KeyboardInterrupt, OSError) as error:
             if work.names():

@@ -1,7 +1,8 @@
 """From significance to a plan: the least loss of the text to come under the byte budget.
 
 The text to come is like the known datasets but for a share, ``QuantizeConfig.novelty_weight``, that is like none of
-them (``expecting``).
+them. What that share loses was measured, where a dataset stands for it (``calibration.unseen``), or is expected
+(``expecting``).
 
 Axes: A datasets, L layers, E experts, U widths of an expert, W widths to choose from.
 """
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int
 
 from dynamo_jax.analysis.significance import cost_of_row
 from dynamo_jax.calibration.analyses import Analysis
-from dynamo_jax.calibration.config import QuantizeConfig, check_weights
+from dynamo_jax.calibration.config import UNSEEN, QuantizeConfig, check_weights
 from dynamo_jax.calibration.sweeps import Draft
 from dynamo_jax.kernels.layout import WIDTHS, num_blocks
 from dynamo_jax.models.config import ExpertSizes, ModelConfig
@@ -75,7 +76,7 @@ def plan(
     analyses: dict[str, Analysis], model: Decoder | ModelConfig | str | Path, config: QuantizeConfig | None = None
 ) -> Plan:
     """The baseline: of all plans under the byte budget the one of least loss over the analysed datasets and, for a
-    share ``novelty_weight`` of the text to come, over text that is like none of them.
+    share ``novelty_weight`` of the text to come, over text that is like none of them: the dataset ``unseen``.
 
     model: that the analyses are of, its configuration, or its Hugging Face folder. ``config`` says what the budget is
     and what counts (``objective``, ``weights``, ``novelty_weight``, ``per_projection``); its group size is that of the
@@ -123,13 +124,19 @@ def part_of(
 def allocated(
     names: list[str], parts: list[Part], tokens: Float[np.ndarray, " A"], config: QuantizeConfig
 ) -> list[Plan]:
-    """The plan of each part, chosen together: all parts share one budget."""
+    """The plan of each part, chosen together: all parts share one budget. names: of the datasets, whose losses the
+    parts have in this order; ``unseen`` is none of the known ones."""
     choices = len(config.widths)
-    weights = np.array([(config.weights or {}).get(name, 1.0) for name in names])
+    known = [i for i, name in enumerate(names) if name != UNSEEN]
+    weights = np.array([(config.weights or {}).get(names[i], 1.0) for i in known])
+    share = config.novelty_weight
     items, costs = [], []
     for part in parts:
-        expected = expecting(part.losses, part.counts, tokens, weights, config.novelty_weight)
-        items.append(expected.reshape(len(names), -1, len(WIDTHS))[..., :choices])
+        if UNSEEN in names:
+            expected = (1 - share) * part.losses[known] + share * part.losses[names.index(UNSEEN)]
+        else:
+            expected = expecting(part.losses, part.counts, tokens, weights, share)
+        items.append(expected.reshape(len(known), -1, len(WIDTHS))[..., :choices])
         costs.append(_costs(part.sizes, config))
     together = np.concatenate(items, axis=1), np.concatenate([c[:, :choices] for c in costs])
 

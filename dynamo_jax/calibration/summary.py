@@ -31,7 +31,7 @@ def analyses_json(analyses: dict[str, Analysis], window: int) -> dict[str, Any]:
         datasets[name] = {
             "tokens": int(run.stats.tokens[0]),
             "windows": len(run.windows),
-            "odd": list(odd[name]),
+            "odd": list(odd.get(name, ())),
             "counts": plain(run.stats.counts),
             "expert_significance": plain(run.expert_significance()),
         }

@@ -41,7 +41,7 @@ def analyze(
 
     quantize --analysis FILE writes the same of the planes that it makes, in its own pass.
     """
-    from dynamo_jax.calibration.config import QuantizeConfig
+    from dynamo_jax.calibration.config import UNSEEN, QuantizeConfig
     from dynamo_jax.calibration.pipeline import analyze_folder
     from dynamo_jax.calibration.summary import analyses_json, summary
     from dynamo_jax.files import write_json
@@ -51,9 +51,12 @@ def analyze(
     from dynamo_jax.report.results import report_content
     from dynamo_jax.report.run import Run
 
-    settings = QuantizeConfig(window=window, calibration_windows=windows, favour=1.0, quantizer=quantizer)
     with one_job(hosts) as (processes, progress):
         texts, folder = read_datasets(known, [])["known"], float_folder(model)
+        drawn = None if UNSEEN in texts else 0  # text is drawn for a plan, and none follows
+        settings = QuantizeConfig(
+            window=window, calibration_windows=windows, favour=1.0, quantizer=quantizer, unseen_windows=drawn
+        )
         check_json(json if processes.first else None)
         check_json(report if processes.first else None, "--report")
         clock = Clock(progress)

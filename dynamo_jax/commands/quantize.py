@@ -77,6 +77,15 @@ def quantize(
             "experts that they hardly use more bits for it. 0: the known datasets alone decide."
         ),
     ] = 0.5,
+    unseen_windows: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Calibration windows of text that stands for that share: the model draws it, unless --known "
+            "unseen=FILE gives some. By default as many as of the known datasets together, and none of a model of more "
+            "than 4 GiB, which memory need not hold. 0: none.",
+        ),
+    ] = None,
     per_projection: Annotated[
         bool,
         typer.Option(
@@ -147,6 +156,7 @@ def quantize(
         objective=objective,
         weights=read_weights(weight) or None,
         novelty_weight=novelty_weight,
+        unseen_windows=unseen_windows,
         per_projection=per_projection,
         group_size=group_size,
         channel_block=channel_block,
@@ -170,7 +180,7 @@ def quantize(
             if report:
                 analyses.update(of)
             if analysis:
-                write_json(analysis, analyses_json(of, window))
+                write_json(analysis, analyses_json({name: of[name] for name in texts}, window))
 
         quantize_folder(folder, out, texts, settings, clock, overwrite=overwrite, log=say, found=found, hosts=processes)
     if not processes.first:
@@ -201,6 +211,7 @@ def expected(found: Estimate, out: Path, distil: int = 0) -> dict[str, str]:
 
     few = f", fewer than the {ENOUGH_ROWS} that its own inputs need; more --windows reach more"
     free = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.is_dir())).free
+    more = [f"{what} {n:,}" for what, n in (("drawing", found.drawn), ("training on", distil)) if n]
     hours, minutes = divmod(round(found.seconds / 60), 60)
     return {
         "size": f"{bytes_words(found.before)} before; {bytes_words(found.device)} for the experts and "
@@ -215,5 +226,5 @@ def expected(found: Estimate, out: Path, distil: int = 0) -> dict[str, str]:
             if found.seconds >= 90
             else f"about {found.seconds:.0f} s on this machine"
         )
-        + (f", and as long as training on {distil:,} tokens takes" if distil else ""),
+        + "".join(f", and as long as {words} tokens takes" for words in more),
     }

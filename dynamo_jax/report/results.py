@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dynamo_jax.calibration.analyses import Analysis, dynamics_of
+from dynamo_jax.calibration.knowledge import without_unseen
 from dynamo_jax.evaluation.perplexity import Row
 from dynamo_jax.evaluation.switched import Adaptation, Timeline
 from dynamo_jax.evaluation.tasks import TaskRow
@@ -67,11 +68,12 @@ def report_content(
             "block_significance": {KNOWN_TEXTS: at_least},
             "predicted": _predicted(config, plan, errors, spare),
         }
+    analyses = without_unseen(analyses or {})
     if analyses:
         given |= {
             "significance": {n: a.expert_significance()[..., 0] for n, a in analyses.items()},
             "block_significance": {n: a.block_significance()[..., 0] for n, a in analyses.items()},
-            "dynamics": dynamics_of(dict(analyses)),
+            "dynamics": dynamics_of(analyses),
         }
         if plan is None and grid is not None:
             given["predicted"] = _predicted_uniform(config, analyses, *grid)

@@ -24,7 +24,7 @@ from dynamo_jax.analysis.dynamics import Dynamics
 from dynamo_jax.analysis.significance import channel_significance
 from dynamo_jax.analysis.statistics import Statistics
 from dynamo_jax.calibration.analyses import Analysis, dynamics_of, whole
-from dynamo_jax.calibration.config import QuantizeConfig, settled
+from dynamo_jax.calibration.config import UNSEEN, QuantizeConfig, settled
 from dynamo_jax.calibration.experts import Routed
 from dynamo_jax.calibration.layers import (
     LayerJob,
@@ -133,6 +133,8 @@ def analyze(
     config = config or QuantizeConfig()
     if config.distil:
         raise ValueError(f"distil {config.distil}: trains models that dynamo_jax loads, no transformed module")
+    if config.unseen_windows and UNSEEN not in data:
+        raise ValueError(f"unseen_windows {config.unseen_windows}: nothing is drawn here; give the dataset {UNSEEN}")
     parts = float_parts_of(model)
     if not isinstance(data, Mapping):
         raise ValueError(f"data is a {type(data).__name__}: expected a dict, the name of each dataset and its batches")

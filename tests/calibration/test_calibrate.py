@@ -39,7 +39,9 @@ from dynamo_jax.storage.work import FolderWork, MemoryWork
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SMALL = QuantizeConfig(quantizer="rtn", bits=3.5, group_size=8, channel_block=8, window=12, batch_size=2)
+SMALL = QuantizeConfig(
+    unseen_windows=0, quantizer="rtn", bits=3.5, group_size=8, channel_block=8, window=12, batch_size=2
+)
 
 
 def plain(model, channel_block, apart):
@@ -164,7 +166,7 @@ def test_a_folder_and_memory_give_the_same_model(small_folder, words, tmp_path):
     """The planes bit for bit; and quantize leaves nothing but its result."""
     from dynamo_jax.storage import checkpoint
 
-    settings = QuantizeConfig(calibration_windows=2, window=32, bits=3.5)
+    settings = QuantizeConfig(unseen_windows=0, calibration_windows=2, window=32, bits=3.5)
     known = {"some": words(0), "other": words(1)}
     here, _ = quantize(load_decoder(small_folder), load_tokenizer(small_folder), known, settings)
     quantize_folder(small_folder, tmp_path / "out", known, settings)
@@ -217,7 +219,7 @@ def test_a_full_disk_is_one_line_and_the_run_resumes_after_it(small_folder, word
     (tmp_path / "words.txt").write_text(words(0))
     arguments = ["quantize", "--model", str(small_folder), "--known", f"words={tmp_path / 'words.txt'}"]
     arguments += ["--windows", "1", "--window", "32", "--bits", "3.5", "--out", str(tmp_path / "out")]
-    arguments += ["--quantizer", "rtn"]
+    arguments += ["--quantizer", "rtn", "--unseen-windows", "0"]
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))"
     program = f"import resource, sys; {limit}; sys.argv = ['dynamo-jax', *{arguments!r}]; import dynamo_jax.__main__"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -230,7 +232,7 @@ def test_a_full_disk_is_one_line_and_the_run_resumes_after_it(small_folder, word
 
 
 def test_the_same_call_again_is_done_already_and_another_one_needs_to_say_so(small_folder, words, tmp_path):
-    settings = QuantizeConfig(calibration_windows=1, window=32, bits=3.5, quantizer="rtn")
+    settings = QuantizeConfig(unseen_windows=0, calibration_windows=1, window=32, bits=3.5, quantizer="rtn")
     known, said = {"some": words(0)}, []
     plan = quantize_folder(small_folder, tmp_path / "out", known, settings, log=said.append)
     before = digests(tmp_path / "out")
@@ -293,7 +295,12 @@ def test_weights_that_are_not_numbers_are_named(bundled, texts):
     arrays["layers.2.up"] = arrays["layers.2.up"].at[7, 3, 0].set(jnp.nan)
     broken = with_parameters(model.config, arrays)
     with pytest.raises(ValueError, match="layer 2, expert 7: weights to quantize hold NaN"):
-        quantize(broken, tokenizer, {"code": texts["code"]}, QuantizeConfig(calibration_windows=1, window=64))
+        quantize(
+            broken,
+            tokenizer,
+            {"code": texts["code"]},
+            QuantizeConfig(calibration_windows=1, window=64, unseen_windows=0),
+        )
 
 
 @pytest.mark.parametrize(("length", "pieces"), [(64, 1), (383, 1), (385, 2), (1000, 4)])

@@ -13,8 +13,8 @@ from quantized_runs import SETTINGS
 from dynamo_jax.calibration import distil as module
 from dynamo_jax.calibration import pipeline
 from dynamo_jax.calibration.distil import distil
-from dynamo_jax.calibration.distil_text import DRAW, distil_windows, drawn_windows
 from dynamo_jax.calibration.pipeline import quantize, quantize_folder
+from dynamo_jax.calibration.unseen import DISTILLATION, distil_windows, drawn_windows
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.decoder import expert_parameter_names, parameters
 from dynamo_jax.quant.planes import dequantize, narrowed
@@ -126,13 +126,12 @@ def test_windows_of_a_short_text_are_passed_over_again(shallow, before):
 
 def test_half_of_the_windows_lie_behind_those_of_calibration_and_half_are_drawn(shallow, texts):
     model, known, tokenizer = shallow_known(shallow, texts)
-    few, told = dataclasses.replace(DISTIL, distil=1024), []
+    few = dataclasses.replace(DISTIL, distil=1024)
     calibrated = {w[:-1].tobytes() for k in pipeline.known_windows(known, tokenizer, few).values() for w in k}
     every = {w.tobytes() for text in known.values() for w in token_windows(text, tokenizer, 64, "")[:, :-1]}
-    mixed = {w.tobytes() for w in distil_windows(model, known, tokenizer, few, lambda *a: told.append(a))}
+    mixed = {w.tobytes() for w in distil_windows(model, known, tokenizer, few)}
     assert len(mixed) == 16 and len(mixed & every) == 8 and not calibrated & mixed
-    assert mixed - every == {w.tobytes() for w in drawn_windows(model, 8, 64)}
-    assert told[-1][0] == DRAW and told[-1][1] == told[-1][2]
+    assert mixed - every == {w.tobytes() for w in drawn_windows(model, 8, 64, DISTILLATION)}
     known_alone = distil_windows(model, known, tokenizer, dataclasses.replace(few, novelty_weight=0.0))
     drawn_alone = distil_windows(model, known, tokenizer, dataclasses.replace(few, novelty_weight=1.0))
     assert {w.tobytes() for w in known_alone} <= every and not {w.tobytes() for w in drawn_alone} & every
@@ -142,7 +141,7 @@ def test_texts_too_short_to_train_on_are_said_before_any_work(shallow, texts, mo
     model, known, tokenizer = shallow_known(shallow, texts)
     monkeypatch.setattr(pipeline, "analyze_layers", None)
     short = {name: text[:600] for name, text in known.items()}
-    with pytest.raises(ValueError, match=r"distil 2048: the known texts have . windows of 64 tokens, fewer than 8"):
+    with pytest.raises(ValueError, match=r"distil 2048: the texts have . windows of 64 tokens, fewer than 8"):
         quantize(model, tokenizer, short, dataclasses.replace(DISTIL, novelty_weight=0.0))
     with pytest.raises(ValueError, match=r"distil 511: expected 512 tokens or more, or 0 for none"):
         dataclasses.replace(DISTIL, distil=511)
@@ -153,18 +152,6 @@ def test_a_text_that_is_short_gives_what_it_has(shallow, texts):
     own = dataclasses.replace(DISTIL, distil=10**6, novelty_weight=0.0)
     count = sum(len(token_windows(text, tokenizer, 64, "")) for text in known.values())
     assert len(distil_windows(model, known, tokenizer, own)) == count
-
-
-def test_drawn_text_follows_the_model(shallow):
-    """Its own text surprises it no more than it expects to be surprised: by the entropy of its predictions."""
-    model, _ = shallow
-    windows = jnp.asarray(drawn_windows(model, 64, 64))
-    logs = jax.nn.log_softmax(model(windows)[0][:, :-1])
-    surprise = -jnp.take_along_axis(logs, windows[:, 1:, None], axis=-1)[..., 0]
-    entropy = -(jnp.exp(logs) * logs).sum(axis=-1)
-    error = float((surprise - entropy).std() / surprise.size**0.5)
-    assert abs(float((surprise - entropy).mean())) < 4 * error
-    assert len(np.unique(np.asarray(windows[:, 0]))) > 50
 
 
 def test_a_run_that_is_stopped_while_planes_are_replaced_ends_with_the_same(

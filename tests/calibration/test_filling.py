@@ -42,7 +42,7 @@ CONFIG = decoder_config(
     expert_bias=True,
     initializer_range=0.1,
 )
-SETTINGS = QuantizeConfig(bits=5.5, channel_block=8, group_size=16, window=32, calibration_windows=8)
+SETTINGS = QuantizeConfig(unseen_windows=0, bits=5.5, channel_block=8, group_size=16, window=32, calibration_windows=8)
 
 
 def decoder():

@@ -135,14 +135,14 @@ def test_eval_says_how_far_a_quantized_model_is_from_its_original(run, folder, s
 
 
 def test_quantize_asks_for_what_its_settings_would(monkeypatch, files, shallow_folder, tmp_path):
-    """Options that are not given, and the expected share of unseen text where it is."""
+    """Options that are not given, and what stands for unseen text where it is."""
     asked = []
     monkeypatch.setattr(pipeline, "quantize_folder", lambda *given, **_: asked.append(given[3]))
     monkeypatch.setattr(facts, "summary", lambda _: {})
     known = ("--known", f"code={files / 'code.txt'}", "--out", str(tmp_path / "out"))
-    for more in ((), ("--novelty-weight", "0.25")):
+    for more in ((), ("--novelty-weight", "0.25"), ("--unseen-windows", "7")):
         cli.app(["quantize", "--model", str(shallow_folder), *known, *more], standalone_mode=False)
-    assert asked == [QuantizeConfig(), QuantizeConfig(novelty_weight=0.25)]
+    assert asked == [QuantizeConfig(), QuantizeConfig(novelty_weight=0.25), QuantizeConfig(unseen_windows=7)]
 
 
 def test_a_dry_run_says_what_it_would_take_and_does_nothing(run, folder, shallow_folder, files, tmp_path, monkeypatch):
@@ -154,7 +154,8 @@ def test_a_dry_run_says_what_it_would_take_and_does_nothing(run, folder, shallow
     assert code == 0 and not out.exists() and "are free" in said["disk"] and said["time"].startswith("about ")
     real = facts.summary(folder)
     assert said["host"].split(" in ")[0] == real["host"].split(" in ")[0]
-    assert "512 tokens, 43 for an expert" in said["calibration"] and "--windows" in said["calibration"]
+    assert "1,024 tokens, 85 for an expert" in said["calibration"] and "--windows" in said["calibration"]
+    assert said["time"].endswith("and as long as drawing 512 tokens takes")
     monkeypatch.setattr(estimates, "_seconds", lambda *_: 1.0)  # measured once, above
     found = estimate(shallow_folder, {"code": (files / "code.txt").read_text()}, QuantizeConfig(window=64))
     assert abs(found.result / sum(p.stat().st_size for p in folder.iterdir() if p.is_file()) - 1) < 0.05

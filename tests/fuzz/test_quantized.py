@@ -33,7 +33,7 @@ META = "dynamo_jax.json"
 def good(small_folder, tokenizer_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("good") / "model"
     text = " ".join(f"w{i}" for i in seeded("text").choices(range(3, 61), k=400))
-    settings = QuantizeConfig(calibration_windows=1, window=32, bits=3.5, quantizer="rtn")
+    settings = QuantizeConfig(unseen_windows=0, calibration_windows=1, window=32, bits=3.5, quantizer="rtn")
     quantize_folder(small_folder, folder, {"words": text}, settings)
     return folder
 

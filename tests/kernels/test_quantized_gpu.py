@@ -204,7 +204,13 @@ def test_the_run_time_adapts_and_switches_with_planes_in_fragments(tokenizer_fil
     rng = np.random.default_rng(0)
     known = {n: " ".join(f"w{i}" for i in rng.integers(a, a + 20, 2000)) for n, a in (("low", 3), ("high", 35))}
     settings = QuantizeConfig(
-        bits=4.0, channel_block=128, group_size=128, window=64, calibration_windows=16, quantizer="rtn"
+        unseen_windows=0,
+        bits=4.0,
+        channel_block=128,
+        group_size=128,
+        window=64,
+        calibration_windows=16,
+        quantizer="rtn",
     )
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
     model = quantize(Decoder(CONFIG, rngs=nnx.Rngs(0)), tokenizer, known, settings)[0]

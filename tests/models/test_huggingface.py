@@ -286,5 +286,5 @@ def test_experts_of_several_dtypes_are_read_as_float32(small_folder, tmp_path):
     tokens = jnp.arange(3, 23).reshape(1, 20)
     logits = [jax.jit(load_decoder(f))(tokens)[0] for f in (small_folder, folder)]
     np.testing.assert_allclose(*logits, atol=1e-3 * np.abs(logits[0]).max(), rtol=0)
-    small = QuantizeConfig(calibration_windows=1, window=32, bits=3.5, quantizer="rtn")
+    small = QuantizeConfig(unseen_windows=0, calibration_windows=1, window=32, bits=3.5, quantizer="rtn")
     quantize_folder(folder, tmp_path / "out", {"words": " ".join(f"w{3 + i % 50}" for i in range(200))}, small)

@@ -247,7 +247,9 @@ def test_experts_that_were_in_two_tensors_a_layer_are_so_in_an_export(tokenizer_
     assert any(name.endswith("experts.gate_up_proj") for name in tensors_of(tmp_path / "hub"))
     (tmp_path / "hub" / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
     text = " ".join(f"w{i}" for i in np.random.default_rng(0).integers(3, 61, 200))
-    settings = QuantizeConfig(bits=5.8, group_size=8, channel_block=8, window=24, calibration_windows=2, batch_size=2)
+    settings = QuantizeConfig(
+        unseen_windows=0, bits=5.8, group_size=8, channel_block=8, window=24, calibration_windows=2, batch_size=2
+    )
     quantize_folder(tmp_path / "hub", tmp_path / "quantized", {"words": text}, settings)
     export(tmp_path / "quantized", tmp_path / "out")
     want = logits_of(type(model).from_pretrained(tmp_path / "out", dtype=torch.float32).eval())
@@ -262,7 +264,9 @@ def test_an_export_has_our_logits_in_transformers_with_and_without_the_rest(toke
     model.save_pretrained(tmp_path / "hub", save_original_format=published)
     (tmp_path / "hub" / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
     text = " ".join(f"w{i}" for i in np.random.default_rng(0).integers(3, 61, 200))
-    settings = QuantizeConfig(bits=5.8, group_size=8, channel_block=8, window=24, calibration_windows=2, batch_size=2)
+    settings = QuantizeConfig(
+        unseen_windows=0, bits=5.8, group_size=8, channel_block=8, window=24, calibration_windows=2, batch_size=2
+    )
     quantize_folder(tmp_path / "hub", tmp_path / "quantized", {"words": text}, settings)
     for out, source in (("without", None), ("with", tmp_path / "hub")):
         export(tmp_path / "quantized", tmp_path / out, source=source)

@@ -51,7 +51,14 @@ def quantized(tokenizer_file, config, **changes):
     texts = {"low": rng.integers(3, 20, 2000), "high": rng.integers(30, 61, 2000)}
     known = {name: " ".join(f"w{i}" for i in ids) for name, ids in texts.items()}
     settings = QuantizeConfig(
-        bits=3.5, channel_block=8, group_size=32, window=64, calibration_windows=16, quantizer="rtn", spare=0.5
+        unseen_windows=0,
+        bits=3.5,
+        channel_block=8,
+        group_size=32,
+        window=64,
+        calibration_windows=16,
+        quantizer="rtn",
+        spare=0.5,
     )
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
     return quantize(decoder, tokenizer, known, dataclasses.replace(settings, **changes))[0]

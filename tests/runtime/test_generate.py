@@ -101,7 +101,7 @@ def tiny(shallow):
 
 @pytest.fixture(scope="module")
 def quantized(shallow, texts):
-    settings = QuantizeConfig(calibration_windows=1, window=64, quantizer="rtn")
+    settings = QuantizeConfig(unseen_windows=0, calibration_windows=1, window=64, quantizer="rtn")
     return quantize(*shallow, {"code": texts["code"]}, settings)[0]
 
 

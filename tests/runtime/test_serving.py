@@ -40,7 +40,14 @@ CONFIG = decoder_config(
     initializer_range=0.1,
 )
 SETTINGS = QuantizeConfig(
-    bits=3.5, channel_block=8, group_size=32, window=64, calibration_windows=16, quantizer="rtn", spare=0.5
+    unseen_windows=0,
+    bits=3.5,
+    channel_block=8,
+    group_size=32,
+    window=64,
+    calibration_windows=16,
+    quantizer="rtn",
+    spare=0.5,
 )
 
 

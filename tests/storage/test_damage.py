@@ -17,7 +17,7 @@ FLIPS = 1000
 
 
 def test_a_thousand_flipped_bits_are_a_thousand_errors(small_folder, words, tmp_path):
-    settings = QuantizeConfig(calibration_windows=1, window=32, bits=3.5, quantizer="rtn")
+    settings = QuantizeConfig(unseen_windows=0, calibration_windows=1, window=32, bits=3.5, quantizer="rtn")
     quantize_folder(small_folder, tmp_path / "whole", {"words": words(0)}, settings)
     folder = tmp_path / "model"
     shutil.copytree(tmp_path / "whole", folder)

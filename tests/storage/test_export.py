@@ -34,7 +34,9 @@ from dynamo_jax.storage.export import export
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SMALL = QuantizeConfig(bits=5.8, group_size=8, channel_block=8, window=24, calibration_windows=2, batch_size=2)
+SMALL = QuantizeConfig(
+    unseen_windows=0, bits=5.8, group_size=8, channel_block=8, window=24, calibration_windows=2, batch_size=2
+)
 
 
 FILLED = {"gpt_oss": {"bits": 8.0, "group_size": 24, "channel_block": 10}}  # of its 32 hidden and 24 channels
@@ -83,7 +85,7 @@ def test_transformers_loads_an_export_and_has_our_logits(family_model, family, a
 @pytest.fixture(scope="module")
 def exported(small_folder, words, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
-    settings = QuantizeConfig(calibration_windows=1, window=32, bits=3.5)
+    settings = QuantizeConfig(unseen_windows=0, calibration_windows=1, window=32, bits=3.5)
     quantize_folder(small_folder, folder / "quantized", {"words": words(0)}, settings)
     export(folder / "quantized", folder / "out", no_progress)
     return folder
@@ -185,7 +187,7 @@ def test_the_same_export_is_done_already_and_another_one_needs_to_say_so(exporte
     before = results.read_sums(exported / "out" / "SHA256SUMS")
     export(exported / "quantized", exported / "out", log=said.append)
     assert "done already" in said[0] and results.read_sums(exported / "out" / "SHA256SUMS") == before
-    settings = QuantizeConfig(calibration_windows=1, window=32, bits=4.5, quantizer="rtn")
+    settings = QuantizeConfig(unseen_windows=0, calibration_windows=1, window=32, bits=4.5, quantizer="rtn")
     quantize_folder(small_folder, tmp_path / "other", {"words": words(0)}, settings)
     shutil.copytree(exported / "out", tmp_path / "out")
     with pytest.raises(ValueError, match=r"a finished result .*--overwrite"):

@@ -16,7 +16,14 @@ from dynamo_jax.storage.export import export
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SETTINGS = QuantizeConfig(
-    bits=5.8, group_size=8, channel_block=8, window=24, calibration_windows=2, batch_size=2, quantizer="rtn"
+    unseen_windows=0,
+    bits=5.8,
+    group_size=8,
+    channel_block=8,
+    window=24,
+    calibration_windows=2,
+    batch_size=2,
+    quantizer="rtn",
 )
 
 
