@@ -11,17 +11,18 @@ Axes: S windows of T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from jaxtyping import Int
 
 from dynamo_jax.calibration.config import DISTIL_WINDOWS, UNSEEN, QuantizeConfig
-from dynamo_jax.models.decoder import Decoder, parameters
+from dynamo_jax.models.decoder import Decoder, new_cache, parameters
 from dynamo_jax.progress import Progress, no_progress
-from dynamo_jax.runtime.generate import SMALLEST_BUCKET, GenerateConfig, LanguageModel, stream
+from dynamo_jax.runtime.generate import SMALLEST_BUCKET, GenerateConfig, LanguageModel, Sampling, prefill, stream
 from dynamo_jax.texts.windows import token_windows
 
 DRAW = "draw text"
@@ -96,7 +97,10 @@ def drawn_windows(
     model: Decoder, count: int, length: int, purpose: int = CALIBRATION, progress: Progress = no_progress
 ) -> Int[np.ndarray, "S T"]:
     """Text that the model draws by its own probabilities, each window after a first token that may be any. length:
-    tokens of a window."""
+    tokens of a window, at most one more than the model has positions: no token comes after the last one."""
+    positions = model.config.max_position_embeddings
+    if not 1 <= length <= positions + 1:
+        raise ValueError(f"windows of {length} tokens: the model, of {positions} positions, draws 1 to {positions + 1}")
     language_model = LanguageModel(config=model.config, parameters=dict(parameters(model)), dtype=jnp.float32)
     batches = -(-count // TOGETHER)
     together = -(-count // batches)
@@ -107,9 +111,26 @@ def drawn_windows(
     progress(DRAW, 0, batches)
     for batch, seed in enumerate(seeds[1:]):
         own = out[batch * together : (batch + 1) * together]
-        settings = GenerateConfig(max_tokens=length - 1, temperature=1.0, seed=int(seed))
-        steps = stream(language_model, own[:, :1].tolist(), settings, capacity=SMALLEST_BUCKET + length - 2)
-        for place, tokens in enumerate(steps):
-            own[:, place + 1] = np.array(tokens, np.int32)
-            progress(DRAW, batch + (place + 2) / length, batches)
+        for place, tokens in enumerate(_continued(language_model, own, int(seed)), 1):
+            own[:, place] = tokens
+            progress(DRAW, batch + (place + 1) / length, batches)
     return out[:count]
+
+
+def _continued(model: LanguageModel, windows: Int[np.ndarray, "B T"], seed: int) -> Iterator[Int[np.ndarray, " B"]]:
+    """Tokens for all places of the windows but the first, which has its tokens; the last one is drawn when the others
+    are in place."""
+    batch, length = windows.shape
+    positions = model.config.max_position_embeddings
+    most = min(length, positions) - 1
+    if most:
+        settings = GenerateConfig(max_tokens=most, temperature=1.0, seed=seed)
+        prompts, capacity = windows[:, :1].tolist(), SMALLEST_BUCKET + most - 1
+        yield from (np.array(tokens, np.int32) for tokens in stream(model, prompts, settings, capacity))
+    if length > positions:  # generation ends with a text that fills all positions
+        sampling = Sampling(jnp.float32(1), jnp.int32(0), jnp.float32(1), jax.random.key(np.uint32(seed)))
+        tokens = jnp.asarray(windows[:, :positions])
+        cache = new_cache(model.config, batch, positions, model.dtype)
+        fixed = model.config, model.dtype, model.parameters
+        token, _, _ = prefill(*fixed, None, tokens, jnp.ones_like(tokens, bool), cache, sampling)
+        yield np.asarray(token)
