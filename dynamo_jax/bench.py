@@ -102,7 +102,7 @@ def run(
     asked = {budget: dataclasses.replace(recipe.quantize, bits=budget) for budget in recipe.budgets}
     for settings in asked.values():
         check_shapes(source.config, settings)
-        settled(settings, [source.config.expert_sizes], source.other_bytes(), list(known))
+        settled(settings, [source.config.expert_sizes], source.other_bytes(settings.rest), list(known))
     windows = known_windows(known, tokenizer, recipe.quantize, source.config.vocab_size)
     calibrated = {
         name: windows_over(len(own), recipe.quantize.window, recipe.evaluate)

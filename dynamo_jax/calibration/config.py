@@ -10,6 +10,7 @@ import numpy as np
 
 from dynamo_jax.kernels.layout import WIDTHS, num_blocks
 from dynamo_jax.models.config import ExpertSizes, ModelConfig
+from dynamo_jax.models.rest import FLOAT, check_rest
 from dynamo_jax.precision.allocate import OBJECTIVES
 from dynamo_jax.precision.plan import block_costs, expert_plan
 from dynamo_jax.quant.nested_gptq import EMPHASIS
@@ -57,6 +58,8 @@ class QuantizeConfig:
       or 8. The kernels of TPUs and Hopper GPUs take multiples of 128.
     - channel_block: channels that share a width; these kernels take 128. Neither it nor group_size need divide the
       model's sizes: planes are filled up (``kernels.layout``), in bytes that the budget counts.
+    - rest: 8 or 4 bits for the matrices that are no routed experts' (``models.rest``): mixers' projections, shared
+      experts, dense layers, embeddings and head; 16: they keep their dtype. Experts are calibrated behind them.
     - quantizer: gptq or rtn (``sweeps.Calibration``).
     - emphasis: what squared errors at 2, 3 and 4 bits count for each other when gptq chooses the codes that these
       widths share.
@@ -84,6 +87,7 @@ class QuantizeConfig:
     per_projection: bool = True
     group_size: int | None = None
     channel_block: int = 16
+    rest: int = FLOAT
     quantizer: str = "gptq"
     emphasis: tuple[float, float, float] = EMPHASIS
     favour: float = 4.0
@@ -112,6 +116,7 @@ class QuantizeConfig:
             raise ValueError(f"spare {self.spare}: expected a share of the baseline's pages, 0 for none")
         if self.fits_gib is not None and self.fits_gib > LARGEST_GIB:
             raise ValueError(f"fits_gib {self.fits_gib:g}: expected at most {LARGEST_GIB:,}")
+        check_rest(self.rest)
         if self.quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer {self.quantizer!r}: known are {', '.join(QUANTIZERS)}")
         if self.objective not in OBJECTIVES:
@@ -133,15 +138,15 @@ class QuantizeConfig:
             raise ValueError(f"reserve_gib {self.reserve_gib}: expected a number of 0 or more")
 
     def bytes_for(self, weights: int, others: int | None = None) -> float:
-        """The budget of all experts in bytes, which have so many weights; ``others``: bytes of what is not quantized,
-        which fits_gib needs."""
+        """The budget of all experts in bytes, which have so many weights; ``others``: bytes of all else, which
+        fits_gib needs."""
         if self.bits is not None:
             return self.bits * weights / 8
         if self.budget_bytes is not None:
             return self.budget_bytes
         assert self.fits_gib is not None
         if others is None:
-            raise ValueError(f"fits_gib {self.fits_gib:g}: the bytes of what is not quantized are not known here")
+            raise ValueError(f"fits_gib {self.fits_gib:g}: the bytes of what is no expert are not known here")
         return (self.fits_gib - self.reserve) * GIB - others
 
     @property
@@ -192,7 +197,7 @@ def settled(config: QuantizeConfig, parts: Sequence[ExpertSizes], others: int, n
     """The settings, checked against the known datasets' names and the sizes of a model's experts, with a budget that
     needs no more facts.
 
-    others: bytes of what is not quantized.
+    others: bytes of all that is no expert's weight, as it is stored when the rest has ``config.rest`` bits.
     """
     for sizes in parts:
         check_sizes(sizes, config)
@@ -206,7 +211,7 @@ def settled(config: QuantizeConfig, parts: Sequence[ExpertSizes], others: int, n
         raise ValueError(
             f"the budget, {asked}, is too small: the least is {8 * least / weights:g} bits a weight "
             f"(2 bits, a scale for each group of {groups}, whole groups and blocks), {least:,} bytes, "
-            f"or {(least + others) / GIB + config.reserve:.4g} GiB with the {others:,} bytes that are not quantized"
+            f"or {(least + others) / GIB + config.reserve:.4g} GiB with the {others:,} bytes that are no experts'"
             + (f" and a reserve of {config.reserve:g} GiB" if config.reserve else "")
             + _filling(config, parts)
         )

@@ -32,7 +32,8 @@ from dynamo_jax.kernels.layout import PLANE_BITS, PROJECTIONS, STEP, WIDTHS, unp
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters, with_parameters
 from dynamo_jax.models.experts import float_experts
-from dynamo_jax.models.loss import next_token_divergence
+from dynamo_jax.models.loss import Head, head_divergence
+from dynamo_jax.models.rest import FLOAT, quantized
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.progress import Progress, no_progress
 from dynamo_jax.quant.nested_gptq import finished
@@ -92,12 +93,14 @@ def distil(
     tokens: int,
     batch_size: int,
     progress: Progress = no_progress,
+    rest: int = FLOAT,
 ) -> Distilled:
     """The planes of a model's experts (L, E, P, F, ..), trained at the widths of ``plan``.
 
     model: unquantized, in memory with about ten times its experts' weights beside it. windows: of text; one in
     ``DISTIL_WINDOWS`` is for checks, the others are passed over, in another order each time, until so many tokens were
-    seen. ValueError: too few windows or tokens for a batch.
+    seen. rest: bits of the rest of the quantized model (``models.rest``). ValueError: too few windows or tokens for a
+    batch.
     """
     if len(windows) < DISTIL_WINDOWS or tokens < batch_size * windows.shape[1]:
         raise ValueError(
@@ -106,6 +109,7 @@ def distil(
         )
     config = model.config
     arrays = {name: jnp.asarray(a, jnp.float32) for name, a in parameters(model).items()}
+    others = _others(config, parameters(model), rest)
     weights = filled_up(_expert_weights(config, arrays), plan.channel_block, plan.group_size)
     student = _student(planes, plan)
     now = _Trained(_places(weights, student), jnp.zeros(student.scales.shape))
@@ -116,12 +120,12 @@ def distil(
     rates = tuple(_falling(rate, steps) for rate in (CODE_RATE, SCALE_RATE))
     state = _adam().init(now)
     progress(STAGE, 0, steps)
-    divergences, best = [_mean_divergence(config, arrays, student, now, held, batch_size)], None
+    divergences, best = [_mean_divergence(config, arrays, others, student, now, held, batch_size)], None
     for step in range(steps):
         batch = jnp.asarray(own[order[step]])
-        now, state = _step(config, arrays, student, now, state, batch, tuple(rate(step) for rate in rates))
+        now, state = _step(config, arrays, others, student, now, state, batch, tuple(rate(step) for rate in rates))
         if (step + 1) * CHECKS // steps > step * CHECKS // steps:
-            divergences.append(_mean_divergence(config, arrays, student, now, held, batch_size))
+            divergences.append(_mean_divergence(config, arrays, others, student, now, held, batch_size))
             if divergences[-1] < min(divergences[:-1]):
                 best = jax.tree.map(np.asarray, now)
         progress(STAGE, step + 1, steps)
@@ -135,6 +139,15 @@ def _orders(count: int, length: int) -> Int[np.ndarray, " length"]:
     rng = np.random.default_rng(0)
     passes = [rng.permutation(count) for _ in range(-(-length // count))]
     return np.concatenate(passes)[:length]
+
+
+def _others(config: ModelConfig, arrays: dict[str, Any], rest: int) -> dict[str, Array]:
+    """What the student has beside its experts, where that is not what the teacher has."""
+    if rest == FLOAT:
+        return {}
+    experts = set(expert_parameter_names(config))
+    own = quantized({name: a for name, a in arrays.items() if name not in experts}, rest)
+    return {name: jnp.asarray(a) for name, a in own.items()}
 
 
 def _expert_weights(config: ModelConfig, arrays: dict[str, Any]) -> Float[np.ndarray, "L E P F D"]:
@@ -199,13 +212,19 @@ def _with_planes(config: ModelConfig, arrays: dict[str, Array], student: _Studen
 
 
 def _divergence(
-    config: ModelConfig, arrays: dict[str, Array], student: _Student, now: _Trained, tokens: Int[Array, "B T"]
+    config: ModelConfig,
+    arrays: dict[str, Array],
+    others: dict[str, Array],
+    student: _Student,
+    now: _Trained,
+    tokens: Int[Array, "B T"],
 ) -> Float[Array, " B"]:
     teacher = with_parameters(config, arrays)
     exact, _ = teacher.hidden_states(tokens, experts=float_experts)
-    hidden, _ = _with_planes(config, arrays, student, now).hidden_states(tokens, experts=float_experts)
-    exact = jax.lax.stop_gradient(exact)
-    return next_token_divergence(exact, hidden, teacher.head_weights(), *teacher.logit_form()).mean(axis=1)
+    model = _with_planes(config, others or arrays, student, now)
+    hidden, _ = model.hidden_states(tokens, experts=float_experts)
+    heads = (Head(one.head_weights(), *one.logit_form()) for one in (teacher, model))
+    return head_divergence(jax.lax.stop_gradient(exact), hidden, *heads).mean(axis=1)
 
 
 _check = functools.partial(jax.jit, static_argnames="config")(_divergence)
@@ -214,13 +233,14 @@ _check = functools.partial(jax.jit, static_argnames="config")(_divergence)
 def _mean_divergence(
     config: ModelConfig,
     arrays: dict[str, Array],
+    others: dict[str, Array],
     student: _Student,
     now: _Trained,
     windows: Int[np.ndarray, "S T"],
     batch_size: int,
 ) -> float:
     found = [
-        np.asarray(_check(config, arrays, student, now, jnp.asarray(tokens)))[mask[:, 0] > 0]
+        np.asarray(_check(config, arrays, others, student, now, jnp.asarray(tokens)))[mask[:, 0] > 0]
         for tokens, mask in batches(windows, batch_size)
     ]
     return float(np.concatenate(found).mean())
@@ -236,9 +256,9 @@ def _adam() -> optax.GradientTransformation:
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames=("now", "state"))
-def _step(config, arrays, student, now, state, tokens, rates):
+def _step(config, arrays, others, student, now, state, tokens, rates):
     def loss(now):
-        return _divergence(config, arrays, student, now, tokens).mean()
+        return _divergence(config, arrays, others, student, now, tokens).mean()
 
     updates, state = _adam().update(jax.grad(loss)(now), state)
     moved = _Trained(*(a - rate * u for a, rate, u in zip(now, rates, updates)))

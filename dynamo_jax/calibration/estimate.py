@@ -28,7 +28,7 @@ ENOUGH_ROWS = PRIOR_ROWS  # of an expert, from which on its own inputs count for
 
 
 class Estimate(NamedTuple):
-    """Bytes: device, of experts that the plan may hold there; others, of what is not quantized; host, of all planes;
+    """Bytes: device, of experts that the plan may hold there; others, of all else as it is stored; host, of all planes;
     result, of the folder; work, most that lies in it while it is made. tokens: of calibration; drawn: those of them
     that the model draws itself; rows: of an expert, on the mean; seconds: on this machine, without the drawing."""
 
@@ -50,7 +50,8 @@ def estimate(folder: str | Path, known: dict[str, str], config: QuantizeConfig |
     source, config = Source(Path(folder)), config or QuantizeConfig()
     model = source.config
     check_shapes(model, config)
-    config = settled(config, [model.expert_sizes], source.other_bytes(), list(known))
+    others = source.other_bytes(config.rest)
+    config = settled(config, [model.expert_sizes], others, list(known))
     windows = known_windows(known, load_tokenizer(Path(folder)), config, model.vocab_size)
     tokens = sum(w[:, 1:].size for w in windows.values())
     drawn = 0 if UNSEEN in windows else config.drawn_count(len(windows), source.expert_bytes() + source.other_bytes())
@@ -61,11 +62,11 @@ def estimate(folder: str | Path, known: dict[str, str], config: QuantizeConfig |
         np.full((sizes.layers, sizes.experts), config.max_width, np.int8),
         *(sizes.channels, config.channel_block, group_size, sizes.hidden_size),
     )
-    host, others = widest.stored_bytes(), source.other_bytes()
+    host, before = widest.stored_bytes(), source.other_bytes()
     streams = (model.num_hidden_layers + 2) * tokens * model.hidden_size * 4
     rows = tokens * model.num_experts_per_tok / sizes.experts
     return Estimate(
-        before=source.expert_bytes() + others,
+        before=source.expert_bytes() + before,
         device=int(config.bytes_for(sizes.weights)),
         others=others,
         host=host,
@@ -74,7 +75,7 @@ def estimate(folder: str | Path, known: dict[str, str], config: QuantizeConfig |
         tokens=tokens,
         drawn=drawn * config.window,
         rows=rows,
-        seconds=_seconds(model, config, tokens, rows, others / 2),
+        seconds=_seconds(model, config, tokens, rows, before / 2),
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from jaxtyping import Float, Int
@@ -27,7 +28,8 @@ from dynamo_jax.calibration.sweeps import Calibration, Draft, calibrate, statist
 from dynamo_jax.calibration.unseen import CALIBRATION, distil_windows, drawn_windows, given_to_distil, with_unseen
 from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
 from dynamo_jax.models.huggingface import Source, load_decoder, side_files, side_files_of
-from dynamo_jax.models.sources import DecoderSource, LayerSource
+from dynamo_jax.models.rest import quantized as with_quantized_rest
+from dynamo_jax.models.sources import DecoderSource, LayerSource, with_rest
 from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.progress import Log, Progress, no_log, no_progress
@@ -165,9 +167,10 @@ def analyze_layers(
     progress: Progress = no_progress,
     hosts: Hosts = ALONE,
 ) -> dict[str, Analysis]:
-    """Run the sweeps on the windows of all datasets at once; each one's sums, and those of its halves. work: of several
-    processes, that of the first one counts."""
+    """Run the sweeps on the windows of all datasets at once, behind the rest at ``config.rest`` bits; each one's sums,
+    and those of its halves. work: of several processes, that of the first one counts."""
     work = SharedWork(work, hosts)
+    source = with_rest(source, config.rest)
     tokens = np.concatenate(list(windows.values()))
     sizes = [size for w in windows.values() for size in ((len(w) + 1) // 2, len(w) // 2)]
     half = np.repeat(np.arange(len(sizes)), sizes)
@@ -240,7 +243,7 @@ def quantize(
     config = config or QuantizeConfig()
     source = DecoderSource(model)
     check_shapes(model.config, config)
-    config = settled(config, [model.config.expert_sizes], source.other_bytes(), list(known))
+    config = settled(config, [model.config.expert_sizes], source.other_bytes(config.rest), list(known))
     work = MemoryWork()
     windows = _checked_windows(known, tokenizer, config, model.config.vocab_size)
     windows = _and_unseen(Whole(lambda: model, 0), windows, config, work, progress, ALONE)
@@ -250,9 +253,10 @@ def quantize(
     if config.distil:
         store = _distilled(model, store, chosen, known, tokenizer, config, progress).planes
     experts = set(expert_parameter_names(model.config))
+    own = {name: a for name, a in parameters(model).items() if name not in experts}
     quantized = QuantizedModel(
         config=model.config,
-        parameters={name: a for name, a in parameters(model).items() if name not in experts},
+        parameters={name: jnp.asarray(a) for name, a in with_quantized_rest(own, config.rest).items()},
         tokenizer=tokenizer,
         store=store,
         plan=chosen,
@@ -286,7 +290,7 @@ def _distilled(
     from dynamo_jax.calibration.distil import distil  # and with it an optimizer, which others need not wait for
 
     windows = distil_windows(model, known, tokenizer, config, progress)
-    return distil(model, planes, plan, windows, config.distil, config.batch_size, progress)
+    return distil(model, planes, plan, windows, config.distil, config.batch_size, progress, config.rest)
 
 
 def _distil_work(
@@ -360,7 +364,8 @@ def _quantize_folder(
 ) -> Plan:
     source = Source(folder)
     check_shapes(source.config, config)
-    config = settled(config, [source.config.expert_sizes], source.other_bytes(), list(known))
+    rest_bytes = source.other_bytes(config.rest)
+    config = settled(config, [source.config.expert_sizes], rest_bytes, list(known))
     files = side_files(folder)
     hosts.check_same(_given(source, known, config, files))
     job: dict[str, Any] = {
@@ -395,6 +400,7 @@ def _quantize_folder(
                 _distil_work(source, work, chosen, known, tokenizer, config, progress, log)
             sizes = config.window, config.spare, config.max_width, source.expert_bytes(), source.other_bytes()
             facts = checkpoint.Facts(*sizes, tuple(source.unread), job, source.expert_format(), source.fused())
+            facts = facts._replace(rest=config.rest, rest_bytes=rest_bytes)
             checkpoint.publish(making, work, source.config, chosen, facts, knowledge, files)
             return chosen
 

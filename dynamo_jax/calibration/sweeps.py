@@ -51,6 +51,7 @@ from dynamo_jax.models.layerwise import (
     outer_of,
     outer_vjp,
 )
+from dynamo_jax.models.rest import assembled
 from dynamo_jax.models.sources import LayerSource
 from dynamo_jax.models.tokenizer import check_ids
 from dynamo_jax.progress import Progress
@@ -209,8 +210,8 @@ def _sweep_up(job: Calibration) -> None:
 
 
 def _embedded(job: Calibration) -> Float[np.ndarray, "S T D"]:
-    x = job.source.top()["embed"][job.tokens[:, :-1]].astype(np.float32)
-    return x * np.float32(job.source.config.embedding_multiplier)
+    x = assembled(job.source.top())["embed"][job.tokens[:, :-1]]
+    return np.asarray(x.astype(np.float32)) * np.float32(job.source.config.embedding_multiplier)
 
 
 def _layer_up(job: Calibration, layer: int) -> None:

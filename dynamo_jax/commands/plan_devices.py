@@ -26,6 +26,9 @@ def plan_devices(
     room: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Share of the memory that is left for what a step computes with.")
     ] = 0.15,
+    rest: Annotated[
+        int, typer.Option(help="16, 8 or 4: bits of what is no routed expert's; a quantized folder has its own.")
+    ] = 16,
     json: JsonOption = None,
 ) -> None:
     """Say how many devices serve a model, and what lies on each: planes, slots, the rest, the cache.
@@ -35,6 +38,7 @@ def plan_devices(
     from dynamo_jax.files import write_json
     from dynamo_jax.models import huggingface
     from dynamo_jax.models.hub import model_folder
+    from dynamo_jax.models.rest import check_rest
     from dynamo_jax.runtime import devices
     from dynamo_jax.runtime.memory import SPARE
     from dynamo_jax.storage import checkpoint
@@ -44,15 +48,17 @@ def plan_devices(
     if checkpoint.is_checkpoint(folder):
         description = checkpoint.read_description(folder)
         config, plan, spare = description.config, description.plan, description.meta.spare
+        rest = description.meta.rest
     else:
         config = huggingface.Source(folder).config
         plan, spare = devices.plan_of_bits(config.expert_sizes, bits), SPARE
+    check_rest(rest)
     shapes = huggingface.parameter_shapes(config)
-    found = devices.least_devices(config, shapes, plan, gib, batch, length, spare, room)
-    print_facts(_facts(found, gib, room))
+    found = devices.least_devices(config, shapes, plan, gib, batch, length, spare, room, rest)
+    print_facts(_facts(found, gib, room, rest))
     if json:
         share = found.share._asdict() | {"total": found.share.total}
-        settings = {"chip": chip, "gib": gib, "batch": batch, "length": length, "room": room}
+        settings = {"chip": chip, "gib": gib, "batch": batch, "length": length, "room": room, "rest": rest}
         rows = {name: getattr(found, name) for name in ("data", "model", "experts", "blocks")}
         write_json(json, settings | {"devices": found.data * found.model, **rows, "bytes a device": share})
 
@@ -71,7 +77,8 @@ def _memory(chip: str) -> float:
     return gib
 
 
-def _facts(found: DevicePlan, gib: float, room: float) -> dict[str, str]:
+def _facts(found: DevicePlan, gib: float, room: float, rest: int) -> dict[str, str]:
+    from dynamo_jax.models.rest import FLOAT
     from dynamo_jax.runtime.devices import GIB, size_words
 
     share, count = found.share, found.data * found.model
@@ -81,7 +88,7 @@ def _facts(found: DevicePlan, gib: float, room: float) -> dict[str, str]:
     named = {
         "planes and page tables": share.planes,
         "spare slots, and pages on their way": share.spare,
-        "the rest of the model, bfloat16": share.rest,
+        f"the rest of the model, {'bfloat16' if rest == FLOAT else f'{rest} bits'}": share.rest,
         "cache": share.cache,
     }
     return {

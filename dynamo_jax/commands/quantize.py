@@ -102,6 +102,13 @@ def quantize(
             "128 or a multiple; where either does not divide the model's sizes, experts are filled up."
         ),
     ] = 16,
+    rest: Annotated[
+        int,
+        typer.Option(
+            help="16, 8 or 4: bits of attention, shared experts, dense layers, embeddings and head, all of which every "
+            "token reads; 16: they keep their dtype."
+        ),
+    ] = 16,
     quantizer: Annotated[
         str, typer.Option(help="gptq: error feedback from calibration inputs; rtn: rounding, ten times faster.")
     ] = "gptq",
@@ -160,6 +167,7 @@ def quantize(
         per_projection=per_projection,
         group_size=group_size,
         channel_block=channel_block,
+        rest=rest,
         quantizer=quantizer,
         window=window,
         calibration_windows=windows,

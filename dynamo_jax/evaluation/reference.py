@@ -31,6 +31,7 @@ from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.experts import ExpertWeights, piece_counts
 from dynamo_jax.models.layerwise import embedded, finished, whole_layer
 from dynamo_jax.models.loss import Head, next_token_changes, next_token_nll, top_token_changes, top_tokens
+from dynamo_jax.models.rest import assembled
 from dynamo_jax.models.sources import LayerSource
 from dynamo_jax.progress import Progress, no_progress
 from dynamo_jax.runtime.monitor import HOP
@@ -157,8 +158,8 @@ def exact_states(
 
 def head_of(config: ModelConfig, parameters: dict[str, Any]) -> Head:
     """What turns a model's last hidden states into logits."""
-    weights = parameters["embed"] if config.tie_word_embeddings else parameters["head"]
-    return Head(jnp.asarray(weights), parameters.get("head_bias"), config.final_logit_softcapping)
+    weights = assembled(parameters)["embed" if config.tie_word_embeddings else "head"]
+    return Head(jax.tree.map(jnp.asarray, weights), parameters.get("head_bias"), config.final_logit_softcapping)
 
 
 def likeliest(exact: Exact, batch_size: int = 8) -> Likeliest:

@@ -33,6 +33,7 @@ from dynamo_jax.models.experts import (
 from dynamo_jax.models.loss import capped
 from dynamo_jax.models.mixers import LayerCache, empty_cache, mixer
 from dynamo_jax.models.norms import Norm, norm_scale, norm_weight, normal, rms_norm
+from dynamo_jax.models.rest import Packed, assembled, taken_apart
 from dynamo_jax.models.rotary import angles
 from dynamo_jax.models.routing import Routing, route
 from dynamo_jax.models.specs import Dense
@@ -283,7 +284,7 @@ class Decoder(nnx.Module, ForwardPass):
         bias, cap = self.logit_form()
         return capped(out if bias is None else out + bias.astype(jnp.float32), cap)
 
-    def head_weights(self) -> Float[Array, "V D"]:
+    def head_weights(self) -> Float[Array, "V D"] | Packed:
         return (self.embed if self.config.tie_word_embeddings else self.head)[...]
 
     def logit_form(self) -> tuple[Float[Array, " V"] | None, float]:
@@ -318,12 +319,12 @@ def next_places(config: ModelConfig, mask: Bool[Array, "B T"], cache: Cache) -> 
 def parameters(model: nnx.Module) -> dict[str, Array]:
     """All parameters by dotted name, such as ``layers.0.router``: a plain pytree for jit, optax and files."""
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(map(str, path)): variable[...] for path, variable in state}
+    return taken_apart({".".join(map(str, path)): variable[...] for path, variable in state})
 
 
 def with_parameters(config: ModelConfig, arrays: dict[str, Array]) -> Decoder:
-    """The decoder that has exactly these parameters; usable under jit. Without any expert weight among
-    them it is a decoder whose experts come from elsewhere."""
+    """The decoder that has exactly these parameters, some of them quantized or none (``models.rest``); usable under
+    jit. Without any expert weight among them it is a decoder whose experts come from elsewhere."""
     with_experts = any(name in arrays for name in expert_parameter_names(config))
     return filled(lambda: Decoder(config, rngs=nnx.Rngs(0), with_experts=with_experts), arrays)
 
@@ -335,6 +336,7 @@ def layer_with_parameters(config: ModelConfig, index: int, arrays: dict[str, Arr
 
 def filled(make: Any, arrays: dict[str, Array]) -> Any:
     """The module that ``make`` describes, with ``arrays`` for its parameters; no array is made for it."""
+    arrays = assembled(arrays)
     graph, state = nnx.split(nnx.eval_shape(make))
     flat = nnx.to_flat_state(state)
     expected = {".".join(map(str, path)): variable.shape for path, variable in flat}

@@ -49,12 +49,12 @@ from dynamo_jax.models.formats.expert_files import (
 )
 from dynamo_jax.models.formats.stored import StoredTensors
 from dynamo_jax.models.formats.tensor_files import FLOATS, INDEX, SINGLE, write_tensors
+from dynamo_jax.models.rest import FLOAT, rest_words, stored_bytes
 from dynamo_jax.models.specs import DeltaNet, Grouped, KimiDelta, Latent, Mixer, ShortConv
 from dynamo_jax.models.tokenizer import TOKENIZER
 
 UNREAD_PARTS = 8  # first parts of names that are listed
 COMPARED = 1 << 22  # numbers of a head that are compared with the embeddings at a time
-UNQUANTIZED = "embeddings, attention, norms, routers, shared experts, dense layers and biases keep their dtype"
 SIDE_FILES = (  # what a folder has beside weights, as far as text generation and who publishes need it
     *("config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
     *("chat_template.jinja", "chat_template.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"),
@@ -226,9 +226,12 @@ class Source:
         found = Counter(map(self.files.words, self.quantized_tensors())).most_common()
         return found[0][0] if len(found) == 1 else ", ".join(f"{words} ({n:,} tensors)" for words, n in found)
 
-    def other_bytes(self) -> int:
-        """Of all that is read but the routed experts' weights, as floats."""
-        return sum(self.files.headers[n].nbytes for n in self.expected.keys() - self.quantized_tensors())
+    def other_bytes(self, rest: int = FLOAT) -> int:
+        """Of all that is read but the routed experts' weights, as floats where the rest does not have 8 or 4 bits
+        (``models.rest``)."""
+        whole = sum(self.files.headers[n].nbytes for n in self.expected.keys() - self.quantized_tensors())
+        sizes = {ours: self.files.headers[theirs].nbytes for ours, theirs, _ in tensor_names(self.config)}
+        return whole - sum(sizes.values()) + stored_bytes(sizes, parameter_shapes(self.config), rest)
 
     def release(self) -> None:
         self.files.release()
@@ -332,7 +335,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "dtypes": source.files.dtypes(),
         "source": f"experts: {source.expert_format()}, {bits:.2f} bits a weight",
         "quantized": f"{weights} of {len(experts):,} expert tensors, {expert_bytes:,} bytes",
-        "not quantized": f"{source.other_bytes():,} bytes: {UNQUANTIZED}",
+        "not quantized": f"{source.other_bytes():,} bytes: {rest_words(FLOAT)}",
         "not read": unread_words(source.unread),
     }
 

@@ -21,6 +21,7 @@ from dynamo_jax.models.decoder import filled, layer_with_parameters, positions_o
 from dynamo_jax.models.experts import float_experts
 from dynamo_jax.models.loss import next_token_nll
 from dynamo_jax.models.norms import Norm
+from dynamo_jax.models.rest import assembled
 from dynamo_jax.models.rotary import angles
 from dynamo_jax.models.routing import Routing
 
@@ -104,14 +105,15 @@ def dense_vjp(config, like, rest, x, d_out):
 
 def loss_gradient_of(config: ModelConfig, top: dict[str, np.ndarray]) -> Callable[[Array, Array], Array]:
     """d loss / d x of (x (S, T, D), targets (S, T)), the loss summed over windows; top: head, norm, embedding."""
-    head = {name: jnp.asarray(a) for name, a in top.items() if name != "embed" or config.tie_word_embeddings}
+    unused = None if config.tie_word_embeddings else "embed"
+    head = {name: jnp.asarray(a) for name, a in top.items() if name.split(".")[0] != unused}
     return lambda x, targets: _loss_gradient(config, head, x, targets)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _loss_gradient(config, top, x, targets):
     """d loss / d x, the loss being each window's summed next-token negative log-likelihood."""
-    head = top["embed"] if config.tie_word_embeddings else top["head"]
+    head = assembled(top)["embed" if config.tie_word_embeddings else "head"]
     form = (top.get("head_bias"), config.final_logit_softcapping)
     return jax.grad(lambda x: next_token_nll(_finished(config, top, x), head, targets, *form).sum())(x)
 
@@ -124,7 +126,7 @@ def _finished(config, top, x):
 @functools.partial(jax.jit, static_argnames="config")
 def embedded(config: ModelConfig, top: dict[str, Array], tokens: Int[Array, "S T"]) -> Float[Array, "S T D"]:
     """What the first layer takes."""
-    return top["embed"][tokens].astype(jnp.float32) * config.embedding_multiplier
+    return assembled(top)["embed"][tokens].astype(jnp.float32) * config.embedding_multiplier
 
 
 finished = functools.partial(jax.jit, static_argnames="config")(_finished)  # what the head takes

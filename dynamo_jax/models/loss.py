@@ -1,4 +1,4 @@
-"""Next-token losses without holding the logits of all tokens at once.
+"""Next-token losses without holding the logits of all tokens at once. Heads are floats or stand for them (``Packed``).
 
 Axes: B batch, T tokens, D hidden, V vocabulary, C rows a chunk.
 """
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.kernels.products import matmul
+from dynamo_jax.models.rest import Packed
 
 CHUNK_ROWS = 1024
 CHUNK_LOGITS = 2**23  # of a large vocabulary fewer rows at a time
@@ -22,7 +23,7 @@ CHUNK_LOGITS = 2**23  # of a large vocabulary fewer rows at a time
 
 def next_token_nll(
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V D"] | Packed,
     targets: Int[Array, "B T"],
     bias: Float[Array, " V"] | None = None,
     cap: float = 0.0,
@@ -39,7 +40,7 @@ def next_token_nll(
 
 def next_token_scores(
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V D"] | Packed,
     targets: Int[Array, "B T"],
     bias: Float[Array, " V"] | None = None,
     cap: float = 0.0,
@@ -57,19 +58,14 @@ def next_token_scores(
 def next_token_divergence(
     exact: Float[Array, "B T D"],
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V D"] | Packed,
     bias: Float[Array, " V"] | None = None,
     cap: float = 0.0,
 ) -> Float[Array, "B T"]:
     """The Kullback-Leibler divergence in nats, float32, of what ``hidden`` predicts from what ``exact`` does.
     cap: as ``capped`` takes it."""
-    logits = _logits_of(head, bias, hidden.dtype, cap)
-
-    def divergence(row, other):
-        p, q = jax.nn.log_softmax(logits(row)), jax.nn.log_softmax(logits(other))
-        return jnp.sum(jnp.exp(p) * (p - q), axis=1)
-
-    return _by_chunk(divergence, head.shape[0], exact, hidden)
+    both = Head(head, bias, cap)
+    return head_divergence(exact, hidden, both, both)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weights", "bias"], meta_fields=["cap"])
@@ -77,12 +73,26 @@ def next_token_divergence(
 class Head:
     """What turns hidden states into logits, an argument of jitted functions. cap: as ``capped`` takes it."""
 
-    weights: Float[Array, "V D"]
+    weights: Float[Array, "V D"] | Packed
     bias: Float[Array, " V"] | None = None
     cap: float = 0.0
 
     def log_probabilities(self, rows: Float[Array, "C D"]) -> Float[Array, "C V"]:
         return jax.nn.log_softmax(_logits_of(self.weights, self.bias, rows.dtype, self.cap)(rows))
+
+
+def head_divergence(
+    exact: Float[Array, "B T D"], hidden: Float[Array, "B T D"], reference: Head, head: Head
+) -> Float[Array, "B T"]:
+    """``next_token_divergence`` of two heads: what ``head`` predicts from ``hidden``, what ``reference`` does from
+    ``exact``."""
+    logits = [_logits_of(h.weights, h.bias, hidden.dtype, h.cap) for h in (reference, head)]
+
+    def divergence(row, other):
+        p, q = (jax.nn.log_softmax(of(each)) for of, each in zip(logits, (row, other)))
+        return jnp.sum(jnp.exp(p) * (p - q), axis=1)
+
+    return _by_chunk(divergence, head.weights.shape[0], exact, hidden)
 
 
 def next_token_changes(
@@ -150,7 +160,7 @@ def capped(logits: Float[Array, "*N V"], cap: float) -> Float[Array, "*N V"]:
 
 
 def _logits_of(
-    head: Float[Array, "V D"], bias: Float[Array, " V"] | None, dtype: Any, cap: float
+    head: Float[Array, "V D"] | Packed, bias: Float[Array, " V"] | None, dtype: Any, cap: float
 ) -> Callable[[Array], Array]:
     head_t = head.astype(dtype).T
 

@@ -35,6 +35,7 @@ from dynamo_jax.models.decoder import (
 )
 from dynamo_jax.models.experts import ExpertsFn
 from dynamo_jax.models.mixers import LayerCache
+from dynamo_jax.models.rest import Packed
 
 
 class Loop(NamedTuple):
@@ -159,7 +160,7 @@ class StackedDecoder(ForwardPass):
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return self.around.logits(x)
 
-    def head_weights(self) -> Float[Array, "V D"]:
+    def head_weights(self) -> Float[Array, "V D"] | Packed:
         return self.around.head_weights()
 
     def logit_form(self) -> tuple[Float[Array, " V"] | None, float]:

@@ -1,9 +1,9 @@
 """How many devices a model takes, and what lies on each, by arithmetic from its sizes alone.
 
 Planes of experts are counted as they lie there: base planes, slots for the baseline's pages and spare ones, pages on
-their way, page tables. The rest is attention, embeddings, routers, shared and dense parts, in bfloat16, and a cache for
-so many requests of so many tokens. Both are split as ``mesh.py`` splits them. What a step computes with comes beside
-it: a share of the device's memory is left for that.
+their way, page tables. The rest is attention, embeddings, routers, shared and dense parts, in bfloat16 or at 8 or 4
+bits (``models.rest``), and a cache for so many requests of so many tokens. Both are split as ``mesh.py`` splits them.
+What a step computes with comes beside it: a share of the device's memory is left for that.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ExpertSizes, ModelConfig
 from dynamo_jax.models.decoder import new_cache
+from dynamo_jax.models.rest import FLOAT, stored
 from dynamo_jax.precision.plan import Plan, expert_plan
 from dynamo_jax.runtime import memory
 from dynamo_jax.runtime.mesh import DATA, MODEL, Placement, cache_specs, parameter_specs
@@ -72,12 +73,14 @@ def least_devices(
     length: int,
     spare: float = memory.SPARE,
     room: float = ROOM,
+    rest: int = FLOAT,
 ) -> DevicePlan:
     """The smallest mesh, of a power of two of devices, on which the model fits; of those of one size the one that needs
     least a device.
 
     shapes: of all parameters but the routed experts' weights. plan: any of the model's sizes that has the bits a weight
-    in question. gib: a device's memory. ValueError: a batch or length that cannot be, or no mesh that does.
+    in question. gib: a device's memory. rest: bits of all else (``models.rest``). ValueError: a batch or length that
+    cannot be, or no mesh that does.
     """
     if batch < 1 or not 1 <= length <= config.max_position_embeddings:
         most = config.max_position_embeddings
@@ -88,7 +91,7 @@ def least_devices(
         fitting = []
         for data in (1 << power for power in range(count.bit_length())):
             try:
-                found = on_mesh(config, shapes, plan, (data, count // data), batch, length, spare)
+                found = on_mesh(config, shapes, plan, (data, count // data), batch, length, spare, rest)
             except ValueError:  # experts do not divide
                 continue
             fitting.append(found)
@@ -110,11 +113,12 @@ def on_mesh(
     batch: int,
     length: int,
     spare: float = memory.SPARE,
+    rest: int = FLOAT,
 ) -> DevicePlan:
     """What lies on each device of a mesh. ValueError: the experts do not divide over it."""
     mesh = AbstractMesh(shape, (DATA, MODEL))
     placement = Placement.of(mesh, config.num_experts, plan.blocks)
-    arrays = {name: jax.ShapeDtypeStruct(own, jnp.bfloat16) for name, own in shapes.items()}
+    arrays = stored(shapes, rest)
     cache = jax.eval_shape(lambda: new_cache(config, batch, length, jnp.bfloat16))
     of_parameters: Any = {name: PartitionSpec() for name in arrays}
     of_cache: Any = jax.tree.map(lambda _: PartitionSpec(), cache)

@@ -38,6 +38,7 @@ from dynamo_jax.models.attention import KeyValues, Spread
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Cache
 from dynamo_jax.models.experts import ExpertBiases
+from dynamo_jax.models.rest import CODES, SCALES, is_codes, unpacked
 from dynamo_jax.models.specs import Grouped, Latent
 from dynamo_jax.models.stacked import loops
 from dynamo_jax.runtime.hosts import agreed
@@ -309,7 +310,12 @@ def fetch(array: Any) -> np.ndarray:
 def parameter_specs(placement: Placement, config: ModelConfig, arrays: dict[str, Any]) -> dict[str, PartitionSpec]:
     """Of parameters by dotted name, stacked (``models.stacked``) or not: what ``model`` divides is split over it, the
     rest is whole on every device."""
-    return {name: _parameter_spec(placement, config, name, a.shape) for name, a in arrays.items()}
+    specs = {name: _parameter_spec(placement, config, name, a.shape) for name, a in arrays.items()}
+    for codes, scales in ((n, n.removesuffix(CODES) + SCALES) for n in arrays if is_codes(n)):
+        groups = arrays[scales].shape[-2] > 1 or arrays[codes].dtype == np.uint8  # which has two rows of a group in one
+        if groups and specs[scales] == P():
+            specs[codes] = P()  # they would be split
+    return specs
 
 
 def _parameter_spec(placement: Placement, config: ModelConfig, name: str, shape: Sequence[int]) -> PartitionSpec:
@@ -358,12 +364,22 @@ def splits_heads(config: ModelConfig, layer: int, size: int) -> bool:
 def placed_parameters(
     placement: Placement | None, config: ModelConfig, arrays: dict[str, Any], dtype: Any = None
 ) -> dict[str, Array]:
-    """Parameters on the devices, in one dtype if it is given."""
+    """Parameters on the devices, in one dtype if it is given, all but codes of a quantized rest, which TPUs take as
+    int4."""
+    kinds = {jax.default_backend()} if placement is None else {d.platform for d in _devices(placement)}
+    arrays = unpacked(arrays) if kinds == {"tpu"} else arrays
     if placement is None:
-        return {name: jnp.asarray(a, dtype) for name, a in arrays.items()}
+        return {name: jnp.asarray(a, None if is_codes(name) else dtype) for name, a in arrays.items()}
     specs = parameter_specs(placement, config, arrays)
-    cast: Callable[[Any], Any] = lambda a: a if dtype is None else a.astype(dtype)  # noqa: E731
-    return {name: put_by(placement, cast(a), specs[name]) for name, a in arrays.items()}
+
+    def cast(name: str, array: Any) -> Any:
+        return array if dtype is None or is_codes(name) else array.astype(dtype)
+
+    return {name: put_by(placement, cast(name, a), specs[name]) for name, a in arrays.items()}
+
+
+def _devices(placement: Placement) -> list[Any]:
+    return list(cast(Mesh, placement.mesh).devices.flat)
 
 
 def cache_specs(placement: Placement, cache: Cache, stacked: bool) -> Any:

@@ -22,6 +22,7 @@ from dynamo_jax.kernels.arrangements import ARRANGEMENTS
 from dynamo_jax.kernels.layout import PLANE_BITS, PROJECTIONS, BasePlanes, Resident, filled
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Cache
+from dynamo_jax.models.rest import FLOAT, stored
 from dynamo_jax.models.stacked import new_stacked_cache, stacked
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime import memory
@@ -105,10 +106,16 @@ def state_shapes(
 
 
 def parameter_shapes(
-    config: ModelConfig, shapes: dict[str, tuple[int, ...]], dtype: Any, placement: Placement | None = None
+    config: ModelConfig,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: Any,
+    placement: Placement | None = None,
+    rest: int = FLOAT,
+    tpu: bool = True,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Parameters in one dtype, with layers stacked. shapes: of all but the routed experts' weights, by name."""
-    arrays = jax.eval_shape(functools.partial(stacked, config), {name: of(s, dtype) for name, s in shapes.items()})
+    """Parameters in one dtype, but for what is quantized where the rest has 8 or 4 bits, with layers stacked. shapes:
+    of all but the routed experts' weights, by name; tpu: whether they are for one, which takes codes as int4."""
+    arrays = jax.eval_shape(functools.partial(stacked, config), stored(shapes, rest, dtype, in_bytes=not tpu))
     return _lying(placement, arrays, placement and parameter_specs(placement, config, arrays))
 
 

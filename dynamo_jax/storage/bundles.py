@@ -21,6 +21,7 @@ from dynamo_jax.files import check_readable, shortened
 from dynamo_jax.kernels.layout import PLANE_BITS, PROJECTIONS, WIDTHS, filled
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.huggingface import layer_shapes
+from dynamo_jax.models.rest import FLOAT, is_codes, stored
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.planes import Planes
 
@@ -74,11 +75,20 @@ def planes_expected(plan: Plan, max_width: int, experts: Experts = None) -> dict
     return codes | {"planes/scales": Expected(groups)} | ratios
 
 
+def parameters_expected(shapes: dict[str, tuple[int, ...]], rest: int) -> dict[str, Expected]:
+    """Parameters as they are stored when the rest has so many bits (``models.rest``)."""
+    return {
+        name: Expected(a.shape, a.dtype.name) if is_codes(name) else Expected(a.shape)
+        for name, a in stored(shapes, rest).items()
+    }
+
+
 def layer_expected(
-    config: ModelConfig, plan: Plan, max_width: int, layer: int, experts: Experts = None
+    config: ModelConfig, plan: Plan, max_width: int, layer: int, experts: Experts = None, rest: int = FLOAT
 ) -> dict[str, Expected]:
     """A layer's file: its parameters but the experts' weights and, if it has experts, their planes."""
-    own = {f"parameters/{name}": Expected(shape) for name, shape in layer_shapes(config, layer).items()}
+    expected = parameters_expected(layer_shapes(config, layer), rest)
+    own = {f"parameters/{name}": each for name, each in expected.items()}
     return own if layer in config.dense_layers else own | planes_expected(plan, max_width, experts)
 
 

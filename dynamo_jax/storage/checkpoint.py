@@ -28,7 +28,8 @@ from dynamo_jax.files import check_readable, read_json, shortened, shown, write_
 from dynamo_jax.kernels.layout import WIDTHS, num_blocks
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.formats.tensor_files import write_tensors
-from dynamo_jax.models.huggingface import UNQUANTIZED, top_shapes
+from dynamo_jax.models.huggingface import top_shapes
+from dynamo_jax.models.rest import FLOAT, bits_of, check_rest, rest_words
 from dynamo_jax.models.specs import LayerSpec
 from dynamo_jax.models.tokenizer import TOKENIZER, tokenizer_from
 from dynamo_jax.precision.plan import Plan
@@ -44,6 +45,7 @@ from dynamo_jax.storage.bundles import (
     check_arrays,
     layer_expected,
     layer_name,
+    parameters_expected,
     planes_bundle,
     read_bundle,
     stacked_planes,
@@ -78,6 +80,7 @@ def save(folder: str | Path, model: QuantizedModel, overwrite: bool = False) -> 
         for layer in range(model.config.num_hidden_layers):
             work.put(layer_name(layer), _layer_bundle(model, arrays, layer))
         facts = Facts(model.window, model.spare, model.store.widths[-1])
+        facts = facts._replace(rest=bits_of(arrays), rest_bytes=sum(a.nbytes for a in arrays.values()))
         publish(making, work, model.config, model.plan, facts, model.knowledge, model.files)
 
 
@@ -100,7 +103,9 @@ class Facts(NamedTuple):
     its pages; max_width: of the planes; expert_bytes, other_bytes: of what was quantized and of all else that was read,
     0 where that is not known; not_read: tensors of the model that the decoder has no use for; job: what made it, None
     where that cannot be made again; expert_format: what the experts were stored in, where that is known; fused: where
-    they were in two tensors a layer though their family has them apart, whether each was turned."""
+    they were in two tensors a layer though their family has them apart, whether each was turned; rest: bits of the
+    matrices that are no experts' (``models.rest``); rest_bytes: of all but the experts' weights as it is stored, 0
+    where that is not known."""
 
     window: int
     spare: float
@@ -111,6 +116,8 @@ class Facts(NamedTuple):
     job: dict[str, Any] | None = None
     expert_format: str = ""
     fused: tuple[bool, ...] = ()
+    rest: int = FLOAT
+    rest_bytes: int = 0
 
 
 def publish(
@@ -136,7 +143,7 @@ def publish(
         "name": NAME,
         "format": FORMAT,
         "config": config.to_dict(),
-        "unquantized": UNQUANTIZED,
+        "unquantized": rest_words(facts.rest),
         **facts._asdict(),
         "channel_block": plan.channel_block,
         "group_size": plan.group_size,
@@ -167,6 +174,8 @@ class Meta:
     job: dict[str, Any] | None
     expert_format: str = ""
     fused: tuple[bool, ...] = ()
+    rest: int = FLOAT
+    rest_bytes: int = 0
     channel_block: int
     group_size: int
     per_projection: bool
@@ -184,6 +193,7 @@ class Meta:
             raise ValueError(f"max_width {self.max_width} is none of {WIDTHS}")
         if not (math.isfinite(self.spare) and self.spare >= 0):
             raise ValueError(f"spare {self.spare} is no share")
+        check_rest(self.rest)
         if len(self.fused) not in (0, 2):
             raise ValueError(f"fused {self.fused} is not of two tensors")
         if not self.names or not all(isinstance(name, str) for name in self.names):
@@ -335,13 +345,13 @@ def _loaded(folder: Path, mesh: Mesh | None) -> tuple[QuantizedModel, dict[str, 
     if TOKENIZER not in files:
         raise ValueError(f"{folder / SOURCE / TOKENIZER}: no such file")
     tokenizer = tokenizer_from(files[TOKENIZER], folder / SOURCE / TOKENIZER)
-    kept: Bundle = dict(top_bundle(result, config))
+    kept: Bundle = dict(top_bundle(result, config, meta.rest))
     placement = None if mesh is None else Placement.of(mesh, config.num_experts, plan.blocks)
     held = own_experts(placement, config.num_experts) if spans_processes(placement) else None
 
     def planes(name: str) -> Bundle:
         layer = int(name.removeprefix("layer-"))
-        bundle = layer_bundle(result, config, plan, meta.max_width, layer, held)
+        bundle = layer_bundle(result, config, plan, meta, layer, held)
         for key in [k for k in bundle if k.startswith("parameters/")]:
             kept[f"layers.{layer}.{key.removeprefix('parameters/')}"] = bundle.pop(key)
         return bundle
@@ -388,22 +398,22 @@ def knowledge_from(
     )
 
 
-def top_bundle(result: Result, config: ModelConfig) -> Bundle:
+def top_bundle(result: Result, config: ModelConfig, rest: int = FLOAT) -> Bundle:
     """Embeddings, last norm and head. ValueError: the file is missing, damaged or of another model."""
     path = result.path(TOP)
     bundle = read_bundle(path)
-    check_arrays(path, bundle, {name: Expected(shape) for name, shape in top_shapes(config).items()})
+    check_arrays(path, bundle, parameters_expected(top_shapes(config), rest))
     return bundle
 
 
 def layer_bundle(
-    result: Result, config: ModelConfig, plan: Plan, max_width: int, layer: int, experts: Experts = None
+    result: Result, config: ModelConfig, plan: Plan, meta: Meta, layer: int, experts: Experts = None
 ) -> Bundle:
     """A layer's planes, of some experts or of all, and parameters. ValueError: the file is missing, damaged or of
     another layer or model."""
     path = result.path(f"{layer_name(layer)}.safetensors")
     bundle = read_bundle(path, experts)
-    check_arrays(path, bundle, layer_expected(config, plan, max_width, layer, experts))
+    check_arrays(path, bundle, layer_expected(config, plan, meta.max_width, layer, experts, meta.rest))
     return bundle
 
 
@@ -413,7 +423,7 @@ def check(folder: Path) -> int:
     for name in result.sums:  # of the others, those who read them compare the digests
         if name.startswith(f"{SOURCE}/"):
             result.path(name)
-    top_bundle(result, config)
+    top_bundle(result, config, meta.rest)
     for layer in range(config.num_hidden_layers):
-        layer_bundle(result, config, plan, meta.max_width, layer)
+        layer_bundle(result, config, plan, meta, layer)
     return result.size()

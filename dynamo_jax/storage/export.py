@@ -1,4 +1,5 @@
-"""A quantized model back as a Hugging Face folder: dequantized bfloat16 experts, everything else as it was.
+"""A quantized model back as a Hugging Face folder: dequantized bfloat16 experts, everything else as it was, or
+dequantized too where the rest has 8 or 4 bits.
 
 What stands in the folder is what the quantized model computes with at its baseline plan: run-time
 weights are the planes' sum rounded to bfloat16. A layer is in memory at a time. Tensors that the decoder has no use
@@ -25,6 +26,7 @@ from dynamo_jax.models.families.table import TEXT_PARTS
 from dynamo_jax.models.formats.declared import KEY, OLDER_KEY
 from dynamo_jax.models.formats.expert_files import Triple, expert_tensors
 from dynamo_jax.models.huggingface import Source, layer_tensor_names, tensor_names, unread_words, write_shards
+from dynamo_jax.models.rest import expanded
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.progress import Log, Progress, no_log, no_progress
 from dynamo_jax.quant.planes import Planes, dequantize
@@ -159,7 +161,7 @@ def _shards(
     for layer in range(config.num_hidden_layers):
         yield _layer_tensors(description, origin, layer)
         progress("export layers", layer + 1, config.num_hidden_layers)
-    top = checkpoint.top_bundle(description.result, config)
+    top = expanded(checkpoint.top_bundle(description.result, config, description.meta.rest))
     yield {theirs: top[ours] for ours, theirs, _ in tensor_names(config) if not ours.startswith("layers.")}
     for names in copied:
         assert origin is not None
@@ -169,8 +171,8 @@ def _shards(
 
 def _layer_tensors(description: checkpoint.Description, origin: Source | None, layer: int) -> Bundle:
     result, meta, config, plan, _ = description
-    bundle = checkpoint.layer_bundle(result, config, plan, meta.max_width, layer)
-    own = {k.removeprefix("parameters/"): a for k, a in bundle.items() if k.startswith("parameters/")}
+    bundle = checkpoint.layer_bundle(result, config, plan, meta, layer)
+    own = expanded({k.removeprefix("parameters/"): a for k, a in bundle.items() if k.startswith("parameters/")})
     tensors = {}
     for ours, theirs, filed in layer_tensor_names(config, layer):
         name = f"{config.prefix}layers.{layer}.{theirs}"

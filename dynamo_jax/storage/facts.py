@@ -16,6 +16,7 @@ from jaxtyping import Float
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.huggingface import unread_words
+from dynamo_jax.models.rest import FLOAT
 from dynamo_jax.precision.plan import Plan, num_weights
 from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
 from dynamo_jax.runtime.memory import device_bytes, measuring_bytes
@@ -35,7 +36,8 @@ def summary(folder: Path) -> dict[str, str]:
     meta, plan, arrays = description.meta, description.plan, description.arrays
     held = device_bytes(plan, meta.spare).total
     before = f"{bytes_words(meta.expert_bytes + meta.other_bytes)} before; " if meta.expert_bytes else ""
-    rest = f", {bytes_words(meta.other_bytes)} for all else" if meta.other_bytes else ""
+    others, of_bits = meta.rest_bytes or meta.other_bytes, f" (rest: {meta.rest} bits)" if meta.rest != FLOAT else ""
+    rest = f", {bytes_words(others)} for all else{of_bits}" if others else of_bits
     bits = f"{8 * held / num_weights(plan):.2f} bits a weight"
     predicted = float(plan.chosen(arrays["block_errors"]).sum())
     few = (arrays["counts"].sum(axis=0) < PRIOR_ROWS).sum()
@@ -141,9 +143,18 @@ def _memory(result: Result, config: ModelConfig, plan: Plan, meta: Meta) -> dict
         "bits a weight": f"{8 * held.total / weights:.4f} on the device ({parts})",
         "experts on the device": f"{held.total:,} bytes",
         "measuring novel text": f"{measuring:,} bytes beside activations, between two steps",
+        **_others(meta),
         "experts in host memory": f"{planes:,} bytes ({largest}, for switching)",
-        "on disk": f"{result.size():,} bytes ({largest}, and what is not quantized)",
+        "on disk": f"{result.size():,} bytes ({largest}, and all else)",
     }
+
+
+def _others(meta: Meta) -> dict[str, str]:
+    """What is no expert's, as far as its bytes are known."""
+    found = {"rest": "its own dtype" if meta.rest == FLOAT else f"{meta.rest} bits"}
+    if others := meta.rest_bytes or meta.other_bytes:
+        found["all else on the device"] = f"{others:,} bytes"
+    return found
 
 
 def monitor_words(names: Sequence[str], limit: Float[np.ndarray, " S"], tokens: int) -> str:

@@ -37,6 +37,7 @@ from dynamo_jax.calibration.plans import favoured
 from dynamo_jax.calibration.sweeps import Draft
 from dynamo_jax.files import shortened
 from dynamo_jax.models.config import ExpertSizes
+from dynamo_jax.models.rest import FLOAT
 from dynamo_jax.progress import Progress, no_progress
 from dynamo_jax.quant.planes import Planes, narrowed
 from dynamo_jax.transform.found import Layer, Part, float_parts_of, modules_of
@@ -135,6 +136,8 @@ def analyze(
         raise ValueError(f"distil {config.distil}: trains models that dynamo_jax loads, no transformed module")
     if config.unseen_windows and UNSEEN not in data:
         raise ValueError(f"unseen_windows {config.unseen_windows}: nothing is drawn here; give the dataset {UNSEEN}")
+    if config.rest != FLOAT:
+        raise ValueError(f"rest {config.rest}: of models that dynamo_jax loads; a transformed module keeps its own")
     parts = float_parts_of(model)
     if not isinstance(data, Mapping):
         raise ValueError(f"data is a {type(data).__name__}: expected a dict, the name of each dataset and its batches")

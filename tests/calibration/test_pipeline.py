@@ -43,7 +43,7 @@ def test_a_plan_by_projection_meets_its_budget_and_gives_down_widths_of_its_own(
         ({"bits": 1.9}, "too small: the least is 2.125"),
         ({"bits": 2.1}, "too small"),
         ({"bits": None, "budget_bytes": 1000}, "3,760,128 bytes, or"),
-        ({"bits": None, "fits_gib": 0.001}, "GiB with the 6,712,320 bytes that are not quantized"),
+        ({"bits": None, "fits_gib": 0.001}, "GiB with the 6,712,320 bytes that are no experts'"),
         ({"spare": -0.1}, "spare -0.1: expected a share"),
         ({"max_width": 5}, "max_width 5: known are 2, 3, 4, 8"),
         ({"reserve_gib": 0.1}, "reserve_gib: it is a part of fits_gib, which is not given"),

@@ -343,6 +343,7 @@ def bad_inputs(files, folder, tmp_path):
         ),
         "variant": (("eval", "--model", "tiny-moe", "--known", f"a={code}", "--variant", "auto"), "--variant auto"),
         "json": (("eval", "--model", folder, "--known", f"a={code}", "--json", tmp_path / "x" / "y"), "no such folder"),
+        "rest": ((*given, "--rest", "5"), "rest 5: known are 16, 8, 4 bits"),
         "window": (("eval", "--model", folder, "--known", f"a={code}", "--window", "9999"), "past the model's"),
         "empty prompt": (("generate", "--prompt", ""), "--prompt is empty"),
         "empty prompt file": (("generate", "--prompt-file", tmp_path / "empty.txt"), "empty.txt is empty"),
@@ -385,7 +386,7 @@ CASES = [
         "taken",
         "no name",
     ),
-    *("name twice", "no model", "nothing to do", "variant", "json", "report", "window", "quantized twice"),
+    *("name twice", "no model", "nothing to do", "variant", "json", "report", "rest", "window", "quantized twice"),
     *(
         "empty prompt",
         "empty prompt file",

@@ -7,6 +7,7 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -18,9 +19,10 @@ from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.generation import quantized_language_model
 from dynamo_jax.models.decoder import Decoder, new_cache, parameters, with_parameters
+from dynamo_jax.models.rest import bits_of, expanded
 from dynamo_jax.models.stacked import stacked
+from dynamo_jax.runtime import devices, memory, serving, shapes, switch
 from dynamo_jax.runtime import generate as generation
-from dynamo_jax.runtime import memory, serving, shapes, switch
 from dynamo_jax.runtime.adapt import observe_windows
 from dynamo_jax.runtime.generate import GenerateConfig, LanguageModel, generate, stream
 from dynamo_jax.runtime.mesh import Placement, fetch, placed_parameters, put
@@ -73,6 +75,13 @@ def model(tokenizer_file):
 def few_experts(tokenizer_file):
     """Six experts of four blocks, which have biases, and two widths: a mesh of 2 x 4 splits three by their blocks."""
     return quantized(tokenizer_file, config_of(num_experts=6, expert_bias=True), per_projection=True)
+
+
+@pytest.fixture(scope="module", params=[8, 4])
+def small_rest(request, tokenizer_file):
+    """With a rest at 8 or 4 bits, a shared expert and a head of its own."""
+    config = config_of(shared_intermediate_size=32, tie_word_embeddings=False)
+    return quantized(tokenizer_file, config, rest=request.param)
 
 
 def mesh_of(shape):
@@ -148,6 +157,32 @@ def test_few_experts_are_split_by_their_blocks(few_experts, shape):
     host, state = adapted(few_experts, placement, windows)
     assert (host.plans[1].widths != host.plans[0].widths).any()
     alike(ran(few_experts, state, tokens_of(2)), beside_one_device(few_experts, host, tokens_of(2)))
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (1, 8)], ids=str)
+def test_a_quantized_rest_is_split_as_a_float_one_is(small_rest, shape):
+    """Codes, and scales where they are of columns that are split; logits are those of one device, and a step's shapes
+    say where all of it lies."""
+    model, placement = small_rest, placement_of(small_rest, shape)
+    _, state = serving.init(model, REQUESTS, placement=placement)
+    alike(ran(model, state, tokens_of(2)), ran(model, serving.init(model, REQUESTS)[1], tokens_of(2)))
+    config, bits = model.config, bits_of(model.parameters)
+    held = placed_parameters(placement, config, stacked(config, jax.tree.map(np.asarray, model.parameters)))
+    whole = {name: a.shape for name, a in expanded(model.parameters).items()}
+    said = shapes.parameter_shapes(config, whole, jnp.bfloat16, placement, bits, tpu=False)
+    assert held.keys() == said.keys()
+    for name, there in held.items():
+        assert there.shape == said[name].shape and there.sharding.is_equivalent_to(said[name].sharding, there.ndim)
+    parts = {name: a.nbytes // a.addressable_shards[0].data.nbytes for name, a in held.items()}
+    ways = shape[1]
+    heads = ways if config.layers[0].mixer.num_key_value_heads % ways == 0 else 1
+    assert parts["embed.codes"] == parts["head.codes"] == parts["head.scales"] == ways
+    of_layer = {n.removeprefix("loops.0.0."): count for n, count in parts.items() if n.startswith("loops.0.0.")}
+    assert of_layer["attention.q.codes"] == of_layer["attention.q.scales"] == heads
+    groups = bits == 4  # of 64 rows, which are not split
+    assert of_layer["attention.o.codes"] == (1 if groups else heads) and of_layer["attention.o.scales"] == 1
+    count = sum(a.addressable_shards[0].data.nbytes // (2 if a.dtype == np.float32 else 1) for a in held.values())
+    assert devices.on_mesh(config, whole, model.plan, shape, REQUESTS, 32, rest=bits).share.rest == count
 
 
 def test_rows_of_other_devices_are_not_held(model, monkeypatch):

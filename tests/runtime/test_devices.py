@@ -108,6 +108,17 @@ def test_the_least_mesh_holds_what_arithmetic_says(qwen):
         least_devices(qwen, shapes, plan, 32.0, 64, 99999)
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_quantized_rest_takes_what_arithmetic_says(qwen, bits):
+    plan, shapes = plan_of_bits(qwen.expert_sizes, 3.0), parameter_shapes(qwen)
+    layers, top, routers = 94 * 2 * (4096 * 8192 + 4096 * 512), 2 * 151936 * 4096, 94 * 4096 * 128
+    scales = 2 / 64 if bits == 4 else 0
+    expected = layers * (bits / 8 + scales) + top * max(bits, 8) / 8 + routers * 2
+    assert on_mesh(qwen, shapes, plan, (1, 1), 1, 64, rest=bits).share.rest == pytest.approx(expected, rel=1e-3)
+    split = on_mesh(qwen, shapes, plan, (1, 4), 1, 64, rest=bits).share.rest
+    assert 4 * split == pytest.approx(expected + 3 * routers * 2, rel=2e-3)  # which every device has
+
+
 def test_experts_that_do_not_divide_are_split_by_their_blocks(qwen):
     """384 experts over 256 devices, as Kimi-K2's: sixteen ways, and sixteen blocks of each sixteen ways."""
     sizes = qwen.expert_sizes._replace(experts=384, channels=2048)

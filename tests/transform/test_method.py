@@ -80,6 +80,8 @@ def test_a_plan_keeps_its_budget_and_more_bits_lose_less(model, analysis):
         transform.plan(analysis, bits=1)
     with pytest.raises(ValueError, match="distil 2048: trains models that dynamo_jax loads"):
         transform.analyze(model, known(), nll, dataclasses.replace(SETTINGS, distil=2048))
+    with pytest.raises(ValueError, match="rest 8: of models that dynamo_jax loads"):
+        transform.analyze(model, known(), nll, dataclasses.replace(SETTINGS, rest=8))
     with pytest.raises(ValueError, match="a budget is given one way only"):
         transform.plan(analysis, bits=3.0, bytes=10000)
 
