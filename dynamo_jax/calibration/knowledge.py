@@ -22,7 +22,7 @@ def knowledge_of(
 ) -> Knowledge:
     """Signatures, prior errors and corrections of the known datasets together; text that stands for what nobody has
     seen is none of them."""
-    analyses = without_unseen(analyses)
+    unseen, analyses = analyses.get(UNSEEN), without_unseen(analyses)
     runs = list(analyses.values())
     stats = functools.reduce(merge, (a.stats for a in runs))
     tokens = float(stats.tokens[0])
@@ -33,6 +33,7 @@ def knowledge_of(
     return Knowledge(
         names=tuple(analyses),
         counts=np.stack([np.asarray(a.stats.counts) for a in runs]),
+        unseen=np.asarray((runs[0].stats.counts * 0 if unseen is None else unseen.stats.counts), np.float32),
         signatures=signatures,
         odd=odd,
         loss_per_error=np.sum([a.sensitivity for a in runs], axis=0) / tokens,

@@ -25,6 +25,7 @@ class Knowledge:
     """What calibration on the known datasets left behind for run time.
 
     counts: routed tokens a dataset, layer and expert.
+    unseen: the same of text that stood for what nobody has seen, which is none of the datasets.
     signatures: what the monitor compares with, of each dataset's main kind of text.
     odd: the windows of each dataset, counted from 1, that are unlike the rest of it, which ``signatures`` leaves out.
     loss_per_error: nats a token for each unit of mean squared expert-output error, by layer.
@@ -36,6 +37,7 @@ class Knowledge:
 
     names: tuple[str, ...]
     counts: Float[np.ndarray, "S L E"]
+    unseen: Float[np.ndarray, "L E"]
     signatures: Signatures
     odd: dict[str, tuple[int, ...]]
     loss_per_error: Float[np.ndarray, " L"]

@@ -56,7 +56,7 @@ from dynamo_jax.storage.work import FolderWork
 FORMAT = 8
 NAME = "dynamo_jax quantized model"
 META, PLAN, TOP, SOURCE = "dynamo_jax.json", "plan.safetensors", "top.safetensors", "source"
-KNOWLEDGE = ("counts", "loss_per_error", "block_errors", "correction")
+KNOWLEDGE = ("counts", "unseen", "loss_per_error", "block_errors", "correction")
 SAVING = {"command": "save"}
 MONITOR = "monitor/"  # before the names of the signatures' arrays
 
@@ -313,6 +313,7 @@ def _plan_expected(config: ModelConfig, plan: Plan, meta: Meta, arrays: Bundle) 
         "widths": Expected(plan.widths.shape, "int8"),
         **pages,
         "counts": Expected((names, layers, experts)),
+        **({"unseen": Expected((layers, experts))} if "unseen" in arrays else {}),  # folders without were made before
         "loss_per_error": Expected((layers,)),
         "block_errors": Expected((*plan.widths.shape, len(WIDTHS))),
         "correction": Expected((layers, experts, len(WIDTHS))),
@@ -388,6 +389,7 @@ def knowledge_from(
     odd: dict[str, tuple[int, ...]],
 ) -> Knowledge:
     """What ``knowledge_arrays`` undoes, with what is no array of it."""
+    arrays = {"unseen": np.zeros(arrays["counts"].shape[1:], np.float32)} | arrays
     return Knowledge(
         names=names,
         signatures=Signatures(*(jnp.asarray(arrays[MONITOR + name]) for name in Signatures._fields)),

@@ -21,6 +21,7 @@ from dynamo_jax.precision.plan import Plan, num_weights
 from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
 from dynamo_jax.runtime.memory import device_bytes, measuring_bytes
 from dynamo_jax.runtime.quantized import blind, odd_words
+from dynamo_jax.storage.bundles import Bundle
 from dynamo_jax.storage.checkpoint import MONITOR, Description, Meta, read_description
 from dynamo_jax.storage.results import Result
 
@@ -40,7 +41,7 @@ def summary(folder: Path) -> dict[str, str]:
     rest = f", {bytes_words(others)} for all else{of_bits}" if others else of_bits
     bits = f"{8 * held / num_weights(plan):.2f} bits a weight"
     predicted = float(plan.chosen(arrays["block_errors"]).sum())
-    few = (arrays["counts"].sum(axis=0) < PRIOR_ROWS).sum()
+    few = (_rows(arrays) < PRIOR_ROWS).sum()
     return {
         "size": f"{before}{bytes_words(held)} for the experts ({bits}){rest} on the device",
         "host": f"{bytes_words(_planes_bytes(plan, meta))} in host memory, "
@@ -53,6 +54,11 @@ def summary(folder: Path) -> dict[str, str]:
         **_source(plan, meta),
         "not read": unread_words(meta.not_read),
     }
+
+
+def _rows(arrays: Bundle) -> Float[np.ndarray, "L E"]:
+    """Calibration tokens of each expert."""
+    return arrays["counts"].sum(axis=0) + arrays.get("unseen", np.float32(0))
 
 
 def _source(plan: Plan, meta: Meta) -> dict[str, str]:
@@ -80,7 +86,7 @@ def _odd(meta: Meta) -> str:
 
 def _remedy(description: Description) -> str:
     """How many windows would reach the experts that calibration hardly did."""
-    meta, counts = description.meta, description.arrays["counts"].sum(axis=0)
+    meta, counts = description.meta, _rows(description.arrays)
     few = counts < PRIOR_ROWS
     times = PRIOR_ROWS / np.maximum(counts[few], 1e-9)
     reached = times <= MORE
@@ -121,7 +127,8 @@ def describe(folder: Path) -> dict[str, Any]:
         "group_size": plan.group_size,
         **blocks,
         "known": {name: v[1] for name, v in meta.calibrated.items()},
-        f"fewer than {PRIOR_ROWS} calibration tokens": hardly_reached(config, arrays["counts"]),
+        **_beside_known(config, meta, arrays),
+        f"fewer than {PRIOR_ROWS} calibration tokens": hardly_reached(config, _rows(arrays)),
         "monitor": monitor_words(meta.names, arrays[f"{MONITOR}limit"], meta.tokens),
         "not of one kind": _odd(meta),
         "not quantized": meta.unquantized,
@@ -165,9 +172,19 @@ def monitor_words(names: Sequence[str], limit: Float[np.ndarray, " S"], tokens: 
     return f"novel is what lies farther off than a dataset's own windows on the mean, times {times}"
 
 
-def hardly_reached(config: ModelConfig, counts: Float[np.ndarray, "S L E"]) -> str:
+def _beside_known(config: ModelConfig, meta: Meta, arrays: Bundle) -> dict[str, str]:
+    """What else calibration was given, and what the planes were trained on."""
+    found = {}
+    if tokens := float(_rows(arrays)[0].sum() - arrays["counts"][:, 0].sum()):
+        found["unseen"] = f"{tokens / config.num_experts_per_tok:,.0f} tokens that stand for what nobody has seen"
+    if trained := ((meta.job or {}).get("settings") or {}).get("distil"):
+        found["distilled"] = f"on {trained:,} tokens"
+    return found
+
+
+def hardly_reached(config: ModelConfig, rows: Float[np.ndarray, "L E"]) -> str:
     """The experts that were quantized by their layer's inputs more than by their own, named layer by layer."""
-    few = counts.sum(axis=0) < PRIOR_ROWS
+    few = rows < PRIOR_ROWS
     layers = [f"layer {n}: {', '.join(map(str, np.flatnonzero(row)))}" for n, row in zip(config.moe_layers, few)]
     named = [words for words, row in zip(layers, few) if row.any()]
     return f"{int(few.sum())} of {few.size} experts" + (f" ({'; '.join(named)})" if named else "")

@@ -23,8 +23,9 @@ from dynamo_jax.calibration.unseen import CALIBRATION, DISTILLATION, DRAW, drawn
 from dynamo_jax.models.decoder import expert_parameter_names, parameters, with_parameters
 from dynamo_jax.models.huggingface import load_decoder
 from dynamo_jax.models.tokenizer import load_tokenizer
+from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
 from dynamo_jax.quant.planes import dequantize
-from dynamo_jax.storage import checkpoint
+from dynamo_jax.storage import checkpoint, facts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -114,6 +115,7 @@ def test_the_plan_takes_the_share_from_what_was_measured(narrow, drawn):
 def test_the_run_time_knows_nothing_of_it(drawn):
     knowledge = knowledge_of(drawn, DRAWING, {name: ("digest", 4) for name in drawn})
     assert knowledge.names == ("code", "sums") and list(knowledge.calibrated) == ["code", "sums"]
+    np.testing.assert_array_equal(knowledge.unseen, drawn[UNSEEN].stats.counts)
     assert knowledge.tokens == 2 * 4 * 64 and list(knowledge.odd) == ["code", "sums"]
     told = analyses_json(drawn, DRAWING.window)
     assert told["datasets"][UNSEEN]["odd"] == [] and told["datasets"][UNSEEN]["windows"] == 6
@@ -165,6 +167,12 @@ def test_a_folder_gives_what_the_model_in_memory_gives_and_draws_once(
     np.testing.assert_array_equal(loaded.plan.widths, made.plan.widths)
     jax.tree.map(np.testing.assert_array_equal, loaded.store, made.store)
     assert loaded.knowledge.names == ("code", "sums")
+    np.testing.assert_array_equal(loaded.knowledge.unseen, made.knowledge.unseen)
+    told = facts.describe(tmp_path / "out")
+    assert told["known"] == {"code": 4, "sums": 4} and told["unseen"].startswith("384 tokens that stand for")
+    reached = (loaded.knowledge.counts.sum(axis=0) + loaded.knowledge.unseen < PRIOR_ROWS).sum()
+    assert told["fewer than 256 calibration tokens"].startswith(f"{reached} of 16 experts")
+    assert reached < (loaded.knowledge.counts.sum(axis=0) < PRIOR_ROWS).sum()
 
 
 def test_a_large_model_is_not_loaded_to_draw_unless_asked(narrow_folder, known, tmp_path, monkeypatch):

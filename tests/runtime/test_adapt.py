@@ -111,6 +111,7 @@ def known_of(counts, tokens, block_errors, correction, loss_per_error):
     return Knowledge(
         names=("a",),
         counts=counts[None],
+        unseen=np.zeros_like(counts),
         signatures=learn([counts[None] + 1.0])[0],
         odd={},
         loss_per_error=np.array(loss_per_error),

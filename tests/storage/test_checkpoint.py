@@ -179,10 +179,10 @@ def test_what_else_lies_in_the_folder_is_not_read(saved, tmp_path):
 def test_experts_that_calibration_hardly_reached_are_named_by_layer(bundled):
     config = bundled[0].config
     counts = np.full((2, config.num_moe_layers, config.num_experts), PRIOR_ROWS / 2)
-    assert facts.hardly_reached(config, counts) == "0 of 288 experts"
+    assert facts.hardly_reached(config, counts.sum(axis=0)) == "0 of 288 experts"
     counts[1, 2, [7, 40]] -= 1
     counts[0, 5, 0] = 0
-    assert facts.hardly_reached(config, counts) == "3 of 288 experts (layer 2: 7, 40; layer 5: 0)"
+    assert facts.hardly_reached(config, counts.sum(axis=0)) == "3 of 288 experts (layer 2: 7, 40; layer 5: 0)"
 
 
 def test_a_monitor_that_can_call_nothing_novel_says_so():
