@@ -42,30 +42,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
-from deployments import Sweeps, at_widths, heldout_windows, kept, uniform_gptq, weights_of
-from drawn import and_drawn
+from deployments import Sweeps, at_widths, heldout_windows, kept, quantized_model, uniform_gptq, weights_of
 from float_changes import changes, predictions
 from placements import clustered_experts, hot_experts
 from quality import groups_of
 
 from dynamo_jax.analysis.dynamics import routing_divergence
-from dynamo_jax.calibration import plans
 from dynamo_jax.calibration.analyses import Analysis
 from dynamo_jax.calibration.config import QuantizeConfig
-from dynamo_jax.calibration.knowledge import knowledge_of, without_unseen
-from dynamo_jax.calibration.pipeline import analyze_layers
+from dynamo_jax.calibration.knowledge import without_unseen
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
-from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
+from dynamo_jax.models.decoder import Decoder, parameters
 from dynamo_jax.models.huggingface import load_decoder
-from dynamo_jax.models.sources import DecoderSource
 from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.precision.plan import Plan, touched_share
 from dynamo_jax.runtime import memory
 from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows, placed_anew
 from dynamo_jax.runtime.memory import device_bits
 from dynamo_jax.runtime.quantized import QuantizedModel
-from dynamo_jax.storage.bundles import stacked_planes
 from dynamo_jax.storage.work import MemoryWork
 
 DEPLOYMENTS = {
@@ -129,23 +124,8 @@ class Deployment:
 
 
 def quantized_on(model: Model, known: dict[str, np.ndarray], settings: QuantizeConfig, work: MemoryWork) -> Quantized:
-    decoder = model.decoder
-    analyses = analyze_layers(DecoderSource(decoder), known, settings, work)
-    store = stacked_planes(work.get, decoder.config)
-    arrays = parameters(decoder)
-    experts = set(expert_parameter_names(decoder.config))
-    found = QuantizedModel(
-        config=decoder.config,
-        parameters={name: a for name, a in arrays.items() if name not in experts},
-        tokenizer=model.tokenizer,
-        store=store,
-        plan=plans.plan(analyses, decoder, settings),
-        window=settings.window,
-        knowledge=knowledge_of(analyses, settings, {}),
-        files={},
-        spare=settings.spare,
-    )
-    return Quantized(found, at_widths(decoder.config, store), analyses)
+    found, analyses = quantized_model(model.decoder, model.tokenizer, known, settings, work)
+    return Quantized(found, at_widths(found.config, found.store), analyses)
 
 
 def calibrated(
@@ -161,7 +141,7 @@ def calibrated(
     bits = settings.bits
     assert bits is not None
     own = work.again()
-    baseline = quantized_on(model, and_drawn(model.decoder, known, settings), settings, own)
+    baseline = quantized_on(model, known, settings, own)
     work.keep(own)
     alone = dataclasses.replace(settings, spare=0.0, novelty_weight=0.0)
     own = work_alone.again()

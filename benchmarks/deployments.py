@@ -14,15 +14,24 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import peers
+from drawn import and_drawn
 from quality import groups_of
 
+from dynamo_jax.calibration import plans
+from dynamo_jax.calibration.analyses import Analysis
+from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.knowledge import knowledge_of
+from dynamo_jax.calibration.pipeline import analyze_layers
 from dynamo_jax.files import write_json
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import Decoder
+from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
+from dynamo_jax.models.sources import DecoderSource
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.planes import Planes, dequantize
+from dynamo_jax.runtime.quantized import QuantizedModel
+from dynamo_jax.storage.bundles import stacked_planes
 from dynamo_jax.storage.work import MemoryWork
 from dynamo_jax.texts.reading import read_text
 from dynamo_jax.texts.windows import token_windows
@@ -50,6 +59,28 @@ class Sweeps(MemoryWork):
 def heldout_windows(corpus: Path, kind: str, tokenizer: Any, window: int) -> np.ndarray:
     """Windows (S, T1) of a kind of text."""
     return token_windows(read_text(corpus / f"{kind}.heldout.txt"), tokenizer, window, kind)
+
+
+def quantized_model(
+    decoder: Decoder, tokenizer: Any, known: dict[str, np.ndarray], settings: QuantizeConfig, work: MemoryWork
+) -> tuple[QuantizedModel, dict[str, Analysis]]:
+    """What ``quantize`` makes of a model, from windows (S, T1) of known kinds and of text that it draws, and what it
+    finds on the way."""
+    analyses = analyze_layers(DecoderSource(decoder), and_drawn(decoder, known, settings), settings, work)
+    arrays = parameters(decoder)
+    experts = set(expert_parameter_names(decoder.config))
+    found = QuantizedModel(
+        config=decoder.config,
+        parameters={name: a for name, a in arrays.items() if name not in experts},
+        tokenizer=tokenizer,
+        store=stacked_planes(work.get, decoder.config),
+        plan=plans.plan(analyses, decoder, settings),
+        window=settings.window,
+        knowledge=knowledge_of(analyses, settings, {}),
+        files={},
+        spare=settings.spare,
+    )
+    return found, analyses
 
 
 def at_widths(config: ModelConfig, store: Planes) -> list[np.ndarray]:

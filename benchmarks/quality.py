@@ -12,11 +12,12 @@ and what they calibrate on:
     frequency      one known set      the most used experts of a layer at 4 bits, others at 2 (GPTQ)
     mc             one known set      significance times error, an integer program a layer, 2, 3, 4 bits (GPTQ)
     data-free      nothing            error times kurtosis, one knapsack over bits and group sizes (rounding)
-    dynamo         all known sets     nested planes and the plan that `dynamo-jax quantize` makes
-    dynamo-before  all known sets     the same, down made for float hidden channels (`asymmetric=False`)
+    dynamo         all known sets     nested planes and the plan that `dynamo-jax quantize` makes, drawn text with them
+    dynamo-before  all known sets     the same, no text drawn, down for float hidden channels (`asymmetric=False`)
     dynamo-distil  all known sets     after `distil` on DISTIL tokens: others of the known sets, and drawn ones
     dynamo-experts all known sets     the same with one width an expert instead of two (first seed only)
     dynamo-groups  all known sets     the same, group sizes of 64, 128 or 256 chosen with the bits (first seed only)
+    matgptq, anybcq, direct, autoround: all known sets, at the widths of dynamo's plan (`relatives.py`)
 
 A row of "bits_per_weight" counts scales and zero points. Uniform methods cannot have any number of bits, so at each
 budget they take, of their grids within a quarter of a bit of it, the one with the least mean loss on one in four of the
@@ -42,7 +43,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
+import relatives
+from drawn import and_drawn
 from float_changes import changes, predictions
+from quality_table import KINDS, show, summary
 from texts import KNOWN, NOVEL, add_texts
 
 from dynamo_jax.calibration import plans
@@ -77,7 +81,8 @@ UNIFORM_GRIDS = [
     for symmetric in (False, True)
     for clip in (False, True)
 ]
-PARTS = ("dynamo", "distil", "uniform", "one-set", "data-free")
+PARTS = ("dynamo", "distil", "uniform", "one-set", "data-free", *relatives.RELATIVES)
+LONG = ("distil", *relatives.RELATIVES)  # not in --quick, unless asked for
 DISTIL = 2**18  # tokens
 TEXT_BYTES = 600_000  # of each kind, for windows to draw from and to evaluate on
 
@@ -165,9 +170,6 @@ class Bench:
         return float(np.mean([p.mean() for p in pairs])), float(np.linalg.norm(errors) / len(errors))
 
 
-KINDS = ("known", "novel")
-
-
 def groups_of(config: Any) -> list[int]:
     """Group sizes that divide both axes of the experts; one that is larger than the channels is the channels."""
     hidden, channels = config.hidden_size, config.intermediate_size
@@ -176,57 +178,88 @@ def groups_of(config: Any) -> list[int]:
 
 def dynamo(model: Any, calibration: dict[str, np.ndarray], config: QuantizeConfig) -> tuple[dict[str, Analysis], Any]:
     work = MemoryWork()
-    analyses = analyze_layers(DecoderSource(model), calibration, config, work)
+    analyses = analyze_layers(DecoderSource(model), and_drawn(model, calibration, config), config, work)
     return analyses, stacked_planes(work.get, model.config)
+
+
+@dataclasses.dataclass(eq=False)
+class Draw:
+    """The calibration windows of one seed, other windows of the known sets, and what several parts need of them."""
+
+    bench: Bench
+    seed: int
+    calibration: dict[str, np.ndarray]
+    others: np.ndarray
+    plans: dict[float, np.ndarray] = dataclasses.field(default_factory=dict)  # widths (L, E, P), by budget
+
+    @functools.cached_property
+    def weights(self) -> np.ndarray:
+        return peers.expert_weights(self.bench.model)
+
+    @functools.cached_property
+    def sums(self) -> peers.Sums:
+        inputs = peers.observed(self.bench.config, self.bench.params, np.concatenate(list(self.calibration.values())))
+        return peers.sums_of(self.bench.config, self.weights, inputs)
+
+    def widths(self, budget: float) -> np.ndarray:
+        """Of dynamo's plan."""
+        if budget not in self.plans:
+            own = dataclasses.replace(self.bench.settings, bits=budget)
+            analyses, _ = dynamo(self.bench.model, self.calibration, own)
+            self.plans[budget] = plan_widths(plans.plan(analyses, self.bench.config, own))
+        return self.plans[budget]
+
+
+def plan_widths(plan: Plan) -> np.ndarray:
+    """(L, E, P), where all blocks of an expert share them, or two: of gate and up, and of down."""
+    each = plan.page_widths().reshape(*plan.widths.shape[:2], -1, plan.blocks)[..., 0]
+    return np.broadcast_to(each, (*each.shape[:2], 3)) if each.shape[2] == 1 else each
 
 
 def planned(store: Any, plan: Plan) -> np.ndarray:
     """Weights (L, E, P, F, D) of experts whose blocks share a width, or two: of gate and up, and of down."""
-    layers, experts, projections = store.scales.shape[:3]
-    widths = plan.page_widths().reshape(layers, experts, -1, plan.blocks)[..., 0]
     options = [np.asarray(dequantize(store, width))[..., : plan.channels, : plan.hidden_size] for width in WIDTHS]
-    return peers.mixed(options, np.searchsorted(WIDTHS, np.broadcast_to(widths, (layers, experts, projections))))
+    return peers.mixed(options, np.searchsorted(WIDTHS, plan_widths(plan)))
 
 
-def run_dynamo(bench: Bench, calibration: dict[str, np.ndarray], budgets: list[float], seed: int, more: bool) -> None:
+def run_dynamo(bench: Bench, draw: Draw, budgets: list[float], more: bool) -> None:
     for budget in budgets:
         config = dataclasses.replace(bench.settings, bits=budget)
 
-        def run(
-            method: str, calibration: dict[str, np.ndarray] = calibration, budget: float = budget, **changes: Any
-        ) -> tuple[dict[str, Analysis], Any]:
+        def run(method: str, budget: float = budget, **changes: Any) -> tuple[dict[str, Analysis], Any]:
             own = dataclasses.replace(bench.settings, bits=budget, **changes)
-            analyses, store = dynamo(bench.model, calibration, own)
+            analyses, store = dynamo(bench.model, draw.calibration, own)
             if method:
                 plan = plans.plan(analyses, bench.config, own)
-                bench.add(method, budget, plan.bits_per_weight(), seed, bench.measure(planned(store, plan)))
+                bench.add(method, budget, plan.bits_per_weight(), draw.seed, bench.measure(planned(store, plan)))
+                draw.plans |= {budget: plan_widths(plan)} if method == "dynamo" else {}
             return analyses, store
 
         found = {config.group(bench.config.hidden_size): run("dynamo")}
         if more:
             run("dynamo-experts", per_projection=False)
             found |= {group: run("", group_size=group) for group in groups_of(bench.config)[1:] if group not in found}
-            run_groups(bench, found, config, budget, seed)
+            run_groups(bench, found, config, budget, draw.seed)
 
 
-def run_distil(
-    bench: Bench, calibration: dict[str, np.ndarray], others: np.ndarray, budgets: list[float], seed: int
-) -> None:
-    """What changed in how planes are made. others: windows (S, T1) of the known sets to train on."""
+def run_distil(bench: Bench, draw: Draw, budgets: list[float]) -> None:
+    """What changed in how planes are made."""
     drawn = round(bench.settings.novelty_weight * DISTIL / bench.settings.window)
     own_text = drawn_windows(bench.model, drawn, bench.settings.window, DISTILLATION)
-    windows = np.concatenate([others[: DISTIL // bench.settings.window - drawn, :-1], own_text])
-    windows = np.random.default_rng(seed).permutation(windows)
+    windows = np.concatenate([draw.others[: DISTIL // bench.settings.window - drawn, :-1], own_text])
+    windows = np.random.default_rng(draw.seed).permutation(windows)
     for budget in budgets:
         for method, asymmetric in (("dynamo-before", False), ("dynamo-distil", True)):
             own = dataclasses.replace(bench.settings, bits=budget, asymmetric=asymmetric)
-            analyses, store = dynamo(bench.model, calibration, own)
+            if method == "dynamo-before":
+                own = dataclasses.replace(own, unseen_windows=0)
+            analyses, store = dynamo(bench.model, draw.calibration, own)
             plan = plans.plan(analyses, bench.config, own)
             if method == "dynamo-distil":
                 found = distil(bench.model, store, plan, windows, DISTIL, own.batch_size)
-                print(f"seed {seed}, {budget:g} bits: {found.words()}", flush=True)
+                print(f"seed {draw.seed}, {budget:g} bits: {found.words()}", flush=True)
                 store = found.planes
-            bench.add(method, budget, plan.bits_per_weight(), seed, bench.measure(planned(store, plan)))
+            bench.add(method, budget, plan.bits_per_weight(), draw.seed, bench.measure(planned(store, plan)))
 
 
 def run_groups(bench: Bench, found: dict[int, Any], config: QuantizeConfig, budget: float, seed: int) -> None:
@@ -271,6 +304,14 @@ def run_uniform(bench: Bench, weights: np.ndarray, sums: Any, budgets: list[floa
             best = bench.grids[name, budget]
             own = made[best] if best in made else make(best)
             bench.add(name, budget, grids[best], seed, bench.measure(own), grid=_named(best))
+
+
+def run_relative(bench: Bench, draw: Draw, name: str, budgets: list[float]) -> None:
+    options = relatives.options(name, draw.weights, draw.sums)
+    for budget in budgets:
+        widths = draw.widths(budget)
+        found = bench.measure(peers.mixed(options, np.searchsorted(WIDTHS, widths)))
+        bench.add(name, budget, relatives.bits_of(name, widths, draw.weights), draw.seed, found)
 
 
 def _named(spec: GridSpec) -> str:
@@ -318,91 +359,19 @@ def parted(windows: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.n
     return windows[chosen], np.delete(windows, chosen, axis=0)
 
 
-def mean_of(rows: list[dict], key: str = "excess_nll", **where: Any) -> float:
-    """The mean over datasets (and calibration sets), by seed, then over seeds; nan without rows."""
-    own = [r[key] for r in rows if all(r.get(k) == v for k, v in where.items())]
-    return float(np.mean(own)) if own else math.nan
-
-
-def spread_of(rows: list[dict], key: str = "excess_nll", **where: Any) -> float:
-    seeds = sorted({r["seed"] for r in rows})
-    means = [mean_of(rows, key, seed=seed, **where) for seed in seeds]
-    return float(np.std(means, ddof=1)) if len(means) > 1 else math.nan
-
-
-def summary(bench: Bench, budgets: list[float]) -> dict[str, Any]:
-    """Means with the spread over seeds, paired differences to ours, and the marks: ratios of ours to the peers'."""
-    rows = bench.rows
-    methods = list(dict.fromkeys(r["method"] for r in rows if r["method"] != "bf16"))
-    table, marks = [], {}
-    for budget in budgets:
-        for method in methods:
-            own = [r for r in rows if r["method"] == method and r["budget"] == budget]
-            if not own:
-                continue
-            line: dict[str, Any] = {"method": method, "budget": budget}
-            line["bits_per_weight"] = float(np.mean([r["bits_per_weight"] for r in own]))
-            for kind in KINDS:
-                for key in ("excess_nll", "kl", "accuracy"):
-                    line[f"{kind}_{key}"] = mean_of(own, key, kind=kind)
-                line[f"{kind}_excess_nll_spread"] = spread_of(own, kind=kind)
-                if method != "dynamo" and any(r["method"] == "dynamo" for r in rows):
-                    line[f"{kind}_above_dynamo"], line[f"{kind}_above_dynamo_error"] = bench.above(method, budget, kind)
-            table.append(line)
-        ours = mean_of(rows, method="dynamo", budget=budget, kind="known")
-        for peer in [m for m in methods if not m.startswith("dynamo")]:
-            marks[f"known excess loss over {peer}, {budget:g} bits"] = ours / mean_of(
-                rows, method=peer, budget=budget, kind="known"
-            )
-        for kind in KINDS if "dynamo-distil" in methods else ():
-            kl = [mean_of(rows, "kl", method=f"dynamo-{m}", budget=budget, kind=kind) for m in ("distil", "before")]
-            marks[f"{kind} divergence of dynamo-distil over dynamo-before, {budget:g} bits"] = kl[0] / kl[1]
-        worst = max(mean_of(rows, method="dynamo", budget=budget, dataset=name) for name in KNOWN)
-        unseen = [r for r in rows if r["method"] == "mc" and r["budget"] == budget and r["kind"] == "known"]
-        unseen = [r for r in unseen if r["dataset"] != r["calibration"]]
-        if unseen:
-            marks[f"worst known over mc on sets it was not calibrated on, {budget:g} bits"] = worst / mean_of(unseen)
-    return {"table": table, "marks": marks}
-
-
-def show(found: dict[str, Any]) -> None:
-    head = [f"{kind}, {what}" for kind in KINDS for what in ("excess", "above dynamo", "divergence", "accuracy")]
-    print("\n| method | budget | bits | " + " | ".join(head) + " |")
-    print("| --- |" + " ---: |" * (2 + len(head)))
-    for r in found["table"]:
-        cells = [f"{r['budget']:g}", f"{r['bits_per_weight']:.3f}"]
-        for kind in KINDS:
-            cells.append(f"{r[f'{kind}_excess_nll']:+.4f} ± {r[f'{kind}_excess_nll_spread']:.4f}")
-            above = f"{kind}_above_dynamo"
-            cells.append(f"{r[above]:+.4f} ± {r[f'{above}_error']:.4f}" if above in r else "")
-            cells += [f"{r[f'{kind}_kl']:.4f}", f"{r[f'{kind}_accuracy']:.2%}"]
-        print(f"| {r['method']} | " + " | ".join(cells) + " |")
-    print()
-    for name, ratio in found["marks"].items():
-        print(f"{name}: {ratio:.2f}")
-
-
-def run_part(
-    bench: Bench,
-    name: str,
-    weights: np.ndarray,
-    calibration: dict[str, np.ndarray],
-    others: np.ndarray,
-    budgets: list[float],
-    seed: int,
-    quick: bool,
-) -> None:
+def run_part(bench: Bench, draw: Draw, name: str, budgets: list[float], quick: bool) -> None:
     if name == "dynamo":
-        run_dynamo(bench, calibration, budgets, seed, more=not (quick or seed))
+        run_dynamo(bench, draw, budgets, more=not (quick or draw.seed))
     elif name == "distil":
-        run_distil(bench, calibration, others, budgets, seed)
+        run_distil(bench, draw, budgets)
     elif name == "uniform":
-        inputs = peers.observed(bench.config, bench.params, np.concatenate(list(calibration.values())))
-        run_uniform(bench, weights, peers.sums_of(bench.config, weights, inputs), budgets, seed, quick)
+        run_uniform(bench, draw.weights, draw.sums, budgets, draw.seed, quick)
     elif name == "one-set":
-        run_one_set(bench, weights, calibration, budgets, seed)
+        run_one_set(bench, draw.weights, draw.calibration, budgets, draw.seed)
+    elif name in relatives.RELATIVES:
+        run_relative(bench, draw, name, budgets)
     else:
-        run_data_free(bench, weights, budgets, seed)
+        run_data_free(bench, draw.weights, budgets, draw.seed)
 
 
 def part(bench: Bench, folder: Path | None, name: str, job: dict[str, Any], run: Callable[[], None]) -> None:
@@ -452,18 +421,17 @@ def main() -> None:
         count = min(counted["known" if name in KNOWN else "novel"], arguments.limit or len(windows))
         data[name], spare[name] = windows[-count:], windows[:-count]
     bench = Bench(model, settings, data)
-    weights = peers.expert_weights(model)
-    only = arguments.only or [name for name in PARTS if name != "distil" or not arguments.quick]
+    only = arguments.only or [name for name in PARTS if name not in LONG or not arguments.quick]
     shapes = {name: list(windows.shape) for name, windows in data.items()}
     job = {"model": name_of(arguments.model), "windows": shapes, "budgets": budgets, "quick": arguments.quick}
     job |= {"calibration_windows": settings.calibration_windows}
     bench.add("bf16", 16.0, 16.0, 0, bench.measure(None))
     for seed in range(1 if arguments.quick else arguments.seeds):
         parts = {name: parted(spare[name], settings.calibration_windows, seed) for name in KNOWN}
-        calibration = {name: chosen for name, (chosen, _) in parts.items()}
         others = np.random.default_rng(seed).permutation(np.concatenate([left for _, left in parts.values()]))
+        draw = Draw(bench, seed, {name: chosen for name, (chosen, _) in parts.items()}, others)
         for name in only:
-            run = functools.partial(run_part, bench, name, weights, calibration, others, budgets, seed, arguments.quick)
+            run = functools.partial(run_part, bench, draw, name, budgets, arguments.quick)
             part(bench, arguments.keep, f"{name}-{seed}", job, run)
         print(f"seed {seed}: {time.time() - start:.0f} s", flush=True)
         found = summary(bench, budgets)

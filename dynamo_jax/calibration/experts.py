@@ -196,19 +196,31 @@ def given_of(routed: Routed, rows: list[Rows], hidden: list[Float[np.ndarray, "R
     return Given(rows, hidden, spread, squared / max(1, int((routed.experts >= 0).sum())))
 
 
-def gate_up_planes(
-    w: Float[np.ndarray, "X 2 F D"], given: Given, routed: Routed, group_size: int, emphasis: Float[np.ndarray, "X 3"]
-) -> Planes:
-    """Planes (X, 2, F, ..) of gate and up, by error feedback along the inputs of the layer."""
-    count, _, channels, size = w.shape
-    rows = w.reshape(count, 2 * channels, size)
+def layer_hessians(routed: Routed, size: int, group_size: int) -> list[Float[np.ndarray, "C C"]]:
+    """Of all tokens of a layer, by their gates: for each part of the ``size`` inputs that has a Hessian of its own."""
     shares = (np.asarray(routed.gates) ** 2 * (routed.experts >= 0)).sum(axis=1)
     shares = (shares / max(float(shares.sum()), 1e-30))[:, None]
-    parts = []
+    found = []
     for part in _input_parts(size, group_size):
         of_layer = np.asarray(routed.x)[:, part]  # without what fills up
         common = (of_layer * shares).T @ of_layer
-        common = np.pad(common, (0, part.stop - part.start - len(common)))
+        found.append(np.pad(common, (0, part.stop - part.start - len(common))))
+    return found
+
+
+def gate_up_planes(
+    w: Float[np.ndarray, "X 2 F D"],
+    given: Given,
+    of_layer: list[Float[np.ndarray, "C C"]],
+    group_size: int,
+    emphasis: Float[np.ndarray, "X 3"],
+) -> Planes:
+    """Planes (X, 2, F, ..) of gate and up, by error feedback along the inputs of the layer. of_layer: its
+    ``layer_hessians``, which the experts of all portions lean on."""
+    count, _, channels, size = w.shape
+    rows = w.reshape(count, 2 * channels, size)
+    parts = []
+    for part, common in zip(_input_parts(size, group_size), of_layer):
         hessians = []
         for x, s in zip(given.rows, given.squared):
             own = widened(x.x, size)[:, part]

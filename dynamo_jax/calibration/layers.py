@@ -10,6 +10,7 @@ of K pieces, U = 2 where gate with up and down have widths of their own, else 1.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +31,7 @@ from dynamo_jax.calibration.experts import (
     gate_up_planes,
     given_of,
     hidden_channels,
+    layer_hessians,
     mean_square,
     portions,
     rows_of,
@@ -155,6 +157,11 @@ def quantized_and_measured(
                     kept[expert] = hidden
         return list(kept.values())
 
+    @functools.cache
+    def hessians_of(size: int) -> list[Float[np.ndarray, "C C"]]:
+        """Of the layer, once for all portions."""
+        return layer_hessians(routed, size, job.group_size)
+
     def planes_of(portion: Portion, weights: list[np.ndarray], rows: list[Rows]) -> Planes:
         if job.quantizer == "rtn":
             return _rounded(job, weights)
@@ -162,7 +169,7 @@ def quantized_and_measured(
         hidden = hidden_of(portion)
         given = given_of(routed, rows, hidden, mean_square([energies[e] for e in portion.chunk]))
         own = emphasis[portion.experts]
-        first = gate_up_planes(whole[:, :2], given, routed, job.group_size, own[:, 0])
+        first = gate_up_planes(whole[:, :2], given, hessians_of(whole.shape[-1]), job.group_size, own[:, 0])
         reached = None
         if job.asymmetric:
             reached = [reached_by(expert, rows[i], first, i) for i, expert in enumerate(portion.experts)]
