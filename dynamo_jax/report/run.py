@@ -39,7 +39,7 @@ def run_facts(run: Run) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in with_python.items()),
         "device": f"{device_words()}; {os.cpu_count()} CPU cores, {platform.system()} on {platform.machine()}",
         "date": f"{now:%Y-%m-%d %H:%M} UTC",
-        "seed": "none, for nothing is drawn at random",
+        "seed": "fixed: what is drawn is the same each time",
         "time": f"{sum(spent.seconds for spent in run.stages.values()):.0f} s",
         "peak memory of the process": "not known on this system" if peak is None else f"{peak / 1e9:.2f} GB",
     }

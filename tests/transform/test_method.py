@@ -86,6 +86,17 @@ def test_a_plan_keeps_its_budget_and_more_bits_lose_less(model, analysis):
         transform.plan(analysis, bits=3.0, bytes=10000)
 
 
+def test_a_dataset_named_unseen_counts_in_the_plan_and_is_not_known(model, analysis):
+    data = known()
+    given = transform.analyze(model, data | {"unseen": data["high"]}, nll, SETTINGS)
+    shares = [transform.plan(given, bits=3.4, novelty_weight=share).plans[0].widths for share in (1e-9, 1.0)]
+    assert (shares[0] != shares[1]).any()
+    _, host = transform.quantize(model, transform.plan(given, bits=3.4), given)
+    assert host.datasets == ("low", "high") and given.datasets == ("low", "high", "unseen")
+    with pytest.raises(ValueError, match="unseen_windows 4: nothing is drawn here; give the dataset unseen"):
+        transform.analyze(model, data, nll, dataclasses.replace(SETTINGS, unseen_windows=4))
+
+
 def test_eight_bits_are_near_the_users_experts(model, analysis):
     rng = np.random.default_rng(0)
     x, gates = jnp.asarray(rng.normal(size=(40, 32)), jnp.float32), jnp.full((40, 2), 0.5)
