@@ -95,7 +95,7 @@ def main() -> None:
     print(f"files: {'the same bits' if len(outputs) == 1 else 'DIFFER'}")
     if arguments.json:
         facts = {"date": str(datetime.date.today()), "jax": jax.__version__, "python": platform.python_version()}
-        facts |= {"model": arguments.model, "windows": arguments.windows, "same_bits": len(outputs) == 1}
+        facts |= {"model": Path(arguments.model).name, "windows": arguments.windows, "same_bits": len(outputs) == 1}
         arguments.json.write_text(json.dumps({**facts, "results": rows}, indent=2) + "\n")
     if len(outputs) != 1:
         raise SystemExit(1)
