@@ -25,7 +25,7 @@ from dynamo_jax.calibration.pipeline import analyze_layers
 from dynamo_jax.files import write_json
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
+from dynamo_jax.models.decoder import Decoder, parameters, without_experts
 from dynamo_jax.models.sources import DecoderSource
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.grids import GridSpec
@@ -67,11 +67,9 @@ def quantized_model(
     """What ``quantize`` makes of a model, from windows (S, T1) of known kinds and of text that it draws, and what it
     finds on the way."""
     analyses = analyze_layers(DecoderSource(decoder), and_drawn(decoder, known, settings), settings, work)
-    arrays = parameters(decoder)
-    experts = set(expert_parameter_names(decoder.config))
     found = QuantizedModel(
         config=decoder.config,
-        parameters={name: a for name, a in arrays.items() if name not in experts},
+        parameters=without_experts(decoder.config, parameters(decoder)),
         tokenizer=tokenizer,
         store=stacked_planes(work.get, decoder.config),
         plan=plans.plan(analyses, decoder, settings),

@@ -47,7 +47,7 @@ from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import analyze_layers
 from dynamo_jax.files import write_json
 from dynamo_jax.models.bundled import BUNDLED
-from dynamo_jax.models.decoder import expert_parameter_names, parameters
+from dynamo_jax.models.decoder import parameters, without_experts
 from dynamo_jax.models.families.table import config_from
 from dynamo_jax.models.huggingface import load_decoder, parameter_shapes
 from dynamo_jax.models.rest import FLOAT, REST_BITS, expanded, quantized
@@ -85,8 +85,8 @@ class Run:
 
     def others(self) -> dict[str, Any]:
         """Parameters but the experts'."""
-        experts = set(expert_parameter_names(self.bench.model.config))
-        return {n: np.asarray(a) for n, a in parameters(self.bench.model).items() if n not in experts}
+        own = without_experts(self.bench.model.config, parameters(self.bench.model))
+        return {name: np.asarray(a) for name, a in own.items()}
 
     def rest_of(self, bits: int, embeddings: int | None = None) -> tuple[dict[str, Any], int]:
         """Parameters but the experts' with a rest of so many bits, as float32, and their bytes. embeddings: bits of

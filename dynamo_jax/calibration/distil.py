@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from dynamo_jax.calibration.config import DISTIL_WINDOWS
 from dynamo_jax.kernels.layout import PLANE_BITS, PROJECTIONS, STEP, WIDTHS, unpack
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters, with_parameters
+from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters, with_parameters, without_experts
 from dynamo_jax.models.experts import float_experts
 from dynamo_jax.models.loss import Head, head_divergence
 from dynamo_jax.models.rest import FLOAT, quantized
@@ -145,9 +145,7 @@ def _others(config: ModelConfig, arrays: dict[str, Any], rest: int) -> dict[str,
     """What the student has beside its experts, where that is not what the teacher has."""
     if rest == FLOAT:
         return {}
-    experts = set(expert_parameter_names(config))
-    own = quantized({name: a for name, a in arrays.items() if name not in experts}, rest)
-    return {name: jnp.asarray(a) for name, a in own.items()}
+    return {name: jnp.asarray(a) for name, a in quantized(without_experts(config, arrays), rest).items()}
 
 
 def _expert_weights(config: ModelConfig, arrays: dict[str, Any]) -> Float[np.ndarray, "L E P F D"]:

@@ -30,10 +30,11 @@ def knowledge_of(
     correction = whole_over_blocks(np.asarray(stats.errors), blocks)
     block_errors = per_token(blocks * correction[:, :, None, :], stats)
     signatures, odd = noticed(analyses, config.window)
+    counts = np.stack([np.asarray(a.stats.counts) for a in runs])
     return Knowledge(
         names=tuple(analyses),
-        counts=np.stack([np.asarray(a.stats.counts) for a in runs]),
-        unseen=np.asarray((runs[0].stats.counts * 0 if unseen is None else unseen.stats.counts), np.float32),
+        counts=counts,
+        unseen=np.zeros_like(counts[0]) if unseen is None else np.asarray(unseen.stats.counts),
         signatures=signatures,
         odd=odd,
         loss_per_error=np.sum([a.sensitivity for a in runs], axis=0) / tokens,

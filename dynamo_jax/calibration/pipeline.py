@@ -26,7 +26,7 @@ from dynamo_jax.calibration.knowledge import knowledge_of
 from dynamo_jax.calibration.plans import favoured, plan
 from dynamo_jax.calibration.sweeps import Calibration, Draft, calibrate, statistics_of
 from dynamo_jax.calibration.unseen import CALIBRATION, distil_windows, drawn_windows, given_to_distil, with_unseen
-from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
+from dynamo_jax.models.decoder import Decoder, parameters, without_experts
 from dynamo_jax.models.huggingface import Source, load_decoder, side_files, side_files_of
 from dynamo_jax.models.rest import quantized as with_quantized_rest
 from dynamo_jax.models.sources import DecoderSource, LayerSource, with_rest
@@ -252,8 +252,7 @@ def quantize(
     store = stacked_planes(work.get, model.config)
     if config.distil:
         store = _distilled(model, store, chosen, known, tokenizer, config, progress).planes
-    experts = set(expert_parameter_names(model.config))
-    own = {name: a for name, a in parameters(model).items() if name not in experts}
+    own = without_experts(model.config, parameters(model))
     quantized = QuantizedModel(
         config=model.config,
         parameters={name: jnp.asarray(a) for name, a in with_quantized_rest(own, config.rest).items()},

@@ -10,7 +10,7 @@ F channels of an expert, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -352,3 +352,9 @@ def filled(make: Any, arrays: dict[str, Array]) -> Any:
 
 def expert_parameter_names(config: ModelConfig) -> list[str]:
     return [f"layers.{layer}.{part}" for layer in config.moe_layers for part in ExpertWeights._fields]
+
+
+def without_experts(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a model's parameters all but its routed experts' weights."""
+    experts = set(expert_parameter_names(config))
+    return {name: array for name, array in arrays.items() if name not in experts}

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.decoder import Decoder, expert_parameter_names, parameters
+from dynamo_jax.models.decoder import Decoder, parameters, without_experts
 from dynamo_jax.models.experts import ExpertWeights
 from dynamo_jax.models.formats.expert_files import Triple
 from dynamo_jax.models.rest import FLOAT, quantized, stored_bytes
@@ -48,8 +48,7 @@ class DecoderSource:
 
     def other_bytes(self, rest: int = FLOAT) -> int:
         """Of all but the routed experts' weights, where the rest has so many bits (``models.rest``)."""
-        experts = set(expert_parameter_names(self.config))
-        own = {name: a for name, a in self._arrays.items() if name not in experts}
+        own = without_experts(self.config, self._arrays)
         return stored_bytes({n: a.nbytes for n, a in own.items()}, {n: a.shape for n, a in own.items()}, rest)
 
     def release(self) -> None:

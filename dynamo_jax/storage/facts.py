@@ -175,8 +175,8 @@ def monitor_words(names: Sequence[str], limit: Float[np.ndarray, " S"], tokens: 
 def _beside_known(config: ModelConfig, meta: Meta, arrays: Bundle) -> dict[str, str]:
     """What else calibration was given, and what the planes were trained on."""
     found = {}
-    if tokens := float(_rows(arrays)[0].sum() - arrays["counts"][:, 0].sum()):
-        found["unseen"] = f"{tokens / config.num_experts_per_tok:,.0f} tokens that stand for what nobody has seen"
+    if "unseen" in arrays and (rows := float(arrays["unseen"][0].sum())):
+        found["unseen"] = f"{rows / config.num_experts_per_tok:,.0f} tokens that stand for what nobody has seen"
     if trained := ((meta.job or {}).get("settings") or {}).get("distil"):
         found["distilled"] = f"on {trained:,} tokens"
     return found

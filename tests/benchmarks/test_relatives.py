@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,16 +11,6 @@ import pytest
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.quant.gptq import damped, gptq
 from dynamo_jax.quant.grids import GridSpec
-
-BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def benchmarks():
-    """A function that imports one of them; they import each other by name."""
-    sys.path.append(str(BENCHMARKS))
-    yield importlib.import_module
-    sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture(scope="module")

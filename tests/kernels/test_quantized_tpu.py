@@ -46,6 +46,15 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 TOLERANCE = {"bf16": 0.01, "int8": 0.04, "fp8": 0.08}  # of the largest output: operands have 8, about 6 and 4 bits
 CHECKED = pltpu.InterpretParams(detect_races=True)
+TO_TILES = QuantizeConfig(
+    unseen_windows=0,
+    bits=4.0,
+    channel_block=128,
+    group_size=256,
+    window=64,
+    calibration_windows=16,
+    quantizer="rtn",
+)
 
 
 def compared(case, rows, sizes, biases=None, layer=1, tolerance=0.01, activation=silu_gated, **how):
@@ -317,17 +326,8 @@ def test_the_run_time_adapts_and_switches_with_planes_in_tiles(tokenizer_file, c
 
     rng = np.random.default_rng(0)
     known = {n: " ".join(f"w{i}" for i in rng.integers(a, a + 20, 2000)) for n, a in (("low", 3), ("high", 35))}
-    settings = QuantizeConfig(
-        unseen_windows=0,
-        bits=4.0,
-        channel_block=128,
-        group_size=256,
-        window=64,
-        calibration_windows=16,
-        quantizer="rtn",
-    )
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
-    model = quantize(Decoder(CONFIG, rngs=nnx.Rngs(0)), tokenizer, known, settings)[0]
+    model = quantize(Decoder(CONFIG, rngs=nnx.Rngs(0)), tokenizer, known, TO_TILES)[0]
     tokens, windows = jnp.asarray(rng.integers(3, 61, (2, 12))), rng.integers(20, 30, (4, 65))
     found = {}
     for tiled in (False, True):
@@ -356,18 +356,9 @@ def test_generation_runs_the_kernel_in_a_loop_over_the_layers(monkeypatch):
     """As on a TPU, where planes lie in tiles and layers are stacked: the tokens of the XLA path."""
     rng = np.random.default_rng(0)
     known = {n: " ".join(f"word{i}" for i in rng.integers(a, a + 20, 3000)) for n, a in (("low", 3), ("high", 35))}
-    settings = QuantizeConfig(
-        unseen_windows=0,
-        bits=4.0,
-        channel_block=128,
-        group_size=256,
-        window=64,
-        calibration_windows=16,
-        quantizer="rtn",
-    )
     tokenizer = load_tokenizer(BUNDLED)
     decoder = Decoder(dataclasses.replace(CONFIG, vocab_size=tokenizer.get_vocab_size()), rngs=nnx.Rngs(0))
-    model = quantize(decoder, tokenizer, known, settings)[0]
+    model = quantize(decoder, tokenizer, known, TO_TILES)[0]
     found = {}
     for arrangement in ("planes", "tiles"):
         monkeypatch.setattr(serving, "arrangement_for", lambda *_, own=arrangement: own)
