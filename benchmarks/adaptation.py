@@ -24,7 +24,9 @@ page tables counted. What a method sees of the novel text are its first tokens; 
 
 An adapted plan whose predictions of what was seen are no nearer to 8 bits than the baseline's is not taken. Excess
 loss is nats a token above bfloat16, "kl" the divergence from its predictions, "difference" the loss above that of
-static-known, with its standard error by window.
+static-known, with its standard error by window. "over_the_limit" is the share by which an adapted plan reads more on
+the evaluated text than it may; "over_the_limit_followed" the same where another plan is made when it reads too much, as
+``runtime.standing`` has it.
 """
 
 from __future__ import annotations
@@ -58,9 +60,10 @@ from dynamo_jax.models.huggingface import load_decoder
 from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.precision.plan import Plan, touched_share
 from dynamo_jax.runtime import memory
-from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows, placed_anew
+from dynamo_jax.runtime.adapt import Observation, adapted_plan, observe_windows, placed_anew, saved_by
 from dynamo_jax.runtime.memory import device_bits
 from dynamo_jax.runtime.quantized import QuantizedModel
+from dynamo_jax.runtime.standing import MOST, Limit, Standing
 from dynamo_jax.storage.work import MemoryWork
 
 DEPLOYMENTS = {
@@ -216,9 +219,44 @@ def methods_of(model: Model, own: Deployment, text: Text, truth: Observation) ->
         limit = reads * plan.bytes_per_step(use, batch)
         more = {"gain_on_seen": gain, "moved": float((new.widths != plan.widths).mean())}
         more["over_the_limit"] = new.bytes_per_step(use, batch) / limit - 1
+        anew = functools.partial(adapted_plan, plan, known, spare=None, batch=batch, reads=reads, slots=slots)
+        most = Limit(new.expert_bytes(), reads * plan.expert_bytes(), batch)
+        more |= followed(quantized, text, (new, seen), truth, most, anew)
         for prefix, found in (("", new if gain > 0 else plan), ("oracle-", best)):
             taken = own.baseline.weights(found)
             yield Method(prefix + name, taken, held, read_bytes(found, use), {} if prefix else more)
+
+
+def followed(
+    model: QuantizedModel,
+    text: Text,
+    begun: tuple[Plan, Observation],
+    truth: Observation,
+    limit: Limit,
+    anew: Callable[..., Plan],
+) -> dict[str, float]:
+    """Bytes read above the limit on the evaluated windows, one after the other, where a plan is made anew of the last
+    ``MOST`` tokens when the one that serves reads too much; and how often. begun: the first plan and what it was made
+    from; anew: makes the others."""
+    piece = text.rest.shape[1] - 1
+    windows, standing = np.concatenate([text.first, text.rest]), Standing(piece)
+
+    def begins(plan: Plan, seen: Observation) -> None:
+        saves = saved_by(plan, model.plan, model.knowledge, seen)
+        standing.begins(True, saves, seen.counts, seen.tokens, limit._replace(variant=plan.expert_bytes()))
+
+    begins(*begun)
+    read, allowed, plans = 0.0, 0.0, 0
+    for end, (counts, tokens) in enumerate(zip(truth.counts, truth.tokens), len(text.first) + 1):
+        assert standing.limit is not None
+        touched = touched_share(counts / tokens, limit.batch)
+        read += float((touched * standing.limit.variant).sum())
+        allowed += float((touched * limit.allowed).sum())
+        if standing.overreads(counts[None], tokens[None]):
+            seen = observe_windows(model, windows[max(end - MOST // piece, 0) : end])
+            begins(anew(seen=seen), seen)
+            plans += 1
+    return {"over_the_limit_followed": read / allowed - 1, "plans_made_anew": plans}
 
 
 def rows_of(
@@ -307,6 +345,9 @@ def marks(rows: list[dict[str, Any]]) -> dict[str, float]:
             over = [by[method, kind]["over_the_limit"] for kind in kinds]
             out[f"{what}: {method} reads above its limit, mean"] = float(np.mean(over))
             out[f"{what}: {method} reads above its limit, most"] = max(over)
+            over = [by[method, kind]["over_the_limit_followed"] for kind in kinds]
+            out[f"{what}: {method} reads above its limit when followed, mean"] = float(np.mean(over))
+            out[f"{what}: {method} reads above its limit when followed, most"] = max(over)
             ahead = [kind for kind in kinds if by[method, kind]["kl"] < by["static-more-memory", kind]["kl"]]
             share = len(ahead) / len(kinds)
             out[f"{what}: share of kinds on which {method} is nearer to bfloat16 than static-more-memory"] = share

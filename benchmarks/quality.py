@@ -51,7 +51,7 @@ from texts import KNOWN, NOVEL, add_texts
 
 from dynamo_jax.calibration import plans
 from dynamo_jax.calibration.analyses import Analysis
-from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.config import DISTIL_UNSEEN, QuantizeConfig
 from dynamo_jax.calibration.distil import distil
 from dynamo_jax.calibration.pipeline import analyze_layers
 from dynamo_jax.calibration.unseen import DISTILLATION, drawn_windows
@@ -244,7 +244,7 @@ def run_dynamo(bench: Bench, draw: Draw, budgets: list[float], more: bool) -> No
 
 def run_distil(bench: Bench, draw: Draw, budgets: list[float]) -> None:
     """What changed in how planes are made."""
-    drawn = round(bench.settings.novelty_weight * DISTIL / bench.settings.window)
+    drawn = round(DISTIL_UNSEEN * DISTIL / bench.settings.window)
     own_text = drawn_windows(bench.model, drawn, bench.settings.window, DISTILLATION)
     windows = np.concatenate([draw.others[: DISTIL // bench.settings.window - drawn, :-1], own_text])
     windows = np.random.default_rng(draw.seed).permutation(windows)

@@ -1,13 +1,13 @@
 """What a plan loses on text that nobody has seen, and what it costs the known texts to expect some. No switching.
 
-    python benchmarks/unseen.py --corpus FOLDER [--deployment prose] [--budget 4.125] [--weight 0.5] [--json PATH]
+    python benchmarks/unseen.py --corpus FOLDER [--deployment prose] [--budget 4.125] [--weight 0.25] [--json PATH]
 
 FOLDER holds KIND.heldout.txt for each kind of text. A deployment is calibrated on the first windows of its known kinds,
 quantized for each budget and ``novelty_weight`` (planes and plan), and evaluated on later windows of its known kinds
-and on far kinds. Weight 0: the known kinds alone decide. "drawn" is what ``quantize`` does: half of the text to come is
-like text that the model draws itself, on which it is calibrated, too; at a weight in figures, what nobody has seen is
-expected from the known kinds. "uniform" is GPTQ at one width on the known windows, of the grid whose bits are nearest
-to the budget.
+and on far kinds. Weight 0: the known kinds alone decide. "drawn" is what ``quantize`` does: a quarter of the text to
+come is like text that the model draws itself, on which it is calibrated, too; at a weight in figures, what nobody has
+seen is expected from the known kinds. "uniform" is GPTQ at one width on the known windows, of the grid whose bits are
+nearest to the budget.
 
 Excess loss is nats a token above bfloat16, "kl" the divergence from its predictions; "difference" and "kl_difference"
 are those to weight 0 on the same windows, with standard errors by window. Marks: the mean divergence of far kinds over

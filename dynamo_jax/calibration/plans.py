@@ -29,6 +29,7 @@ from dynamo_jax.precision.plan import Plan, expert_plan, item_costs
 from dynamo_jax.runtime.memory import device_bytes
 
 UNSEEN_PRIOR_ROWS = 8  # of its layer's experts, in what a row of unseen text costs at each expert
+UNSEEN_COST = 3.0  # of a row of unseen text, in those of known rows at the same expert (benchmarks/unseen.py)
 
 
 def expecting(
@@ -40,8 +41,8 @@ def expecting(
 ) -> Float[np.ndarray, "A L E U W"]:
     """Losses of each dataset, nats a token, when ``share`` of its text to come is text that nobody has seen.
 
-    Text that nobody has seen is taken to use the experts of a layer alike, and its rows to cost at each expert what
-    the rows of all datasets together cost there, each dataset counted by its weight.
+    Text that nobody has seen is taken to use the experts of a layer alike, and its rows to cost at each expert
+    ``UNSEEN_COST`` times what the rows of all datasets together cost there, each dataset counted by its weight.
 
     counts: rows of each expert. tokens, weights: of each dataset.
     """
@@ -49,7 +50,7 @@ def expecting(
     rows = np.tensordot(weights, counts, axes=1)
     cost = cost_of_row(np.tensordot(weights * tokens, losses, axes=1), rows, UNSEEN_PRIOR_ROWS)
     use = rows.mean(axis=1) / (weights @ tokens)
-    return (1 - share) * losses + share * use[:, None, None, None] * cost
+    return (1 - share) * losses + share * UNSEEN_COST * use[:, None, None, None] * cost
 
 
 def favoured(

@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int
 
-from dynamo_jax.calibration.config import DISTIL_WINDOWS, UNSEEN, QuantizeConfig
+from dynamo_jax.calibration.config import DISTIL_UNSEEN, DISTIL_WINDOWS, UNSEEN, QuantizeConfig
 from dynamo_jax.models.decoder import Decoder, new_cache, parameters
 from dynamo_jax.progress import Progress, no_progress
 from dynamo_jax.runtime.generate import SMALLEST_BUCKET, GenerateConfig, LanguageModel, Sampling, prefill, stream
@@ -50,9 +50,9 @@ def distil_windows(
     config: QuantizeConfig,
     progress: Progress = no_progress,
 ) -> Int[np.ndarray, "S T"]:
-    """Windows to train on, mixed: ``config.distil`` tokens, of which ``novelty_weight`` is text that nobody has seen,
-    drawn by the model where no dataset is it, and the rest of the known texts, as much of each. Fewer where a text is
-    short."""
+    """Windows to train on, mixed: ``config.distil`` tokens, half of them of text that nobody has seen, drawn by the
+    model where no dataset is it, and the rest of the known texts, as much of each. Of these alone where
+    ``novelty_weight`` is 0. Fewer where a text is short."""
     parts = given_to_distil(known, tokenizer, config)
     if UNSEEN not in known and (count := _unseen_to_distil(config)):
         parts.append(drawn_windows(model, count, config.window, DISTILLATION, progress))
@@ -90,7 +90,7 @@ def _to_distil(config: QuantizeConfig) -> int:
 
 def _unseen_to_distil(config: QuantizeConfig) -> int:
     """Of the windows to train on, those of text that nobody has seen."""
-    return round(config.novelty_weight * _to_distil(config))
+    return round(DISTIL_UNSEEN * _to_distil(config)) if config.novelty_weight else 0
 
 
 def drawn_windows(

@@ -76,7 +76,7 @@ def quantize(
             help="The share of the text to come, 0 to 1, that may be like none of the known datasets: the plan gives "
             "experts that they hardly use more bits for it. 0: the known datasets alone decide."
         ),
-    ] = 0.5,
+    ] = 0.25,
     unseen_windows: Annotated[
         int | None,
         typer.Option(
@@ -121,8 +121,8 @@ def quantize(
         typer.Option(
             metavar="TOKENS",
             min=0,
-            help="Train codes and scales on so many tokens of the known datasets and, for the share of "
-            "--novelty-weight, of text that the model draws itself, until the quantized model predicts what the "
+            help="Train codes and scales on so many tokens, half of the known datasets and half of text that "
+            "the model draws itself (none of it with --novelty-weight 0), until the quantized model predicts what the "
             "unquantized one does; 0: not. The whole model must fit memory.",
         ),
     ] = 0,

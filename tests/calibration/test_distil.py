@@ -133,8 +133,7 @@ def test_half_of_the_windows_lie_behind_those_of_calibration_and_half_are_drawn(
     assert len(mixed) == 16 and len(mixed & every) == 8 and not calibrated & mixed
     assert mixed - every == {w.tobytes() for w in drawn_windows(model, 8, 64, DISTILLATION)}
     known_alone = distil_windows(model, known, tokenizer, dataclasses.replace(few, novelty_weight=0.0))
-    drawn_alone = distil_windows(model, known, tokenizer, dataclasses.replace(few, novelty_weight=1.0))
-    assert {w.tobytes() for w in known_alone} <= every and not {w.tobytes() for w in drawn_alone} & every
+    assert len(known_alone) == 16 and {w.tobytes() for w in known_alone} <= every
 
 
 def test_texts_too_short_to_train_on_are_said_before_any_work(shallow, texts, monkeypatch):

@@ -14,7 +14,7 @@ from quantized_runs import SETTINGS
 
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
-from dynamo_jax.calibration.plans import UNSEEN_PRIOR_ROWS, expecting, plan
+from dynamo_jax.calibration.plans import UNSEEN_COST, UNSEEN_PRIOR_ROWS, expecting, plan
 from dynamo_jax.kernels.layout import WIDTHS
 from dynamo_jax.models.sources import DecoderSource
 from dynamo_jax.precision.allocate import allocate_known
@@ -204,7 +204,9 @@ def test_what_is_expected_of_text_that_nobody_has_seen():
     rows = np.array([(9 + prior * of_layer) / (120 + prior), of_layer, (4 + prior * of_layer) / (180 + prior)])
     for share in (0.0, 0.25, 1.0):
         found = expecting(losses, counts, tokens, np.ones(2), share)[:, 0, :, 0, 0]
-        np.testing.assert_allclose(found, (1 - share) * losses[:, 0, :, 0, 0] + share * 2 / 3 * rows, rtol=1e-12)
+        np.testing.assert_allclose(
+            found, (1 - share) * losses[:, 0, :, 0, 0] + share * UNSEEN_COST * 2 / 3 * rows, rtol=1e-12
+        )
     alone = expecting(losses, counts, tokens, np.array([3.0, 0.0]), 1.0)
     np.testing.assert_allclose(alone[:1], expecting(losses[:1], counts[:1], tokens[:1], np.ones(1), 1.0), rtol=1e-12)
 

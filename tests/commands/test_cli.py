@@ -140,9 +140,9 @@ def test_quantize_asks_for_what_its_settings_would(monkeypatch, files, shallow_f
     monkeypatch.setattr(pipeline, "quantize_folder", lambda *given, **_: asked.append(given[3]))
     monkeypatch.setattr(facts, "summary", lambda _: {})
     known = ("--known", f"code={files / 'code.txt'}", "--out", str(tmp_path / "out"))
-    for more in ((), ("--novelty-weight", "0.25"), ("--unseen-windows", "7")):
+    for more in ((), ("--novelty-weight", "0.5"), ("--unseen-windows", "7")):
         cli.app(["quantize", "--model", str(shallow_folder), *known, *more], standalone_mode=False)
-    assert asked == [QuantizeConfig(), QuantizeConfig(novelty_weight=0.25), QuantizeConfig(unseen_windows=7)]
+    assert asked == [QuantizeConfig(), QuantizeConfig(novelty_weight=0.5), QuantizeConfig(unseen_windows=7)]
 
 
 def test_a_dry_run_says_what_it_would_take_and_does_nothing(run, folder, shallow_folder, files, tmp_path, monkeypatch):
