@@ -15,7 +15,7 @@ name is first asked for, so that ``import dynamo_jax`` is quick and touches no d
     divergence, Divergence                      .. and how far predictions are from the original's
     evaluate_tasks, TaskRow                     accuracy on zero-shot tasks ..
     read_task, Document                         .. of a file
-    init, experts, observe, switch, follow, is_novel, adapt, begin, finish, whole, State, Host, Move, Follower
+    init, experts, observe, switch, renew, follow, is_novel, adapt, begin, finish, whole, State, Host, Move, Follower
                                                 the run time, for a jitted step of your own (docs/serving.md)
     Placement                                   of it on several devices (docs/scale.md)
     all_hosts                                   the processes that calibrate together (docs/scale.md)
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         init,
         is_novel,
         observe,
+        renew,
         switch,
         whole,
     )
@@ -117,6 +118,7 @@ __all__ = [
     "quantize",
     "quantize_folder",
     "read_task",
+    "renew",
     "save",
     "stream",
     "switch",
@@ -161,6 +163,7 @@ _MODULES = {
             "init",
             "is_novel",
             "observe",
+            "renew",
             "switch",
             "whole",
         ),

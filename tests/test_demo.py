@@ -72,7 +72,7 @@ def test_what_a_demo_would_not_replace_is_named_before_anything_is_computed(smal
     out = tmp_path / "out"
     if kind == "changed":
         demo.run(SMALL, None, out, COMMAND)
-        path = out / "checkpoint" / "source" / "tokenizer.json"
+        path = out / "checkpoint" / "tokenizer.json"
         path.write_text(path.read_text() + " ")
     else:
         path = out if kind == "file" else out / kind

@@ -20,7 +20,7 @@ import tokenizers
 from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.experts import float_experts
+from dynamo_jax.models.experts import ExpertsFn, float_experts
 from dynamo_jax.models.loss import next_token_scores
 from dynamo_jax.models.stacked import any_decoder
 from dynamo_jax.models.tokenizer import check_ids, encode
@@ -146,7 +146,9 @@ def _scored(
     """Summed nats of the tokens that count, whether all of them are the likeliest, and the monitor, which takes all
     sequences, one after the other, for one request's text."""
     model = any_decoder(config, parameters)
-    run = float_experts if state is None else experts(state)
+    run: ExpertsFn = float_experts
+    if state is not None:
+        run = experts(state, request_of=jnp.where(real, 0, -1).reshape(-1))
     hidden, routings = model.hidden_states(tokens[:, :-1], experts=run, dtype=dtype)
     nll, right = next_token_scores(hidden, model.head_weights(), tokens[:, 1:], *model.logit_form())
     watch = state and observe(state, routings, real.reshape(1, -1)).watch

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import Cache, new_cache
-from dynamo_jax.models.experts import float_experts
+from dynamo_jax.models.experts import ExpertsFn, float_experts
 from dynamo_jax.models.stacked import any_decoder, is_stacked, new_stacked_cache
 from dynamo_jax.models.tokenizer import check_ids
 from dynamo_jax.runtime.mesh import Placement, cache_specs, check_same, constrained, fetch, put
@@ -126,7 +126,10 @@ def _next(
     watched: Bool[Array, "B T"],
 ) -> tuple[Int[Array, " B"], Cache, Watch | None]:
     model = any_decoder(config, parameters)
-    run, placement = (float_experts, None) if state is None else (experts(state), state.placement)
+    run: ExpertsFn = float_experts
+    if state is not None:
+        run = experts(state, request_of=jnp.where(watched, jnp.arange(len(tokens))[:, None], -1).reshape(-1))
+    placement = state and state.placement
     spread = None if placement is None else placement.spread(len(tokens))
     hidden, routings, cache = model.cached_states(tokens, mask, cache, experts=run, dtype=dtype, spread=spread)
     logits = model.logits(hidden[:, -1:])[:, 0]
@@ -145,7 +148,8 @@ def prefill(config, dtype, parameters, state, tokens, mask, cache, sampling):
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="cache")
 def decode(config, dtype, parameters, state, token, alive, cache, sampling):
-    """One token (B,) more; the next ones, the cache, the monitor, which does not watch those not ``alive`` (B,)."""
+    """One token (B,) more; the next ones, the cache, the monitor. Those not ``alive`` (B,) go to no expert and are not
+    watched."""
     tokens = token[:, None]
     mask = jnp.ones_like(tokens, bool)
     return _next(config, dtype, parameters, state, tokens, mask, cache, sampling, alive[:, None])

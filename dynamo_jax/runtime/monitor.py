@@ -39,9 +39,11 @@ class Watch(NamedTuple):
 
 def start(signatures: Signatures, requests: int = 1) -> Watch:
     """Streams of which nothing has been seen."""
-    none = jnp.zeros((requests, *signatures.shares.shape[1:]))
-    unknown, zero = jnp.full(requests, UNKNOWN, jnp.int32), jnp.zeros(requests)
-    return Watch(none, none, zero, zero, unknown, unknown, zero, jnp.zeros(requests, jnp.int32))
+    # Each its own array: a state that holds one twice could not be donated.
+    older, newer = (jnp.zeros((requests, *signatures.shares.shape[1:])) for _ in range(2))
+    label, candidate = (jnp.full(requests, UNKNOWN, jnp.int32) for _ in range(2))
+    older_tokens, newer_tokens, score = (jnp.zeros(requests) for _ in range(3))
+    return Watch(older, newer, older_tokens, newer_tokens, label, candidate, score, jnp.zeros(requests, jnp.int32))
 
 
 def watch(signatures: Signatures, state: Watch, counts: Float[Array, "B K L E"], tokens: Float[Array, "B K"]) -> Watch:
@@ -60,6 +62,31 @@ def watch(signatures: Signatures, state: Watch, counts: Float[Array, "B K L E"],
 
     pieces = (jnp.moveaxis(counts, 1, 0).astype(jnp.float32), tokens.T.astype(jnp.float32))
     return jax.lax.scan(piece, state, pieces)[0]
+
+
+def watch_tokens(
+    signatures: Signatures, state: Watch, chosen: Int[Array, "L N k"], request_of: Int[Array, " N"]
+) -> Watch:
+    """The state after N tokens, each of some stream and those of a stream in their order; chosen: the experts that each
+    token went to. A token of no stream, -1, changes nothing."""
+    streams, (layers, experts) = state.label.shape[0], signatures.shares.shape[1:]
+    real = (request_of >= 0) & (request_of < streams)
+    own = jnp.where(real, request_of, streams)
+    order = jnp.argsort(own, stable=True)
+    each = jnp.bincount(own, length=streams + 1)
+    place = jnp.argsort(order, stable=True) - (jnp.cumsum(each) - each)[own]  # of a token in its stream's
+    flat = jnp.arange(layers)[:, None, None] * experts + chosen
+
+    def piece(now: tuple[Array, Watch]) -> tuple[Array, Watch]:
+        number, state = now
+        here = jnp.where(real & (place // HOP == number), own, streams)
+        where = here[None, :, None] * (layers * experts) + flat
+        counts = jnp.bincount(where.reshape(-1), length=streams * layers * experts)  # what lies past the end is dropped
+        tokens = jnp.bincount(here, length=streams)
+        return number + 1, watch(signatures, state, counts.reshape(streams, 1, layers, experts), tokens[:, None])
+
+    pieces = -(-each[:streams].max() // HOP)
+    return jax.lax.while_loop(lambda now: now[0] < pieces, piece, (jnp.zeros((), pieces.dtype), state))[1]
 
 
 def _hop(signatures: Signatures, state: Watch) -> Watch:

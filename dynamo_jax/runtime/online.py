@@ -1,19 +1,23 @@
 """A batch of running requests, followed: a variant is adapted to text that is novel, or where the gain is sure.
 
-An object for the host's loop over decode steps; the state that it hands back is data for the same compiled step.
+An object for the host's loop over decode steps; the state that it hands back is data for the same compiled step. A loop
+that must not wait, as an engine's, gives it a thread to measure in (``worker``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dynamo_jax.runtime.adapt import Observation, check_limit, observe_windows, saved_by
 from dynamo_jax.runtime.mesh import all_agree, fetch, of_first, recoverable
-from dynamo_jax.runtime.monitor import HOP, UNKNOWN
+from dynamo_jax.runtime.monitor import HOP, UNKNOWN, Watch
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.runtime.serving import (
     Host,
@@ -25,6 +29,7 @@ from dynamo_jax.runtime.serving import (
     finish,
     is_novel,
     lent,
+    renew,
     switch,
     whole,
 )
@@ -65,11 +70,17 @@ class Follower:
     """What follows the texts of a model that adapts (``text_model(.., adapt=True).follower``): ``events`` says what it
     found and did.
 
-    It is called ``between`` two steps of ``runtime.generate.stream``. Requests whose text is novel share variant 1.
-    While no text is novel, those whose text is known share it, where adapting to that text surely gains. When it is
-    adapted, serves and is left ``standing.py`` says. batch: requests that a step is taken to serve, by default as many
-    as there are; reads: how many times the baseline's bytes a step may read at the variant. state: the last one handed
-    back; a call of ``stream`` that begins with it goes on with the monitors and the variant of the call before.
+    It is called ``between`` two steps of ``runtime.generate.stream``; an engine calls ``told`` and ``renewed`` instead.
+    Requests whose text is novel share variant 1. While no text is novel, those whose text is known share it, where
+    adapting to that text surely gains. When it is adapted, serves and is left ``standing.py`` says. batch: requests
+    that a step is taken to serve, by default as many as there are; reads: how many times the baseline's bytes a step
+    may read at the variant. state: the last one handed back; a call of ``stream`` that begins with it goes on with the
+    monitors and the variant of the call before.
+
+    worker: where texts are measured and plans are made and judged, one at a time, while steps go on: a thread. Without
+    one that is done within the call. With one the baseline lends no slots, since any step may need it, and no step may
+    be given the planes and pages for good (``donate_argnums``), since they are read meanwhile. ValueError: a worker in
+    a model on several processes, which would not measure in the same order.
     """
 
     model: QuantizedModel
@@ -78,11 +89,16 @@ class Follower:
     batch: int | None = None
     reads: float = 1.0
     events: list[Event] = dataclasses.field(default_factory=list)
+    worker: Executor | None = None
 
     def __post_init__(self) -> None:
         check_limit(1 if self.batch is None else self.batch, self.reads)
+        if self.worker is not None and jax.process_count() > 1:
+            raise ValueError("a worker measures beside the steps; several processes measure between them, together")
+        self._measuring: Future[Sent] | None = None
         self._move: Sent | None = None
-        self._lends = True  # until a page of the baseline can't come back
+        self._judging: tuple[Sent, Future[Float[np.ndarray, " S"]]] | None = None
+        self._lends = self.worker is None  # and until a page of the baseline can't come back
         self._begin(self.state.number.shape[0])
 
     def _begin(self, requests: int) -> None:
@@ -91,26 +107,57 @@ class Follower:
         self._streams: list[list[int]] = [[] for _ in range(requests)]  # tokens, since about when the label is the same
         self._tokens, self._looked = np.zeros(requests, int), np.zeros(requests, int)  # of all texts; hops looked at
         self._current: list[list[int]] = [[] for _ in range(requests)]
-        self._text = np.zeros(requests, int)
+        self._text, self._length = np.zeros(requests, int), np.zeros(requests, int)  # its number and tokens
         self._standing = Standing(HOP, known=True)
 
     def __call__(self, state: State, texts: list[list[int]]) -> State:
+        """The state for the next step; texts: all tokens of each request so far. Other tokens than it had before are
+        the next text of the same client."""
+        if len(texts) != len(self._labels):
+            self._begin(len(texts))
+        new = {}
+        for request, text in enumerate(texts):
+            before = self._current[request]
+            goes_on = bool(before) and text[: len(before)] == before
+            if not goes_on:
+                self._text[request], self._length[request] = self._text[request] + 1, 0
+            new[request], self._current[request] = text[len(before) :] if goes_on else text, text
+        return self.told(state, new)
+
+    def renewed(self, state: State, ended: Collection[int], monitors: Watch | None = None) -> State:
+        """The state with other requests in the places of those that have ended; monitors: as ``serving.renew`` takes
+        them."""
+        for request in ended:
+            self._labels[request], self._streams[request], self._current[request] = UNKNOWN, [], []
+            self._tokens[request], self._looked[request] = 0, 0
+            self._text[request], self._length[request] = self._text[request] + 1, 0
+        which = np.isin(np.arange(len(self._labels)), list(ended))
+        self.state = renew(state, which, monitors)
+        return self.state
+
+    def told(self, state: State, new: Mapping[int, list[int]]) -> State:
+        """The state for the next step, after steps that took these tokens of each request, prompts too."""
         assert state.watch is not None
         novel, labels = fetch(is_novel(state)), fetch(state.watch.label)
         if len(labels) != len(self._labels):
             self._begin(len(labels))
-        for request, text in enumerate(texts):
-            self._append(request, text)
-            if labels[request] != self._labels[request]:
-                self._note(state, request, "novel" if novel[request] else "known")
-                if novel[request] or self._labels[request] == len(self.model.knowledge.names):  # else known before, too
-                    del self._streams[request][: -2 * HOP - 1]
-        self._labels = labels
+        for request, more in new.items():
+            self._append(request, more)
+        for request in np.flatnonzero(labels != self._labels).tolist():
+            self._note(state, request, "novel" if novel[request] else "known")
+            if novel[request] or self._labels[request] == len(self.model.knowledge.names):  # else known before, too
+                del self._streams[request][: -2 * HOP - 1]
+        self._labels = np.array(labels)
         meant = self._meant(novel)
         self._look(state, meant)
-        state = self._adapt(state, meant) if self._move is None else state
+        if self._measuring is None and self._move is None and self._judging is None:
+            state = self._adapt(state, meant)
+        if self._measuring is not None and self._measuring.done():
+            self._send(state, meant)
         if self._move is not None and all_agree(state.placement, self._move.move.staged.ready()):
             state = self._take(state, meant)
+        if self._judging is not None and self._judging[1].done():
+            self._judge(state, meant)
         if self._lends and lent(self.host) and not (meant & self._standing.serves).all():
             state = self._whole(state, meant)
         self.state = switch(state, np.where(meant & self._standing.serves, 1, 0))
@@ -134,15 +181,12 @@ class Follower:
             self._standing = Standing(HOP, known)
         return self._labels != UNKNOWN if known else novel
 
-    def _append(self, request: int, text: list[int]) -> None:
-        before, stream = self._current[request], self._streams[request]
-        goes_on = bool(before) and text[: len(before)] == before
-        more = text[len(before) :] if goes_on else text
+    def _append(self, request: int, more: list[int]) -> None:
+        stream = self._streams[request]
         stream += more
         del stream[:-KEPT]
         self._tokens[request] += len(more)
-        self._text[request] += not goes_on
-        self._current[request] = text
+        self._length[request] += len(more)
 
     def _look(self, state: State, meant: np.ndarray) -> None:
         """Whether the variant still suits the text, from the router's counts of each hop, as they come."""
@@ -174,7 +218,7 @@ class Follower:
         return np.array(out, np.int32).reshape(-1, WINDOW + 1)
 
     def _adapt(self, state: State, meant: np.ndarray) -> State:
-        """Send a plan's pages on their way, if there is enough text to make one for."""
+        """Measure the text and make a plan for it, if there is enough of it."""
         count = sum(max(len(s) - 1, 0) // WINDOW for s, own in zip(self._streams, meant) if own)
         if not self._standing.due(count * WINDOW):
             return state
@@ -184,29 +228,71 @@ class Follower:
             if lent(self.host):  # what the baseline loses is measured with all of its pages
                 self.host, state = whole(self.host, state)
                 self._standing.serves = False
-            seen = [observe_windows(self.model, making, state.placement)]
-            if self._standing.known:
-                seen.append(observe_windows(self.model, judging, state.placement))
-            before = divergence(self.model, state, judging, seen[-1], 0)
-            plan = adapted(self.model, self.host, state, seen[0], 1, self.batch, self.reads, lend)
-            self._move = Sent(begin(self.host, state, plan, lend=lend), judging, seen, before, self._standing)
-        except recoverable(state.placement) as error:  # damaged pages, no memory: what runs goes on
-            self._fail(state, meant, error)
-        return state
-
-    def _take(self, state: State, meant: np.ndarray) -> State:
-        """Make the plan whose pages have come the variant, if it is better on the windows that it is for."""
-        assert self._move is not None
-        (move, judging, seen, before, standing), self._move = self._move, None
-        try:
-            self.host, state = finish(self.host, state, move)
-            self._standing.serves = False  # until the plan that is there now has proved itself
-            if standing is not self._standing:  # the text that it was for is over
-                return state
-            gains = (before - divergence(self.model, state, judging, seen[-1], 1)) / WINDOW
         except recoverable(state.placement) as error:
             self._fail(state, meant, error)
             return state
+        standing, known, host = self._standing, self._standing.known, self.host
+
+        def sent() -> Sent:
+            seen = [observe_windows(self.model, making, state.placement)]
+            if known:
+                seen.append(observe_windows(self.model, judging, state.placement))
+            before = divergence(self.model, state, judging, seen[-1], 0)
+            plan = adapted(self.model, host, state, seen[0], 1, self.batch, self.reads, lend)
+            return Sent(begin(host, state, plan, lend=lend), judging, seen, before, standing)
+
+        self._measuring = self._started(sent)
+        return state
+
+    def _started(self, work: Callable[[], Any]) -> Future[Any]:
+        """The work, under way in the worker, or done where there is none."""
+        if self.worker is not None:
+            return self.worker.submit(work)
+        done: Future[Any] = Future()
+        try:
+            done.set_result(work())
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+    def _send(self, state: State, meant: np.ndarray) -> None:
+        """The pages of the plan that was made are on their way."""
+        assert self._measuring is not None
+        done, self._measuring = self._measuring, None
+        try:
+            sent = done.result()
+        except recoverable(state.placement) as error:  # damaged pages, no memory: what runs goes on
+            self._fail(state, meant, error)
+            return
+        self._move = sent if sent.standing is self._standing else None
+
+    def _take(self, state: State, meant: np.ndarray) -> State:
+        """Make the plan whose pages have come the variant, and look whether it is better on the windows that it is
+        for."""
+        assert self._move is not None
+        sent, self._move = self._move, None
+        try:
+            self.host, state = finish(self.host, state, sent.move)
+        except recoverable(state.placement) as error:
+            self._fail(state, meant, error)
+            return state
+        self._standing.serves = False  # until the plan that is there now has proved itself
+        if sent.standing is self._standing:  # else the text that it was for is over
+            judging = self.model, state, sent.judging, sent.seen[-1], 1
+            self._judging = sent, self._started(lambda: (sent.before - divergence(*judging)) / WINDOW)
+        return state
+
+    def _judge(self, state: State, meant: np.ndarray) -> None:
+        """The variant serves if it is better on the windows that it is for."""
+        assert self._judging is not None
+        ((move, _, seen, _, standing), done), self._judging = self._judging, None
+        try:
+            gains = done.result()
+        except recoverable(state.placement) as error:
+            self._fail(state, meant, error)
+            return
+        if standing is not self._standing:
+            return
         gains = of_first(state.placement, gains)
         serves = bool(of_first(state.placement, np.asarray(standing.takes(gains))))
         bytes_each = [plan.expert_bytes() for plan in self.host.plans]
@@ -216,7 +302,6 @@ class Follower:
         standing.begins(serves, saves, counts, tokens, limit)
         words = ("not sure", "gains") if standing.known else ("not better", "adapted")
         self._note(state, _first(meant), words[serves], gain=float(gains.mean()), moved=move.staged.pages)
-        return state
 
     def _fail(self, state: State, meant: np.ndarray, error: Exception) -> None:
         self._note(state, _first(meant), "failed", name=" ".join(str(error).split()))
@@ -225,8 +310,9 @@ class Follower:
         assert state.watch is not None
         label, names = int(fetch(state.watch.label)[request]), self.model.knowledge.names
         name = name or (names[label] if 0 <= label < len(names) else "")
-        token, text, score = len(self._current[request]), int(self._text[request]), fetch(state.watch.score)[request]
-        self.events.append(Event(token, request, text, what, name, float(score), **more))
+        token, text = int(self._length[request]), int(self._text[request])
+        score = float(fetch(state.watch.score)[request])
+        self.events.append(Event(token, request, text, what, name, score, **more))
 
 
 def _first(meant: np.ndarray) -> int:

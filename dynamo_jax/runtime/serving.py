@@ -4,14 +4,17 @@
     out, routings = decoder(.., experts=experts(state))   # in the user's own jit, scan or shard_map
     state = observe(state, routings)                # what the router did, into the monitors
     state = switch(state, 1)                        # or one number for each request; nothing compiles
+    state = renew(state, ended)                     # requests whose place another one takes
     host, state = adapt(model, host, state, windows)      # on the host, between two steps
 
-``state`` is a pytree of arrays: its shapes never change, so a function that takes it compiles once. ``host`` is what
-stays in host memory: all pages with their checksums, the plans of the variants, and which page lies where. Variant 0 is
-the baseline, whose plan never changes; adaptation fills another. While no request needs the baseline, its slots may be
-lent to the other: nested planes are valid without those that refine them.
+``state`` is a pytree of arrays: its shapes never change, so a function that takes it compiles once, and may be given it
+for good (``donate_argnums``). An engine whose batches are ragged says of each token which request it is of
+(``request_of``), and renews a request's place when another one takes it. ``host`` is what stays in host memory: all
+pages with their checksums, the plans of the variants, and which page lies where. Variant 0 is the baseline, whose plan
+never changes; adaptation fills another. While no request needs the baseline, its slots may be lent to the other: nested
+planes are valid without those that refine them.
 
-Axes: B requests, T tokens, k experts a token, L layers, E experts.
+Axes: B requests, T tokens of each, N tokens of all, k experts a token, L layers, E experts.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ from dynamo_jax.runtime.mesh import (
     put,
     put_by,
 )
-from dynamo_jax.runtime.monitor import HOP, Watch, start, watch
+from dynamo_jax.runtime.monitor import HOP, Watch, start, watch, watch_tokens
 from dynamo_jax.runtime.quantized import QuantizedExperts, QuantizedModel
 from dynamo_jax.runtime.residency import (
     Residency,
@@ -146,7 +149,7 @@ def init(
 
     pages, here = on_all(placement, on_device)
     tables = tuple(table_of(here, plan, levels_of(plan)) for plan in plans)
-    signatures = None if model.knowledge is None else model.knowledge.signatures
+    signatures = None if model.knowledge is None else jax.tree.map(jnp.array, model.knowledge.signatures)
     state = State(here.resident, tables, jnp.zeros(requests, jnp.int32), signatures, None, placement)
     if placement is not None and signatures is not None:
         state = state._replace(signatures=jax.tree.map(lambda a: put(placement, a), signatures))
@@ -172,39 +175,80 @@ def for_requests(state: State, requests: int) -> State:
     return fresh._replace(watch=None) if state.watch is None else fresh
 
 
-def experts(state: State, form: str = "bf16") -> ExpertsFn:
+def experts(state: State, form: str = "bf16", request_of: Int[Array, " N"] | None = None) -> ExpertsFn:
     """The experts of ``dynamo_jax.models.decoder`` at each request's variant, for use inside the caller's own jit.
 
-    What a layer calls with its inputs (N, D) and their routing, N = B * T, and gets outputs (N, D) and the routing
-    from. A single request runs ``lax.switch``. form: of activations in the TPU kernel, "bf16", "int8" or "fp8"; it says
-    nothing elsewhere.
+    What a layer calls with its inputs (N, D) and their routing, and gets outputs (N, D) and the routing from.
+    request_of: the request, 0 to B - 1, that each token is of, in any order; -1 for padding, which goes to no expert.
+    Where it is not given N = B * T, one request after the other. A single request runs ``lax.switch``. form: of
+    activations in the TPU kernel, "bf16", "int8" or "fp8"; it says nothing elsewhere.
     """
-    alone = state.number.shape[0] == 1 or len(state.tables) == 1
+    requests = state.number.shape[0]
+    alone = requests == 1 or (len(state.tables) == 1 and request_of is None)
     number = state.number[0] if alone and state.placement is None else state.number
-    return switched_experts(state.resident, state.tables, number, form, state.placement)
+    return switched_experts(state.resident, state.tables, number, form, state.placement, request_of)
 
 
-def observe(state: State, routings: list[Routing], mask: Bool[Array, "B T"] | None = None) -> State:
-    """The state after a step that routed T tokens of each request, its monitors having seen them; for use inside jit.
+def observe(
+    state: State,
+    routings: list[Routing],
+    mask: Bool[Array, "B T"] | None = None,
+    request_of: Int[Array, " N"] | None = None,
+) -> State:
+    """The state after a step that routed tokens of its requests, the monitors having seen them; for use inside jit.
 
-    routings: of each layer with experts, as ``experts`` gave it back. mask: False where a token is padding. A state
-    that nobody watches stays as it is. ValueError: routings of another number of layers. Source: docs/method.md.
+    routings: of each layer with experts, as ``experts`` gave it back. mask: False where one of T tokens of each request
+    is padding. request_of: as ``experts`` takes it, instead; the tokens of a request in their order, any number of
+    them. A state that nobody watches stays as it is. ValueError: routings of another number of layers, or both mask and
+    request_of. Source: docs/method.md.
     """
     if state.watch is None or state.signatures is None:
         return state
     requests, (num_layers, num_experts) = state.number.shape[0], state.signatures.shares.shape[1:]
     if len(routings) != num_layers:
         raise ValueError(f"routings of {len(routings)} layers; the monitor knows {num_layers}")
+    if request_of is not None:
+        if mask is not None:
+            raise ValueError("mask and request_of: a token of no request is padding, so give one of the two")
+        after = watch_tokens(state.signatures, state.watch, jnp.stack([r.experts for r in routings]), request_of)
+        return state._replace(watch=_as_watch(state, after))
     tokens = routings[0].experts.shape[0] // requests
     size = min(HOP, tokens)  # of a piece: one token, where a step decodes
     counts = piece_counts(routings, requests, num_experts, size, mask)
     real = jnp.ones((requests, tokens)) if mask is None else mask.astype(jnp.float32)
     seen = jnp.pad(real, ((0, 0), (0, -tokens % size))).reshape(requests, -1, size).sum(axis=2)
-    after = watch(state.signatures, state.watch, counts, seen)
-    if (placement := state.placement) is not None:  # where they lay before, so that a step gives what it takes
-        rows = P(placement.rows(requests))
-        after = constrained(placement, after, jax.tree.map(lambda _: rows, after))
-    return state._replace(watch=after)
+    return state._replace(watch=_as_watch(state, watch(state.signatures, state.watch, counts, seen)))
+
+
+def _as_watch(state: State, watch: Watch) -> Watch:
+    """Where the monitors of the state lie, so that a step gives what it takes."""
+    if (placement := state.placement) is None:
+        return watch
+    rows = P(placement.rows(state.number.shape[0]))
+    return constrained(placement, watch, jax.tree.map(lambda _: rows, watch))
+
+
+def renew(state: State, ended: Bool[ArrayLike, " B"], monitors: Watch | None = None) -> State:
+    """Others take the places of the requests that have ``ended``, at the baseline; for use inside jit and outside.
+
+    monitors: of B requests, whose rows go on there, such as those that ``state.watch`` had when a client's last request
+    ended; by default new ones. ValueError: not one truth value for each request.
+    """
+    given: Any = ended if isinstance(ended, jax.Array) else np.asarray(ended)
+    if given.dtype != bool or given.shape != state.number.shape:
+        raise ValueError(
+            f"ended is {given.dtype} of the shape {given.shape}: expected a truth value for each of "
+            f"{state.number.shape[0]} requests"
+        )
+    state = switch(state, jnp.where(given, 0, state.number))
+    if state.watch is None or state.signatures is None:
+        return state
+
+    def chosen(new: Array, now: Array) -> Array:
+        return jnp.where(jnp.reshape(given, (-1, *[1] * (now.ndim - 1))), new, now)
+
+    fresh = start(state.signatures, len(given)) if monitors is None else monitors
+    return state._replace(watch=_as_watch(state, jax.tree.map(chosen, fresh, state.watch)))
 
 
 def switch(state: State, number: Int[ArrayLike, "*B"]) -> State:

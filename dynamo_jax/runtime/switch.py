@@ -2,10 +2,11 @@
 
 ``lax.switch`` runs one branch, and a branch reads only the levels that its variant has a table for. Planes, pages and
 tables are arguments, so new pages of the same shapes are new data and no new program. The index is one scalar for the
-batch, or one for each sequence: then the rows of each variant and expert are multiplied together, and what a sequence
-gets does not depend on its neighbours. It must not be vmapped, since a batched ``lax.switch`` runs every branch.
+batch, or one for each request: then the rows of each variant and expert are multiplied together, and what a request
+gets does not depend on its neighbours. Padding goes to no expert. It must not be vmapped, since a batched
+``lax.switch`` runs every branch.
 
-Axes: B sequences, N = B*T tokens, k experts a token, R = N*k rows, V variants.
+Axes: B requests, N tokens, k experts a token, R = N*k rows, V variants.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.kernels.arrangements import AnyResident
-from dynamo_jax.kernels.fragments import FragmentResident
 from dynamo_jax.kernels.layout import BasePlanes, PageTable, Resident, dequantize_experts, dequantize_layer, widened
 from dynamo_jax.kernels.quantized_xla import quantized_experts_xla
 from dynamo_jax.kernels.rows import RowOrder, combine_rows, gather_rows, sort_by_expert
@@ -51,16 +51,20 @@ def switched_experts(
     index: Int[Array, ""] | Int[Array, " B"],
     form: str = "bf16",
     placement: Placement | None = None,
+    request_of: Int[Array, " N"] | None = None,
 ) -> ExpertsFn:
     """Experts at the precision of ``tables[index]``; an index out of range is clamped, as lax.switch does.
 
-    index: of all tokens, or of each of B sequences, whose tokens lie one sequence after the other. Planes in tiles or
-    fragments go through the kernel of a TPU, with activations in ``form``, or of a GPU: these take any number of
-    variants at once, so nothing is switched there but which page tables a row is given. placement: of the planes, pages
-    and tables on several devices; then each device multiplies its own experts (``over_shards``).
+    index: of all tokens, or of each of B requests. request_of: the request that each token is of; a token of none, -1,
+    is padding, which no expert gets and whose output is 0. Where it is not given there are as many tokens of each
+    request, one request after the other. Planes in tiles or fragments go through the kernel of a TPU, with activations
+    in ``form``, or of a GPU: these take any number of variants at once, so nothing is switched there but which page
+    tables a row is given. placement: of the planes, pages and tables on several devices; then each device multiplies
+    its own experts (``over_shards``). ValueError: tokens that are not of as many requests, or of other shape than
+    request_of.
     """
     if placement is not None:
-        return over_shards(placement, resident, tables, index, form)
+        return over_shards(placement, resident, tables, index, form, request_of)
 
     channels, hidden = resident.sizes
 
@@ -68,12 +72,16 @@ def switched_experts(
         layer: int, x: Array, routing: Routing, _: ExpertWeights | None, own: ExpertForm
     ) -> tuple[Array, Routing]:
         biases = own.biases and ExpertBiases(*map(widened, own.biases, (channels, channels, hidden)))
-        given = jnp.asarray(index), layer, widened(x, hidden), routing, own._replace(biases=biases)
-        if not isinstance(resident, Resident):
-            out = _by_kernel(resident, tables, *given, form)
+        real = _real(request_of, jnp.size(index), x.shape[0])
+        given = real, layer, widened(x, hidden), routing, own._replace(biases=biases)
+        if isinstance(resident, Resident) and jnp.ndim(index) == 0:
+            out = _at_one_variant(resident, tables, jnp.asarray(index), *given)
         else:
-            run = _at_one_variant if jnp.ndim(index) == 0 else _by_sequence
-            out = run(resident, tables, *given)
+            number = _of_tokens(jnp.atleast_1d(jnp.asarray(index)), len(tables), x.shape[0], request_of)
+            if isinstance(resident, Resident):
+                out = _by_token(resident, tables, number, *given)
+            else:
+                out = _grouped(resident, tables, number, *given, _kernel_of(resident, form))
         return out[:, : x.shape[1]], routing
 
     return experts
@@ -85,6 +93,7 @@ def over_shards(
     tables: tuple[PageTable, ...],
     index: Int[Array, ""] | Int[Array, " B"],
     form: str = "bf16",
+    request_of: Int[Array, " N"] | None = None,
 ) -> ExpertsFn:
     """``switched_experts`` where each device has some of the experts, or of their channel blocks.
 
@@ -100,8 +109,12 @@ def over_shards(
         layer: int, x: Array, routing: Routing, _: ExpertWeights | None, own: ExpertForm
     ) -> tuple[Array, Routing]:
         index_of = jnp.atleast_1d(jnp.asarray(index))
-        number = _of_tokens(index_of, len(tables), x.shape[0])
-        rows = placement.rows(index_of.shape[0]) if x.shape[0] % placement.mesh.shape[DATA] == 0 else None
+        tokens = x.shape[0]
+        real = _real(request_of, index_of.shape[0], tokens)
+        number = _of_tokens(index_of, len(tables), tokens, request_of)
+        if real is not None:
+            number = jnp.where(real, number, len(tables))  # no variant: no device multiplies it
+        rows = placement.rows(index_of.shape[0]) if tokens % placement.mesh.shape[DATA] == 0 else None
         biases = own.biases and ExpertBiases(*map(widened, own.biases, (channels, channels, hidden)))
         sent = (widened(x, hidden), number[:, None], routing.experts, routing.gates)
         wanted = (P(), *[P(rows)] * len(sent), of_resident, of_tables, biases and placement.bias_specs)
@@ -119,7 +132,7 @@ def over_shards(
             return (jax.lax.psum(out, over) if over else out).astype(x.dtype)
 
         run = jax.shard_map(local, mesh=placement.mesh, in_specs=wanted, out_specs=P(rows), check_vma=False)
-        out = run(jnp.asarray(layer), *sent, resident, tables, biases)
+        out = _of_real(run(jnp.asarray(layer), *sent, resident, tables, biases), real)
         return out[:, : x.shape[1]], routing
 
     return experts
@@ -143,7 +156,7 @@ def _own_part(
     here = resident.base.codes.shape[1]
     at = chosen - jax.lax.axis_index(placement.experts) * here if placement.experts else chosen
     last = len(tables) * here  # rows of other devices' experts come last, in a group that is left off
-    groups = jnp.where((at >= 0) & (at < here), number * here + at, last)
+    groups = jnp.where((at >= 0) & (at < here) & (number < len(tables)), number * here + at, last)
     if biases and placement.blocks:
         first = jax.lax.axis_index(placement.blocks) == 0  # the bias of down is added once
         biases = biases._replace(down=jnp.where(first, biases.down, 0))
@@ -210,35 +223,34 @@ def _kernel_of(resident: AnyResident, form: str) -> Callable[..., Array]:
     return kernel
 
 
-def _by_kernel(
-    resident: TiledResident | FragmentResident,
-    tables: tuple[PageTable, ...],
-    index: Int[Array, ""] | Int[Array, " B"],
-    layer: int,
-    x: Float[Array, "N D"],
-    routing: Routing,
-    own: ExpertForm,
-    form: str,
-) -> Float[Array, "N D"]:
-    num_experts = resident.base.codes.shape[1]
-    number = _of_tokens(jnp.atleast_1d(index), len(tables), x.shape[0])
-    groups = number[:, None] * num_experts + routing.experts
-
-    return _grouped(resident, tables, layer, x, routing, groups, own, _kernel_of(resident, form))
+def _real(request_of: Int[Array, " N"] | None, requests: int, tokens: int) -> Bool[Array, " N"] | None:
+    """Which tokens are of a request; None where all are."""
+    if request_of is None:
+        return None
+    if request_of.shape != (tokens,):
+        raise ValueError(
+            f"request_of has the shape {request_of.shape}: expected one request for each of {tokens} tokens"
+        )
+    return (request_of >= 0) & (request_of < requests)
 
 
-def _of_tokens(index: Int[Array, " B"], variants: int, tokens: int) -> Int[Array, " N"]:
-    """The variant of each token, those of one sequence after those of another."""
-    sequences = index.shape[0]
-    if tokens % sequences:
-        raise ValueError(f"{tokens} tokens are not of {sequences} sequences of one length")
-    return jnp.repeat(jnp.clip(index, 0, variants - 1), tokens // sequences)
+def _of_tokens(
+    index: Int[Array, " B"], variants: int, tokens: int, request_of: Int[Array, " N"] | None
+) -> Int[Array, " N"]:
+    """The variant of each token."""
+    requests, clipped = index.shape[0], jnp.clip(index, 0, variants - 1)
+    if request_of is not None:
+        return clipped[jnp.clip(request_of, 0, requests - 1)]
+    if tokens % requests:
+        raise ValueError(f"{tokens} tokens are not of {requests} requests of one length")
+    return jnp.repeat(clipped, tokens // requests)
 
 
 def _at_one_variant(
     resident: Resident,
     tables: tuple[PageTable, ...],
     index: Int[Array, ""],
+    real: Bool[Array, " N"] | None,
     layer: int,
     x: Float[Array, "N D"],
     routing: Routing,
@@ -250,29 +262,27 @@ def _at_one_variant(
         """Unpack only the experts that the rows chose, all at once."""
         chosen, own_routing, own_form = one_expert_a_row(routing, form)
         weights = ExpertWeights(*dequantize_layer(resident, table, layer, chosen))
-        return expert_outputs(x, own_routing, weights, own_form)
+        return _of_real(expert_outputs(x, own_routing, weights, own_form), real)
 
     def many(table: PageTable) -> Array:
-        return _grouped(resident, (table,), layer, x, routing, routing.experts, form)
+        return _grouped(resident, (table,), jnp.zeros(x.shape[0], jnp.int32), real, layer, x, routing, form)
 
     branch = few if few_rows(routing, num_experts) else many
     return jax.lax.switch(index, [functools.partial(branch, table) for table in tables])
 
 
-def _by_sequence(
+def _by_token(
     resident: Resident,
     tables: tuple[PageTable, ...],
-    index: Int[Array, " B"],
+    number: Int[Array, " N"],
+    real: Bool[Array, " N"] | None,
     layer: int,
     x: Float[Array, "N D"],
     routing: Routing,
     form: ExpertForm,
 ) -> Float[Array, "N D"]:
-    num_experts = resident.base.codes.shape[1]
-    number = _of_tokens(index, len(tables), x.shape[0])
-    if not few_rows(routing, num_experts):
-        groups = number[:, None] * num_experts + routing.experts
-        return _grouped(resident, tables, layer, x, routing, groups, form)
+    if not few_rows(routing, resident.base.codes.shape[1]):
+        return _grouped(resident, tables, number, real, layer, x, routing, form)
     chosen, own_routing, own_form = one_expert_a_row(routing, form)
     row_number = jnp.repeat(number, routing.experts.shape[1])
     levels = [level for level in resident.pages if any(level in table for table in tables)]
@@ -284,24 +294,32 @@ def _by_sequence(
         own[level] = each[row_number, chosen]
     base = BasePlanes(*(a[layer][chosen] for a in resident.base))
     weights = ExpertWeights(*dequantize_experts(base, resident.pages, own))
-    return expert_outputs(x, own_routing, weights, own_form)
+    return _of_real(expert_outputs(x, own_routing, weights, own_form), real)
+
+
+def _of_real(out: Float[Array, "N D"], real: Bool[Array, " N"] | None) -> Float[Array, "N D"]:
+    return out if real is None else jnp.where(real[:, None], out, 0)
 
 
 def _grouped(
     resident: AnyResident,
     tables: tuple[PageTable, ...],
+    number: Int[Array, " N"],
+    real: Bool[Array, " N"] | None,
     layer: int,
     x: Float[Array, "N D"],
     routing: Routing,
-    groups: Int[Array, "N k"],
     form: ExpertForm,
     kernel: Callable[..., Array] = quantized_experts_xla,
 ) -> Float[Array, "N D"]:
-    """Rows in the order of ``groups``: variant times the number of experts, plus expert."""
-    order = sort_by_expert(groups, len(tables) * resident.base.codes.shape[1])
-    rows, sizes = gather_rows(x, order), order.group_sizes
+    """Rows in the order of variants, then of experts; those of padding come last, in a group that is left off."""
+    num_experts = resident.base.codes.shape[1]
+    groups, last = number[:, None] * num_experts + routing.experts, len(tables) * num_experts
+    groups = groups if real is None else jnp.where(real[:, None], groups, last)
+    order = sort_by_expert(groups, last + 1)
+    rows, sizes = gather_rows(x, order), order.group_sizes[:-1]
     out = kernel(rows, sizes, resident, tables, layer, form.activation, form.biases)
-    return combine_rows(out, routing.gates, order).astype(x.dtype)
+    return _of_real(combine_rows(out, routing.gates, order).astype(x.dtype), real)
 
 
 def window_losses(

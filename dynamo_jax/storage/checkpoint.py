@@ -5,9 +5,10 @@
     plan.safetensors         plan, page tables, and what calibration knew
     top.safetensors          embeddings, last norm, head
     layer-000.safetensors    a layer's planes and its unquantized parameters
-    source/                  config.json, tokenizer and chat template of the model that was quantized
+    config.json, ..          configuration, tokenizer and chat template of the model that was quantized, as they were
 
-A file a layer, so that a model larger than memory can be written and read in parts. How the folder
+A file a layer, so that a model larger than memory can be written and read in parts. Engines find configuration and
+tokenizer where any model folder has them. How the folder
 becomes a result, whole or not at all, is ``results.py``'s. Nothing is pickled.
 """
 
@@ -53,9 +54,9 @@ from dynamo_jax.storage.bundles import (
 from dynamo_jax.storage.results import SUMS, Making, Result, check_free, digest_of, located
 from dynamo_jax.storage.work import FolderWork
 
-FORMAT = 8
+FORMAT = 9
 NAME = "dynamo_jax quantized model"
-META, PLAN, TOP, SOURCE = "dynamo_jax.json", "plan.safetensors", "top.safetensors", "source"
+META, PLAN, TOP = "dynamo_jax.json", "plan.safetensors", "top.safetensors"
 KNOWLEDGE = ("counts", "unseen", "loss_per_error", "block_errors", "correction")
 SAVING = {"command": "save"}
 MONITOR = "monitor/"  # before the names of the signatures' arrays
@@ -135,10 +136,10 @@ def publish(
     tables = {f"page_table{level}": table for level, table in page_tables(plan).items()}
     write_tensors(folder / PLAN, arrays | tables | {"widths": plan.widths})
     for name, content in files.items():
-        (folder / SOURCE / name).parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / SOURCE / name, content)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / name, content)
     sums = work.sums([Path(TOP).stem, *map(layer_name, range(config.num_hidden_layers))])
-    sums |= {name: digest_of(folder / name) for name in (PLAN, *(f"{SOURCE}/{name}" for name in files))}
+    sums |= {name: digest_of(folder / name) for name in (PLAN, *files)}
     meta = {
         "name": NAME,
         "format": FORMAT,
@@ -236,11 +237,10 @@ def read_description(folder: Path) -> Description:
         meta = from_dict(Meta, _tuples(raw), META)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / META}: damaged: {shortened(str(error), 500)}") from error
-    known = {META, PLAN, TOP, *(f"{layer_name(layer)}.safetensors" for layer in range(config.num_hidden_layers))}
-    own = {name for name in result.sums if not name.startswith(f"{SOURCE}/")}
-    if wrong := sorted(own ^ known):
+    own, there = _own_files(config), set(result.sums)
+    if wrong := sorted(own - there) + sorted(name for name in there - own if name.endswith(".safetensors")):
         raise ValueError(
-            f"{folder / SUMS}: damaged: {wrong[0]} is {'no' if wrong[0] in own else 'a'} file of this model"
+            f"{folder / SUMS}: damaged: {wrong[0]} is {'no' if wrong[0] in there else 'a'} file of this model"
         )
     _check_sizes(result, meta)
     path = result.path(PLAN)
@@ -264,6 +264,16 @@ def read_description(folder: Path) -> Description:
         if not np.array_equal(table, arrays[f"page_table{level}"]):
             raise ValueError(f"{path}: the page table of level {level} does not fit the widths")
     return Description(result, meta, config, plan, arrays)
+
+
+def _own_files(config: ModelConfig) -> set[str]:
+    layers = (f"{layer_name(layer)}.safetensors" for layer in range(config.num_hidden_layers))
+    return {META, PLAN, TOP, *layers}
+
+
+def side_names(description: Description) -> list[str]:
+    """The files that are as they were in the folder that was quantized."""
+    return [name for name in description.result.sums if name not in _own_files(description.config)]
 
 
 def _config(raw: Any) -> ModelConfig:
@@ -338,14 +348,10 @@ def _loaded(folder: Path, mesh: Mesh | None) -> tuple[QuantizedModel, dict[str, 
     """The model, and the digests of its files."""
     description = read_description(folder)
     result, meta, config, plan, _ = description
-    files = {
-        name.removeprefix(f"{SOURCE}/"): result.path(name).read_bytes()
-        for name in result.sums
-        if name.startswith(f"{SOURCE}/")
-    }
+    files = {name: result.path(name).read_bytes() for name in side_names(description)}
     if TOKENIZER not in files:
-        raise ValueError(f"{folder / SOURCE / TOKENIZER}: no such file")
-    tokenizer = tokenizer_from(files[TOKENIZER], folder / SOURCE / TOKENIZER)
+        raise ValueError(f"{folder / TOKENIZER}: no such file")
+    tokenizer = tokenizer_from(files[TOKENIZER], folder / TOKENIZER)
     kept: Bundle = dict(top_bundle(result, config, meta.rest))
     placement = None if mesh is None else Placement.of(mesh, config.num_experts, plan.blocks)
     held = own_experts(placement, config.num_experts) if spans_processes(placement) else None
@@ -421,10 +427,10 @@ def layer_bundle(
 
 def check(folder: Path) -> int:
     """Read every file of the quantized model in ``folder``; the bytes read. ValueError: one is missing or damaged."""
-    result, meta, config, plan, _ = read_description(folder)
-    for name in result.sums:  # of the others, those who read them compare the digests
-        if name.startswith(f"{SOURCE}/"):
-            result.path(name)
+    description = read_description(folder)
+    result, meta, config, plan, _ = description
+    for name in side_names(description):  # of the others, those who read them compare the digests
+        result.path(name)
     top_bundle(result, config, meta.rest)
     for layer in range(config.num_hidden_layers):
         layer_bundle(result, config, plan, meta, layer)

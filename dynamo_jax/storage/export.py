@@ -61,11 +61,8 @@ def export(
     folder, out = Path(folder), Path(out).resolve()
     description = checkpoint.read_description(folder)
     result, config = description.result, description.config
-    if f"{checkpoint.SOURCE}/config.json" not in result.sums:
-        raise ValueError(
-            f"{folder / checkpoint.SOURCE / 'config.json'}: no such file; "
-            "this model did not come from a checkpoint folder"
-        )
+    if "config.json" not in result.sums:
+        raise ValueError(f"{folder / 'config.json'}: no such file; this model did not come from a checkpoint folder")
     origin = _origin(description, Path(source)) if source else None
     if not origin:
         description = description._replace(config=names_alone(config))
@@ -79,11 +76,9 @@ def export(
         copied = _parts(origin) if origin else []
         count = config.num_hidden_layers + 1 + len(copied)
         write_shards(making.folder, _shards(description, origin, copied, progress), count)
-        for name in result.sums:
-            if name.startswith(f"{checkpoint.SOURCE}/"):
-                own = making.folder / name.removeprefix(f"{checkpoint.SOURCE}/")
-                own.parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(own, result.path(name).read_bytes())
+        for name in checkpoint.side_names(description):
+            (making.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(making.folder / name, result.path(name).read_bytes())
         raw = read_json(making.folder / "config.json")
         write_json(making.folder / "config.json", _config_of(raw, description, origin, log))
         settings = making.folder / "tokenizer_config.json"
@@ -98,7 +93,7 @@ def export(
 def _origin(description: checkpoint.Description, folder: Path) -> Source:
     """The folder that was quantized. ValueError: it is another one."""
     source = Source(folder)
-    if digest_of(folder / "config.json") != description.result.sums[f"{checkpoint.SOURCE}/config.json"]:
+    if digest_of(folder / "config.json") != description.result.sums["config.json"]:
         raise ValueError(f"{folder / 'config.json'}: not what was quantized, which {description.result.folder} says")
     if other := sorted(set(source.unread) ^ set(description.meta.not_read)):
         said = f"{shortened(other[0])} is not read of one of this and what {description.result.folder} was made from"

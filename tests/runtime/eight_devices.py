@@ -19,7 +19,9 @@ from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.generation import quantized_language_model
 from dynamo_jax.models.decoder import Decoder, new_cache, parameters, with_parameters
+from dynamo_jax.models.experts import ExpertForm
 from dynamo_jax.models.rest import bits_of, expanded
+from dynamo_jax.models.routing import Routing
 from dynamo_jax.models.stacked import stacked
 from dynamo_jax.runtime import devices, memory, serving, shapes, switch
 from dynamo_jax.runtime import generate as generation
@@ -144,6 +146,31 @@ def test_logits_and_monitors_are_those_of_one_device(model, shape):
     host, state = adapted(model, placement_of(model, shape), tokens_of(1, 4, 65, 20, 30))
     assert (host.plans[1].widths != host.plans[0].widths).any()
     alike(ran(model, state, tokens_of(2)), beside_one_device(model, host, tokens_of(2)))
+
+
+def test_tokens_in_any_order_with_padding_between_are_of_their_requests(model):
+    """On a mesh as on one device: two tokens of each request, padding beside them, and two variants."""
+    host, state = adapted(model, placement_of(model, (2, 4)), tokens_of(1, 4, 65, 20, 30))
+    slots = {level: has.size for level, has in pages_of(model.plan).items()}
+    _, alone = serving.init(model, REQUESTS, slots=slots, others=[host.plans[1]])
+    alone = serving.switch(alone, fetch(state.number))
+    rng = np.random.default_rng(5)
+    request_of = rng.permutation(np.repeat([*range(REQUESTS), -1], 2)).astype(np.int32)[: 2 * REQUESTS]
+    x = rng.normal(size=(len(request_of), model.config.hidden_size)).astype(np.float32)
+    routed = np.stack([rng.permutation(model.config.num_experts)[:2] for _ in request_of]).astype(np.int32)
+
+    @jax.jit
+    def run(state, request_of, x, routed):
+        routing, form = Routing(None, routed, jnp.full(routed.shape, 0.5)), ExpertForm(lambda a, b: jax.nn.silu(a) * b)
+        out, _ = serving.experts(state, request_of=request_of)(0, x, routing, None, form)
+        return out, serving.observe(state, [routing] * model.config.num_moe_layers, request_of=request_of).watch
+
+    here = [put(state.placement, a) for a in (request_of, x, routed)]
+    (out, watch), (want, want_watch) = run(state, *here), run(alone, request_of, x, routed)
+    np.testing.assert_allclose(fetch(out), want, rtol=0, atol=1e-5 * np.abs(want).max())
+    assert (fetch(out)[request_of < 0] == 0).all()
+    for a, b in zip(watch, want_watch, strict=True):
+        np.testing.assert_array_equal(fetch(a), b)
 
 
 @pytest.mark.parametrize("shape", [(2, 4), pytest.param((4, 2), marks=pytest.mark.slow)], ids=str)

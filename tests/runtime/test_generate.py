@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+from concurrent.futures import Executor, Future
 
 import jax
 import jax.numpy as jnp
@@ -332,6 +333,100 @@ def test_pages_that_come_for_text_that_is_over_serve_nobody(quantized, monkeypat
     follower._move = online.Sent(move, np.zeros((1, 3), int), None, np.zeros(1), follower._standing)
     state = follower(labelled(state, 0), [list(range(11))])
     assert follower._move is None and state.number.tolist() == [0]
+
+
+class Later(Executor):
+    """A worker that works when it is told to."""
+
+    def __init__(self):
+        self.waiting = []
+
+    def submit(self, work):
+        self.waiting.append((work, future := Future()))
+        return future
+
+    def work(self):
+        (work, future), self.waiting = self.waiting[0], self.waiting[1:]
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+
+def beside(quantized, requests=2):
+    follower, state = follower_of(quantized, requests)
+    slower = online.Follower(quantized, follower.host, state, worker=Later())
+    return slower, state
+
+
+def until(follower, state, labels, what):
+    """Steps without new tokens until pages have come."""
+    for _ in range(100):
+        state = follower.told(labelled(state, *labels), {})
+        if what():
+            return state
+        time.sleep(0.1)
+    raise AssertionError("nothing happened")
+
+
+def test_a_worker_measures_and_judges_while_steps_go_on(quantized):
+    """The same plan and the same event as without one, later; no slot is lent, and the variant serves when it is
+    judged."""
+    text = [int(t) for t in np.random.default_rng(0).integers(3, 60, FIRST + 1)]
+    alone, state = follower_of(quantized, 2)
+    until(alone, alone.told(labelled(state, 1, 0), {0: text, 1: text[:9]}), [1, 0], lambda: len(alone.events) > 2)
+    follower, late = beside(quantized)
+    late = follower.told(labelled(late, 1, 0), {0: text, 1: text[:9]})
+    for _ in range(3):
+        late = follower.told(labelled(late, 1, 0), {0: [3], 1: [3]})
+        assert len(follower.worker.waiting) == 1 and late.number.tolist() == [0, 0]
+    follower.worker.work()
+    late = until(follower, late, [1, 0], lambda: follower.worker.waiting)
+    assert late.number.tolist() == [0, 0] and (follower.host.plans[1].widths == alone.host.plans[1].widths).all()
+    follower.worker.work()
+    late = follower.told(labelled(late, 1, 0), {})
+    (judged,) = [e for e in follower.events if e.what in ("adapted", "not better")]
+    assert judged[3:] == alone.events[-1][3:] and not serving.lent(follower.host)
+    assert late.number.tolist() == [int(judged.what == "adapted"), 0]
+
+
+def test_what_a_worker_made_for_text_that_is_over_serves_nobody(quantized, monkeypatch):
+    follower, state = beside(quantized)
+    state = follower.told(labelled(state, 1, 0), {0: list(range(FIRST + 1))})
+    state = follower.told(labelled(state, 0, 0), {})
+    follower.worker.work()
+    state = follower.told(labelled(state, 0, 0), {})
+    assert follower._move is None and follower._measuring is None
+    assert [e.what for e in follower.events] == ["novel", "known", "known"]
+
+
+def test_a_worker_that_fails_leaves_the_baseline_running(quantized, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(online, "observe_windows", fails)
+    follower, state = beside(quantized)
+    state = follower.told(labelled(state, 1, 0), {0: list(range(FIRST + 1))})
+    follower.worker.work()
+    state = follower.told(labelled(state, 1, 0), {})
+    assert state.number.tolist() == [0, 0]
+    assert (follower.events[-1].what, follower.events[-1].name) == ("failed", "no memory")
+
+
+def test_a_request_that_takes_the_place_of_another_begins_anew(quantized):
+    """Its tokens are not those of the one before; and a client's monitor may go on with it."""
+    follower, state = beside(quantized)
+    state = follower.told(labelled(state, 1, 0), {0: list(range(100)), 1: list(range(100, 200))})
+    follower._standing.serves = True
+    state = follower.told(state, {})
+    assert state.number.tolist() == [1, 0]
+    state = follower.renewed(state, [0])
+    assert state.number.tolist() == [0, 0] and state.watch.label.tolist() == [-1, 0]
+    state = follower.told(labelled(state, 1, 0), {0: list(range(200, 250))})
+    assert follower._windows(np.array([True, False])).size == 0
+    assert [(e.request, e.text, e.token) for e in follower.events] == [(0, 0, 100), (1, 0, 100), (0, 1, 50)]
+    state = follower.renewed(state, [1], monitors=jax.tree.map(lambda a: a[::-1], state.watch))
+    assert state.watch.label.tolist() == [1, 1]
 
 
 def test_a_request_that_has_ended_is_not_watched(quantized):

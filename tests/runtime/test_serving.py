@@ -17,6 +17,8 @@ from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.kernels.layout import LEVELS
 from dynamo_jax.models.decoder import Decoder, with_parameters
+from dynamo_jax.models.experts import ExpertForm
+from dynamo_jax.models.routing import Routing
 from dynamo_jax.runtime import serving
 from dynamo_jax.runtime.adapt import observe_windows
 from dynamo_jax.runtime.monitor import HOP, UNKNOWN
@@ -67,6 +69,15 @@ def step(config, params, state, tokens, mask):
     """What a user writes: logits, and the state with what the router did."""
     logits, routings = with_parameters(config, params)(tokens, mask, experts=serving.experts(state))
     return logits, serving.observe(state, routings, mask)
+
+
+def two_bits(host):
+    """A plan of no pages."""
+    return dataclasses.replace(host.plans[0], widths=np.full_like(host.plans[0].widths, 2))
+
+
+def routings_of(chosen):
+    return [Routing(None, jnp.asarray(own), None) for own in chosen]
 
 
 def tokens_of(seed, requests=2, length=40, low=3, high=61):
@@ -175,6 +186,95 @@ def test_a_long_prompt_is_watched_in_pieces(model, length):
     _, after = run(model, state, tokens)
     assert int(after.watch.decisions[0]) == max(0, length // HOP - 1)
     assert (int(after.watch.label[0]) == UNKNOWN) == (length < 2 * HOP)
+
+
+def ragged(lengths, bucket, seed=0):
+    """Tokens of requests of different lengths, mixed, with padding between: which request each is of."""
+    own = np.concatenate([np.full(n, i) for i, n in enumerate(lengths)] + [np.full(bucket - sum(lengths), -1)])
+    return np.random.default_rng(seed).permutation(own)
+
+
+def of_ragged(values, request_of, request):
+    return np.asarray(values)[np.asarray(request_of) == request]
+
+
+@pytest.mark.parametrize(("lengths", "top_k"), [((1, 1, 0, 0), 1), ((40, 7, 0, 65), 2)])
+def test_tokens_of_ragged_requests_get_what_each_request_gets_alone(model, lengths, top_k):
+    """Whatever order they lie in, with padding between that holds no numbers: few rows and many."""
+    host, state = serving.init(model, requests=4)
+    host, state = serving.finish(host, state, serving.begin(host, state, two_bits(host)))
+    state = serving.switch(state, [0, 1, 0, 1])
+    request_of = ragged(lengths, sum(lengths) + 1)
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(len(request_of), 64)).astype(np.float32)
+    x[request_of < 0] = np.nan
+    chosen = np.stack([rng.permutation(6)[:top_k] for _ in request_of])
+    gates = rng.uniform(size=chosen.shape).astype(np.float32)
+    gates[request_of < 0] = np.nan
+
+    @jax.jit
+    def run(state, x, chosen, gates, request_of=None):
+        experts = serving.experts(state, request_of=request_of)
+        return experts(0, x, Routing(None, chosen, gates), None, ExpertForm(lambda gate, up: nnx.silu(gate) * up))[0]
+
+    with jax.default_matmul_precision("highest"):
+        both = run(state, x, chosen, gates, jnp.asarray(request_of))
+        assert (of_ragged(both, request_of, -1) == 0).all()
+        for request, length in enumerate(lengths):
+            if length:
+                own = (of_ragged(values, request_of, request) for values in (x, chosen, gates))
+                alone = serving.for_requests(state, 1)
+                alone = serving.switch(alone, int(state.number[request]))
+                want = run(alone, *own)
+                np.testing.assert_allclose(of_ragged(both, request_of, request), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [(1, 0, 1), (HOP - 1, 1, 0), (3 * HOP + 5, 2, HOP)])
+def test_monitors_of_ragged_requests_see_what_each_request_routed(model, lengths):
+    """Each monitor as if its request had been alone; and twice, so that a hop goes on from step to step."""
+    _, state = serving.init(model, requests=3)
+    alone = [serving.init(model, requests=1)[1] for _ in lengths]
+    for seed in range(2):
+        request_of = ragged(lengths, sum(lengths) + 3, seed)
+        chosen = np.random.default_rng(seed).integers(0, 6, (2, len(request_of), 2))
+        state = serving.observe(state, routings_of(chosen), request_of=jnp.asarray(request_of))
+        for request, length in enumerate(lengths):
+            if length:
+                own = routings_of(chosen[:, request_of == request])
+                alone[request] = serving.observe(alone[request], own)
+    for field, values in state.watch._asdict().items():
+        for request, one in enumerate(alone):
+            np.testing.assert_array_equal(values[request], getattr(one.watch, field)[0], field)
+
+
+def test_another_request_begins_in_the_place_of_one_that_has_ended(model):
+    _, state = serving.init(model, requests=3)
+    _, seen = run(model, serving.switch(state, [1, 1, 0]), tokens_of(6, 3, 2 * HOP + 9))
+    ended = np.array([False, True, True])
+    for after in (serving.renew(seen, ended), jax.jit(serving.renew)(seen, ended)):
+        assert after.number.tolist() == [1, 0, 0]
+        for now, before, new in zip(after.watch, seen.watch, state.watch):
+            np.testing.assert_array_equal(now, np.concatenate([before[:1], new[1:]]))
+    nobody = serving.renew(seen._replace(watch=None), ended)
+    assert nobody.watch is None and nobody.number.tolist() == [1, 0, 0]
+    for wrong in ([True], [1, 0, 0], np.zeros((3, 1), bool)):
+        with pytest.raises(ValueError, match="expected a truth value for each of 3 requests"):
+            serving.renew(seen, wrong)
+
+
+def test_a_state_can_be_given_away(model):
+    """Donated to a step that hands it back; what the model and another state know is not touched."""
+    host, state = serving.init(model, requests=2)
+    _, other = serving.init(model, requests=2)
+    donating = jax.jit(step.__wrapped__, static_argnums=0, donate_argnums=2)
+    want, _ = run(model, other, tokens_of(7))
+    for _ in range(2):
+        got, state = donating(model.config, model.parameters, state, tokens_of(7), jnp.ones((2, 40), bool))
+        np.testing.assert_array_equal(got, want)
+    _, state = serving.adapt(model, host, state, np.asarray(tokens_of(8, 4, 65)))
+    got, _ = donating(model.config, model.parameters, state, tokens_of(7), jnp.ones((2, 40), bool))
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(run(model, other, tokens_of(7))[0], want)
 
 
 def test_a_scan_of_steps_follows_the_text(model):

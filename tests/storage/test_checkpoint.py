@@ -170,7 +170,7 @@ def test_what_else_lies_in_the_folder_is_not_read(saved, tmp_path):
     """Nor sent on by an export: ``source`` may hold a link to anything."""
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
-    (folder / "source" / "secret.txt").symlink_to("/etc/passwd")
+    (folder / "secret.txt").symlink_to("/etc/passwd")
     (folder / "notes.txt").write_text("mine")
     assert set(checkpoint.load(folder).files) == {"tokenizer.json", "config.json"}
     assert checkpoint.check(folder) == sum(p.stat().st_size for p in saved.rglob("*") if p.is_file())

@@ -201,13 +201,13 @@ def test_what_config_json_promises_and_an_export_does_not_have_is_taken_out(expo
     """The source named Python files of its own, layers that predict further tokens, and float16 in the older key."""
     folder = tmp_path / "quantized"
     shutil.copytree(exported / "quantized", folder)
-    own = folder / "source" / "config.json"
+    own = folder / "config.json"
     more = {"auto_map": {"AutoConfig": "a.B"}, "num_nextn_predict_layers": 1, "torch_dtype": "float16"}
     raw = json.loads(own.read_text()) | more
     layers = raw["num_hidden_layers"]
     raw["text_config"] = {"mtp_num_hidden_layers": 2, "layer_types": [*range(layers + 2)], "other": [1]}
     own.write_text(json.dumps(raw))
-    signed(folder, "source/config.json")
+    signed(folder, "config.json")
     said = []
     export(folder, tmp_path / "out", log=said.append)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
