@@ -4,7 +4,7 @@ A variant is adapted after ``FIRST`` tokens of novel text and anew after ``AGAIN
 on what was seen. Known text is tried as well, after ``TRIED`` tokens, and there the gain must be ``sure``, on text that
 the plan was not made from. When a variant would have lost more than the baseline on the last ``RECENT`` tokens, by
 where the router sent them, it is left and another is adapted to these; each time that happens, twice as many tokens are
-waited for. One that reads more than it may on these tokens is adapted anew, and serves on until then.
+waited for. One that reads more than it may on as many tokens that it served is adapted anew, and serves on until then.
 
 Axes: L layers, E experts.
 """
@@ -67,7 +67,8 @@ class Standing:
     looked at. wanted: tokens of text that the next adaptation waits for; least: that those after a variant was left
     wait for at least; both begin with ``FIRST``, of known text with ``TRIED``. saves: nats a row at each expert by
     which it is expected to lose less than the baseline, None before there is one. saved: nats a token, by the router,
-    in the last pieces. limit: of what the variant may read; rows: of a token at each expert, in the last pieces.
+    in the last pieces. limit: of what the variant may read; rows: of a token at each expert, in the last pieces that it
+    served.
     """
 
     piece: int
@@ -116,7 +117,7 @@ class Standing:
         """The variant is a new one; counts and tokens of the pieces that it was adapted to, the oldest first."""
         self.serves, self.saves, self.limit = serves, saves, limit
         self.saved = self.told(counts, tokens)[-RECENT // self.piece :].tolist()
-        self.rows = list(counts / tokens[:, None, None])[-RECENT // self.piece :]
+        self.rows = []
 
     def overreads(
         self,
@@ -124,9 +125,9 @@ class Standing:
         tokens: Float[np.ndarray, " S"],
         agree: Callable[[bool], bool] = bool,
     ) -> bool:
-        """Whether the variant reads more than it may on the last ``RECENT`` tokens, with the next pieces of the text;
-        then another is due; it serves on until that one has come. agree: what one of several processes finds, to what
-        all take."""
+        """Whether the variant reads more than it may on the last ``RECENT`` tokens that it served, with the next pieces
+        of the text; then another is due; it serves on until that one has come. agree: what one of several processes
+        finds, to what all take."""
         if not self.serves or self.limit is None:
             return False
         self.rows = [*self.rows, *(counts / tokens[:, None, None])][-RECENT // self.piece :]

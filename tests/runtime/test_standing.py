@@ -53,7 +53,12 @@ def test_a_variant_that_reads_more_than_it_may_is_adapted_anew_and_serves_on():
     standing = standing_of([100, 102 + 100 * OVER], [100, 100])
     one = np.array([[[0.0, 1.0]]]) * 256, np.full(1, 256.0)
     assert standing.due(4 * RECENT) and not standing.due(4 * RECENT)
-    assert [standing.overreads(*one) for _ in range(2)] == [False, True]  # with half of the rows at the second expert
+    assert [standing.overreads(*one) for _ in range(4)] == [
+        False,
+        False,
+        False,
+        True,
+    ]  # on RECENT tokens that it served
     assert standing.serves and standing.due(RECENT)
     assert not standing.overreads(*one)  # what it reads is counted anew
 
