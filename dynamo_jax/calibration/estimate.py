@@ -17,7 +17,7 @@ from dynamo_jax.calibration.experts import PORTIONS, Routed, portions
 from dynamo_jax.calibration.layers import LayerJob, outputs_and_drafts, quantized_and_measured
 from dynamo_jax.models.config import ExpertSizes, ModelConfig
 from dynamo_jax.models.experts import activation_of
-from dynamo_jax.models.huggingface import Source
+from dynamo_jax.models.huggingface import Source, side_files
 from dynamo_jax.models.tokenizer import load_tokenizer
 from dynamo_jax.precision.plan import expert_plan
 from dynamo_jax.quant.nested_gptq import PRIOR_ROWS
@@ -63,6 +63,7 @@ def estimate(folder: str | Path, known: dict[str, str], config: QuantizeConfig |
         *(sizes.channels, config.channel_block, group_size, sizes.hidden_size),
     )
     host, before = widest.stored_bytes(), source.other_bytes()
+    result = host + others + sum(map(len, side_files(Path(folder)).values()))
     streams = (model.num_hidden_layers + 2) * tokens * model.hidden_size * 4
     rows = tokens * model.num_experts_per_tok / sizes.experts
     return Estimate(
@@ -70,8 +71,8 @@ def estimate(folder: str | Path, known: dict[str, str], config: QuantizeConfig |
         device=int(config.bytes_for(sizes.weights)),
         others=others,
         host=host,
-        result=host + others,
-        work=max(streams, host + others),
+        result=result,
+        work=max(streams, result),
         tokens=tokens,
         drawn=drawn * config.window,
         rows=rows,

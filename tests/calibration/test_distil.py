@@ -46,7 +46,7 @@ def before(shallow, texts):
 @pytest.fixture(scope="module")
 def after(shallow, before):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CODE_RATE", 0.01)  # so that codes change in few steps
+        patch.setattr(module, "CODE_RATE", 0.003)  # so that codes change in few steps
         return distil(shallow[0], *before, DISTIL.distil, DISTIL.batch_size)
 
 
