@@ -1,13 +1,16 @@
 # make demo: environment, install, the main job. make bench: a recipe and its thresholds (RECIPE=tiny_moe).
 # make test: environment, test extra, tests. make faults: killed processes, full disks and the like, minutes.
+# make serve-test: the servers of engines, in an environment of their own (Python 3.12, PYTHON312=..), minutes.
 # make docs: the site, into site/; python3 -m http.server -d site shows it, with search.
 # make fuzz: twenty times as many damaged files as in make test, from another seed: make fuzz FUZZ_SEED=7
 PYTHON ?= python3
 VENV ?= .venv
+PYTHON312 ?= python3.12
+SERVE ?= .venv-serve
 BIN = $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo bench test slow faults fuzz lint docs
+.PHONY: demo bench test slow faults fuzz serve-test lint docs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +26,11 @@ $(VENV)/test.stamp: $(BIN)/python pyproject.toml
 
 $(VENV)/docs.stamp: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+$(SERVE)/serve.stamp: pyproject.toml
+	$(PYTHON312) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet --editable '.[sglang]' 'jax[cpu]==0.10.2' pytest
 	touch $@
 
 demo: $(VENV)/demo.stamp
@@ -42,6 +50,9 @@ faults: $(VENV)/test.stamp
 
 fuzz: $(VENV)/test.stamp
 	FUZZ_SEED=$(or $(FUZZ_SEED),1) FUZZ_SCALE=$(or $(FUZZ_SCALE),20) $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST) tests/fuzz
+
+serve-test: $(SERVE)/serve.stamp
+	$(SERVE)/bin/python -m pytest $(PYTEST) tests/engines
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 import sys
 import time
@@ -156,6 +157,10 @@ def loss_and_metrics(model: Decoder, tokens: Int[Array, "B T1"], config: TrainCo
 
 
 def make_optimizer(config: TrainConfig, params: dict[str, Array]) -> optax.GradientTransformation:
+    """Muon for matrices inside of layers, Adam for all else. ValueError: an optax that lacks what Muon is told."""
+    if "consistent_rms" not in inspect.signature(optax.contrib.muon).parameters:
+        raise ValueError(f"training needs optax 0.2.8 or later, found {optax.__version__}: pip install 'optax>=0.2.8'")
+
     def schedule(peak: float) -> optax.Schedule:
         end = peak * config.final_learning_rate / config.learning_rate
         return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, config.steps, end)

@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("files", "progress"),
     },
     "transform": {"transform", "calibration", "storage", *RUN_TIME, *LOW},
+    "engines": {"engines", "storage", "runtime", "models", "precision", "files"},
     "generation": {"storage", "runtime", "models", "kernels.layout"},
     "harness": {"generation", "evaluation", "runtime", "models"},
     "training": {"models", "files"},
@@ -44,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipes": {"texts", "calibration", "evaluation", "quant"},
     "bench": {"recipes", "texts", "storage", "calibration", "evaluation", "report", "models", "runtime", "progress"},
     "commands": {
-        *("commands", "demo", "bench", "recipes", "training", "generation", "harness", "texts", "storage"),
+        *("commands", "demo", "bench", "recipes", "training", "engines", "generation", "harness", "texts", "storage"),
         *("calibration", "evaluation", "report", "runtime", "models", *LOW),
     },
 }

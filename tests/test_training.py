@@ -7,11 +7,12 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dynamo_jax.models.decoder import Routing, parameters
 from dynamo_jax.models.huggingface import load_decoder
-from dynamo_jax.training import Sizes, TrainConfig, router_losses, sample_batch, train
+from dynamo_jax.training import Sizes, TrainConfig, make_optimizer, router_losses, sample_batch, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -126,3 +127,9 @@ def test_a_start_of_another_size_or_tokenizer_is_named(corpus, tmp_path):
     (tmp_path / "second/tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="not the tokenizer of"):
         train(CONFIG, corpus, tmp_path / "second", start=first)
+
+
+def test_an_older_optax_is_named(monkeypatch):
+    monkeypatch.setattr(optax.contrib, "muon", lambda learning_rate: None)
+    with pytest.raises(ValueError, match=r"training needs optax 0\.2\.8 or later, found .*: pip install"):
+        make_optimizer(CONFIG, {})

@@ -1,4 +1,4 @@
-"""The command line: ``dynamo-jax demo | train | analyze | quantize | eval | bench | generate | export |
+"""The command line: ``dynamo-jax demo | train | analyze | quantize | eval | bench | generate | serve | export |
 inspect | plan-devices | lm-eval``.
 
 Each command is a module of its own; here they are wired. Bad input is one line on standard error and exit code 2;
@@ -27,6 +27,7 @@ from dynamo_jax.commands import (
     lm_eval,
     plan_devices,
     quantize,
+    serve,
     train,
 )
 from dynamo_jax.commands.compiled import keep_compiled
@@ -63,6 +64,7 @@ app.command()(quantize.quantize)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(bench.bench)
 app.command()(generate.generate)
+app.command(context_settings=serve.ANY)(serve.serve)
 app.command()(export.export)
 app.command()(inspect.inspect)
 app.command()(plan_devices.plan_devices)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,11 @@ class Spread:
     mesh: Mesh | AbstractMesh
     sequences: str | None
     heads: str | None
+
+
+# A cache that attends itself, such as an engine's: (q, k, v, scale, window, sinks), as ``attend`` takes them, to the
+# output and to whatever the caller is to have of it afterwards.
+Attends = Callable[[Array, Array, Array, float, int, Array | None], tuple[Array, Any]]
 
 
 class Places(NamedTuple):
@@ -160,11 +165,34 @@ def _backward(scale, residual, d_out):
 _attend_one.defvjp(_forward, _backward)
 
 
+def attended(
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B T J C"],
+    v: Float[Array, "B T J V"],
+    places: Places,
+    cache: KeyValues | Attends | None,
+    scale: float,
+    window: int = 0,
+    sinks: Float[Array, " H"] | None = None,
+) -> tuple[Float[Array, "B T H V"], Any]:
+    """``attend`` to the new keys and to those in the cache, and the cache with the new ones in it.
+
+    A cache that can be called attends itself. One without values has them at the beginning of its keys.
+    """
+    if callable(cache):
+        return cache(q, k, v, scale, window, sinks)
+    after = write(cache, k, v, places)
+    if after is not None:
+        k, v = after.keys, after.values if after.values.shape[-1] else after.keys[..., : v.shape[-1]]
+    return attend(q, k, v, places, scale, window, sinks), after
+
+
 def write(cache: KeyValues | None, k: Array, v: Array, places: Places) -> KeyValues | None:
-    """The cache with the new keys and values at ``places.slot``."""
+    """The cache with the new keys and values at ``places.slot``; no values, where it has none."""
     if cache is None or places.slot is None:
         return None
     at = (0, places.slot, 0, 0)
+    v = v if cache.values.shape[-1] else v[..., :0]
     return KeyValues(
         jax.lax.dynamic_update_slice(cache.keys, k.astype(cache.keys.dtype), at),
         jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), at),

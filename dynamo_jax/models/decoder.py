@@ -10,7 +10,7 @@ F channels of an expert, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dynamo_jax.kernels.products import matmul
-from dynamo_jax.models.attention import Places, Spread
+from dynamo_jax.models.attention import Attends, Places, Spread
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.experts import (
     Activation,
@@ -31,7 +31,7 @@ from dynamo_jax.models.experts import (
     float_experts,
 )
 from dynamo_jax.models.loss import capped
-from dynamo_jax.models.mixers import LayerCache, empty_cache, mixer
+from dynamo_jax.models.mixers import SOFTMAX, LayerCache, empty_cache, mixer
 from dynamo_jax.models.norms import Norm, norm_scale, norm_weight, normal, rms_norm
 from dynamo_jax.models.rest import Packed, assembled, taken_apart
 from dynamo_jax.models.rotary import angles
@@ -255,9 +255,38 @@ class Decoder(nnx.Module, ForwardPass):
         x, extras = self.hidden_states(tokens, mask, experts=experts, dtype=dtype)
         return self.logits(x), extras
 
+    def ragged_states(
+        self,
+        tokens: Int[Array, " N"],
+        positions: Int[Array, " N"],
+        caches: Sequence[Attends],
+        *,
+        experts: ExpertsFn = float_experts,
+        dtype: Any = jnp.float32,
+    ) -> tuple[Float[Array, "N D"], list[Any], tuple[Any, ...]]:
+        """``hidden_states`` (N, D) of tokens of any requests, one after the other, as an engine has them in a batch.
+
+        positions: of each token in its request. caches: of each layer, what attends there: it is called with queries,
+        keys and values of one sequence of N tokens, (1, N, heads, size), and knows which tokens see each other. Beside
+        the states: what ``experts`` returned in each layer with experts, and what each cache gave back. ValueError: not
+        one cache for each layer, or a layer whose mixer is no softmax attention.
+        """
+        if len(caches) != len(self.layers):
+            raise ValueError(f"{len(caches)} caches for {len(self.layers)} layers")
+        for index, layer in enumerate(self.config.layers):
+            if not isinstance(layer.mixer, SOFTMAX):
+                raise ValueError(
+                    f"layer {index} is {type(layer.mixer).__name__}: of ragged requests only softmax attention "
+                    f"({', '.join(kind.__name__ for kind in SOFTMAX)}) can run"
+                )
+        at = positions[None]
+        places = Places(at, at, angles(self.config, at))
+        x, extras, after = self.run(self.embedded(tokens[None], dtype), experts, places, tuple(caches))
+        return x[0], extras, after
+
     def run(
-        self, x: Float[Array, "B T D"], experts: ExpertsFn, places: Places, caches: tuple[LayerCache, ...] | None
-    ) -> tuple[Float[Array, "B T D"], list[Any], tuple[LayerCache, ...]]:
+        self, x: Float[Array, "B T D"], experts: ExpertsFn, places: Places, caches: tuple[Any, ...] | None
+    ) -> tuple[Float[Array, "B T D"], list[Any], tuple[Any, ...]]:
         """All layers and the last norm; what ``experts`` returned in each layer that has some, and the caches."""
         extras: list[Any] = []
         after: list[Any] = []

@@ -14,6 +14,7 @@ from dynamo_jax.models.specs import DeltaNet, Grouped, KimiDelta, Latent, Mixer,
 
 # What a layer keeps of the tokens before: whatever its mixer says.
 LayerCache = KeyValues | DeltaCache | short_conv.ConvCache
+SOFTMAX = (Grouped, Latent)  # mixers that take a cache that attends itself
 
 
 class Kind(NamedTuple):

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynamo_jax.kernels.products import matmul
-from dynamo_jax.models.attention import KeyValues, Places, attend, write
+from dynamo_jax.models.attention import Attends, KeyValues, Places, attended
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.norms import norm_scale, norm_weight, normal, rms_norm
 from dynamo_jax.models.rotary import rotate
@@ -56,8 +56,8 @@ class GroupedAttention(nnx.Module):
             self.sinks = nnx.Param(jnp.zeros(s.num_attention_heads))
 
     def __call__(
-        self, x: Float[Array, "B T D"], places: Places, cache: KeyValues | None
-    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+        self, x: Float[Array, "B T D"], places: Places, cache: KeyValues | Attends | None
+    ) -> tuple[Float[Array, "B T D"], Any]:
         s = self.spec
         flat = x.reshape(-1, x.shape[-1])
         q, k, v = self.projected(flat)
@@ -79,11 +79,9 @@ class GroupedAttention(nnx.Module):
             v = rms_norm(v, jnp.ones(v.shape[-1]), self.config.rms_norm_eps)
         if s.attention_value_scale != 1.0:
             v = v * jnp.asarray(s.attention_value_scale, v.dtype)
-        cache = write(cache, k, v, places)
-        if cache is not None:
-            k, v = cache
         sinks = self.sinks[...] if s.attention_sinks else None
-        out = attend(q, k, v, places, s.attention_scale or s.head_dim**-0.5, s.window, sinks)
+        scale = s.attention_scale or s.head_dim**-0.5
+        out, after = attended(q, k, v, places, cache, scale, s.window, sinks)
         if s.gating != "none":
             out = out * self.gates(flat).reshape(*x.shape[:2], s.num_attention_heads, -1)
         out = out.reshape(flat.shape[0], -1)
@@ -92,7 +90,7 @@ class GroupedAttention(nnx.Module):
         out = matmul(out, self.o[...].astype(x.dtype))
         if s.output_bias:
             out = out + self.o_bias[...].astype(x.dtype)
-        return out.reshape(x.shape), cache
+        return out.reshape(x.shape), after
 
     def projected(self, x: Float[Array, "N D"]) -> tuple[Array, Array, Array]:
         """Queries, keys and values, all heads side by side."""

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynamo_jax.kernels.products import matmul
-from dynamo_jax.models.attention import KeyValues, Places, attend, write
+from dynamo_jax.models.attention import Attends, KeyValues, Places, attended
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.norms import normal, rms_norm
 from dynamo_jax.models.rotary import rotate, yarn_mscale
@@ -52,8 +52,8 @@ class LatentAttention(nnx.Module):
             self.gate = normal(rngs, (c.hidden_size, heads * (1 if s.gating == "per-head" else s.v_head_dim)), c)
 
     def __call__(
-        self, x: Float[Array, "B T D"], places: Places, cache: KeyValues | None
-    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+        self, x: Float[Array, "B T D"], places: Places, cache: KeyValues | Attends | None
+    ) -> tuple[Float[Array, "B T D"], Any]:
         s = self.spec
         flat = x.reshape(-1, x.shape[-1])
         shape = (*x.shape[:2], s.num_attention_heads, -1)
@@ -77,10 +77,7 @@ class LatentAttention(nnx.Module):
         latent = latent.reshape(*x.shape[:2], 1, -1)
         k_rotary = self.turned(latent[..., rank:], places)
         k = jnp.concatenate([rms_norm(latent[..., :rank], self.kv_norm[...], 1e-6), k_rotary], axis=-1)
-        cache = write(cache, k, k[..., :0], places)
-        if cache is not None:
-            k = cache.keys
-        out = attend(q, k, k[..., :rank], places, self.scale(), s.window)
+        out, after = attended(q, k, k[..., :rank], places, cache, self.scale(), s.window)
         out = jnp.einsum("bthr,rhv->bthv", out, up[..., nope:])
         if s.gating != "none":
             gates = matmul(flat, self.gate[...].astype(x.dtype)).astype(jnp.float32)
@@ -88,7 +85,7 @@ class LatentAttention(nnx.Module):
         out = matmul(out.reshape(flat.shape[0], -1), self.o[...].astype(x.dtype))
         if s.output_bias:
             out = out + self.o_bias[...].astype(x.dtype)
-        return out.reshape(x.shape), cache
+        return out.reshape(x.shape), after
 
     def turned(self, x: Float[Array, "B T H R"], places: Places) -> Float[Array, "B T H R"]:
         """By rotary positions, where there are some."""

@@ -1,0 +1,59 @@
+"""``dynamo-jax serve``: an OpenAI server of an engine that others make, with a quantized model in it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ENGINES = {"sglang": "sgl_jax"}  # and the package that each needs
+INSTALL = (
+    "sglang-jax is not installed: pip install '.[sglang]' in a checkout of dynamo_jax, or pip install "
+    "sglang-jax==0.1.0rc0; it needs Python 3.12"
+)
+ANY = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="A folder that quantize wrote.")],
+    engine: Annotated[str, typer.Option(help="The engine: sglang (sglang-jax 0.1.0rc0).")] = "sglang",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the server.")] = 30000,
+    host: Annotated[str, typer.Option(help="The address that it listens on.")] = "127.0.0.1",
+    variant: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FOLDER",
+            help="The same model quantized at other widths, whose plan is variant 1, then 2, and so on. Repeatable.",
+        ),
+    ] = [],  # noqa: B006 (typer copies it)
+    requests: Annotated[int, typer.Option(min=1, help="Requests that run together at most.")] = 32,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+) -> None:
+    """Serve a quantized model to OpenAI clients, with an engine's batching and paged attention.
+
+    For example: dynamo-jax serve --model quantized --engine sglang --port 30000
+
+    Options that are not below are the engine's own, such as --mem-fraction-static 0.8 or --context-length 4096.
+
+    A request runs at variant 0, the plan of the model, or at another that its body names: "extra_key": "variant=1".
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"--engine {engine}: known are {', '.join(ENGINES)}")
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"--dtype {dtype}: known are bfloat16, float32")
+    if importlib.util.find_spec(ENGINES[engine]) is None:
+        raise ValueError(INSTALL)
+    from dynamo_jax.engines.variants import variants_of
+
+    folders = [str(Path(folder).absolute()) for folder in (model, *variant)]
+    variants_of(folders[0], folders[1:])
+    own = [folders[0], *(word for folder in folders[1:] for word in ("--variant", folder))]
+    theirs = ["--host", host, "--port", str(port), "--max-running-requests", str(requests), "--dtype", dtype]
+    program = [sys.executable, "-m", f"dynamo_jax.engines.{engine}_server", *own, "--", *theirs, *context.args]
+    sys.stdout.flush()
+    os.execv(program[0], program)  # the engine's own process, which gets the signals

@@ -1,0 +1,307 @@
+"""Quantized models in sglang-jax: our decoder over its attention, each request at its own variant.
+
+    register(variants_of("quantized", ["quantized-2.5"]))   # before an engine or a server of sglang_jax is made
+
+The engine schedules, keeps keys and values, samples and talks to clients; it knows the model by its architecture, for
+which ``register`` puts ``Served`` into its table. Planes and parameters are leaves of the module, arguments of the
+engine's jitted step. The variant and the monitor of each request are a pool beside that of keys and values: the engine
+gives it to each step for good, and takes what comes back. Which variant a request asks for, and whether it has just
+come, travels with its tokens, so that a step is never at odds with what was scheduled.
+
+All names of the engine that are used stand here. Of 0.1.0rc0 it has no official place for any but the model's class
+(``ModelRegistry``, ``RadixAttention``, ``LogitsProcessor``); six functions are wrapped (``_HOOKS``):
+
+- ``ModelRunner._init_pools``: one pool more;
+- ``ScheduleBatch._merge_multimodal``: what a request asks for, in the place of positions in pictures
+  (``mrope_positions``), which the engine sends along where a model has ``mrope_position_axes``;
+- ``TokenizerManager._validate_one_request`` and ``OpenAIServingBase.handle_request``: a request for a variant that
+  there is not is an error of its own, of a stream before it begins;
+- ``GenerateReqInput.__getitem__``: of a body with several prompts, which loses ``extra_key``;
+- ``ScheduleBatch._merge_cache_loc``: it fills one buffer again for each step, which the step before may still read
+  where arrays on the device share memory with the host's, as on a CPU.
+
+Axes: N tokens of a step, R requests of it, B places for requests, H query heads, J heads of keys and values.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+from sgl_jax.srt.entrypoints import http_server
+from sgl_jax.srt.entrypoints.openai.serving_base import OpenAIServingBase
+from sgl_jax.srt.layers.logits_processor import LogitsProcessor
+from sgl_jax.srt.layers.radix_attention import RadixAttention
+from sgl_jax.srt.managers.io_struct import GenerateReqInput
+from sgl_jax.srt.managers.schedule_batch import ScheduleBatch
+from sgl_jax.srt.managers.tokenizer_manager import TokenizerManager
+from sgl_jax.srt.mem_cache.memory_pool import MemoryPools
+from sgl_jax.srt.model_executor.model_runner import ModelRunner
+from sgl_jax.srt.models.registry import ModelRegistry
+from sgl_jax.srt.server_args import ServerArgs
+from sgl_jax.srt.utils import kill_process_tree
+
+from dynamo_jax.engines.variants import Variants, architectures_of
+from dynamo_jax.files import read_json
+from dynamo_jax.models.attention import Attends
+from dynamo_jax.models.config import ModelConfig
+from dynamo_jax.models.decoder import with_parameters
+from dynamo_jax.models.specs import Grouped
+from dynamo_jax.runtime import serving
+from dynamo_jax.runtime.monitor import Watch
+from dynamo_jax.storage import checkpoint
+
+WHOLE, TOKENS, HEADS = P(), P("data", None), P("data", "tensor", None)
+VARIANT, COMES = range(2)  # what travels with a token: its request's variant, and 1 where that takes a place anew
+POOL = "requests"
+_served: dict[str, Variants] = {}  # by architecture
+
+
+def register(variants: Variants) -> None:
+    """Have the engines of this process serve these variants, whenever one is asked for the model's architecture.
+
+    A server runs its scheduler in a process of its own, which needs this, too (``sglang_server``).
+    """
+    for name in architectures_of(variants, read_json(variants.folder / "config.json")):
+        ModelRegistry.models[name] = Served
+        _served[name] = variants
+    for owner, name, hook in _HOOKS:
+        if getattr(owner, name).__module__ != __name__:
+            setattr(owner, name, _wrapped(getattr(owner, name), hook))
+
+
+def launch(variants: Variants, options: list[str]) -> None:
+    """Run the engine's OpenAI server with its own command-line options until it is stopped. ValueError: a model or an
+    option that this module cannot serve."""
+    ours = ["--model-path", str(variants.folder), "--disable-hybrid-swa-memory"]  # one pool for all windows
+    given = ServerArgs.from_cli([*ours, *options])
+    _check_options(given)
+    _form_of(checkpoint.read_description(variants.folder).config)
+    try:
+        http_server.launch(given)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+@jax.tree_util.register_pytree_node_class
+class Requests:
+    """The pool of what a step knows of each of B places. number: its variant; watch: its monitor."""
+
+    def __init__(self, number: Int[Array, " B"], watch: Watch | None):
+        self.number, self.watch = number, watch
+
+    def replace_buffer(self, after: tuple[Int[Array, " B"], Watch | None]) -> None:
+        """Take what a step gave back."""
+        self.number, self.watch = after
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
+        return (self.number, self.watch), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Any) -> Requests:
+        return cls(*children)
+
+
+class Logits(LogitsProcessor):
+    """The engine's, with the logits of our decoder."""
+
+    def _get_logits(self, hidden_states: Array, lm_head: Any) -> Array:
+        logits = lm_head.logits(_on(self.mesh, hidden_states, WHOLE)[None])[0]
+        return _on(self.mesh, logits, P("data", "tensor"))
+
+
+class Served(nnx.Module):
+    """A quantized model as the engine runs one."""
+
+    def __init__(self, config: Any, mesh: Mesh, dtype: Any = jnp.bfloat16):
+        if mesh.size > 1:
+            raise ValueError(f"a mesh of {mesh.size} devices: quantized models are served by one so far")
+        self.mesh, self.dtype = mesh, dtype
+        self.variants = _served[config.architectures[0]]
+        self.mrope_position_axes = 2
+
+    def load_weights(self, model_config: Any) -> None:
+        """Fill this with the model of the folder. ValueError: it is damaged, or has attention that the engine's pool of
+        keys and values cannot hold."""
+        model = checkpoint.load(self.variants.folder)
+        pool = model_config.get_total_num_kv_heads(), model_config.head_dim
+        if (form := _form_of(model.config)) != pool:
+            raise ValueError(f"layers have {form} heads of keys and their size, the engine's pool {pool}")
+        slots, others = self.variants.slots(model.plan, model.spare), self.variants.others
+        _, state = serving.init(model, variants=len(self.variants), slots=slots, others=others)
+        place = NamedSharding(self.mesh, WHOLE)
+        kept = model.device_parameters(self.dtype), state._replace(number=jnp.zeros(0, jnp.int32), watch=None)
+        self.config = model.config
+        self.kept = nnx.Variable(jax.device_put(kept, place))
+        self.logits = Logits(model.config.vocab_size, mesh=self.mesh)
+
+    def requests(self, places: int) -> Requests:
+        """The pool for so many requests at once, all at the baseline."""
+        state = serving.begun(self.kept.get_value()[1], places)
+        own = Requests(state.number, state.watch)  # placed as steps give them back, else the second is compiled again
+        return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(self.mesh, P(*[None] * a.ndim))), own)
+
+    def __call__(self, batch: Any, pools: Any, logits_metadata: Any) -> tuple[Any, dict[str, Any], bool, list[Any]]:
+        """A step of the engine: its output, the pools after it, and the experts of each token in each layer."""
+        parameters, state = self.kept.get_value()
+        requests = getattr(pools, POOL)
+        place_of = _place_of(self.mesh, batch)
+        state = _asked(state._replace(number=requests.number, watch=requests.watch), place_of, self._told(batch))
+        decoder = with_parameters(self.config, parameters)
+        caches = [self._attends(index, batch, pools) for index in range(len(self.config.layers))]
+        hidden, routings, keys_and_values = decoder.ragged_states(
+            _on(self.mesh, batch.input_ids, WHOLE),
+            _on(self.mesh, batch.positions, WHOLE),
+            caches,
+            experts=serving.experts(state, request_of=place_of),
+            dtype=self.dtype,
+        )
+        state = serving.observe(state, routings, request_of=place_of)
+        output = self.logits(_on(self.mesh, hidden, TOKENS), decoder, logits_metadata)
+        after = {"token_to_kv_pool": list(keys_and_values), POOL: (state.number, state.watch)}
+        chosen = iter(routings)
+        layers = range(len(self.config.layers))
+        return output, after, True, [next(chosen).experts if i in self.config.moe_layers else None for i in layers]
+
+    def _told(self, batch: Any) -> Int[Array, "2 N"]:
+        return _on(self.mesh, batch.mrope_positions, WHOLE)
+
+    def _attends(self, index: int, batch: Any, pools: Any) -> Attends:
+        """The engine's attention, of layer ``index``."""
+
+        def attend(q: Array, k: Array, v: Array, scale: float, window: int, sinks: Array | None) -> tuple[Array, Array]:
+            heads, size, of_values = q.shape[2], q.shape[3], v.shape[3]
+            v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, size - of_values)))  # its pool has one size for both
+            q, k, v = (_on(self.mesh, a[0], HEADS) for a in (q, k, v))
+            layer = RadixAttention(heads, size, scale, k.shape[1], index, sliding_window_size=window)
+            own = {} if sinks is None else {"attention_sink": sinks.astype(jnp.float32)}
+            out, after = layer(q, k, v, batch, pools.token_to_kv_pool, **own)
+            out = _on(self.mesh, out, WHOLE).reshape(1, len(q), heads, -1)
+            return out[..., :of_values].astype(self.dtype), after
+
+        return attend
+
+
+def _on(mesh: Mesh, a: Array, spec: P) -> Array:
+    """The array as the engine's functions, which run under explicit sharding, want it."""
+    return jax.sharding.reshard(a, NamedSharding(mesh, spec))
+
+
+def _form_of(config: ModelConfig) -> tuple[int, int]:
+    """Heads of keys, and their size, of all layers. ValueError where the engine's pool, which is of one form, has no
+    place for a layer's keys and values."""
+    mixers = [layer.mixer for layer in config.layers]
+    for index, mixer in enumerate(mixers):
+        if not isinstance(mixer, Grouped):
+            raise ValueError(
+                f"layer {index} is {type(mixer).__name__}: sglang-jax serves our decoder with grouped attention alone"
+            )
+    forms = sorted({(m.num_key_value_heads, m.head_dim) for m in mixers if isinstance(m, Grouped)})
+    if len(forms) > 1:
+        raise ValueError(f"layers have {forms} heads of keys and their sizes: sglang-jax serves our decoder with one")
+    return forms[0]
+
+
+def _check_options(given: Any) -> None:
+    """ValueError for what the engine can do and this module not yet."""
+    for name, wanted in (("tp_size", 1), ("dp_size", 1), ("ep_size", 1), ("nnodes", 1)):
+        if (found := getattr(given, name)) != wanted:
+            raise ValueError(f"{name} {found}: quantized models are served by one device so far")
+    for name in ("speculative_algorithm", "enable_lora", "multimodal", "quantization_config_path"):
+        if getattr(given, name):
+            raise ValueError(f"{name}: not beside a model that dynamo-jax quantized")
+
+
+def _place_of(mesh: Mesh, batch: Any) -> Int[Array, " N"]:
+    """The place of the request that each token is of, -1 for padding."""
+    places, count = _on(mesh, batch.req_pool_indices, WHOLE), batch.input_ids.shape[0]
+    if batch.forward_mode.is_decode():
+        return jnp.where(_on(mesh, batch.seq_lens, WHOLE) > 0, places, -1)
+    ends = jnp.cumsum(_on(mesh, batch.extend_seq_lens, WHOLE))
+    number = jnp.arange(count)
+    row = jnp.searchsorted(ends, number, side="right")
+    return jnp.where(number < ends[-1], places[jnp.minimum(row, len(places) - 1)], -1)
+
+
+def _asked(state: serving.State, place_of: Int[Array, " N"], told: Int[Array, "2 N"]) -> serving.State:
+    """The state in which the requests of a step run at what they asked for, with new monitors for those that come."""
+    places = len(state.number)
+    at = jnp.where(place_of < 0, places, place_of)  # past the end: padding says nothing
+    comes = jnp.zeros(places, bool).at[at].max(told[COMES] == 1, mode="drop")
+    state = serving.renew(state, comes)
+    return serving.switch(state, state.number.at[at].set(told[VARIANT], mode="drop"))
+
+
+def _wrapped(original: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: Any, *given: Any, **named: Any) -> Any:
+        return hook(original, self, *given, **named)
+
+    return method
+
+
+def _pools(original: Callable[..., None], runner: Any, *given: Any) -> None:
+    original(runner, *given)
+    if isinstance(runner.model, Served):
+        own = {POOL: runner.model.requests(runner.req_to_token_pool.size)}
+        runner.memory_pools = MemoryPools(token_to_kv_pool=runner.token_to_kv_pool, **own)
+
+
+def _told_of(original: Callable[..., dict[str, Any]], batch: Any, stride: int, total: int) -> dict[str, Any]:
+    out = original(batch, stride, total)
+    variants = _served.get(batch.model_config.hf_config.architectures[0])
+    if variants is None:
+        return out
+    told = np.zeros((2, total), np.int32)
+    owners = batch.req_to_token_pool.__dict__.setdefault("of_dynamo_jax", {})
+    (info,) = batch.reqs_info
+    running, begin = info.reqs or [], 0
+    lengths = [1] * len(running) if batch.forward_mode.is_decode() else info.extend_lens
+    for request, place, length in zip(running, info.req_pool_indices, lengths):
+        told[VARIANT, begin : begin + length] = variants.named_by(request.extra_key)
+        told[COMES, begin : begin + length] = owners.get(int(place)) != request.rid
+        owners[int(place)] = request.rid
+        begin += length
+    return {**out, "mrope_positions": told}
+
+
+def _validated(original: Callable[..., None], manager: Any, request: Any, *given: Any) -> None:
+    if variants := _served.get(manager.model_config.hf_config.architectures[0]):
+        variants.named_by(getattr(request, "extra_key", None))
+    original(manager, request, *given)
+
+
+async def _answered(original: Callable[..., Any], client: Any, request: Any, raw: Any) -> Any:
+    if variants := _served.get(client.tokenizer_manager.model_config.hf_config.architectures[0]):
+        try:
+            variants.named_by(getattr(request, "extra_key", None))
+        except ValueError as error:
+            return client.create_error_response(str(error))
+    return await original(client, request, raw)
+
+
+def _one_of(original: Callable[..., Any], body: Any, number: int) -> Any:
+    one = original(body, number)
+    one.extra_key = body.extra_key[number] if isinstance(body.extra_key, list) else body.extra_key
+    return one
+
+
+def _copied(original: Callable[..., np.ndarray], *given: Any) -> np.ndarray:
+    return original(*given).copy()
+
+
+_HOOKS: tuple[tuple[type, str, Callable[..., Any]], ...] = (
+    (ModelRunner, "_init_pools", _pools),
+    (ScheduleBatch, "_merge_multimodal", _told_of),
+    (TokenizerManager, "_validate_one_request", _validated),
+    (OpenAIServingBase, "handle_request", _answered),
+    (GenerateReqInput, "__getitem__", _one_of),
+    (ScheduleBatch, "_merge_cache_loc", _copied),
+)

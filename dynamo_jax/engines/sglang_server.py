@@ -1,0 +1,39 @@
+"""The OpenAI server of sglang-jax for one quantized model, as a program of its own.
+
+    python -m dynamo_jax.engines.sglang_server quantized --variant quantized-2.5 -- --port 30000
+
+Behind ``--`` are options of the engine. It starts its scheduler as a new process, which imports this program again
+under another name (``__mp_main__``) and has the same arguments: so the model is registered at the top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from dynamo_jax.engines.variants import Variants, variants_of
+
+
+def parsed(arguments: list[str]) -> tuple[Variants, list[str]]:
+    """The variants that arguments of this program name, and what is the engine's. ValueError: no quantized model."""
+    own, theirs = arguments, []
+    if "--" in arguments:
+        own, theirs = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+    parser = argparse.ArgumentParser(prog="python -m dynamo_jax.engines.sglang_server")
+    parser.add_argument("folder")
+    parser.add_argument("--variant", action="append", default=[])
+    given = parser.parse_args(own)
+    return variants_of(given.folder, given.variant), theirs
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    from dynamo_jax.engines import sglang
+
+    served, options = parsed(sys.argv[1:])
+    sglang.register(served)
+    if __name__ == "__main__":
+        try:
+            sglang.launch(served, options)
+        except ValueError as error:
+            print(f"dynamo-jax: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None

@@ -1,0 +1,72 @@
+"""What a request says of its precision, and the folders that say which variants there are. No engine is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dynamo_jax.files import shown
+from dynamo_jax.models.families.family import Raw
+from dynamo_jax.precision.plan import Plan
+from dynamo_jax.runtime import memory
+from dynamo_jax.runtime.store import pages_of
+from dynamo_jax.storage import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Variants:
+    """Of the quantized model in ``folder``: its own plan is variant 0, ``others`` are variants 1, 2, .."""
+
+    folder: Path
+    others: tuple[Plan, ...] = ()
+
+    def __len__(self) -> int:
+        return 1 + len(self.others)
+
+    def slots(self, plan: Plan, spare: float) -> dict[int, int]:
+        """Slots for pages of each level: those of ``plan`` and its spare ones, and more where all variants together
+        read more pages. spare: a share of the plan's pages."""
+        read = [pages_of(one) for one in (plan, *self.others)]
+        return {
+            level: max(count, int(np.logical_or.reduce([pages[level] for pages in read]).sum()))
+            for level, count in memory.slots(plan, spare).items()
+        }
+
+    def named_by(self, key: str | None) -> int:
+        """The variant that a request's key, "variant=N", names; the baseline where it has none. ValueError: another
+        key, or no such variant."""
+        if key is None:
+            return 0
+        found = re.fullmatch(r"variant=(\d{1,4})", key)
+        if not found or int(found[1]) >= len(self):
+            raise ValueError(f'extra_key {shown(key)}: expected "variant=N", N from 0 to {len(self) - 1}')
+        return int(found[1])
+
+
+def variants_of(folder: str | Path, others: Sequence[str | Path] = ()) -> Variants:
+    """The variants that serve ``folder``: its own plan, then those of ``others``, folders of the same model quantized
+    at other widths, of which only the plan is read.
+
+    ValueError: a folder that is no quantized model, or a plan of other sizes.
+    """
+    own = checkpoint.read_description(Path(folder)).plan
+    plans = tuple(checkpoint.read_description(Path(other)).plan for other in others)
+    for other, plan in zip(others, plans):
+        for name in ("channel_block", "group_size", "hidden_size", "apart", "channels"):
+            if (found := getattr(plan, name)) != (wanted := getattr(own, name)):
+                raise ValueError(f"{other}: {name} is {found}, of {folder} {wanted}: not variants of one model")
+        if plan.widths.shape != own.widths.shape:
+            raise ValueError(f"{other}: widths are {plan.widths.shape}, of {folder} {own.widths.shape}")
+    return Variants(Path(folder).absolute(), plans)
+
+
+def architectures_of(variants: Variants, raw: Raw) -> list[str]:
+    """The names under which engines look for the model's class, from its ``config.json``. ValueError: none."""
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{variants.folder}/config.json: architectures is {shown(names)}, expected a list of names")
+    return names

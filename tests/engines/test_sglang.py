@@ -1,0 +1,256 @@
+"""The server of sglang-jax with quantized models: every request gets the tokens of its own variant."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+import urllib.error
+import urllib.request
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("sgl_jax")
+
+from flax import nnx
+from sgl_jax.srt.model_executor.forward_batch_info import ForwardMode
+from sgl_jax.srt.server_args import ServerArgs
+from small_decoders import decoder_config
+
+from dynamo_jax.calibration.config import QuantizeConfig
+from dynamo_jax.calibration.pipeline import quantize
+from dynamo_jax.engines import sglang
+from dynamo_jax.engines.variants import variants_of
+from dynamo_jax.models.bundled import BUNDLED
+from dynamo_jax.models.decoder import Decoder
+from dynamo_jax.models.families.table import config_from
+from dynamo_jax.models.tokenizer import load_tokenizer
+from dynamo_jax.runtime import serving
+from dynamo_jax.runtime.generate import GenerateConfig, LanguageModel, generate
+from dynamo_jax.storage import checkpoint
+
+SMALL = {
+    "vocab_size": 8192, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "norm_topk_prob": True, "hidden_act": "silu",
+    "initializer_range": 0.2, "attention_bias": False, "eos_token_id": 0, "intermediate_size": 32,
+}  # fmt: skip
+CONFIGS = {
+    "olmoe": {"architectures": ["OlmoeForCausalLM"], "tie_word_embeddings": False},  # the engine does not know it
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"], "tie_word_embeddings": False, "head_dim": 32,
+        "moe_intermediate_size": 32, "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False,
+    },
+    "gpt_oss": {  # windows and sinks
+        "architectures": ["GptOssForCausalLM"], "tie_word_embeddings": False, "head_dim": 16, "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"], "attention_bias": True, "num_local_experts": 8,
+        "swiglu_limit": 7.0, "rope_scaling": None,
+    },
+}  # fmt: skip
+SETTINGS = QuantizeConfig(
+    bits=3.5,
+    group_size=32,
+    channel_block=8,
+    window=64,
+    calibration_windows=16,
+    quantizer="rtn",
+    unseen_windows=0,
+)
+ENGINE = """--requests 4 --dtype float32 --device cpu --max-total-tokens 2048 --context-length 256
+--max-prefill-tokens 64 --chunked-prefill-size 64 --precompile-bs-paddings 4 --precompile-token-paddings 64
+--skip-server-warmup""".split()
+PROMPTS = [np.random.default_rng(n).integers(10, 8000, n).tolist() for n in (5, 40, 17, 100)]  # one of two chunks
+NEW = 12
+
+
+def quantized_folders(family, texts, folder):
+    """A random model at mixed widths, and it with some experts at 8 bits and all others at 2."""
+    raw = {"model_type": family, **SMALL, **CONFIGS[family]}
+    if "num_local_experts" in raw:
+        del raw["num_experts"], raw["norm_topk_prob"]
+    decoder = Decoder(config_from(raw), rngs=nnx.Rngs(0))
+    model, _ = quantize(decoder, load_tokenizer(BUNDLED), {n: texts[n] for n in ("code", "sums")}, SETTINGS)
+    files = {**model.files, "config.json": json.dumps(raw).encode()}
+    model = dataclasses.replace(model, files=files)
+    widths = np.full_like(model.plan.widths, 2)
+    widths[:, :3] = 8
+    other = dataclasses.replace(model, plan=dataclasses.replace(model.plan, widths=widths))
+    assert len(np.unique(model.plan.widths)) > 1
+    for name, one in (("base", model), ("other", other)):
+        checkpoint.save(folder / name, one)
+    return folder / "base", folder / "other"
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Server:
+    """``dynamo-jax serve`` on a free port of this machine."""
+
+    def __init__(self, base, other, log):
+        self.url, self.log = f"http://127.0.0.1:{(port := free_port())}", log
+        words = ["-m", "dynamo_jax", "serve", "--model", base, "--variant", other, "--port", str(port), *ENGINE]
+        with open(log, "w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, *map(str, words)], stdout=out, stderr=out, start_new_session=True
+            )
+
+    def wait(self, seconds=240):
+        end = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < end:
+            try:
+                return urllib.request.urlopen(f"{self.url}/health", timeout=5)
+            except OSError:
+                time.sleep(1)
+        raise AssertionError(self.log.read_text()[-4000:])
+
+    def post(self, **body):
+        """The status and what the server answers."""
+        body = {"model": "base", "temperature": 0, "max_tokens": NEW, "ignore_eos": True, **body}
+        given = urllib.request.Request(
+            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(given, timeout=120) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def texts(self, numbers):
+        """Of all prompts, sent at once, each at its variant; None says nothing of it."""
+        with concurrent.futures.ThreadPoolExecutor(len(PROMPTS)) as pool:
+            bodies = [
+                {"prompt": prompt} | ({} if number is None else {"extra_key": f"variant={number}"})
+                for prompt, number in zip(PROMPTS, numbers)
+            ]
+            return [answer["choices"][0]["text"] for _, answer in pool.map(lambda body: self.post(**body), bodies)]
+
+    def stop(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+LATENT = decoder_config(
+    vocab_size=50, hidden_size=32, intermediate_size=16, num_attention_heads=4, num_experts=5, num_experts_per_tok=2,
+    max_position_embeddings=32, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--tp-size 2", "tp_size 2: quantized models are served by one device so far"),
+        ("--enable-lora", "enable_lora: not beside a model that dynamo-jax quantized"),
+    ],
+)
+def test_what_the_engine_can_and_we_cannot_is_refused_before_the_start(words, message):
+    options = ServerArgs.from_cli(["--model-path", "x", "--device", "cpu", *words.split()])
+    with pytest.raises(ValueError, match=message):
+        sglang._check_options(options)
+
+
+def test_attention_that_the_pool_cannot_hold_is_named():
+    with pytest.raises(ValueError, match="layer 0 is Latent: sglang-jax serves"):
+        sglang._form_of(LATENT)
+
+
+@pytest.fixture
+def mesh():
+    """Of one device, as the engine makes it."""
+    mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def test_a_token_is_of_the_place_of_its_request(mesh):
+    places = jnp.array([2, 0, -1])
+    chunk = types.SimpleNamespace(
+        req_pool_indices=places,
+        input_ids=jnp.zeros(6, int),
+        extend_seq_lens=jnp.array([3, 1, 0]),
+        forward_mode=ForwardMode.EXTEND,
+    )
+    assert sglang._place_of(mesh, chunk).tolist() == [2, 2, 2, 0, -1, -1]
+    decode = types.SimpleNamespace(
+        req_pool_indices=places,
+        input_ids=jnp.zeros(3, int),
+        seq_lens=jnp.array([4, 9, 0]),
+        forward_mode=ForwardMode.DECODE,
+    )
+    assert sglang._place_of(mesh, decode).tolist() == [2, 0, -1]
+
+
+def test_a_request_that_comes_gets_its_variant_and_a_new_monitor(mesh, quantized):
+    _, state = serving.init(quantized, requests=3)
+    assert state.watch is not None
+    state = serving.switch(state, [1, 1, 0])
+    state = state._replace(watch=state.watch._replace(newer_tokens=jnp.array([5.0, 6.0, 7.0])))
+    place_of = jnp.array([2, 2, 0, -1])
+    told = jnp.array([[1, 1, 0, 1], [1, 1, 0, 1]])  # place 2 is taken anew, place 0 goes on, the last one is padding
+    state = jax.jit(sglang._asked)(state, place_of, told)
+    assert state.number.tolist() == [0, 1, 1]
+    assert state.watch.newer_tokens.tolist() == [5, 6, 0]
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def served(request, texts, tmp_path_factory):
+    """A running server, and what our own generation gives for each prompt at each variant."""
+    folder = tmp_path_factory.mktemp(request.param)
+    folders = quantized_folders(request.param, texts, folder)
+    server = Server(*folders, folder / "log")
+    try:
+        model, variants = checkpoint.load(folders[0]), variants_of(folders[0], folders[1:])
+        slots = variants.slots(model.plan, model.spare)
+        _, state = serving.init(model, requests=len(PROMPTS), slots=slots, others=variants.others)
+        own = LanguageModel(config=model.config, parameters=model.device_parameters(jnp.float32), state=state)
+        wanted = []
+        for number in range(2):
+            at = dataclasses.replace(own, state=serving.switch(state, number))
+            wanted.append([model.tokenizer.decode(t) for t in generate(at, PROMPTS, GenerateConfig(max_tokens=NEW))])
+        server.wait()
+        yield server, wanted
+    finally:
+        server.stop()
+
+
+def test_each_request_of_a_batch_gets_the_tokens_of_its_variant(served):
+    server, wanted = served
+    assert sum(a != b for a, b in zip(*wanted)) >= 3
+    for numbers in ([0, 1, 1, 0], [1, 0, 0, 1], [None, None, 1, None]):
+        assert server.texts(numbers) == [wanted[n or 0][i] for i, n in enumerate(numbers)], numbers
+
+
+def test_no_step_is_compiled_after_the_start(served):
+    server, wanted = served
+    assert server.texts([1, 1, 0, 0]) == [*wanted[1][:2], *wanted[0][2:]]
+    log = server.log.read_text()
+    steps = [line for line in log.splitlines() if re.search("(Prefill|Decode) batch", line)]
+    assert steps and not [line for line in steps if "cache_miss" in line]
+
+
+def test_a_body_of_several_prompts_keeps_its_variant(served):
+    server, wanted = served
+    status, answer = server.post(prompt=PROMPTS[:2], extra_key="variant=1")
+    assert status == 200 and [choice["text"] for choice in answer["choices"]] == wanted[1][:2]
+
+
+def test_an_unknown_variant_is_an_error_of_its_request_alone(served):
+    server, wanted = served
+    for more in ({}, {"stream": True}, {"prompt": PROMPTS[:2]}):
+        status, answer = server.post(**{"prompt": PROMPTS[0], "extra_key": "variant=2", **more})
+        assert status == 400 and 'expected "variant=N", N from 0 to 1' in answer["message"], more
+    assert server.texts([0, 0, 0, 0]) == wanted[0]

@@ -1,0 +1,79 @@
+"""What a request says of its precision, and which folders are variants of one model; no engine is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from dynamo_jax.commands import serve
+from dynamo_jax.commands.app import app
+from dynamo_jax.engines.sglang_server import parsed
+from dynamo_jax.engines.variants import architectures_of, variants_of
+from dynamo_jax.storage import checkpoint
+
+
+@pytest.fixture(scope="module")
+def folders(quantized, tmp_path_factory):
+    """A model, it at 2 bits, and it in other blocks of channels."""
+    folder = tmp_path_factory.mktemp("variants")
+    plan = quantized.plan
+    low = dataclasses.replace(quantized, plan=dataclasses.replace(plan, widths=np.full_like(plan.widths, 2)))
+    for name, model in (("base", quantized), ("low", low)):
+        checkpoint.save(folder / name, model)
+    return folder
+
+
+def test_a_request_names_a_variant_or_gets_the_baseline(folders):
+    variants = variants_of(folders / "base", [folders / "low"])
+    assert [variants.named_by(key) for key in (None, "variant=0", "variant=1")] == [0, 0, 1]
+    assert (variants.others[0].widths == 2).all()
+
+
+@pytest.mark.parametrize("key", ["variant=2", "variant=-1", "variant=", "1", "", "variant=1 ", "variant=99999999999"])
+def test_a_key_that_names_no_variant_says_which_there_are(folders, key):
+    with pytest.raises(ValueError, match=r'extra_key .*: expected "variant=N", N from 0 to 1'):
+        variants_of(folders / "base", [folders / "low"]).named_by(key)
+
+
+def test_a_folder_that_is_no_variant_is_named(folders, tmp_path):
+    with pytest.raises(ValueError, match="nothing: no such folder"):
+        variants_of(folders / "base", [tmp_path / "nothing"])
+
+
+def test_an_engine_finds_the_model_by_its_architecture(folders):
+    variants = variants_of(folders / "base")
+    assert architectures_of(variants, json.loads((folders / "base/config.json").read_text())) == ["OlmoeForCausalLM"]
+    with pytest.raises(ValueError, match="architectures is 3, expected a list of names"):
+        architectures_of(variants, {"architectures": 3})
+
+
+def test_the_program_parts_our_arguments_from_the_engines(folders):
+    base, low = str(folders / "base"), str(folders / "low")
+    variants, options = parsed([base, "--variant", low, "--", "--port", "1", "--variant"])
+    assert len(variants) == 2 and str(variants.folder) == base and options == ["--port", "1", "--variant"]
+
+
+def test_serve_says_what_it_lacks(folders, monkeypatch):
+    run = CliRunner().invoke(app, ["serve", "--model", "x", "--engine", "other"])
+    assert isinstance(run.exception, ValueError) and "--engine other: known are sglang" in str(run.exception)
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+    run = CliRunner().invoke(app, ["serve", "--model", "x"])
+    assert isinstance(run.exception, ValueError) and str(run.exception) == serve.INSTALL
+
+
+def test_serve_becomes_the_engines_program(folders, monkeypatch):
+    started = []
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(serve.os, "execv", lambda path, program: started.append(program))
+    base, low = str(folders / "base"), str(folders / "low")
+    run = CliRunner().invoke(app, ["serve", "--model", base, "--variant", low, "--port", "7", "--page-size", "16"])
+    assert run.exit_code == 0, run.exception
+    (program,) = started
+    assert program[:3] == [sys.executable, "-m", "dynamo_jax.engines.sglang_server"]
+    variants, options = parsed(program[3:])
+    assert len(variants) == 2 and options[-2:] == ["--page-size", "16"] and options[2:4] == ["--port", "7"]
