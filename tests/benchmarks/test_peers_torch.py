@@ -13,6 +13,7 @@ def test_experts_come_back_from_the_file_that_a_process_wrote(benchmarks, bundle
     assert np.array_equal(torch.experts_in(tmp_path, bundled[0].config), weights)  # bfloat16 already
 
 
+@pytest.mark.slow
 def test_the_models_own_weights_change_nothing_and_zeros_do(benchmarks, bundled, tmp_path):
     peers, own, torch = (benchmarks(name) for name in ("peers", "peers_own", "peers_torch"))
     model = bundled[0]

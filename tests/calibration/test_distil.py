@@ -153,6 +153,7 @@ def test_a_text_that_is_short_gives_what_it_has(shallow, texts):
     assert len(distil_windows(model, known, tokenizer, own)) == count
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_while_planes_are_replaced_ends_with_the_same(
     shallow_folder, texts, tmp_path, monkeypatch
 ):

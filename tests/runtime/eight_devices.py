@@ -148,6 +148,7 @@ def test_logits_and_monitors_are_those_of_one_device(model, shape):
     alike(ran(model, state, tokens_of(2)), beside_one_device(model, host, tokens_of(2)))
 
 
+@pytest.mark.slow
 def test_tokens_in_any_order_with_padding_between_are_of_their_requests(model):
     """On a mesh as on one device: two tokens of each request, padding beside them, and two variants."""
     host, state = adapted(model, placement_of(model, (2, 4)), tokens_of(1, 4, 65, 20, 30))
