@@ -7,6 +7,18 @@ import dataclasses
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.specs import DeltaNet, Dense, Grouped, Latent, LayerSpec, Mixture, Rope, Router
 
+SIZES = dict(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=16,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_experts=5,
+    num_experts_per_tok=2,
+    max_position_embeddings=32,
+    initializer_range=0.2,
+)  # of a decoder that compiles in no time
+
 
 def fields(kind):
     return {f.name for f in dataclasses.fields(kind)}

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dynamo_jax.kernels.rows import sort_by_expert
 from dynamo_jax.runtime.signatures import SPAN, TINY, Signatures, squared
 
 HOP = SPAN // 2  # tokens between two decisions; each looks at twice as many
@@ -72,9 +73,9 @@ def watch_tokens(
     streams, (layers, experts) = state.label.shape[0], signatures.shares.shape[1:]
     real = (request_of >= 0) & (request_of < streams)
     own = jnp.where(real, request_of, streams)
-    order = jnp.argsort(own, stable=True)
-    each = jnp.bincount(own, length=streams + 1)
-    place = jnp.argsort(order, stable=True) - (jnp.cumsum(each) - each)[own]  # of a token in its stream's
+    order = sort_by_expert(own[:, None], streams + 1)  # by stream
+    each = order.group_sizes
+    place = order.position[:, 0] - (jnp.cumsum(each) - each)[own]  # of a token in its stream's
     flat = jnp.arange(layers)[:, None, None] * experts + chosen
 
     def piece(now: tuple[Array, Watch]) -> tuple[Array, Watch]:

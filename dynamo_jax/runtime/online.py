@@ -120,7 +120,7 @@ class Follower:
             before = self._current[request]
             goes_on = bool(before) and text[: len(before)] == before
             if not goes_on:
-                self._text[request], self._length[request] = self._text[request] + 1, 0
+                self._next_text(request)
             new[request], self._current[request] = text[len(before) :] if goes_on else text, text
         return self.told(state, new)
 
@@ -130,7 +130,7 @@ class Follower:
         for request in ended:
             self._labels[request], self._streams[request], self._current[request] = UNKNOWN, [], []
             self._tokens[request], self._looked[request] = 0, 0
-            self._text[request], self._length[request] = self._text[request] + 1, 0
+            self._next_text(request)
         which = np.isin(np.arange(len(self._labels)), list(ended))
         self.state = renew(state, which, monitors)
         return self.state
@@ -180,6 +180,10 @@ class Follower:
         if known != self._standing.known:
             self._standing = Standing(HOP, known)
         return self._labels != UNKNOWN if known else novel
+
+    def _next_text(self, request: int) -> None:
+        self._text[request] += 1
+        self._length[request] = 0
 
     def _append(self, request: int, more: list[int]) -> None:
         stream = self._streams[request]
@@ -231,11 +235,11 @@ class Follower:
         except recoverable(state.placement) as error:
             self._fail(state, meant, error)
             return state
-        standing, known, host = self._standing, self._standing.known, self.host
+        standing, host = self._standing, self.host
 
         def sent() -> Sent:
             seen = [observe_windows(self.model, making, state.placement)]
-            if known:
+            if standing.known:
                 seen.append(observe_windows(self.model, judging, state.placement))
             before = divergence(self.model, state, judging, seen[-1], 0)
             plan = adapted(self.model, host, state, seen[0], 1, self.batch, self.reads, lend)

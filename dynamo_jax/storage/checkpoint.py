@@ -273,7 +273,8 @@ def _own_files(config: ModelConfig) -> set[str]:
 
 def side_names(description: Description) -> list[str]:
     """The files that are as they were in the folder that was quantized."""
-    return [name for name in description.result.sums if name not in _own_files(description.config)]
+    own = _own_files(description.config)
+    return [name for name in description.result.sums if name not in own]
 
 
 def _config(raw: Any) -> ModelConfig:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_decoders import decoder_config
+from small_decoders import SIZES, decoder_config
 
 from dynamo_jax.models.attention import Places, attend
 from dynamo_jax.models.decoder import (
@@ -22,17 +22,6 @@ from dynamo_jax.models.loss import CHUNK_ROWS, next_token_nll
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SIZES = dict(
-    vocab_size=50,
-    hidden_size=32,
-    intermediate_size=16,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    num_experts=5,
-    num_experts_per_tok=2,
-    max_position_embeddings=32,
-    initializer_range=0.2,
-)
 CONFIG = decoder_config(**SIZES)
 TOKENS = jax.random.randint(jax.random.key(0), (2, 12), 0, 50)
 

@@ -9,23 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_decoders import decoder_config
+from small_decoders import SIZES, decoder_config
 
 from dynamo_jax.models.decoder import Decoder, parameters, with_parameters
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SIZES = dict(
-    vocab_size=50,
-    hidden_size=32,
-    intermediate_size=16,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    num_experts=5,
-    num_experts_per_tok=2,
-    max_position_embeddings=32,
-    initializer_range=0.2,
-)
 GROUPED = decoder_config(**SIZES, windows=(3, 0), attention_sinks=True)
 LATENT = decoder_config(
     **{k: v for k, v in SIZES.items() if k != "num_key_value_heads"},
