@@ -31,6 +31,17 @@ def serve(
             help="The same model quantized at other widths, whose plan is variant 1, then 2, and so on. Repeatable.",
         ),
     ] = [],  # noqa: B006 (typer copies it)
+    adapt: Annotated[
+        bool,
+        typer.Option(help="Adapt one more variant to the texts of requests that name none, and switch them to it."),
+    ] = True,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Requests that a step is taken to serve, in the limit of adaptation; by default all."),
+    ] = None,
+    reads: Annotated[
+        float, typer.Option(help="How many times the bytes of the baseline a step may read at the adapted variant.")
+    ] = 1.0,
     requests: Annotated[int, typer.Option(min=1, help="Requests that run together at most.")] = 32,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
 ) -> None:
@@ -40,7 +51,8 @@ def serve(
 
     Options that are not below are the engine's own, such as --mem-fraction-static 0.8 or --context-length 4096.
 
-    A request runs at variant 0, the plan of the model, or at another that its body names: "extra_key": "variant=1".
+    A request runs at the variant that its body names: "extra_key": "variant=0" is the plan of the model, "variant=1"
+    that of the first --variant. One that names none begins at the plan of the model, and its monitor decides.
     """
     if engine not in ENGINES:
         raise ValueError(f"--engine {engine}: known are {', '.join(ENGINES)}")
@@ -49,10 +61,13 @@ def serve(
     if importlib.util.find_spec(ENGINES[engine]) is None:
         raise ValueError(INSTALL)
     from dynamo_jax.engines.variants import variants_of
+    from dynamo_jax.runtime.adapt import check_limit
 
     folders = [str(Path(folder).absolute()) for folder in (model, *variant)]
     variants_of(folders[0], folders[1:])
-    own = [folders[0], *(word for folder in folders[1:] for word in ("--variant", folder))]
+    check_limit(batch or 1, reads)
+    own = [folders[0], *(word for folder in folders[1:] for word in ("--variant", folder)), "--reads", str(reads)]
+    own += (["--batch", str(batch)] if batch else []) + ([] if adapt else ["--no-adapt"])
     theirs = ["--host", host, "--port", str(port), "--max-running-requests", str(requests), "--dtype", dtype]
     program = [sys.executable, "-m", f"dynamo_jax.engines.{engine}_server", *own, "--", *theirs, *context.args]
     sys.stdout.flush()

@@ -9,11 +9,15 @@ gives it to each step for good, and takes what comes back. Which variant a reque
 come, travels with its tokens, so that a step is never at odds with what was scheduled.
 
 All names of the engine that are used stand here. Of 0.1.0rc0 it has no official place for any but the model's class
-(``ModelRegistry``, ``RadixAttention``, ``LogitsProcessor``); six functions are wrapped (``_HOOKS``):
+(``ModelRegistry``, ``RadixAttention``, ``LogitsProcessor``); ten functions are wrapped (``_HOOKS``):
 
-- ``ModelRunner._init_pools``: one pool more;
+- ``ModelRunner._init_pools``: one pool more, and what follows the requests (``following.py``);
+- ``ModelRunner.forward``: between two steps pages that have come become leaves of the model;
 - ``ScheduleBatch._merge_multimodal``: what a request asks for, in the place of positions in pictures
   (``mrope_positions``), which the engine sends along where a model has ``mrope_position_axes``;
+- ``Req.__init__``: the key of its prefix, which says the variant, and the plan where that changes;
+- ``ReqToTokenPool.free``: a request leaves its place;
+- ``Scheduler.get_internal_state``: what ``GET /dynamo/state`` answers;
 - ``TokenizerManager._validate_one_request`` and ``OpenAIServingBase.handle_request``: a request for a variant that
   there is not is an error of its own, of a stream before it begins;
 - ``GenerateReqInput.__getitem__``: of a body with several prompts, which loses ``extra_key``;
@@ -25,9 +29,11 @@ Axes: N tokens of a step, R requests of it, B places for requests, H query heads
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,41 +41,61 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 from sgl_jax.srt.entrypoints import http_server
 from sgl_jax.srt.entrypoints.openai.serving_base import OpenAIServingBase
 from sgl_jax.srt.layers.logits_processor import LogitsProcessor
 from sgl_jax.srt.layers.radix_attention import RadixAttention
 from sgl_jax.srt.managers.io_struct import GenerateReqInput
-from sgl_jax.srt.managers.schedule_batch import ScheduleBatch
+from sgl_jax.srt.managers.schedule_batch import Req, ScheduleBatch
+from sgl_jax.srt.managers.scheduler import Scheduler
 from sgl_jax.srt.managers.tokenizer_manager import TokenizerManager
-from sgl_jax.srt.mem_cache.memory_pool import MemoryPools
+from sgl_jax.srt.mem_cache.memory_pool import MemoryPools, ReqToTokenPool
 from sgl_jax.srt.model_executor.model_runner import ModelRunner
 from sgl_jax.srt.models.registry import ModelRegistry
 from sgl_jax.srt.server_args import ServerArgs
 from sgl_jax.srt.utils import kill_process_tree
 
-from dynamo_jax.engines.variants import Variants, architectures_of
+from dynamo_jax.engines.following import Following, report_of
+from dynamo_jax.engines.variants import AUTO, Variants, architectures_of
 from dynamo_jax.files import read_json
 from dynamo_jax.models.attention import Attends
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.specs import Grouped
 from dynamo_jax.runtime import serving
+from dynamo_jax.runtime.adapt import check_limit
 from dynamo_jax.runtime.monitor import Watch
+from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.storage import checkpoint
 
 WHOLE, TOKENS, HEADS = P(), P("data", None), P("data", "tensor", None)
+
+
+class Running(NamedTuple):
+    """What the scheduler of this process serves."""
+
+    variants: Variants
+    following: Following
+    figures: Any  # ``figures.Figures``, None where the engine gives no metrics
+
+
 VARIANT, COMES = range(2)  # what travels with a token: its request's variant, and 1 where that takes a place anew
 POOL = "requests"
 _served: dict[str, Variants] = {}  # by architecture
+_limits: dict[str, Any] = {}  # of what adaptation may read
+_loaded: dict[Path, tuple[QuantizedModel, serving.Host, serving.State]] = {}  # until there are pools
+_running: Running | None = None
 
 
-def register(variants: Variants) -> None:
+def register(variants: Variants, batch: int | None = None, reads: float = 1.0) -> None:
     """Have the engines of this process serve these variants, whenever one is asked for the model's architecture.
 
-    A server runs its scheduler in a process of its own, which needs this, too (``sglang_server``).
+    batch, reads: as ``online.Follower`` takes them. A server runs its scheduler in a process of its own, which needs
+    this, too (``sglang_server``).
     """
+    check_limit(1 if batch is None else batch, reads)
+    _limits.update(batch=batch, reads=reads)
     for name in architectures_of(variants, read_json(variants.folder / "config.json")):
         ModelRegistry.models[name] = Served
         _served[name] = variants
@@ -85,6 +111,7 @@ def launch(variants: Variants, options: list[str]) -> None:
     given = ServerArgs.from_cli([*ours, *options])
     _check_options(given)
     _form_of(checkpoint.read_description(variants.folder).config)
+    http_server.app.add_api_route("/dynamo/state", _state, methods=["GET"])
     try:
         http_server.launch(given)
     finally:
@@ -93,17 +120,17 @@ def launch(variants: Variants, options: list[str]) -> None:
 
 @jax.tree_util.register_pytree_node_class
 class Requests:
-    """The pool of what a step knows of each of B places. number: its variant; watch: its monitor."""
+    """The pool of the monitors of requests, one for each place; none where no dataset is known."""
 
-    def __init__(self, number: Int[Array, " B"], watch: Watch | None):
-        self.number, self.watch = number, watch
+    def __init__(self, watch: Watch | None):
+        self.watch = watch
 
-    def replace_buffer(self, after: tuple[Int[Array, " B"], Watch | None]) -> None:
+    def replace_buffer(self, after: Watch | None) -> None:
         """Take what a step gave back."""
-        self.number, self.watch = after
+        self.watch = after
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
-        return (self.number, self.watch), None
+        return (self.watch,), None
 
     @classmethod
     def tree_unflatten(cls, _: None, children: Any) -> Requests:
@@ -135,30 +162,37 @@ class Served(nnx.Module):
         pool = model_config.get_total_num_kv_heads(), model_config.head_dim
         if (form := _form_of(model.config)) != pool:
             raise ValueError(f"layers have {form} heads of keys and their size, the engine's pool {pool}")
-        slots, others = self.variants.slots(model.plan, model.spare), self.variants.others
-        _, state = serving.init(model, variants=len(self.variants), slots=slots, others=others)
-        place = NamedSharding(self.mesh, WHOLE)
-        kept = model.device_parameters(self.dtype), state._replace(number=jnp.zeros(0, jnp.int32), watch=None)
+        slots, others = self.variants.slots(model.plan, model.spare), self.variants.plans(model.plan)
+        host, state = serving.init(model, variants=1 + len(others), slots=slots, others=others)
+        parameters = model.device_parameters(self.dtype)
+        _loaded[self.variants.folder] = dataclasses.replace(model, parameters=parameters), host, state
         self.config = model.config
-        self.kept = nnx.Variable(jax.device_put(kept, place))
+        self.parameters = nnx.Variable(self.shown(parameters))
+        self.experts = nnx.Variable(self.shown(_of_experts(state)))
+        self.number = nnx.Variable(self.shown(jnp.zeros(1, jnp.int32)))  # of as many as there are places
         self.logits = Logits(model.config.vocab_size, mesh=self.mesh)
 
-    def requests(self, places: int) -> Requests:
-        """The pool for so many requests at once, all at the baseline."""
-        state = serving.begun(self.kept.get_value()[1], places)
-        own = Requests(state.number, state.watch)  # placed as steps give them back, else the second is compiled again
-        return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(self.mesh, P(*[None] * a.ndim))), own)
+    def shown(self, tree: Any) -> Any:
+        """Arrays as the engine's steps take them; they are the same bytes."""
+        return jax.device_put(tree, NamedSharding(self.mesh, WHOLE))
 
-    def __call__(self, batch: Any, pools: Any, logits_metadata: Any) -> tuple[Any, dict[str, Any], bool, list[Any]]:
-        """A step of the engine: its output, the pools after it, and the experts of each token in each layer."""
-        parameters, state = self.kept.get_value()
-        requests = getattr(pools, POOL)
-        place_of = _place_of(self.mesh, batch)
-        state = _asked(state._replace(number=requests.number, watch=requests.watch), place_of, self._told(batch))
-        decoder = with_parameters(self.config, parameters)
+    def monitors(self, watch: Watch | None) -> Requests:
+        """The pool, placed as steps give it back, else the second one is compiled again."""
+        return Requests(jax.tree.map(lambda a: jax.device_put(a, NamedSharding(self.mesh, P(*[None] * a.ndim))), watch))
+
+    def __call__(self, batch: Any, pools: Any, logits_metadata: Any) -> tuple[Any, dict[str, Any], Any, list[Any]]:
+        """A step of the engine: its output, the pools after it, what it says of the requests, where the engine's own
+        models say nothing that it reads, and the experts of each token in each layer."""
+        resident, tables, signatures = self.experts.get_value()
+        watch = getattr(pools, POOL).watch
+        tokens, place_of, told = _on(self.mesh, batch.input_ids, WHOLE), _place_of(self.mesh, batch), self._told(batch)
+        state, comes = _asked(
+            serving.State(resident, tables, self.number.get_value(), signatures, watch), place_of, told
+        )
+        decoder = with_parameters(self.config, self.parameters.get_value())
         caches = [self._attends(index, batch, pools) for index in range(len(self.config.layers))]
         hidden, routings, keys_and_values = decoder.ragged_states(
-            _on(self.mesh, batch.input_ids, WHOLE),
+            tokens,
             _on(self.mesh, batch.positions, WHOLE),
             caches,
             experts=serving.experts(state, request_of=place_of),
@@ -166,10 +200,10 @@ class Served(nnx.Module):
         )
         state = serving.observe(state, routings, request_of=place_of)
         output = self.logits(_on(self.mesh, hidden, TOKENS), decoder, logits_metadata)
-        after = {"token_to_kv_pool": list(keys_and_values), POOL: (state.number, state.watch)}
+        after = {"token_to_kv_pool": list(keys_and_values), POOL: state.watch}
         chosen = iter(routings)
-        layers = range(len(self.config.layers))
-        return output, after, True, [next(chosen).experts if i in self.config.moe_layers else None for i in layers]
+        experts = [next(chosen).experts if i in self.config.moe_layers else None for i in range(len(caches))]
+        return output, after, report_of(state, place_of, tokens, comes), experts
 
     def _told(self, batch: Any) -> Int[Array, "2 N"]:
         return _on(self.mesh, batch.mrope_positions, WHOLE)
@@ -231,13 +265,21 @@ def _place_of(mesh: Mesh, batch: Any) -> Int[Array, " N"]:
     return jnp.where(number < ends[-1], places[jnp.minimum(row, len(places) - 1)], -1)
 
 
-def _asked(state: serving.State, place_of: Int[Array, " N"], told: Int[Array, "2 N"]) -> serving.State:
-    """The state in which the requests of a step run at what they asked for, with new monitors for those that come."""
+def _asked(
+    state: serving.State, place_of: Int[Array, " N"], told: Int[Array, "2 N"]
+) -> tuple[serving.State, Bool[Array, " B"]]:
+    """The state in which the requests of a step run at what they asked for, with new monitors for those that come; and
+    the places that these take."""
     places = len(state.number)
     at = jnp.where(place_of < 0, places, place_of)  # past the end: padding says nothing
     comes = jnp.zeros(places, bool).at[at].max(told[COMES] == 1, mode="drop")
     state = serving.renew(state, comes)
-    return serving.switch(state, state.number.at[at].set(told[VARIANT], mode="drop"))
+    return serving.switch(state, state.number.at[at].set(told[VARIANT], mode="drop")), comes
+
+
+def _of_experts(state: serving.State) -> tuple[Any, ...]:
+    """What of the state is the same in each step until pages move."""
+    return state.resident, state.tables, state.signatures
 
 
 def _wrapped(original: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -248,40 +290,115 @@ def _wrapped(original: Callable[..., Any], hook: Callable[..., Any]) -> Callable
 
 
 def _pools(original: Callable[..., None], runner: Any, *given: Any) -> None:
+    global _running
     original(runner, *given)
-    if isinstance(runner.model, Served):
-        own = {POOL: runner.model.requests(runner.req_to_token_pool.size)}
-        runner.memory_pools = MemoryPools(token_to_kv_pool=runner.token_to_kv_pool, **own)
+    if not isinstance(served := runner.model, Served):
+        return
+    model, host, state = _loaded.pop(served.variants.folder)
+    state = serving.begun(state, runner.req_to_token_pool.size)
+    served.number.set_value(served.shown(state.number))
+    pool = {POOL: served.monitors(state.watch)}
+    runner.memory_pools = MemoryPools(token_to_kv_pool=runner.token_to_kv_pool, **pool)
+    following = Following(model, host, state._replace(watch=None), served.variants.adapts, **_limits)
+    _running = Running(served.variants, following, _figures() if runner.server_args.enable_metrics else None)
+    following.warm()
+    _show(runner, following.state)
+    step = runner.jitted_run_model
+
+    def told(*given: Any) -> Any:
+        output, after, report, experts = step(*given)
+        if report is not None:
+            following.told(report)
+        return output, after, True, experts
+
+    runner.jitted_run_model = told
+
+
+def _figures() -> Any:
+    from dynamo_jax.engines.figures import Figures  # the engine has said by now where several processes meet
+
+    return Figures()
+
+
+def _show(runner: Any, state: serving.State) -> None:
+    """Give the next steps the experts of this state."""
+    runner.model.experts.set_value(runner.model.shown(_of_experts(state)))
+    runner.model_state_leaves = jax.tree.leaves(nnx.split(runner.model)[1])
+
+
+def _forward(original: Callable[..., Any], runner: Any, *given: Any, **named: Any) -> Any:
+    if _running is not None and isinstance(runner.model, Served):
+        if _running.following.between():
+            _show(runner, _running.following.state)
+        if _running.figures is not None:
+            _running.figures.told(_running.following)
+    return original(runner, *given, **named)
 
 
 def _told_of(original: Callable[..., dict[str, Any]], batch: Any, stride: int, total: int) -> dict[str, Any]:
     out = original(batch, stride, total)
-    variants = _served.get(batch.model_config.hf_config.architectures[0])
-    if variants is None:
+    if batch.model_config.hf_config.architectures[0] not in _served or _running is None:
         return out
+    following = _running.following
     told = np.zeros((2, total), np.int32)
     owners = batch.req_to_token_pool.__dict__.setdefault("of_dynamo_jax", {})
     (info,) = batch.reqs_info
     running, begin = info.reqs or [], 0
     lengths = [1] * len(running) if batch.forward_mode.is_decode() else info.extend_lens
-    for request, place, length in zip(running, info.req_pool_indices, lengths):
-        told[VARIANT, begin : begin + length] = variants.named_by(request.extra_key)
-        told[COMES, begin : begin + length] = owners.get(int(place)) != request.rid
-        owners[int(place)] = request.rid
+    for request, place, length in zip(running, map(int, info.req_pool_indices), lengths):
+        if comes := owners.get(place) != request.rid:
+            owners[place] = request.rid
+            following.comes(place)
+        asked = request.of_dynamo_jax
+        told[VARIANT, begin : begin + length] = following.number_at(place) if asked == AUTO else asked
+        told[COMES, begin : begin + length] = comes
         begin += length
     return {**out, "mrope_positions": told}
 
 
+def _comes(original: Callable[..., None], request: Any, *given: Any, **named: Any) -> None:
+    original(request, *given, **named)
+    if _running is not None:
+        try:
+            number = _running.variants.asked(request.extra_key)
+        except ValueError as error:  # of a body that came another way than those that are checked before
+            request.set_finish_with_abort(str(error))
+            number = 0
+        if _running.figures is not None:
+            _running.figures.asked(number, _running.following)
+        request.of_dynamo_jax = number
+        request.extra_key = _running.following.prefix_key(None if number == AUTO else number)
+
+
+def _leaves(original: Callable[..., None], pool: Any, request: Any) -> None:
+    if _running is not None and pool.__dict__.get("of_dynamo_jax", {}).pop(request.req_pool_idx, None):
+        _running.following.leaves(request.req_pool_idx)
+    original(pool, request)
+
+
+def _internal(original: Callable[..., Any], scheduler: Any, asked: Any) -> Any:
+    answer = original(scheduler, asked)
+    if _running is not None:
+        answer.internal_state["dynamo"] = _running.following.described()
+    return answer
+
+
+async def _state() -> dict[str, Any]:
+    """``GET /dynamo/state``."""
+    found = await http_server._global_state.tokenizer_manager.get_internal_state()
+    return found[0]["dynamo"]
+
+
 def _validated(original: Callable[..., None], manager: Any, request: Any, *given: Any) -> None:
     if variants := _served.get(manager.model_config.hf_config.architectures[0]):
-        variants.named_by(getattr(request, "extra_key", None))
+        variants.asked(getattr(request, "extra_key", None))
     original(manager, request, *given)
 
 
 async def _answered(original: Callable[..., Any], client: Any, request: Any, raw: Any) -> Any:
     if variants := _served.get(client.tokenizer_manager.model_config.hf_config.architectures[0]):
         try:
-            variants.named_by(getattr(request, "extra_key", None))
+            variants.asked(getattr(request, "extra_key", None))
         except ValueError as error:
             return client.create_error_response(str(error))
     return await original(client, request, raw)
@@ -299,6 +416,10 @@ def _copied(original: Callable[..., np.ndarray], *given: Any) -> np.ndarray:
 
 _HOOKS: tuple[tuple[type, str, Callable[..., Any]], ...] = (
     (ModelRunner, "_init_pools", _pools),
+    (ModelRunner, "forward", _forward),
+    (Req, "__init__", _comes),
+    (ReqToTokenPool, "free", _leaves),
+    (Scheduler, "get_internal_state", _internal),
     (ScheduleBatch, "_merge_multimodal", _told_of),
     (TokenizerManager, "_validate_one_request", _validated),
     (OpenAIServingBase, "handle_request", _answered),

@@ -10,27 +10,33 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from dynamo_jax.engines.variants import Variants, variants_of
 
 
-def parsed(arguments: list[str]) -> tuple[Variants, list[str]]:
-    """The variants that arguments of this program name, and what is the engine's. ValueError: no quantized model."""
+def parsed(arguments: list[str]) -> tuple[Variants, dict[str, Any], list[str]]:
+    """The variants that arguments of this program name, how the adapted one is made, and what is the engine's.
+    ValueError: no quantized model."""
     own, theirs = arguments, []
     if "--" in arguments:
         own, theirs = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
     parser = argparse.ArgumentParser(prog="python -m dynamo_jax.engines.sglang_server")
     parser.add_argument("folder")
     parser.add_argument("--variant", action="append", default=[])
+    parser.add_argument("--no-adapt", action="store_true")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--reads", type=float, default=1.0)
     given = parser.parse_args(own)
-    return variants_of(given.folder, given.variant), theirs
+    limits = {"batch": given.batch, "reads": given.reads}
+    return variants_of(given.folder, given.variant, not given.no_adapt), limits, theirs
 
 
 if __name__ in ("__main__", "__mp_main__"):
     from dynamo_jax.engines import sglang
 
-    served, options = parsed(sys.argv[1:])
-    sglang.register(served)
+    served, limits, options = parsed(sys.argv[1:])
+    sglang.register(served, **limits)
     if __name__ == "__main__":
         try:
             sglang.launch(served, options)

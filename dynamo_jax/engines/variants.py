@@ -16,40 +16,48 @@ from dynamo_jax.runtime import memory
 from dynamo_jax.runtime.store import pages_of
 from dynamo_jax.storage import checkpoint
 
+AUTO = -1  # of a request that leaves the choice to its monitor
+
 
 @dataclasses.dataclass(frozen=True)
 class Variants:
-    """Of the quantized model in ``folder``: its own plan is variant 0, ``others`` are variants 1, 2, .."""
+    """Of the quantized model in ``folder``: its own plan is variant 0, ``others`` are variants 1, 2, ..
+
+    adapts: one more, which follows the texts of requests that name none, behind the first in the state (``number``).
+    """
 
     folder: Path
     others: tuple[Plan, ...] = ()
+    adapts: bool = True
 
-    def __len__(self) -> int:
-        return 1 + len(self.others)
+    def plans(self, plan: Plan) -> list[Plan]:
+        """Of the state's variants at the start, all but the first, which is ``plan``."""
+        return [*[plan] * self.adapts, *self.others]
 
     def slots(self, plan: Plan, spare: float) -> dict[int, int]:
-        """Slots for pages of each level: those of ``plan`` and its spare ones, and more where all variants together
-        read more pages. spare: a share of the plan's pages."""
+        """Slots for pages of each level: those that any of the variants reads, and where one adapts, spare ones.
+        spare: a share of the plan's pages."""
         read = [pages_of(one) for one in (plan, *self.others)]
-        return {
-            level: max(count, int(np.logical_or.reduce([pages[level] for pages in read]).sum()))
-            for level, count in memory.slots(plan, spare).items()
-        }
+        count = {level: int(np.logical_or.reduce([pages[level] for pages in read]).sum()) for level in read[0]}
+        if not self.adapts:
+            return count
+        more = memory.spare_slots(plan, spare)
+        return {level: min(n + more[level], plan.page_widths().size) for level, n in count.items()}
 
-    def named_by(self, key: str | None) -> int:
-        """The variant that a request's key, "variant=N", names; the baseline where it has none. ValueError: another
-        key, or no such variant."""
-        if key is None:
-            return 0
-        found = re.fullmatch(r"variant=(\d{1,4})", key)
-        if not found or int(found[1]) >= len(self):
-            raise ValueError(f'extra_key {shown(key)}: expected "variant=N", N from 0 to {len(self) - 1}')
-        return int(found[1])
+    def asked(self, key: str | None) -> int:
+        """The number of the state's variant that a request's key, "variant=N", names; ``AUTO`` where it has none.
+        ValueError: another key, or no such variant."""
+        if key is None or key == "variant=auto":
+            return AUTO if self.adapts else 0
+        found, last = re.fullmatch(r"variant=(\d{1,4})", key), len(self.others)
+        if not found or (number := int(found[1])) > last:
+            raise ValueError(f'extra_key {shown(key)}: expected "variant=N", N from 0 to {last}, or "variant=auto"')
+        return number + self.adapts if number else 0
 
 
-def variants_of(folder: str | Path, others: Sequence[str | Path] = ()) -> Variants:
+def variants_of(folder: str | Path, others: Sequence[str | Path] = (), adapts: bool = True) -> Variants:
     """The variants that serve ``folder``: its own plan, then those of ``others``, folders of the same model quantized
-    at other widths, of which only the plan is read.
+    at other widths, of which only the plan is read; and one that adapts.
 
     ValueError: a folder that is no quantized model, or a plan of other sizes.
     """
@@ -61,7 +69,7 @@ def variants_of(folder: str | Path, others: Sequence[str | Path] = ()) -> Varian
                 raise ValueError(f"{other}: {name} is {found}, of {folder} {wanted}: not variants of one model")
         if plan.widths.shape != own.widths.shape:
             raise ValueError(f"{other}: widths are {plan.widths.shape}, of {folder} {own.widths.shape}")
-    return Variants(Path(folder).absolute(), plans)
+    return Variants(Path(folder).absolute(), plans, adapts)
 
 
 def architectures_of(variants: Variants, raw: Raw) -> list[str]:

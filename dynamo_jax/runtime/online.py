@@ -24,9 +24,9 @@ from dynamo_jax.runtime.serving import (
     Move,
     State,
     adapted,
+    advance,
     begin,
     divergence,
-    finish,
     is_novel,
     lent,
     renew,
@@ -37,6 +37,7 @@ from dynamo_jax.runtime.standing import MOST, RECENT, Limit, Standing, parts
 
 WINDOW = 128  # tokens that are measured at a time
 KEPT = 8192  # tokens of a request that are remembered
+DEPARTED = 32  # requests that have ended whose tokens are
 
 
 class Event(NamedTuple):
@@ -108,6 +109,7 @@ class Follower:
         self._tokens, self._looked = np.zeros(requests, int), np.zeros(requests, int)  # of all texts; hops looked at
         self._current: list[list[int]] = [[] for _ in range(requests)]
         self._text, self._length = np.zeros(requests, int), np.zeros(requests, int)  # its number and tokens
+        self._departed: list[list[int]] = []  # tokens of requests that have ended, of the text that the variant is for
         self._standing = Standing(HOP, known=True)
 
     def __call__(self, state: State, texts: list[list[int]]) -> State:
@@ -127,13 +129,36 @@ class Follower:
     def renewed(self, state: State, ended: Collection[int], monitors: Watch | None = None) -> State:
         """The state with other requests in the places of those that have ended; monitors: as ``serving.renew`` takes
         them."""
-        for request in ended:
-            self._labels[request], self._streams[request], self._current[request] = UNKNOWN, [], []
-            self._tokens[request], self._looked[request] = 0, 0
-            self._next_text(request)
+        self.forgets(ended)
         which = np.isin(np.arange(len(self._labels)), list(ended))
         self.state = renew(state, which, monitors)
         return self.state
+
+    def forgets(self, ended: Collection[int]) -> None:
+        """These requests have ended: others may take their places. What they showed of the text that the variant is for
+        is kept, so that short requests add up."""
+        for request in ended:
+            if self._labels[request] != UNKNOWN and self._standing.known == (self._labels[request] != self._novel):
+                self._departed = [*self._departed, self._streams[request]][-DEPARTED:]
+            self._labels[request], self._streams[request], self._current[request] = UNKNOWN, [], []
+            self._tokens[request], self._looked[request] = 0, 0
+            self._next_text(request)
+
+    @property
+    def _novel(self) -> int:
+        """The label of novel text."""
+        return len(self.model.knowledge.names)
+
+    @property
+    def serves(self) -> bool:
+        """Whether requests run at the variant that was adapted."""
+        return self._standing.serves
+
+    @property
+    def saves(self) -> float:
+        """Nats a token that the variant is expected to save on the text that it serves, by the router's last choices;
+        0 where none serves."""
+        return float(np.mean(self._standing.saved)) if self.serves and self._standing.saved else 0.0
 
     def told(self, state: State, new: Mapping[int, list[int]]) -> State:
         """The state for the next step, after steps that took these tokens of each request, prompts too."""
@@ -145,7 +170,7 @@ class Follower:
             self._append(request, more)
         for request in np.flatnonzero(labels != self._labels).tolist():
             self._note(state, request, "novel" if novel[request] else "known")
-            if novel[request] or self._labels[request] == len(self.model.knowledge.names):  # else known before, too
+            if novel[request] or self._labels[request] == self._novel:  # else known before, too
                 del self._streams[request][: -2 * HOP - 1]
         self._labels = np.array(labels)
         meant = self._meant(novel)
@@ -175,10 +200,10 @@ class Follower:
 
     def _meant(self, novel: Bool[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
         """The requests that the variant is for: those whose text is novel, else those whose text has a name. It is
-        left at once when text begins or stops to be novel."""
-        known = not novel.any()
+        left at once when text begins or stops to be novel, not while there is none."""
+        known = not novel.any() and (self._standing.known or bool((self._labels != UNKNOWN).any()))
         if known != self._standing.known:
-            self._standing = Standing(HOP, known)
+            self._standing, self._departed = Standing(HOP, known), []
         return self._labels != UNKNOWN if known else novel
 
     def _next_text(self, request: int) -> None:
@@ -208,22 +233,27 @@ class Follower:
 
         if self._standing.leaves(*seen, agree):
             self._note(state, int(new[0]), "left")
+            self._departed = []
             for stream in self._streams:
                 del stream[: -RECENT - 1]
         elif self._standing.overreads(*seen, agree):
             self._note(state, int(new[0]), "reads too much")
 
+    def _texts(self, meant: np.ndarray) -> list[list[int]]:
+        """What the variant is for: of requests that run, then of those that have ended, the last first."""
+        return [*(stream for stream, own in zip(self._streams, meant) if own), *self._departed[::-1]]
+
     def _windows(self, meant: np.ndarray) -> Int[np.ndarray, "S T1"]:
         """The last tokens in whole windows, those of one request after those of another."""
         out = []
-        for stream in (s for s, own in zip(self._streams, meant) if own):
+        for stream in self._texts(meant):
             for end in range(len(stream), WINDOW, -WINDOW):
                 out.append(stream[end - WINDOW - 1 : end])
         return np.array(out, np.int32).reshape(-1, WINDOW + 1)
 
     def _adapt(self, state: State, meant: np.ndarray) -> State:
         """Measure the text and make a plan for it, if there is enough of it."""
-        count = sum(max(len(s) - 1, 0) // WINDOW for s, own in zip(self._streams, meant) if own)
+        count = sum(max(len(stream) - 1, 0) // WINDOW for stream in self._texts(meant))
         if not self._standing.due(count * WINDOW):
             return state
         windows, lend = self._windows(meant)[: MOST // WINDOW], self._lends and bool(meant.all())
@@ -271,16 +301,21 @@ class Follower:
         self._move = sent if sent.standing is self._standing else None
 
     def _take(self, state: State, meant: np.ndarray) -> State:
-        """Make the plan whose pages have come the variant, and look whether it is better on the windows that it is
-        for."""
+        """Make the plan whose pages have come the variant, beside steps one chunk of them a call, and look whether it
+        is better on the windows that it is for."""
         assert self._move is not None
         sent, self._move = self._move, None
+        self._standing.serves = False  # until the plan that is there then has proved itself
+        rest: Move | None = sent.move
         try:
-            self.host, state = finish(self.host, state, sent.move)
+            while rest is not None:
+                self.host, state, rest = advance(self.host, state, rest)
+                if rest is not None and self.worker is not None:
+                    self._move = sent._replace(move=rest)
+                    return state
         except recoverable(state.placement) as error:
             self._fail(state, meant, error)
             return state
-        self._standing.serves = False  # until the plan that is there now has proved itself
         if sent.standing is self._standing:  # else the text that it was for is over
             judging = self.model, state, sent.judging, sent.seen[-1], 1
             self._judging = sent, self._started(lambda: (sent.before - divergence(*judging)) / WINDOW)

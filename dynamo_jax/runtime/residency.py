@@ -88,6 +88,18 @@ class Staged(NamedTuple):
         """For the chunks that travel; a transfer that failed fails here."""
         jax.block_until_ready(self._on_device())
 
+    def parted(self, now: Residency) -> tuple[Staged, Staged | None]:
+        """The first chunk, and the others, whose own first one is sent; none where there is but one. Pages whose slots
+        others take are nowhere from the first chunk on."""
+        level = next((level for level, chunks in self.chunks.items() if chunks), None)
+        if level is None or sum(map(len, self.chunks.values())) == 1:
+            return self, None
+        first, *others = self.chunks[level]
+        if others:
+            others[0] = _sent(now.placement, others[0])
+        stay = {at: np.where(now.slots[at] == after, after, -1) for at, after in self.slots.items()}
+        return Staged({level: [first]}, self.pages, stay), self._replace(chunks={**self.chunks, level: others})
+
     def nbytes(self) -> int:
         """Bytes on the device, those that fill chunks up included."""
         return sum(a.nbytes for a in self._on_device())

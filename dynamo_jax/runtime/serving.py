@@ -329,20 +329,34 @@ def begin(host: Host, state: State, plan: Plan, variant: int = 1, lend: bool = F
 def finish(host: Host, state: State, move: Move) -> tuple[Host, State]:
     """Wait for the pages, take them in and make their plan the variant. The given state's pages are given up: use the
     one returned. ValueError: another move was finished since this one began."""
+    rest: Move | None = move
+    while rest is not None:
+        host, state, rest = advance(host, state, rest)
+    return host, state
+
+
+def advance(host: Host, state: State, move: Move) -> tuple[Host, State, Move | None]:
+    """As ``finish``, of one chunk of the pages, so that no step waits for more; and what is left of the move, until its
+    plan is the variant. Until then pages that have to go are missing, and what they refine is read at lower precision.
+    """
     if host.slots is not move.before:
         raise ValueError("pages were moved since this move began; begin it again")
     check_same(state.placement, "pages and plan", *move.staged.slots.values(), move.plan.widths)
     on_all(state.placement, move.staged.wait)  # a transfer that failed fails here, before anything is written
-    here = commit(Residency(state.resident, host.slots, state.placement), move.staged)
-    plans = tuple(move.plan if index == move.variant else plan for index, plan in enumerate(host.plans))
+    here = Residency(state.resident, host.slots, state.placement)
+    chunk, others = move.staged.parted(here)
+    here = commit(here, chunk)
+    last = others is None
+    plans = tuple(move.plan if last and index == move.variant else plan for index, plan in enumerate(host.plans))
     tables = tuple(
-        table_of(here, plan, tuple(table), partly=index != move.variant)
-        if index == move.variant or _lost(move.before, here.slots, plan)
+        table_of(here, plan, tuple(table), partly=not last or index != move.variant)
+        if (last and index == move.variant) or _lost(move.before, here.slots, plan)
         else table
         for index, (plan, table) in enumerate(zip(plans, state.tables))
     )
     host = dataclasses.replace(host, plans=plans, slots=here.slots)
-    return host, state._replace(resident=here.resident, tables=tables)
+    rest = None if others is None else move._replace(staged=others, before=host.slots)
+    return host, state._replace(resident=here.resident, tables=tables), rest
 
 
 def _lost(before: dict[int, np.ndarray], after: dict[int, np.ndarray], plan: Plan) -> bool:

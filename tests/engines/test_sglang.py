@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -67,15 +68,16 @@ SETTINGS = QuantizeConfig(
     quantizer="rtn",
     unseen_windows=0,
 )
-ENGINE = """--requests 4 --dtype float32 --device cpu --max-total-tokens 2048 --context-length 256
+ENGINE = """--requests 4 --dtype float32 --device cpu --max-total-tokens 2048 --context-length 512
 --max-prefill-tokens 64 --chunked-prefill-size 64 --precompile-bs-paddings 4 --precompile-token-paddings 64
---skip-server-warmup""".split()
+--skip-server-warmup --enable-metrics""".split()
 PROMPTS = [np.random.default_rng(n).integers(10, 8000, n).tolist() for n in (5, 40, 17, 100)]  # one of two chunks
 NEW = 12
 
 
-def quantized_folders(family, texts, folder):
-    """A random model at mixed widths, and it with some experts at 8 bits and all others at 2."""
+def quantized_folders(family, texts, folder, all_novel=False):
+    """A random model at mixed widths, and it with some experts at 8 bits and all others at 2. all_novel: whatever its
+    monitor sees is unlike what it knows."""
     raw = {"model_type": family, **SMALL, **CONFIGS[family]}
     if "num_local_experts" in raw:
         del raw["num_experts"], raw["norm_topk_prob"]
@@ -83,6 +85,10 @@ def quantized_folders(family, texts, folder):
     model, _ = quantize(decoder, load_tokenizer(BUNDLED), {n: texts[n] for n in ("code", "sums")}, SETTINGS)
     files = {**model.files, "config.json": json.dumps(raw).encode()}
     model = dataclasses.replace(model, files=files)
+    if all_novel:
+        known = model.knowledge.signatures
+        never = known._replace(place=np.full_like(known.place, -50.0), limit=np.ones_like(known.limit))
+        model = dataclasses.replace(model, knowledge=dataclasses.replace(model.knowledge, signatures=never))
     widths = np.full_like(model.plan.widths, 2)
     widths[:, :3] = 8
     other = dataclasses.replace(model, plan=dataclasses.replace(model.plan, widths=widths))
@@ -129,6 +135,10 @@ class Server:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
+
+    def state(self):
+        with urllib.request.urlopen(f"{self.url}/dynamo/state", timeout=60) as answer:
+            return json.load(answer)
 
     def texts(self, numbers):
         """Of all prompts, sent at once, each at its variant; None says nothing of it."""
@@ -201,30 +211,41 @@ def test_a_request_that_comes_gets_its_variant_and_a_new_monitor(mesh, quantized
     state = state._replace(watch=state.watch._replace(newer_tokens=jnp.array([5.0, 6.0, 7.0])))
     place_of = jnp.array([2, 2, 0, -1])
     told = jnp.array([[1, 1, 0, 1], [1, 1, 0, 1]])  # place 2 is taken anew, place 0 goes on, the last one is padding
-    state = jax.jit(sglang._asked)(state, place_of, told)
-    assert state.number.tolist() == [0, 1, 1]
+    state, comes = jax.jit(sglang._asked)(state, place_of, told)
+    assert state.number.tolist() == [0, 1, 1] and comes.tolist() == [False, False, True]
     assert state.watch.newer_tokens.tolist() == [5, 6, 0]
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def served(request, texts, tmp_path_factory):
-    """A running server, and what our own generation gives for each prompt at each variant."""
-    folder = tmp_path_factory.mktemp(request.param)
-    folders = quantized_folders(request.param, texts, folder)
+def own_texts(folders):
+    """What our own generation gives for each prompt at each of the variants that a request can name."""
+    model, variants = checkpoint.load(folders[0]), variants_of(folders[0], folders[1:])
+    slots, others = variants.slots(model.plan, model.spare), variants.plans(model.plan)
+    _, state = serving.init(model, len(PROMPTS), 1 + len(others), slots, others=others)
+    own = LanguageModel(config=model.config, parameters=model.device_parameters(jnp.float32), state=state)
+    out = []
+    for key in ("variant=0", "variant=1"):
+        at = dataclasses.replace(own, state=serving.switch(state, variants.asked(key)))
+        out.append([model.tokenizer.decode(t) for t in generate(at, PROMPTS, GenerateConfig(max_tokens=NEW))])
+    return out
+
+
+@contextlib.contextmanager
+def running(folders, folder):
+    """A server, and what our own generation gives."""
     server = Server(*folders, folder / "log")
     try:
-        model, variants = checkpoint.load(folders[0]), variants_of(folders[0], folders[1:])
-        slots = variants.slots(model.plan, model.spare)
-        _, state = serving.init(model, requests=len(PROMPTS), slots=slots, others=variants.others)
-        own = LanguageModel(config=model.config, parameters=model.device_parameters(jnp.float32), state=state)
-        wanted = []
-        for number in range(2):
-            at = dataclasses.replace(own, state=serving.switch(state, number))
-            wanted.append([model.tokenizer.decode(t) for t in generate(at, PROMPTS, GenerateConfig(max_tokens=NEW))])
+        wanted = own_texts(folders)
         server.wait()
         yield server, wanted
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def served(request, texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    with running(quantized_folders(request.param, texts, folder), folder) as found:
+        yield found
 
 
 def test_each_request_of_a_batch_gets_the_tokens_of_its_variant(served):
@@ -234,12 +255,16 @@ def test_each_request_of_a_batch_gets_the_tokens_of_its_variant(served):
         assert server.texts(numbers) == [wanted[n or 0][i] for i, n in enumerate(numbers)], numbers
 
 
-def test_no_step_is_compiled_after_the_start(served):
-    server, wanted = served
-    assert server.texts([1, 1, 0, 0]) == [*wanted[1][:2], *wanted[0][2:]]
+def check_nothing_compiled(server):
     log = server.log.read_text()
     steps = [line for line in log.splitlines() if re.search("(Prefill|Decode) batch", line)]
     assert steps and not [line for line in steps if "cache_miss" in line]
+
+
+def test_no_step_is_compiled_after_the_start(served):
+    server, wanted = served
+    assert server.texts([1, 1, 0, 0]) == [*wanted[1][:2], *wanted[0][2:]]
+    check_nothing_compiled(server)
 
 
 def test_a_body_of_several_prompts_keeps_its_variant(served):
@@ -254,3 +279,33 @@ def test_an_unknown_variant_is_an_error_of_its_request_alone(served):
         status, answer = server.post(**{"prompt": PROMPTS[0], "extra_key": "variant=2", **more})
         assert status == 400 and 'expected "variant=N", N from 0 to 1' in answer["message"], more
     assert server.texts([0, 0, 0, 0]) == wanted[0]
+
+
+@pytest.fixture(scope="module")
+def restless(texts, tmp_path_factory):
+    """A server whose monitors call any text novel."""
+    folder = tmp_path_factory.mktemp("restless")
+    with running(quantized_folders("qwen3_moe", texts, folder, all_novel=True), folder) as found:
+        yield found
+
+
+def test_adaptation_under_load_changes_nothing_for_requests_that_name_their_variant(restless):
+    """Long requests that name none are novel, and a variant is adapted to them, meanwhile others go on."""
+    server, wanted = restless
+    long = np.random.default_rng(1).integers(10, 8000, 400).tolist()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for _ in range(20):
+            novel = pool.submit(server.post, prompt=[*long[::-1]], max_tokens=60)
+            while not novel.done():
+                assert server.texts([0, 1, 0, 1]) == [wanted[n][i] for i, n in enumerate([0, 1, 0, 1])]
+            assert novel.result()[0] == 200
+            found = server.state()
+            if found["totals"].get("adapted", 0) + found["totals"].get("not better", 0):
+                break
+    assert found["totals"]["novel"] and found["plans"] and found["adapts"], found
+    assert "failed" not in found["totals"] and {e["what"] for e in found["events"]} <= {
+        "novel",
+        "adapted",
+        "not better",
+    }
+    check_nothing_compiled(server)

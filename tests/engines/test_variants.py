@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 from dynamo_jax.commands import serve
 from dynamo_jax.commands.app import app
 from dynamo_jax.engines.sglang_server import parsed
-from dynamo_jax.engines.variants import architectures_of, variants_of
+from dynamo_jax.engines.variants import AUTO, architectures_of, variants_of
+from dynamo_jax.runtime import memory
+from dynamo_jax.runtime.store import page_counts
 from dynamo_jax.storage import checkpoint
 
 
@@ -28,16 +30,31 @@ def folders(quantized, tmp_path_factory):
     return folder
 
 
-def test_a_request_names_a_variant_or_gets_the_baseline(folders):
+def test_a_request_names_a_variant_or_leaves_it_to_its_monitor(folders):
+    keys = None, "variant=auto", "variant=0", "variant=1"
     variants = variants_of(folders / "base", [folders / "low"])
-    assert [variants.named_by(key) for key in (None, "variant=0", "variant=1")] == [0, 0, 1]
-    assert (variants.others[0].widths == 2).all()
+    assert [variants.asked(key) for key in keys] == [AUTO, AUTO, 0, 2]
+    still = variants_of(folders / "base", [folders / "low"], adapts=False)
+    assert [still.asked(key) for key in keys] == [0, 0, 0, 1]
+    own = checkpoint.read_description(folders / "base").plan
+    for one, number in ((variants, 2), (still, 1)):  # the state has the plan under that number
+        assert [own, *one.plans(own)][number] is one.others[0] and (one.others[0].widths == 2).all()
+
+
+def test_slots_are_for_what_any_variant_reads_and_spare_ones_for_what_adapts(folders):
+    own = checkpoint.read_description(folders / "base").plan
+    low = variants_of(folders / "base", [folders / "low"])
+    high = dataclasses.replace(own, widths=np.full_like(own.widths, 8))
+    assert low.slots(own, 0.1) == memory.slots(own, 0.1)  # two bits need no page
+    assert dataclasses.replace(low, adapts=False).slots(own, 0.1) == page_counts(own)
+    both = dataclasses.replace(low, others=(high,))
+    assert both.slots(own, 0.1) == page_counts(high)  # and there are no more pages than those
 
 
 @pytest.mark.parametrize("key", ["variant=2", "variant=-1", "variant=", "1", "", "variant=1 ", "variant=99999999999"])
 def test_a_key_that_names_no_variant_says_which_there_are(folders, key):
-    with pytest.raises(ValueError, match=r'extra_key .*: expected "variant=N", N from 0 to 1'):
-        variants_of(folders / "base", [folders / "low"]).named_by(key)
+    with pytest.raises(ValueError, match=r'extra_key .*: expected "variant=N", N from 0 to 1, or'):
+        variants_of(folders / "base", [folders / "low"]).asked(key)
 
 
 def test_a_folder_that_is_no_variant_is_named(folders, tmp_path):
@@ -54,8 +71,10 @@ def test_an_engine_finds_the_model_by_its_architecture(folders):
 
 def test_the_program_parts_our_arguments_from_the_engines(folders):
     base, low = str(folders / "base"), str(folders / "low")
-    variants, options = parsed([base, "--variant", low, "--", "--port", "1", "--variant"])
-    assert len(variants) == 2 and str(variants.folder) == base and options == ["--port", "1", "--variant"]
+    words = [base, "--variant", low, "--reads", "1.5", "--", "--port", "1", "--variant", "--no-adapt"]
+    variants, limits, options = parsed(words)
+    assert len(variants.others) == 1 and variants.adapts and str(variants.folder) == base
+    assert limits == {"batch": None, "reads": 1.5} and options == words[6:]
 
 
 def test_serve_says_what_it_lacks(folders, monkeypatch):
@@ -70,10 +89,13 @@ def test_serve_becomes_the_engines_program(folders, monkeypatch):
     started = []
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(serve.os, "execv", lambda path, program: started.append(program))
-    base, low = str(folders / "base"), str(folders / "low")
-    run = CliRunner().invoke(app, ["serve", "--model", base, "--variant", low, "--port", "7", "--page-size", "16"])
+    base, low, own = str(folders / "base"), str(folders / "low"), ["--no-adapt", "--batch", "8"]
+    run = CliRunner().invoke(
+        app, ["serve", "--model", base, "--variant", low, *own, "--port", "7", "--page-size", "16"]
+    )
     assert run.exit_code == 0, run.exception
     (program,) = started
     assert program[:3] == [sys.executable, "-m", "dynamo_jax.engines.sglang_server"]
-    variants, options = parsed(program[3:])
-    assert len(variants) == 2 and options[-2:] == ["--page-size", "16"] and options[2:4] == ["--port", "7"]
+    variants, limits, options = parsed(program[3:])
+    assert len(variants.others) == 1 and not variants.adapts and limits == {"batch": 8, "reads": 1.0}
+    assert options[-2:] == ["--page-size", "16"] and options[2:4] == ["--port", "7"]

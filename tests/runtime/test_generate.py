@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import time
-from concurrent.futures import Executor, Future
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILY_MODELS
+from later import Later
 
 from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
@@ -333,24 +333,6 @@ def test_pages_that_come_for_text_that_is_over_serve_nobody(quantized, monkeypat
     follower._move = online.Sent(move, np.zeros((1, 3), int), None, np.zeros(1), follower._standing)
     state = follower(labelled(state, 0), [list(range(11))])
     assert follower._move is None and state.number.tolist() == [0]
-
-
-class Later(Executor):
-    """A worker that works when it is told to."""
-
-    def __init__(self):
-        self.waiting = []
-
-    def submit(self, work):
-        self.waiting.append((work, future := Future()))
-        return future
-
-    def work(self):
-        (work, future), self.waiting = self.waiting[0], self.waiting[1:]
-        try:
-            future.set_result(work())
-        except Exception as error:
-            future.set_exception(error)
 
 
 def beside(quantized, requests=2):
