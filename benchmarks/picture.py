@@ -2,8 +2,8 @@
 
     python benchmarks/picture.py [--rows benchmarks/results/adaptation.json] [--out docs/drawings/loss.svg]
 
-A panel for each deployment; a line for each method, a point for each budget: the mean of the far kinds of text. Right:
-bits a weight that the device holds. Up: nats a token lost against bfloat16.
+A panel for each deployment; a line for each method, a point for each budget: the mean of the far kinds of text that were
+met at every budget. Right: bits a weight that the device holds. Up: nats a token lost against bfloat16.
 """
 
 from __future__ import annotations
@@ -54,10 +54,13 @@ STYLE = """
 
 
 def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Deployment -> method -> (device bits, excess loss) of each budget, means of its far kinds."""
+    """Deployment -> method -> (device bits, excess loss) of each budget, means of the far kinds that all budgets have."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for (_, name, _, far), own in grouped(rows).items():
-        if far:
+    groups = {(name, budget): own for (_, name, budget, far), own in grouped(rows).items() if far}
+    for (name, _), own in groups.items():
+        met = [{r["novel"] for r in others} for (other, _), others in groups.items() if other == name]
+        if kinds := set.intersection(*met):
+            own = [r for r in own if r["novel"] in kinds]
             for method in [m for m in METHODS if any(r["method"] == m for r in own)]:
                 point = mean_of(own, method, "device_bits"), mean_of(own, method, "excess_nll")
                 found.setdefault(name, {}).setdefault(method, []).append(point)

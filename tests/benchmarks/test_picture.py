@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
 import picture
 
 
-def row(method, budget, loss, deployment="prose", far=True):
-    where = {"model": "one", "deployment": deployment, "budget": budget, "far": far}
+def row(method, budget, loss, deployment="prose", far=True, novel="polish"):
+    where = {"model": "one", "deployment": deployment, "budget": budget, "far": far, "novel": novel}
     return where | {"method": method, "device_bits": budget, "excess_nll": loss}
 
 
@@ -24,7 +24,8 @@ def points_of(drawn, method):
 
 
 def test_a_point_is_the_mean_of_far_kinds_and_less_loss_is_lower():
-    rows = [row("static", 3.0, 0.02), row("static", 3.0, 0.04), row("static", 3.0, 9.0, far=False)]
+    rows = [row("static", 3.0, 0.02), row("static", 3.0, 0.04, novel="c"), row("static", 3.0, 9.0, far=False)]
+    rows += [row("static", 3.0, 9.0, novel="at one budget alone"), row("static", 2.0, 0.06, novel="c")]
     rows += [row("static", 2.0, 0.06), row("adapted", 2.0, 0.03), row("adapted", 3.0, 0.0), row("another", 3.0, 5.0)]
     assert picture.means(rows)["prose"]["static"] == [(2.0, 0.06), (3.0, pytest.approx(0.03))]
     drawn = ElementTree.fromstring(picture.picture(rows))
