@@ -2,8 +2,8 @@
 
     python benchmarks/picture.py [--rows benchmarks/results/adaptation.json] [--out docs/drawings/loss.svg]
 
-A panel for each deployment; a line for each method, a point for each budget: the mean of the far kinds of text that were
-met at every budget. Right: bits a weight that the device holds. Up: nats a token lost against bfloat16.
+A panel for each deployment; a line for each method, a point for each budget: the mean of the far kinds of text that
+were met at every budget. Right: bits a weight that the device holds. Up: nats a token lost against bfloat16.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ STYLE = """
 
 
 def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Deployment -> method -> (device bits, excess loss) of each budget, means of the far kinds that all budgets have."""
+    """Deployment -> method -> (device bits, excess loss) of each budget, means of far kinds that all have."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     groups = {(name, budget): own for (_, name, budget, far), own in grouped(rows).items() if far}
     for (name, _), own in groups.items():

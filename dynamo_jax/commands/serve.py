@@ -35,6 +35,9 @@ def serve(
         bool,
         typer.Option(help="Adapt one more variant to the texts of requests that name none, and switch them to it."),
     ] = True,
+    monitor: Annotated[
+        bool, typer.Option(help="Watch what is routed of each request; without that nothing adapts.")
+    ] = True,
     batch: Annotated[
         int | None,
         typer.Option(min=1, help="Requests that a step is taken to serve, in the limit of adaptation; by default all."),
@@ -67,7 +70,11 @@ def serve(
     variants_of(folders[0], folders[1:])
     check_limit(batch or 1, reads)
     own = [folders[0], *(word for folder in folders[1:] for word in ("--variant", folder)), "--reads", str(reads)]
-    own += (["--batch", str(batch)] if batch else []) + ([] if adapt else ["--no-adapt"])
+    own += (
+        (["--batch", str(batch)] if batch else [])
+        + ([] if adapt else ["--no-adapt"])
+        + ([] if monitor else ["--no-monitor"])
+    )
     theirs = ["--host", host, "--port", str(port), "--max-running-requests", str(requests), "--dtype", dtype]
     program = [sys.executable, "-m", f"dynamo_jax.engines.{engine}_server", *own, "--", *theirs, *context.args]
     sys.stdout.flush()

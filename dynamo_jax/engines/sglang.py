@@ -164,6 +164,8 @@ class Served(nnx.Module):
             raise ValueError(f"layers have {form} heads of keys and their size, the engine's pool {pool}")
         slots, others = self.variants.slots(model.plan, model.spare), self.variants.plans(model.plan)
         host, state = serving.init(model, variants=1 + len(others), slots=slots, others=others)
+        if not self.variants.watched:
+            state = state._replace(signatures=None, watch=None)
         parameters = model.device_parameters(self.dtype)
         _loaded[self.variants.folder] = dataclasses.replace(model, parameters=parameters), host, state
         self.config = model.config

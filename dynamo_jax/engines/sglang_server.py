@@ -25,11 +25,12 @@ def parsed(arguments: list[str]) -> tuple[Variants, dict[str, Any], list[str]]:
     parser.add_argument("folder")
     parser.add_argument("--variant", action="append", default=[])
     parser.add_argument("--no-adapt", action="store_true")
+    parser.add_argument("--no-monitor", action="store_true")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--reads", type=float, default=1.0)
     given = parser.parse_args(own)
     limits = {"batch": given.batch, "reads": given.reads}
-    return variants_of(given.folder, given.variant, not given.no_adapt), limits, theirs
+    return variants_of(given.folder, given.variant, not given.no_adapt, not given.no_monitor), limits, theirs
 
 
 if __name__ in ("__main__", "__mp_main__"):

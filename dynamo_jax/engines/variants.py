@@ -24,11 +24,13 @@ class Variants:
     """Of the quantized model in ``folder``: its own plan is variant 0, ``others`` are variants 1, 2, ..
 
     adapts: one more, which follows the texts of requests that name none, behind the first in the state (``number``).
+    watched: whether requests have monitors, without which nothing adapts.
     """
 
     folder: Path
     others: tuple[Plan, ...] = ()
     adapts: bool = True
+    watched: bool = True
 
     def plans(self, plan: Plan) -> list[Plan]:
         """Of the state's variants at the start, all but the first, which is ``plan``."""
@@ -55,7 +57,9 @@ class Variants:
         return number + self.adapts if number else 0
 
 
-def variants_of(folder: str | Path, others: Sequence[str | Path] = (), adapts: bool = True) -> Variants:
+def variants_of(
+    folder: str | Path, others: Sequence[str | Path] = (), adapts: bool = True, watched: bool = True
+) -> Variants:
     """The variants that serve ``folder``: its own plan, then those of ``others``, folders of the same model quantized
     at other widths, of which only the plan is read; and one that adapts.
 
@@ -69,7 +73,7 @@ def variants_of(folder: str | Path, others: Sequence[str | Path] = (), adapts: b
                 raise ValueError(f"{other}: {name} is {found}, of {folder} {wanted}: not variants of one model")
         if plan.widths.shape != own.widths.shape:
             raise ValueError(f"{other}: widths are {plan.widths.shape}, of {folder} {own.widths.shape}")
-    return Variants(Path(folder).absolute(), plans, adapts)
+    return Variants(Path(folder).absolute(), plans, adapts and watched, watched)
 
 
 def architectures_of(variants: Variants, raw: Raw) -> list[str]:

@@ -36,6 +36,7 @@ def test_a_request_names_a_variant_or_leaves_it_to_its_monitor(folders):
     assert [variants.asked(key) for key in keys] == [AUTO, AUTO, 0, 2]
     still = variants_of(folders / "base", [folders / "low"], adapts=False)
     assert [still.asked(key) for key in keys] == [0, 0, 0, 1]
+    assert not variants_of(folders / "base", watched=False).adapts
     own = checkpoint.read_description(folders / "base").plan
     for one, number in ((variants, 2), (still, 1)):  # the state has the plan under that number
         assert [own, *one.plans(own)][number] is one.others[0] and (one.others[0].widths == 2).all()
