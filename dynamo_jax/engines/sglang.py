@@ -65,6 +65,7 @@ from dynamo_jax.models.decoder import with_parameters
 from dynamo_jax.models.specs import Grouped
 from dynamo_jax.runtime import serving
 from dynamo_jax.runtime.adapt import check_limit
+from dynamo_jax.runtime.mesh import DATA, MODEL, Placement
 from dynamo_jax.runtime.monitor import Watch
 from dynamo_jax.runtime.quantized import QuantizedModel
 from dynamo_jax.storage import checkpoint
@@ -149,25 +150,35 @@ class Served(nnx.Module):
     """A quantized model as the engine runs one."""
 
     def __init__(self, config: Any, mesh: Mesh, dtype: Any = jnp.bfloat16):
-        if mesh.size > 1:
-            raise ValueError(f"a mesh of {mesh.size} devices: quantized models are served by one so far")
         self.mesh, self.dtype = mesh, dtype
         self.variants = _served[config.architectures[0]]
         self.mrope_position_axes = 2
 
     def load_weights(self, model_config: Any) -> None:
-        """Fill this with the model of the folder. ValueError: it is damaged, or has attention that the engine's pool of
-        keys and values cannot hold."""
-        model = checkpoint.load(self.variants.folder)
+        """Fill this with the model of the folder. Experts, or their channel blocks, are split over the devices;
+        everything else is whole on each. ValueError: the folder is damaged, has attention that the engine's pool of
+        keys and values cannot hold, or does not divide over the devices."""
+        model, variants = checkpoint.load(self.variants.folder), self.variants
         pool = model_config.get_total_num_kv_heads(), model_config.head_dim
         if (form := _form_of(model.config)) != pool:
             raise ValueError(f"layers have {form} heads of keys and their size, the engine's pool {pool}")
-        slots, others = self.variants.slots(model.plan, model.spare), self.variants.plans(model.plan)
-        host, state = serving.init(model, variants=1 + len(others), slots=slots, others=others)
-        if not self.variants.watched:
+        _, tensor = self.mesh.devices.shape
+        for what, count in (("heads of keys", form[0]), ("token ids", model.config.vocab_size)):
+            if count % tensor:
+                raise ValueError(f"{count} {what} do not divide over {tensor} devices")
+        own = Placement.of(Mesh(self.mesh.devices, (DATA, MODEL)), model.config.num_experts, model.plan.blocks)
+        self.placement = own and dataclasses.replace(
+            own, mesh=self.mesh, experts=_renamed(own.experts), blocks=_renamed(own.blocks)
+        )
+        slots, others = variants.slots(model.plan, model.spare, own), variants.plans(model.plan)
+        many = 1 + len(others)
+        host, state = serving.init(model, variants=many, slots=slots, others=others, placement=own)
+        if not variants.watched:
             state = state._replace(signatures=None, watch=None)
         parameters = model.device_parameters(self.dtype)
-        _loaded[self.variants.folder] = dataclasses.replace(model, parameters=parameters), host, state
+        if own is None:  # what measures a text takes the same arrays
+            model = dataclasses.replace(model, parameters=parameters)
+        _loaded[variants.folder] = model, host, state
         self.config = model.config
         self.parameters = nnx.Variable(self.shown(parameters))
         self.experts = nnx.Variable(self.shown(_of_experts(state)))
@@ -176,7 +187,12 @@ class Served(nnx.Module):
 
     def shown(self, tree: Any) -> Any:
         """Arrays as the engine's steps take them; they are the same bytes."""
-        return jax.device_put(tree, NamedSharding(self.mesh, WHOLE))
+
+        def sharding(a: Array) -> NamedSharding:
+            spec = a.sharding.spec if isinstance(a.sharding, NamedSharding) else WHOLE
+            return NamedSharding(self.mesh, P(*map(_renamed, spec)))
+
+        return jax.tree.map(lambda a: jax.device_put(a, sharding(a)), tree)
 
     def monitors(self, watch: Watch | None) -> Requests:
         """The pool, placed as steps give it back, else the second one is compiled again."""
@@ -197,7 +213,7 @@ class Served(nnx.Module):
             tokens,
             _on(self.mesh, batch.positions, WHOLE),
             caches,
-            experts=serving.experts(state, request_of=place_of),
+            experts=serving.experts(state._replace(placement=self.placement), request_of=place_of),
             dtype=self.dtype,
         )
         state = serving.observe(state, routings, request_of=place_of)
@@ -248,9 +264,9 @@ def _form_of(config: ModelConfig) -> tuple[int, int]:
 
 def _check_options(given: Any) -> None:
     """ValueError for what the engine can do and this module not yet."""
-    for name, wanted in (("tp_size", 1), ("dp_size", 1), ("ep_size", 1), ("nnodes", 1)):
-        if (found := getattr(given, name)) != wanted:
-            raise ValueError(f"{name} {found}: quantized models are served by one device so far")
+    for name in ("dp_size", "ep_size", "nnodes"):
+        if (found := getattr(given, name)) != 1:
+            raise ValueError(f"{name} {found}: tp_size alone splits a quantized model, its experts and its attention")
     for name in ("speculative_algorithm", "enable_lora", "multimodal", "quantization_config_path"):
         if getattr(given, name):
             raise ValueError(f"{name}: not beside a model that dynamo-jax quantized")
@@ -277,6 +293,13 @@ def _asked(
     comes = jnp.zeros(places, bool).at[at].max(told[COMES] == 1, mode="drop")
     state = serving.renew(state, comes)
     return serving.switch(state, state.number.at[at].set(told[VARIANT], mode="drop")), comes
+
+
+def _renamed(axes: Any) -> Any:
+    """Axes of our mesh by the engine's names; a name, several, or None."""
+    if isinstance(axes, tuple):
+        return tuple(map(_renamed, axes))
+    return "tensor" if axes == MODEL else axes
 
 
 def _of_experts(state: serving.State) -> tuple[Any, ...]:

@@ -7,13 +7,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from dynamo_jax.files import shown
 from dynamo_jax.models.families.family import Raw
 from dynamo_jax.precision.plan import Plan
 from dynamo_jax.runtime import memory
-from dynamo_jax.runtime.store import pages_of
+from dynamo_jax.runtime.mesh import Placement
+from dynamo_jax.runtime.residency import largest_shard, shards_of
 from dynamo_jax.storage import checkpoint
 
 AUTO = -1  # of a request that leaves the choice to its monitor
@@ -36,15 +35,14 @@ class Variants:
         """Of the state's variants at the start, all but the first, which is ``plan``."""
         return [*[plan] * self.adapts, *self.others]
 
-    def slots(self, plan: Plan, spare: float) -> dict[int, int]:
+    def slots(self, plan: Plan, spare: float, placement: Placement | None = None) -> dict[int, int]:
         """Slots for pages of each level: those that any of the variants reads, and where one adapts, spare ones.
-        spare: a share of the plan's pages."""
-        read = [pages_of(one) for one in (plan, *self.others)]
-        count = {level: int(np.logical_or.reduce([pages[level] for pages in read]).sum()) for level in read[0]}
+        spare: a share of the plan's pages. placement: of one of several devices, which all have as many."""
+        largest, shards = largest_shard(placement, [plan, *self.others]), shards_of(placement)
         if not self.adapts:
-            return count
-        more = memory.spare_slots(plan, spare)
-        return {level: min(n + more[level], plan.page_widths().size) for level, n in count.items()}
+            return largest
+        more, most = memory.spare_slots(plan, spare), plan.page_widths().size // shards
+        return {level: min(count - (-more[level] // shards), most) for level, count in largest.items()}
 
     def asked(self, key: str | None) -> int:
         """The number of the state's variant that a request's key, "variant=N", names; ``AUTO`` where it has none.

@@ -107,12 +107,18 @@ def free_port():
 class Server:
     """``dynamo-jax serve`` on a free port of this machine."""
 
-    def __init__(self, base, other, log):
+    def __init__(self, base, other, log, devices=1):
         self.url, self.log = f"http://127.0.0.1:{(port := free_port())}", log
         words = ["-m", "dynamo_jax", "serve", "--model", base, "--variant", other, "--port", str(port), *ENGINE]
+        words += ["--tp-size", str(devices)]
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         with open(log, "w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, *map(str, words)], stdout=out, stderr=out, start_new_session=True
+                [sys.executable, *map(str, words)],
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                env=os.environ | {"XLA_FLAGS": flags},
             )
 
     def wait(self, seconds=240):
@@ -163,7 +169,7 @@ LATENT = decoder_config(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--tp-size 2", "tp_size 2: quantized models are served by one device so far"),
+        ("--ep-size 2", "ep_size 2: tp_size alone splits a quantized model"),
         ("--enable-lora", "enable_lora: not beside a model that dynamo-jax quantized"),
     ],
 )
@@ -230,9 +236,9 @@ def own_texts(folders):
 
 
 @contextlib.contextmanager
-def running(folders, folder):
+def running(folders, folder, devices=1):
     """A server, and what our own generation gives."""
-    server = Server(*folders, folder / "log")
+    server = Server(*folders, folder / "log", devices)
     try:
         wanted = own_texts(folders)
         server.wait()
@@ -241,10 +247,13 @@ def running(folders, folder):
         server.stop()
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(
+    scope="module", params=[*((family, 1) for family in CONFIGS), ("qwen3_moe", 2)], ids=lambda p: f"{p[0]} on {p[1]}"
+)
 def served(request, texts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    with running(quantized_folders(request.param, texts, folder), folder) as found:
+    family, devices = request.param
+    folder = tmp_path_factory.mktemp(family)
+    with running(quantized_folders(family, texts, folder), folder, devices) as found:
         yield found
 
 
@@ -281,11 +290,11 @@ def test_an_unknown_variant_is_an_error_of_its_request_alone(served):
     assert server.texts([0, 0, 0, 0]) == wanted[0]
 
 
-@pytest.fixture(scope="module")
-def restless(texts, tmp_path_factory):
-    """A server whose monitors call any text novel."""
+@pytest.fixture(scope="module", params=[1, 2])
+def restless(request, texts, tmp_path_factory):
+    """A server whose monitors call any text novel, on so many devices."""
     folder = tmp_path_factory.mktemp("restless")
-    with running(quantized_folders("qwen3_moe", texts, folder, all_novel=True), folder) as found:
+    with running(quantized_folders("qwen3_moe", texts, folder, all_novel=True), folder, request.param) as found:
         yield found
 
 
