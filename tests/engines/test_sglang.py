@@ -146,12 +146,12 @@ class Server:
         with urllib.request.urlopen(f"{self.url}/dynamo/state", timeout=60) as answer:
             return json.load(answer)
 
-    def texts(self, numbers):
+    def texts(self, numbers, prompts=PROMPTS):
         """Of all prompts, sent at once, each at its variant; None says nothing of it."""
-        with concurrent.futures.ThreadPoolExecutor(len(PROMPTS)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
             bodies = [
                 {"prompt": prompt} | ({} if number is None else {"extra_key": f"variant={number}"})
-                for prompt, number in zip(PROMPTS, numbers)
+                for prompt, number in zip(prompts, numbers)
             ]
             return [answer["choices"][0]["text"] for _, answer in pool.map(lambda body: self.post(**body), bodies)]
 
@@ -222,16 +222,16 @@ def test_a_request_that_comes_gets_its_variant_and_a_new_monitor(mesh, quantized
     assert state.watch.newer_tokens.tolist() == [5, 6, 0]
 
 
-def own_texts(folders):
+def own_texts(folders, prompts=PROMPTS):
     """What our own generation gives for each prompt at each of the variants that a request can name."""
     model, variants = checkpoint.load(folders[0]), variants_of(folders[0], folders[1:])
     slots, others = variants.slots(model.plan, model.spare), variants.plans(model.plan)
-    _, state = serving.init(model, len(PROMPTS), 1 + len(others), slots, others=others)
+    _, state = serving.init(model, len(prompts), 1 + len(others), slots, others=others)
     own = LanguageModel(config=model.config, parameters=model.device_parameters(jnp.float32), state=state)
     out = []
     for key in ("variant=0", "variant=1"):
         at = dataclasses.replace(own, state=serving.switch(state, variants.asked(key)))
-        out.append([model.tokenizer.decode(t) for t in generate(at, PROMPTS, GenerateConfig(max_tokens=NEW))])
+        out.append([model.tokenizer.decode(t) for t in generate(at, prompts, GenerateConfig(max_tokens=NEW))])
     return out
 
 
@@ -318,3 +318,32 @@ def test_adaptation_under_load_changes_nothing_for_requests_that_name_their_vari
         "not better",
     }
     check_nothing_compiled(server)
+
+
+def test_two_hundred_requests_get_their_tokens_from_a_server_that_was_killed_before(texts, tmp_path):
+    """Of different lengths, kinds and variants, all at once; the first server dies with requests in it."""
+    random = np.random.default_rng(3)
+    kinds = [load_tokenizer(BUNDLED).encode(text).ids for text in texts.values()]
+    prompts = []
+    for number, length in enumerate(random.integers(1, 120, 200)):
+        kind = kinds[number % len(kinds)]
+        begin = random.integers(0, len(kind) - length)
+        prompts.append(kind[begin : begin + length])
+    numbers = random.integers(0, 2, len(prompts)).tolist()
+    folders = quantized_folders("qwen3_moe", texts, tmp_path)
+    wanted = own_texts(folders, prompts)
+    first = Server(*folders, tmp_path / "log")
+    first.wait()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        lost = pool.submit(first.texts, numbers[:50], prompts[:50])
+        time.sleep(2)
+        first.stop()
+        with pytest.raises(OSError):
+            lost.result()
+    again = Server(*folders, tmp_path / "log again")
+    try:
+        again.wait()
+        assert again.texts(numbers, prompts) == [wanted[number][i] for i, number in enumerate(numbers)]
+        check_nothing_compiled(again)
+    finally:
+        again.stop()
