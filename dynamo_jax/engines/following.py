@@ -1,7 +1,7 @@
 """Monitors and adaptation beside the steps of an engine: what a step reports, and what the next one is given.
 
     following = Following(model, host, state, adapts=True)
-    following.comes(place)                 # a request takes this place with the step that is put together now
+    following.comes(place, auto=True)      # a request takes this place with the step that is put together now
     following.number_at(place)             # the variant there, of a request that leaves the choice to its monitor
     if following.between():                # before a step is begun: pages or tables are others
         state = following.state
@@ -77,6 +77,7 @@ class Following:
         self._host, places = host, len(state.number)
         self._told: collections.deque[Report | int] = collections.deque()  # an int: the place that a request has left
         self._empty, self._number = np.ones(places, bool), np.zeros(places, int)
+        self._auto = np.zeros(places, bool)  # requests that leave the choice to their monitor
         self._came, self._begun = np.zeros(places, int), np.zeros(places, int)  # requests, put together and reported
 
     @property
@@ -96,9 +97,11 @@ class Following:
         self.follower.host, self.state = serving.finish(host, state, serving.begin(host, state, baseline))
         self.follower.state = self.state
 
-    def comes(self, place: int) -> None:
-        """A request takes this place, with the step that is put together now."""
+    def comes(self, place: int, auto: bool) -> None:
+        """A request takes this place, with the step that is put together now. auto: it leaves the choice to its
+        monitor; else nothing is adapted to its text."""
         self._came[place] += 1
+        self._auto[place] = auto
 
     def number_at(self, place: int) -> int:
         """The variant for a request at this place that leaves the choice to its monitor."""
@@ -153,7 +156,7 @@ class Following:
         new = {
             int(place): report.tokens[report.place_of == place].tolist()
             for place in np.unique(report.place_of)
-            if place >= 0 and not self._empty[place]
+            if place >= 0 and self._auto[place] and not self._empty[place]
         }
         self.watch = self._masked(report.watch)
         self._follow(self.watch, new)
@@ -165,8 +168,8 @@ class Following:
     def _follow(self, watch: Watch, new: dict[int, list[int]]) -> None:
         if self.follower is None:
             return
-        tables = self.state.tables
-        self.state = self.follower.told(self.state._replace(watch=watch), new)
+        tables, label = self.state.tables, np.where(self._auto, watch.label, UNKNOWN)
+        self.state = self.follower.told(self.state._replace(watch=watch._replace(label=cast(Any, label))), new)
         number = np.asarray(self.state.number)
         for place in np.flatnonzero((number != self._number) & ~self._empty).tolist():
             self.totals["switches"] += 1
@@ -215,8 +218,8 @@ class Following:
             for place in np.flatnonzero(~self._empty).tolist():
                 label = int(self.watch.label[place])
                 text, score = names[label] if label >= 0 else "unknown", float(self.watch.score[place])
-                at = NAMES[self.number_at(place)]
-                places.append({"place": place, "text": text, "score": round(score, 4), "if_auto": at})
+                variant = NAMES[self.number_at(place)] if self._auto[place] else "as it asked"
+                places.append({"place": place, "text": text, "score": round(score, 4), "variant": variant})
         return {
             "adapts": self.follower is not None,
             "serves_adapted": self.follower is not None and self.follower.serves,

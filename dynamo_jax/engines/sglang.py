@@ -371,10 +371,10 @@ def _told_of(original: Callable[..., dict[str, Any]], batch: Any, stride: int, t
     running, begin = info.reqs or [], 0
     lengths = [1] * len(running) if batch.forward_mode.is_decode() else info.extend_lens
     for request, place, length in zip(running, map(int, info.req_pool_indices), lengths):
+        asked = request.of_dynamo_jax
         if comes := owners.get(place) != request.rid:
             owners[place] = request.rid
-            following.comes(place)
-        asked = request.of_dynamo_jax
+            following.comes(place, asked == AUTO)
         told[VARIANT, begin : begin + length] = following.number_at(place) if asked == AUTO else asked
         told[COMES, begin : begin + length] = comes
         begin += length

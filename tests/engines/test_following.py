@@ -32,10 +32,10 @@ class Steps:
         self.following = Following(quantized, host, state, adapts, worker=self.worker)
         self.label = np.full(PLACES, UNKNOWN)
 
-    def step(self, *tokens_of, comes=()):
+    def step(self, *tokens_of, comes=(), auto=True):
         """One step that takes tokens of places; whether the one after it has other pages or tables."""
         for place in comes:
-            self.following.comes(place)
+            self.following.comes(place, auto)
         place_of = np.concatenate([np.full(len(tokens), place) for place, tokens in tokens_of] or [[]])
         tokens = np.concatenate([tokens for _, tokens in tokens_of] or [[]])
         watch = self.begun.watch._replace(label=self.label.astype(np.int32))
@@ -75,7 +75,7 @@ def test_text_that_is_novel_gets_a_variant_of_its_own_and_others_the_baseline(qu
     jax.tree.map(np.testing.assert_array_equal, steps.following.state.tables[0], baseline)
     found = steps.following.described()
     assert json.loads(json.dumps(found))["totals"]["adapted"] == 1 and found["serves_adapted"]
-    assert [(r["place"], r["text"], r["if_auto"]) for r in found["requests"]] == [
+    assert [(r["place"], r["text"], r["variant"]) for r in found["requests"]] == [
         (0, "novel", "adapted"),
         (1, quantized.knowledge.names[0], "baseline"),
     ]
@@ -99,7 +99,7 @@ def test_a_request_that_takes_the_place_of_another_begins_at_the_baseline(quanti
     steps = Steps(quantized)
     steps.until_adapted()
     steps.following.leaves(0)
-    steps.following.comes(0)
+    steps.following.comes(0, auto=True)
     assert steps.following.number_at(0) == 0
     steps.following.between()
     assert steps.following.watch.label[0] == UNKNOWN
@@ -112,6 +112,16 @@ def test_a_request_that_takes_the_place_of_another_begins_at_the_baseline(quanti
     steps.following.between()
     assert steps.following.number_at(0) == 0 and steps.following.follower._streams[0] == [7]
     assert [event.what for event in steps.following.recent] == ["novel", "adapted"]
+
+
+def test_nothing_is_adapted_to_a_request_that_names_its_variant(quantized):
+    steps = Steps(quantized)
+    steps.step((0, [1]), comes=[0], auto=False)
+    steps.label[0] = 2
+    for _ in range(3):
+        steps.step((0, TEXT))
+    assert not steps.worker.waiting and not steps.following.totals and steps.following.novel.tolist()[0]
+    assert steps.following.described()["requests"][0]["variant"] == "as it asked"
 
 
 def test_short_requests_add_up(quantized, gains):
