@@ -19,7 +19,7 @@ functions are wrapped (``_hooks``):
 - ``InputProcessor.process_inputs`` of vLLM: a request for a variant that there is not is an error of its own; others
   get their salt;
 - ``TPUModelRunner.load_model`` of tpu-inference: the runner's ``model_fn`` becomes ``Steps``. That reads
-  ``input_batch.req_ids`` and ``num_reqs``, ``requests``, ``max_num_reqs``, ``mesh`` and ``state``.
+  ``input_batch.req_ids`` and ``num_reqs``, ``requests``, ``mesh`` and ``state``.
 
 Axes: N tokens of a step, R rows of a batch, B places for requests, H query heads, J heads of keys and values.
 """
@@ -180,7 +180,7 @@ class Steps:
 
     def __init__(self, runner: Any, variants: Variants):
         self.runner, self.variants, self.step = runner, variants, runner.model_fn
-        self.places, self.chosen = Places(runner.max_num_reqs), dict[str, int]()
+        self.places, self.chosen = Places(runner.model.places), dict[str, int]()
         paths, _ = jax.tree_util.tree_flatten_with_path(runner.state)
         at: dict[str, list[int]] = {"kept": [], "requests": [], "told": []}
         for index, (path, _) in enumerate(paths):
@@ -198,7 +198,7 @@ class Steps:
 
     def told(self) -> Int[np.ndarray, "3 B"]:
         """Of each row of the batch that comes its place, its variant, and whether it takes the place anew."""
-        told, alive = nothing_told(self.runner.max_num_reqs), self.runner.requests
+        told, alive = nothing_told(self.runner.model.places), self.runner.requests
         present = self.runner.input_batch.req_ids[: self.runner.input_batch.num_reqs]
         for row, (name, (place, comes)) in enumerate(zip(present, self.places.take(present, alive))):
             again = alive[name].num_computed_tokens == 0  # it was preempted, and begins anew
