@@ -1,14 +1,15 @@
 """Stand-ins that let vLLM's backend for TPUs, tpu-inference 0.26.0, run on a CPU: for tests only, and slow.
 
-A folder made by ``folder_of_stubs`` goes onto PYTHONPATH. In it lie a ``libtpu``, by which vLLM takes this machine for
-a TPU, and this module as a plug-in of vLLM, which each of its processes calls. Replaced are: the mesh (a CPU has no
-coordinates), how much memory there is, options of XLA that only its TPU compiler knows, the list of the backend's own
-models (one of them imports torchvision), and attention, whose kernel is for TPUs alone.
+``python vllm_on_cpu.py FOLDER`` fills a folder that goes onto PYTHONPATH. In it lie a ``libtpu``, by which vLLM takes
+this machine for a TPU, and this module as a plug-in of vLLM, which each of its processes calls. Replaced are: the mesh
+(a CPU has no coordinates), how much memory there is, options of XLA that only its TPU compiler knows, the list of the
+backend's own models (one of them imports torchvision), and attention, whose kernel is for TPUs alone.
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 LIBTPU = r'''"""A stand-in, by which vLLM takes this machine for a TPU."""
@@ -32,15 +33,14 @@ def get_library_path():
 '''
 
 
-def folder_of_stubs(folder: Path) -> Path:
-    """The folder, filled."""
+def fill(folder: Path) -> None:
+    """Write the stand-ins."""
     facts = folder / "vllm_on_cpu-0.dist-info"
-    facts.mkdir(parents=True)
+    facts.mkdir(parents=True, exist_ok=True)
     shutil.copy(__file__, folder / "vllm_on_cpu.py")
     (folder / "libtpu.py").write_text(LIBTPU)
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-on-cpu\nVersion: 0\n")
     (facts / "entry_points.txt").write_text("[vllm.general_plugins]\nvllm_on_cpu = vllm_on_cpu:register\n")
-    return folder
 
 
 def register() -> None:
@@ -106,3 +106,7 @@ def attention(cache, q, k, v, metadata, mesh, head_dim_original, sm_scale, atten
     weights = (weights / weights.sum(axis=-1, keepdims=True))[..., :-1]
     out = jnp.einsum("njgs,nsjv->njgv", weights, values).reshape(tokens, heads, size)
     return flat.reshape(cache.shape), out.astype(q.dtype)
+
+
+if __name__ == "__main__":
+    fill(Path(sys.argv[1]))
