@@ -41,7 +41,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 from sgl_jax.srt.entrypoints import http_server
 from sgl_jax.srt.entrypoints.openai.serving_base import OpenAIServingBase
 from sgl_jax.srt.layers.logits_processor import LogitsProcessor
@@ -57,12 +57,11 @@ from sgl_jax.srt.server_args import ServerArgs
 from sgl_jax.srt.utils import kill_process_tree
 
 from dynamo_jax.engines.following import Following, report_of
+from dynamo_jax.engines.steps import asked, form_of, place_of_tokens, wrap
 from dynamo_jax.engines.variants import AUTO, Variants, architectures_of
 from dynamo_jax.files import read_json
 from dynamo_jax.models.attention import Attends
-from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.decoder import with_parameters
-from dynamo_jax.models.specs import Grouped
 from dynamo_jax.runtime import serving
 from dynamo_jax.runtime.adapt import check_limit
 from dynamo_jax.runtime.mesh import DATA, MODEL, Placement
@@ -83,6 +82,7 @@ class Running(NamedTuple):
 
 VARIANT, COMES = range(2)  # what travels with a token: its request's variant, and 1 where that takes a place anew
 POOL = "requests"
+ENGINE = "sglang-jax"
 _served: dict[str, Variants] = {}  # by architecture
 _limits: dict[str, Any] = {}  # of what adaptation may read
 _loaded: dict[Path, tuple[QuantizedModel, serving.Host, serving.State]] = {}  # until there are pools
@@ -101,8 +101,7 @@ def register(variants: Variants, batch: int | None = None, reads: float = 1.0) -
         ModelRegistry.models[name] = Served
         _served[name] = variants
     for owner, name, hook in _HOOKS:
-        if getattr(owner, name).__module__ != __name__:
-            setattr(owner, name, _wrapped(getattr(owner, name), hook))
+        wrap(owner, name, hook)
 
 
 def launch(variants: Variants, options: list[str]) -> None:
@@ -111,7 +110,7 @@ def launch(variants: Variants, options: list[str]) -> None:
     ours = ["--model-path", str(variants.folder), "--disable-hybrid-swa-memory"]  # one pool for all windows
     given = ServerArgs.from_cli([*ours, *options])
     _check_options(given)
-    _form_of(checkpoint.read_description(variants.folder).config)
+    form_of(checkpoint.read_description(variants.folder).config, ENGINE)
     http_server.app.add_api_route("/dynamo/state", _state, methods=["GET"])
     try:
         http_server.launch(given)
@@ -160,7 +159,7 @@ class Served(nnx.Module):
         keys and values cannot hold, or does not divide over the devices."""
         model, variants = checkpoint.load(self.variants.folder), self.variants
         pool = model_config.get_total_num_kv_heads(), model_config.head_dim
-        if (form := _form_of(model.config)) != pool:
+        if (form := form_of(model.config, ENGINE)) != pool:
             raise ValueError(f"layers have {form} heads of keys and their size, the engine's pool {pool}")
         _, tensor = self.mesh.devices.shape
         for what, count in (("heads of keys", form[0]), ("token ids", model.config.vocab_size)):
@@ -204,9 +203,8 @@ class Served(nnx.Module):
         resident, tables, signatures = self.experts.get_value()
         watch = getattr(pools, POOL).watch
         tokens, place_of, told = _on(self.mesh, batch.input_ids, WHOLE), _place_of(self.mesh, batch), self._told(batch)
-        state, comes = _asked(
-            serving.State(resident, tables, self.number.get_value(), signatures, watch), place_of, told
-        )
+        state = serving.State(resident, tables, self.number.get_value(), signatures, watch)
+        state, comes = asked(state, place_of, told[VARIANT], told[COMES] == 1)
         decoder = with_parameters(self.config, self.parameters.get_value())
         caches = [self._attends(index, batch, pools) for index in range(len(self.config.layers))]
         hidden, routings, keys_and_values = decoder.ragged_states(
@@ -247,21 +245,6 @@ def _on(mesh: Mesh, a: Array, spec: P) -> Array:
     return jax.sharding.reshard(a, NamedSharding(mesh, spec))
 
 
-def _form_of(config: ModelConfig) -> tuple[int, int]:
-    """Heads of keys, and their size, of all layers. ValueError where the engine's pool, which is of one form, has no
-    place for a layer's keys and values."""
-    mixers = [layer.mixer for layer in config.layers]
-    for index, mixer in enumerate(mixers):
-        if not isinstance(mixer, Grouped):
-            raise ValueError(
-                f"layer {index} is {type(mixer).__name__}: sglang-jax serves our decoder with grouped attention alone"
-            )
-    forms = sorted({(m.num_key_value_heads, m.head_dim) for m in mixers if isinstance(m, Grouped)})
-    if len(forms) > 1:
-        raise ValueError(f"layers have {forms} heads of keys and their sizes: sglang-jax serves our decoder with one")
-    return forms[0]
-
-
 def _check_options(given: Any) -> None:
     """ValueError for what the engine can do and this module not yet."""
     for name in ("dp_size", "ep_size", "nnodes"):
@@ -274,25 +257,11 @@ def _check_options(given: Any) -> None:
 
 def _place_of(mesh: Mesh, batch: Any) -> Int[Array, " N"]:
     """The place of the request that each token is of, -1 for padding."""
-    places, count = _on(mesh, batch.req_pool_indices, WHOLE), batch.input_ids.shape[0]
+    places = _on(mesh, batch.req_pool_indices, WHOLE)
     if batch.forward_mode.is_decode():
         return jnp.where(_on(mesh, batch.seq_lens, WHOLE) > 0, places, -1)
     ends = jnp.cumsum(_on(mesh, batch.extend_seq_lens, WHOLE))
-    number = jnp.arange(count)
-    row = jnp.searchsorted(ends, number, side="right")
-    return jnp.where(number < ends[-1], places[jnp.minimum(row, len(places) - 1)], -1)
-
-
-def _asked(
-    state: serving.State, place_of: Int[Array, " N"], told: Int[Array, "2 N"]
-) -> tuple[serving.State, Bool[Array, " B"]]:
-    """The state in which the requests of a step run at what they asked for, with new monitors for those that come; and
-    the places that these take."""
-    places = len(state.number)
-    at = jnp.where(place_of < 0, places, place_of)  # past the end: padding says nothing
-    comes = jnp.zeros(places, bool).at[at].max(told[COMES] == 1, mode="drop")
-    state = serving.renew(state, comes)
-    return serving.switch(state, state.number.at[at].set(told[VARIANT], mode="drop")), comes
+    return place_of_tokens(jnp.concatenate([jnp.zeros(1, ends.dtype), ends]), places, batch.input_ids.shape[0])
 
 
 def _renamed(axes: Any) -> Any:
@@ -305,13 +274,6 @@ def _renamed(axes: Any) -> Any:
 def _of_experts(state: serving.State) -> tuple[Any, ...]:
     """What of the state is the same in each step until pages move."""
     return state.resident, state.tables, state.signatures
-
-
-def _wrapped(original: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
-    def method(self: Any, *given: Any, **named: Any) -> Any:
-        return hook(original, self, *given, **named)
-
-    return method
 
 
 def _pools(original: Callable[..., None], runner: Any, *given: Any) -> None:
@@ -371,11 +333,11 @@ def _told_of(original: Callable[..., dict[str, Any]], batch: Any, stride: int, t
     running, begin = info.reqs or [], 0
     lengths = [1] * len(running) if batch.forward_mode.is_decode() else info.extend_lens
     for request, place, length in zip(running, map(int, info.req_pool_indices), lengths):
-        asked = request.of_dynamo_jax
+        wanted = request.of_dynamo_jax
         if comes := owners.get(place) != request.rid:
             owners[place] = request.rid
-            following.comes(place, asked == AUTO)
-        told[VARIANT, begin : begin + length] = following.number_at(place) if asked == AUTO else asked
+            following.comes(place, wanted == AUTO)
+        told[VARIANT, begin : begin + length] = following.number_at(place) if wanted == AUTO else wanted
         told[COMES, begin : begin + length] = comes
         begin += length
     return {**out, "mrope_positions": told}
@@ -401,8 +363,8 @@ def _leaves(original: Callable[..., None], pool: Any, request: Any) -> None:
     original(pool, request)
 
 
-def _internal(original: Callable[..., Any], scheduler: Any, asked: Any) -> Any:
-    answer = original(scheduler, asked)
+def _internal(original: Callable[..., Any], scheduler: Any, question: Any) -> Any:
+    answer = original(scheduler, question)
     if _running is not None:
         answer.internal_state["dynamo"] = _running.following.described()
     return answer

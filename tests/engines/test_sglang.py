@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -24,78 +23,18 @@ import pytest
 
 pytest.importorskip("sgl_jax")
 
-from flax import nnx
 from sgl_jax.srt.model_executor.forward_batch_info import ForwardMode
 from sgl_jax.srt.server_args import ServerArgs
-from small_decoders import decoder_config
+from small_models import CONFIGS, PROMPTS, own_texts, quantized_folders
 
-from dynamo_jax.calibration.config import QuantizeConfig
-from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.engines import sglang
-from dynamo_jax.engines.variants import variants_of
 from dynamo_jax.models.bundled import BUNDLED
-from dynamo_jax.models.decoder import Decoder
-from dynamo_jax.models.families.table import config_from
 from dynamo_jax.models.tokenizer import load_tokenizer
-from dynamo_jax.runtime import serving
-from dynamo_jax.runtime.generate import GenerateConfig, LanguageModel, generate
-from dynamo_jax.storage import checkpoint
 
-SMALL = {
-    "vocab_size": 8192, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "norm_topk_prob": True, "hidden_act": "silu",
-    "initializer_range": 0.2, "attention_bias": False, "eos_token_id": 0, "intermediate_size": 32,
-}  # fmt: skip
-CONFIGS = {
-    "olmoe": {"architectures": ["OlmoeForCausalLM"], "tie_word_embeddings": False},  # the engine does not know it
-    "qwen3_moe": {
-        "architectures": ["Qwen3MoeForCausalLM"], "tie_word_embeddings": False, "head_dim": 32,
-        "moe_intermediate_size": 32, "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False,
-    },
-    "gpt_oss": {  # windows and sinks
-        "architectures": ["GptOssForCausalLM"], "tie_word_embeddings": False, "head_dim": 16, "sliding_window": 7,
-        "layer_types": ["sliding_attention", "full_attention"], "attention_bias": True, "num_local_experts": 8,
-        "swiglu_limit": 7.0, "rope_scaling": None,
-    },
-}  # fmt: skip
-SETTINGS = QuantizeConfig(
-    bits=3.5,
-    group_size=32,
-    channel_block=8,
-    window=64,
-    calibration_windows=16,
-    quantizer="rtn",
-    unseen_windows=0,
-)
 ENGINE = """--requests 4 --dtype float32 --device cpu --max-total-tokens 2048 --context-length 512
 --max-prefill-tokens 64 --chunked-prefill-size 64 --precompile-bs-paddings 4 --precompile-token-paddings 64
 --skip-server-warmup --enable-metrics""".split()
-PROMPTS = [np.random.default_rng(n).integers(10, 8000, n).tolist() for n in (5, 40, 17, 100)]  # one of two chunks
 NEW = 12
-
-
-def quantized_folders(family, texts, folder, all_novel=False):
-    """A random model at mixed widths, and it with some experts at 8 bits and all others at 2. all_novel: whatever its
-    monitor sees is unlike what it knows."""
-    raw = {"model_type": family, **SMALL, **CONFIGS[family]}
-    if "num_local_experts" in raw:
-        del raw["num_experts"], raw["norm_topk_prob"]
-    decoder = Decoder(config_from(raw), rngs=nnx.Rngs(0))
-    model, _ = quantize(decoder, load_tokenizer(BUNDLED), {n: texts[n] for n in ("code", "sums")}, SETTINGS)
-    files = {**model.files, "config.json": json.dumps(raw).encode()}
-    model = dataclasses.replace(model, files=files)
-    if all_novel:
-        known = model.knowledge.signatures
-        never = known._replace(place=np.full_like(known.place, -50.0), limit=np.ones_like(known.limit))
-        model = dataclasses.replace(model, knowledge=dataclasses.replace(model.knowledge, signatures=never))
-    widths = np.full_like(model.plan.widths, 2)
-    widths[:, :3] = 8
-    other = dataclasses.replace(model, plan=dataclasses.replace(model.plan, widths=widths))
-    assert len(np.unique(model.plan.widths)) > 1
-    for name, one in (("base", model), ("other", other)):
-        checkpoint.save(folder / name, one)
-    return folder / "base", folder / "other"
 
 
 def free_port():
@@ -160,12 +99,6 @@ class Server:
         self.process.wait()
 
 
-LATENT = decoder_config(
-    vocab_size=50, hidden_size=32, intermediate_size=16, num_attention_heads=4, num_experts=5, num_experts_per_tok=2,
-    max_position_embeddings=32, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
-)  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -177,11 +110,6 @@ def test_what_the_engine_can_and_we_cannot_is_refused_before_the_start(words, me
     options = ServerArgs.from_cli(["--model-path", "x", "--device", "cpu", *words.split()])
     with pytest.raises(ValueError, match=message):
         sglang._check_options(options)
-
-
-def test_attention_that_the_pool_cannot_hold_is_named():
-    with pytest.raises(ValueError, match="layer 0 is Latent: sglang-jax serves"):
-        sglang._form_of(LATENT)
 
 
 @pytest.fixture
@@ -210,46 +138,22 @@ def test_a_token_is_of_the_place_of_its_request(mesh):
     assert sglang._place_of(mesh, decode).tolist() == [2, 0, -1]
 
 
-def test_a_request_that_comes_gets_its_variant_and_a_new_monitor(mesh, quantized):
-    _, state = serving.init(quantized, requests=3)
-    assert state.watch is not None
-    state = serving.switch(state, [1, 1, 0])
-    state = state._replace(watch=state.watch._replace(newer_tokens=jnp.array([5.0, 6.0, 7.0])))
-    place_of = jnp.array([2, 2, 0, -1])
-    told = jnp.array([[1, 1, 0, 1], [1, 1, 0, 1]])  # place 2 is taken anew, place 0 goes on, the last one is padding
-    state, comes = jax.jit(sglang._asked)(state, place_of, told)
-    assert state.number.tolist() == [0, 1, 1] and comes.tolist() == [False, False, True]
-    assert state.watch.newer_tokens.tolist() == [5, 6, 0]
-
-
-def own_texts(folders, prompts=PROMPTS):
-    """What our own generation gives for each prompt at each of the variants that a request can name."""
-    model, variants = checkpoint.load(folders[0]), variants_of(folders[0], folders[1:])
-    slots, others = variants.slots(model.plan, model.spare), variants.plans(model.plan)
-    _, state = serving.init(model, len(prompts), 1 + len(others), slots, others=others)
-    own = LanguageModel(config=model.config, parameters=model.device_parameters(jnp.float32), state=state)
-    out = []
-    for key in ("variant=0", "variant=1"):
-        at = dataclasses.replace(own, state=serving.switch(state, variants.asked(key)))
-        out.append([model.tokenizer.decode(t) for t in generate(at, prompts, GenerateConfig(max_tokens=NEW))])
-    return out
-
-
 @contextlib.contextmanager
 def running(folders, folder, devices=1):
     """A server, and what our own generation gives."""
     server = Server(*folders, folder / "log", devices)
     try:
-        wanted = own_texts(folders)
+        wanted = own_texts(*folders, NEW)
         server.wait()
         yield server, wanted
     finally:
         server.stop()
 
 
-@pytest.fixture(
-    scope="module", params=[*((family, 1) for family in CONFIGS), ("qwen3_moe", 2)], ids=lambda p: f"{p[0]} on {p[1]}"
-)
+SERVED = [*((family, 1) for family in CONFIGS), ("qwen3_moe", 2)]
+
+
+@pytest.fixture(scope="module", params=SERVED, ids=lambda p: f"{p[0]} on {p[1]}")
 def served(request, texts, tmp_path_factory):
     family, devices = request.param
     folder = tmp_path_factory.mktemp(family)
@@ -331,7 +235,7 @@ def test_two_hundred_requests_get_their_tokens_from_a_server_that_was_killed_bef
         prompts.append(kind[begin : begin + length])
     numbers = random.integers(0, 2, len(prompts)).tolist()
     folders = quantized_folders("qwen3_moe", texts, tmp_path)
-    wanted = own_texts(folders, prompts)
+    wanted = own_texts(*folders, NEW, prompts)
     first = Server(*folders, tmp_path / "log")
     first.wait()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

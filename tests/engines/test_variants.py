@@ -80,10 +80,11 @@ def test_the_program_parts_our_arguments_from_the_engines(folders):
 
 def test_serve_says_what_it_lacks(folders, monkeypatch):
     run = CliRunner().invoke(app, ["serve", "--model", "x", "--engine", "other"])
-    assert isinstance(run.exception, ValueError) and "--engine other: known are sglang" in str(run.exception)
+    assert isinstance(run.exception, ValueError) and "--engine other: known are sglang, vllm" in str(run.exception)
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
-    run = CliRunner().invoke(app, ["serve", "--model", "x"])
-    assert isinstance(run.exception, ValueError) and str(run.exception) == serve.INSTALL
+    for engine, words in serve.INSTALL.items():
+        run = CliRunner().invoke(app, ["serve", "--model", "x", "--engine", engine])
+        assert isinstance(run.exception, ValueError) and str(run.exception) == words
 
 
 def test_serve_becomes_the_engines_program(folders, monkeypatch):
@@ -100,3 +101,7 @@ def test_serve_becomes_the_engines_program(folders, monkeypatch):
     variants, limits, options = parsed(program[3:])
     assert len(variants.others) == 1 and not variants.adapts and limits == {"batch": 8, "reads": 1.0}
     assert options[-2:] == ["--page-size", "16"] and options[2:4] == ["--port", "7"]
+    command = ["serve", "--model", base, "--variant", low, "--engine", "vllm", "--block-size", "16"]
+    run = CliRunner().invoke(app, command)
+    assert run.exit_code == 0, run.exception
+    assert started[1][3:5] == ["serve", base] and started[1][-2:] == ["--block-size", "16"]
