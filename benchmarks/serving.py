@@ -12,7 +12,8 @@ same machine:
     mixed     every second request at the other variant
 
 1. Tokens a second of all requests, time to the first token and between two tokens, medians over rounds, and the ratio
-   of each to "off".
+   of each to "off". In the first round, which is not counted, "switched" adapts; it is printed by itself, since on a
+   CPU what measures a text takes processors from the steps. Rounds that adapt again are counted, and said.
 2. With --reference, the loss of the served model on its prompts above the unquantized one's: 256 tokens and more into
    each text, where a monitor has had time to decide. Read from the server ("switched" after the load, and "off").
 3. With --soak, mixed load on the "switched" server for so many minutes, the text changing each second, and the memory
@@ -163,17 +164,30 @@ def load(server: Server, prompts: list[str], arguments: argparse.Namespace, key:
 def measured(server: Server, prompts: list[str], arguments: argparse.Namespace) -> dict[str, float]:
     """Tokens a second and times in milliseconds, of all requests of one text."""
     keys = ["variant=0", "variant=1"] if server.mode == "mixed" else [None]
+    before = plans_made(server)
     parts = [prompts[number :: len(keys)] for number in range(len(keys))]
     with concurrent.futures.ThreadPoolExecutor(len(keys)) as pool:
         runs = [pool.submit(load, server, part, arguments, key, len(keys)) for key, part in zip(keys, parts)]
         found = [run.result() for run in runs]
     gaps = [gap for one in found for each in one["itls"] for gap in each]
+    made = plans_made(server) - before
+    while server.ask("/dynamo/state")["measures"]:  # else it takes time from the next server
+        time.sleep(1)
+        load(server, prompts[:1], arguments, None)  # pages come between steps
     return {
+        "plans_made": made,
         "tokens_per_s": sum(one["total_output_tokens"] for one in found) / max(one["duration"] for one in found),
         "ttft": 1e3 * statistics.median([t for one in found for t in one["ttfts"]]),
         "itl": 1e3 * statistics.median(gaps),
         "p99_itl": 1e3 * float(np.quantile(gaps, 0.99)),
     }
+
+
+def plans_made(server: Server) -> int:
+    """How many plans were judged so far, or are being made."""
+    state = server.ask("/dynamo/state")
+    judged = sum(state["totals"].get(what, 0) for what in ("adapted", "not better", "gains", "not sure", "failed"))
+    return judged + state["measures"]
 
 
 def served_losses(server: Server, prompts: list[list[int]], concurrent_requests: int) -> np.ndarray:
@@ -233,23 +247,29 @@ def soak(server: Server, texts: dict[str, list[list[int]]], arguments: argparse.
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Medians over rounds of each text and mode, in Markdown."""
-    out = ["| text | mode | tokens a second | of off | first token, ms | between two, ms | 99th percentile |"]
-    out.append(f"| --- | --- |{' ---: |' * 5}")
+    out = ["| text | mode | tokens a second | of off | first token, ms | between two, ms | 99th percentile | plans |"]
+    out.append(f"| --- | --- |{' ---: |' * 6}")
     for text in dict.fromkeys(r["text"] for r in rows):
         own = {r["mode"]: r for r in medians(rows) if r["text"] == text}
         for mode, row in own.items():
             speed, off = row["tokens_per_s"], own["off"]["tokens_per_s"]
             times = " | ".join(f"{row[name]:.0f}" for name in TIMES)
-            out.append(f"| {text} | {mode} | {speed:.1f} | {speed / off:.3f} | {times} |")
+            out.append(f"| {text} | {mode} | {speed:.1f} | {speed / off:.3f} | {times} | {row['plans_made']} |")
     return out
+
+
+def counted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of all rounds but the first."""
+    return [row for row in rows if row["round"] > 0]
 
 
 def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     out = []
     for text, mode in dict.fromkeys((r["text"], r["mode"]) for r in rows):
         own = [r for r in rows if (r["text"], r["mode"]) == (text, mode)]
-        names = ("tokens_per_s", *TIMES)
-        out.append({"text": text, "mode": mode} | {n: statistics.median([r[n] for r in own]) for n in names})
+        names, made = ("tokens_per_s", *TIMES), sum(r["plans_made"] for r in own)
+        middle = {n: statistics.median([r[n] for r in own]) for n in names}
+        out.append({"text": text, "mode": mode, "plans_made": made} | middle)
     return out
 
 
@@ -271,14 +291,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     tokenizer = load_tokenizer(arguments.model)
-    count = arguments.requests * (arguments.rounds + 1)
+    count = arguments.requests * (arguments.rounds + 2)
     texts = {
         name: prompts_of(tokenizer, Path(file).read_text(), arguments.prompt, count)
         for name, file in (word.split("=", 1) for word in arguments.text)
     }
     rows, found = [], {}
     with tempfile.TemporaryDirectory() as folder, servers(arguments, Path(folder)) as running:
-        for number in range(arguments.rounds):
+        for number in range(arguments.rounds + 1):
             for text, prompts in texts.items():
                 own = [tokenizer.decode(p) for p in prompts[number * arguments.requests :][: arguments.requests]]
                 for mode in sorted(running, key=lambda mode: (list(running).index(mode) - number) % len(running)):
@@ -297,7 +317,9 @@ def main() -> None:
                     print(json.dumps(quality[-1]), flush=True)
         if arguments.soak:
             found["soak"] = soak(running["switched"], texts, arguments)
-    print("\n".join(table(rows)))
+    for what, some in (("first round", rows[: len(rows) // (arguments.rounds + 1)]), ("later rounds", counted(rows))):
+        print(f"\n{what}:\n")
+        print("\n".join(table(some)))
     if arguments.json:
         write_json(arguments.json, found)
 

@@ -223,6 +223,7 @@ class Following:
         return {
             "adapts": self.follower is not None,
             "serves_adapted": self.follower is not None and self.follower.serves,
+            "measures": self.follower is not None and self.follower.busy,
             "expected_nats_saved": 0.0 if self.follower is None else self.follower.saves,
             "plans": self.plans,
             "bytes_per_step": self.bytes_per_step(),

@@ -155,6 +155,11 @@ class Follower:
         return self._standing.serves
 
     @property
+    def busy(self) -> bool:
+        """Whether a text is measured, or a plan for it is on its way."""
+        return any(part is not None for part in (self._measuring, self._move, self._judging))
+
+    @property
     def saves(self) -> float:
         """Nats a token that the variant is expected to save on the text that it serves, by the router's last choices;
         0 where none serves."""

@@ -49,6 +49,7 @@ class Steps:
         self.label[0] = 2
         changes = 0
         self.step((0, TEXT[10:]))
+        assert self.following.described()["measures"]
         for _ in range(200):
             if self.worker.waiting:
                 self.worker.work()
@@ -74,7 +75,8 @@ def test_text_that_is_novel_gets_a_variant_of_its_own_and_others_the_baseline(qu
     assert [steps.following.number_at(place) for place in range(PLACES)] == [1, 0, 0]
     jax.tree.map(np.testing.assert_array_equal, steps.following.state.tables[0], baseline)
     found = steps.following.described()
-    assert json.loads(json.dumps(found))["totals"]["adapted"] == 1 and found["serves_adapted"]
+    assert json.loads(json.dumps(found))["totals"]["adapted"] == 1
+    assert found["serves_adapted"] and not found["measures"]
     assert [(r["place"], r["text"], r["variant"]) for r in found["requests"]] == [
         (0, "novel", "adapted"),
         (1, quantized.knowledge.names[0], "baseline"),
