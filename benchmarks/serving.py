@@ -5,7 +5,7 @@
 
 The engine's own client (``sgl_jax.bench_serving``) sends the texts in turn, as prompts of --prompt tokens, --concurrent
 of them at a time, for --new tokens each. Three servers of the same folder take turns in one run, so that they meet the
-same machine:
+same machine; those whose turn it is not are stopped, since an idle scheduler of the engine keeps a core busy:
 
     off       no monitor, one variant
     switched  requests name no variant: monitors, and a variant that is adapted to what is novel
@@ -92,7 +92,17 @@ class Server:
                 found[pid] = pages * os.sysconf("SC_PAGE_SIZE")
         return found
 
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """It runs meanwhile, and not before and after."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+        try:
+            yield
+        finally:
+            os.killpg(self.process.pid, signal.SIGSTOP)
+
     def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGCONT)
         os.killpg(self.process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(30)
@@ -111,6 +121,7 @@ def servers(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, S
             options = [*options_of(arguments), *arguments.engine.split()]
             found[mode] = Server(arguments.model, arguments.variant, mode, options, folder / f"{mode}.log")
             found[mode].wait()
+            os.killpg(found[mode].process.pid, signal.SIGSTOP)
             print(f"{mode}: a server is ready", flush=True)
         yield found
     finally:
@@ -303,20 +314,24 @@ def main() -> None:
                 own = [tokenizer.decode(p) for p in prompts[number * arguments.requests :][: arguments.requests]]
                 for mode in sorted(running, key=lambda mode: (list(running).index(mode) - number) % len(running)):
                     rows.append({"text": text, "mode": mode, "round": number})
-                    rows[-1] |= measured(running[mode], own, arguments)
+                    with running[mode].awake():
+                        rows[-1] |= measured(running[mode], own, arguments)
                     print(json.dumps(rows[-1]), flush=True)
-        found |= {"results": rows, "state": running["switched"].ask("/dynamo/state")}
+        with running["switched"].awake():
+            found |= {"results": rows, "state": running["switched"].ask("/dynamo/state")}
         if arguments.reference:
             found["quality"] = quality = []
             for text, prompts in texts.items():
                 own_ids = prompts[-arguments.requests :]
                 exact = exact_losses(arguments.reference, own_ids)
                 for mode in ("off", "switched"):
-                    above = served_losses(running[mode], own_ids, arguments.concurrent) - exact
+                    with running[mode].awake():
+                        above = served_losses(running[mode], own_ids, arguments.concurrent) - exact
                     quality.append({"text": text, "mode": mode, "excess_nll": float(above.mean())})
                     print(json.dumps(quality[-1]), flush=True)
         if arguments.soak:
-            found["soak"] = soak(running["switched"], texts, arguments)
+            with running["switched"].awake():
+                found["soak"] = soak(running["switched"], texts, arguments)
     for what, some in (("first round", rows[: len(rows) // (arguments.rounds + 1)]), ("later rounds", counted(rows))):
         print(f"\n{what}:\n")
         print("\n".join(table(some)))
