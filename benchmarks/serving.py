@@ -4,10 +4,11 @@
         --text prose=PROSE.txt --text german=GERMAN.txt [--rounds 3] [--soak MINUTES] [--json PATH]
 
 The engine's own client (``sgl_jax.bench_serving``) sends the texts in turn, as prompts of --prompt tokens, --concurrent
-of them at a time, for --new tokens each. Three servers of the same folder take turns in one run, so that they meet the
+of them at a time, for --new tokens each. Four servers of the same folder take turns in one run, so that they meet the
 same machine; those whose turn it is not are stopped, since an idle scheduler of the engine keeps a core busy:
 
     off       no monitor, one variant
+    watched   monitors; nothing adapts
     switched  requests name no variant: monitors, and a variant that is adapted to what is novel
     mixed     every second request at the other variant
 
@@ -49,7 +50,7 @@ from dynamo_jax.files import write_json
 from dynamo_jax.models.huggingface import load_decoder
 from dynamo_jax.models.tokenizer import load_tokenizer
 
-MODES = {"off": ["--no-monitor"], "switched": [], "mixed": []}
+MODES = {"off": ["--no-monitor"], "watched": ["--no-adapt"], "switched": [], "mixed": []}
 TIMES = ("ttft", "itl", "p99_itl")
 DECIDED = 384  # tokens of a prompt, before which a monitor has not decided or pages have not come
 
