@@ -15,10 +15,10 @@ same machine; those whose turn it is not are stopped, since an idle scheduler of
 1. Tokens a second of all requests, time to the first token and between two tokens, medians over rounds, and the ratio
    of each to "off". In the first round, which is not counted, "switched" adapts; it is printed by itself, since on a
    CPU what measures a text takes processors from the steps. Rounds that adapt again are counted, and said.
-2. With --reference, the loss of the served model on its prompts above the unquantized one's: 256 tokens and more into
+2. With --reference, the loss of the served model on its prompts above the unquantized one's: 384 tokens and more into
    each text, where a monitor has had time to decide. Read from the server ("switched" after the load, and "off").
 3. With --soak, mixed load on the "switched" server for so many minutes, the text changing each second, and the memory
-   of the process that runs the steps at each half minute.
+   of the server's processes at each half minute.
 
 It needs Python 3.12 and the extra ``sglang``; servers listen on free ports of the loopback interface.
 """
@@ -83,15 +83,14 @@ class Server:
         with urllib.request.urlopen(given, timeout=600) as answer:
             return json.load(answer)
 
-    def memory(self) -> dict[str, int]:
-        """Resident bytes of each process of the server, by its command."""
+    def memory(self) -> int:
+        """Resident bytes of all processes of the server."""
         children = subprocess.run(["ps", "-o", "pid=", "-g", str(self.process.pid)], capture_output=True, text=True)
-        found = {}
+        pages = 0
         for pid in children.stdout.split():
             with contextlib.suppress(OSError):
-                pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-                found[pid] = pages * os.sysconf("SC_PAGE_SIZE")
-        return found
+                pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
@@ -247,7 +246,7 @@ def soak(server: Server, texts: dict[str, list[list[int]]], arguments: argparse.
     with concurrent.futures.ThreadPoolExecutor(arguments.concurrent) as pool:
         clients = [pool.submit(client, number) for number in range(arguments.concurrent)]
         while not all(one.done() for one in clients):
-            memory.append(sum(server.memory().values()))
+            memory.append(server.memory())
             time.sleep(30)
         for one in clients:
             one.result()

@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Int
 
 from dynamo_jax.precision.plan import touched_share
 from dynamo_jax.runtime import serving
+from dynamo_jax.runtime.adapt import observe_windows
 from dynamo_jax.runtime.monitor import UNKNOWN, Watch
 from dynamo_jax.runtime.online import WINDOW, Event, Follower
 from dynamo_jax.runtime.quantized import QuantizedModel
@@ -90,10 +91,10 @@ class Following:
             return
         tokens = np.random.default_rng(0).integers(0, self.model.config.vocab_size, (2, WINDOW + 1))
         host, state = self.follower.host, self.state
-        baseline = host.plans[0]
-        host, state = serving.adapt(self.model, host, state, tokens)
-        seen = serving.observe_windows(self.model, tokens[:1], state.placement)
-        serving.divergence(self.model, state, tokens[:1], seen, ADAPTED)
+        baseline, seen = host.plans[0], observe_windows(self.model, tokens, state.placement)
+        plan = serving.adapted(self.model, host, state, seen, ADAPTED)
+        host, state = serving.finish(host, state, serving.begin(host, state, plan, ADAPTED))
+        serving.divergence(self.model, state, tokens, seen, ADAPTED)
         self.follower.host, self.state = serving.finish(host, state, serving.begin(host, state, baseline))
         self.follower.state = self.state
 

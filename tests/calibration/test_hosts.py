@@ -6,13 +6,13 @@ import hashlib
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from servers import free_port
 
 HERE = Path(__file__).parent
 
@@ -21,9 +21,7 @@ class Run:
     """Processes of one command, and what they write."""
 
     def __init__(self, folder, arguments, count, mark="none"):
-        with socket.socket() as found:
-            found.bind(("localhost", 0))
-            port = found.getsockname()[1]
+        port = free_port()
         self.logs = [folder / f"{count}-{number}.log" for number in range(count)]
         self.processes = []
         for number, log in enumerate(self.logs):
@@ -134,9 +132,7 @@ def test_a_process_that_is_killed_ends_the_other(arguments, tmp_path, gone, by):
 def test_processes_that_were_given_other_texts_say_so(arguments, tmp_path):
     other = list(arguments)
     other[other.index("--windows") + 1] = "4"
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     processes = [
         subprocess.Popen(
             [*map(str, [sys.executable, HERE / "processes.py", port, 2, number, "none", *given, tmp_path / "out"])],

@@ -7,13 +7,8 @@ import contextlib
 import json
 import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 import time
 import types
-import urllib.error
 import urllib.request
 
 import jax
@@ -23,6 +18,7 @@ import pytest
 
 pytest.importorskip("sgl_jax")
 
+from servers import Served
 from sgl_jax.srt.model_executor.forward_batch_info import ForwardMode
 from sgl_jax.srt.server_args import ServerArgs
 from small_models import CONFIGS, PROMPTS, own_texts, quantized_folders
@@ -37,49 +33,21 @@ ENGINE = """--requests 4 --dtype float32 --device cpu --max-total-tokens 2048 --
 NEW = 12
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-class Server:
+class Server(Served):
     """``dynamo-jax serve`` on a free port of this machine."""
 
     def __init__(self, base, other, log, devices=1):
-        self.url, self.log = f"http://127.0.0.1:{(port := free_port())}", log
-        words = ["-m", "dynamo_jax", "serve", "--model", base, "--variant", other, "--port", str(port), *ENGINE]
-        words += ["--tp-size", str(devices)]
         flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-        with open(log, "w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, *map(str, words)],
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-                env=os.environ | {"XLA_FLAGS": flags},
-            )
+        super().__init__(base, other, log, [*ENGINE, "--tp-size", devices], {"XLA_FLAGS": flags})
 
     def wait(self, seconds=240):
-        end = time.monotonic() + seconds
-        while self.process.poll() is None and time.monotonic() < end:
-            try:
-                return urllib.request.urlopen(f"{self.url}/health", timeout=5)
-            except OSError:
-                time.sleep(1)
-        raise AssertionError(self.log.read_text()[-4000:])
+        return super().wait(seconds)
 
     def post(self, **body):
         """The status and what the server answers."""
         body = {"model": "base", "temperature": 0, "max_tokens": NEW, "ignore_eos": True, **body}
-        given = urllib.request.Request(
-            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(given, timeout=120) as answer:
-                return answer.status, json.load(answer)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
+        status, answer = self.completed(body, 120)
+        return status, json.loads(answer)
 
     def state(self):
         with urllib.request.urlopen(f"{self.url}/dynamo/state", timeout=60) as answer:
@@ -93,10 +61,6 @@ class Server:
                 for prompt, number in zip(prompts, numbers)
             ]
             return [answer["choices"][0]["text"] for _, answer in pool.map(lambda body: self.post(**body), bodies)]
-
-    def stop(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,12 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 import types
-import urllib.error
-import urllib.request
 
 import jax
 import numpy as np
 import pytest
+from servers import Served
 from small_models import CONFIGS, PROMPTS, own_texts, quantized_folders
 
 from dynamo_jax.engines import vllm
@@ -254,57 +247,30 @@ ENGINE = """--engine vllm --requests 4 --dtype float32 --max-model-len 256 --max
 NEW = 12
 
 
-class Server:
+class Server(Served):
     """``dynamo-jax serve --engine vllm`` on a free port of this machine."""
 
     def __init__(self, base, other, log):
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}", log
-        words = ["-m", "dynamo_jax", "serve", "--model", base, "--variant", other, "--port", str(port), *ENGINE]
-        with open(log, "w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, *map(str, words)],
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-                env=os.environ | {"VLLM_XLA_CHECK_RECOMPILATION": "1", "VLLM_NO_USAGE_STATS": "1"},
-            )
+        changes = {"VLLM_XLA_CHECK_RECOMPILATION": "1", "VLLM_NO_USAGE_STATS": "1"}
+        super().__init__(base, other, log, ENGINE, changes)
         self.name = str(base)
 
     def wait(self, seconds=900):
-        end = time.monotonic() + seconds
-        while self.process.poll() is None and time.monotonic() < end:
-            try:
-                return urllib.request.urlopen(f"{self.url}/health", timeout=5)
-            except OSError:
-                time.sleep(1)
-        raise AssertionError(self.log.read_text()[-4000:])
+        return super().wait(seconds)
 
     def post(self, prompt, variant=None, **body):
         """The status and what the server answers."""
         body = {"model": self.name, "prompt": prompt, "temperature": 0, "max_tokens": NEW, "ignore_eos": True, **body}
         if variant is not None:
             body["vllm_xargs"] = {"variant": variant}
-        given = urllib.request.Request(
-            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(given, timeout=300) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
+        status, answer = self.completed(body, 300)
+        return status, answer.decode()
 
     def texts(self, numbers):
         """Of all prompts, sent at once, each at its variant; None says nothing of it."""
         with concurrent.futures.ThreadPoolExecutor(len(PROMPTS)) as pool:
             answers = pool.map(lambda given: self.post(*given), zip(PROMPTS, numbers))
             return [json.loads(answer)["choices"][0]["text"] for _, answer in answers]
-
-    def stop(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

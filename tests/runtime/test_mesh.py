@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from servers import free_port
 
 HERE = Path(__file__).parent
 
@@ -28,12 +28,6 @@ def test_eight_devices(file, marks):
     done = subprocess.run(command, env=environment(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-20000:]
     assert " passed" in done.stdout
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
 
 
 def started(tmp_path, tokenizer_file, ranks, *words, **more):
