@@ -22,11 +22,13 @@ from jaxtyping import Int
 from dynamo_jax.calibration.config import DISTIL_UNSEEN, DISTIL_WINDOWS, UNSEEN, QuantizeConfig
 from dynamo_jax.models.decoder import Decoder, new_cache, parameters
 from dynamo_jax.progress import Progress, no_progress
-from dynamo_jax.runtime.generate import SMALLEST_BUCKET, GenerateConfig, LanguageModel, Sampling, prefill, stream
+from dynamo_jax.runtime.generate import SMALLEST_BUCKET, Sampling, decode_on, prefill
 from dynamo_jax.texts.windows import token_windows
 
 DRAW = "draw text"
 TOGETHER = 64  # windows at most that are drawn as one batch
+STEPS = 64  # tokens of a window that one program draws
+COPIED_BYTES = 2**29  # of a model's weights at most for which that program may keep copies in floats
 CALIBRATION, DISTILLATION = 0, 1  # what text is drawn for: one does not get what the other got
 
 
@@ -101,7 +103,6 @@ def drawn_windows(
     positions = model.config.max_position_embeddings
     if not 1 <= length <= positions + 1:
         raise ValueError(f"windows of {length} tokens: the model, of {positions} positions, draws 1 to {positions + 1}")
-    language_model = LanguageModel(config=model.config, parameters=dict(parameters(model)), dtype=jnp.float32)
     batches = -(-count // TOGETHER)
     together = -(-count // batches)
     seeds = np.random.SeedSequence(purpose).generate_state(batches + 1)
@@ -111,26 +112,37 @@ def drawn_windows(
     progress(DRAW, 0, batches)
     for batch, seed in enumerate(seeds[1:]):
         own = out[batch * together : (batch + 1) * together]
-        for place, tokens in enumerate(_continued(language_model, own, int(seed)), 1):
-            own[:, place] = tokens
-            progress(DRAW, batch + (place + 1) / length, batches)
+        place = 1
+        for tokens in _continued(model, own, int(seed)):
+            own[:, place : place + len(tokens)] = tokens.T
+            place += len(tokens)
+            progress(DRAW, batch + place / length, batches)
     return out[:count]
 
 
-def _continued(model: LanguageModel, windows: Int[np.ndarray, "B T"], seed: int) -> Iterator[Int[np.ndarray, " B"]]:
-    """Tokens for all places of the windows but the first, which has its tokens; the last one is drawn when the others
-    are in place."""
+def _continued(model: Decoder, windows: Int[np.ndarray, "B T"], seed: int) -> Iterator[Int[np.ndarray, "steps B"]]:
+    """Tokens for all places of the windows but the first, which has its tokens, some steps at a time; those of the
+    last place are drawn when the others are in place."""
     batch, length = windows.shape
-    positions = model.config.max_position_embeddings
+    positions, weights = model.config.max_position_embeddings, parameters(model)
+    fixed = model.config, jnp.float32, weights
+    sampling = Sampling(jnp.float32(1), jnp.int32(0), jnp.float32(1), jax.random.key(np.uint32(seed)))
     most = min(length, positions) - 1
     if most:
-        settings = GenerateConfig(max_tokens=most, temperature=1.0, seed=seed)
-        prompts, capacity = windows[:, :1].tolist(), SMALLEST_BUCKET + most - 1
-        yield from (np.array(tokens, np.int32) for tokens in stream(model, prompts, settings, capacity))
+        steps = STEPS if sum(a.nbytes for a in weights.values()) <= COPIED_BYTES else 1
+        calls = -(-(most - 1) // steps)
+        first = np.zeros((batch, SMALLEST_BUCKET), np.int32)
+        first[:, -1] = windows[:, 0]
+        mask = np.arange(SMALLEST_BUCKET) == SMALLEST_BUCKET - 1
+        cache = new_cache(model.config, batch, SMALLEST_BUCKET + calls * steps)
+        token, cache, _ = prefill(*fixed, None, first, np.tile(mask, (batch, 1)), cache, sampling)
+        yield np.asarray(token)[None]
+        for call in range(calls):
+            tokens, cache = decode_on(*fixed, token, cache, sampling, steps)
+            token = tokens[-1]
+            yield np.asarray(tokens)[: most - 1 - call * steps]
     if length > positions:  # generation ends with a text that fills all positions
-        sampling = Sampling(jnp.float32(1), jnp.int32(0), jnp.float32(1), jax.random.key(np.uint32(seed)))
         tokens = jnp.asarray(windows[:, :positions])
-        cache = new_cache(model.config, batch, positions, model.dtype)
-        fixed = model.config, model.dtype, model.parameters
+        cache = new_cache(model.config, batch, positions)
         token, _, _ = prefill(*fixed, None, tokens, jnp.ones_like(tokens, bool), cache, sampling)
-        yield np.asarray(token)
+        yield np.asarray(token)[None]

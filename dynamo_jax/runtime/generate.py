@@ -155,6 +155,21 @@ def decode(config, dtype, parameters, state, token, alive, cache, sampling):
     return _next(config, dtype, parameters, state, tokens, mask, cache, sampling, alive[:, None])
 
 
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "steps"), donate_argnames="cache")
+def decode_on(config, dtype, parameters, token, cache, sampling, steps):
+    """``steps`` tokens (steps, B) more of every sequence, none of which ends, in one program, and the cache. What a
+    step does to the weights alone, such as to convert them, is done once; their copies lie in memory meanwhile."""
+
+    def step(before: tuple[Array, Cache], _: Any) -> tuple[tuple[Array, Cache], Array]:
+        tokens = before[0][:, None]
+        every = jnp.ones_like(tokens, bool)
+        token, after, _ = _next(config, dtype, parameters, None, tokens, every, before[1], sampling, every)
+        return (token, after), token
+
+    (_, cache), tokens = jax.lax.scan(step, (token, cache), length=steps)
+    return tokens, cache
+
+
 def bucket(length: int) -> int:
     """The power of two, at least ``SMALLEST_BUCKET``, that a prompt's length is rounded up to."""
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
