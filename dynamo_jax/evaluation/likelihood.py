@@ -1,8 +1,8 @@
 """How likely a model finds continuations of contexts: what zero-shot tasks are scored by.
 
 Sequences run in batches of few shapes, a power of two of tokens each, so that nothing compiles once each length was
-met. The longest run first, so that what does not fit the memory fails at once; where the run time follows the texts
-they run in their own order instead.
+met. A context that several continuations share runs once (``contexts.py``). The longest run first, so that what does
+not fit the memory fails at once; where the run time follows the texts they run whole, in their own order instead.
 
 Axes: B sequences, T tokens of a bucket (T1 = T + 1).
 """
@@ -19,6 +19,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Array, Bool, Float, Int
 
+from dynamo_jax.evaluation.contexts import Group, scored
 from dynamo_jax.models.config import ModelConfig
 from dynamo_jax.models.experts import ExpertsFn, float_experts
 from dynamo_jax.models.loss import next_token_scores
@@ -84,10 +85,16 @@ def likelihoods(
     for number, pair in enumerate(pairs):
         check_ids([*pair.context, *pair.continuation], model.config.vocab_size, f"sequence {number}")
     lengths = [min(len(p.context) + len(p.continuation) - 1, limit) for p in pairs]
-    order = range(len(pairs)) if between else sorted(range(len(pairs)), key=lambda i: -lengths[i])
     out: list[Likelihood | None] = [None] * len(pairs)
-    state, done = model.state, 0
-    for some in _batches(list(order), lengths, together):
+    shared = [] if between else _shared(pairs, limit)
+    groups = [Group(pairs[some[0]].context, [pairs[i].continuation for i in some]) for some in shared]
+    for done, (number, place, nats, greedy) in enumerate(scored(model, groups, together), 1):
+        out[shared[number][place]] = Likelihood(nats, greedy, 0)
+        progress("likelihoods", done, len(pairs))
+    left = [i for i, one in enumerate(out) if one is None]
+    order = left if between else sorted(left, key=lambda i: -lengths[i])
+    state, done = model.state, len(pairs) - len(left)
+    for some in _batches(order, lengths, together):
         size = bucket(max(lengths[i] for i in some))
         tokens, counted, real, cuts = _arrays([pairs[i] for i in some], size, max(1, together // size), limit)
         nats, greedy, watch = _scored(
@@ -101,6 +108,15 @@ def likelihoods(
         done += len(some)
         progress("likelihoods", done, len(pairs))
     return [one for one in out if one is not None]
+
+
+def _shared(pairs: Sequence[Pair], limit: int) -> list[list[int]]:
+    """Pairs that have a context in common which need not be cut, context by context."""
+    of: dict[tuple[int, ...], list[int]] = {}
+    for number, (context, continuation) in enumerate(pairs):
+        if len(context) + len(continuation) - 1 <= limit:
+            of.setdefault(tuple(context), []).append(number)
+    return [some for some in of.values() if len(some) > 1]
 
 
 def _batches(order: list[int], lengths: list[int], together: int) -> Iterator[list[int]]:
