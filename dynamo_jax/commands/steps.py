@@ -92,9 +92,10 @@ class LeftColumn(rich.progress.ProgressColumn):
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """One bar a stage on standard error, or lines where it is no terminal."""
+    """One bar a stage on standard error, or lines where it is no terminal. (A notebook's FORCE_COLOR makes rich take
+    its pipes for terminals.)"""
     console = rich.console.Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield lines(lambda words: print(words, file=sys.stderr, flush=True))
         return
     steps: dict[rich.progress.TaskID, Stage] = {}

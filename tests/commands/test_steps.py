@@ -87,7 +87,8 @@ def test_a_terminal_gets_no_guess_before_the_first_step():
     assert shown(1.2) == "0:00:26"
 
 
-def test_standard_error_that_is_no_terminal_gets_lines(capsys):
+def test_standard_error_that_is_no_terminal_gets_lines(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as notebooks have it
     with steps.progress_bar() as progress:
         progress("layers", 0, 2)
         assert capsys.readouterr().err == "layers: 0 of 2, 0:00:00\n"
