@@ -65,6 +65,8 @@ def serve(
         raise ValueError(f"--engine {engine}: known are {', '.join(ENGINES)}")
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"--dtype {dtype}: known are bfloat16, float32")
+    if engine == "vllm" and (batch is not None or reads != 1.0):
+        raise ValueError("--batch and --reads are limits of adaptation, and with vllm nothing is adapted yet")
     if importlib.util.find_spec(ENGINES[engine]) is None:
         raise ValueError(INSTALL[engine])
     from dynamo_jax.engines.variants import variants_of

@@ -79,6 +79,9 @@ def test_the_program_parts_our_arguments_from_the_engines(folders):
 
 
 def test_serve_says_what_it_lacks(folders, monkeypatch):
+    for words in (["--reads", "1.3"], ["--batch", "4"]):
+        run = CliRunner().invoke(app, ["serve", "--model", "x", "--engine", "vllm", *words])
+        assert isinstance(run.exception, ValueError) and "with vllm nothing is adapted yet" in str(run.exception)
     run = CliRunner().invoke(app, ["serve", "--model", "x", "--engine", "other"])
     assert isinstance(run.exception, ValueError) and "--engine other: known are sglang, vllm" in str(run.exception)
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
