@@ -35,16 +35,19 @@ class Group(NamedTuple):
 
 def scored(model: LanguageModel, groups: Sequence[Group], together: int) -> Iterator[tuple[int, int, float, bool]]:
     """Of each continuation its group, its number there, its log-probability in nats, and whether each of its tokens is
-    the likeliest. The longest contexts come first. together: tokens of a batch at most, if one context is no longer;
-    none may be longer, with its continuations, than the model's positions."""
-    order = sorted(range(len(groups)), key=lambda i: (-bucket(len(groups[i].context)), -_after_first(groups[i])))
+    the likeliest. The longest contexts come first. together: tokens of a batch at most, if one context with what
+    follows it is no longer; none may be longer than the model's positions."""
+
+    def sizes(number: int) -> tuple[int, int]:
+        return bucket(len(groups[number].context)), _after_first(groups[number])
+
+    order = sorted(range(len(groups)), key=sizes, reverse=True)
     place = 0
     while place < len(order):
-        size = bucket(len(groups[order[place]].context))
-        rows = max(1, together // size)
-        some = order[place : place + rows]
-        place += rows
-        room = max(_after_first(groups[number]) for number in some)
+        size, room = sizes(order[place])
+        rows = max(1, together // (size + room))
+        some = [number for number in order[place : place + rows] if sizes(number)[0] == size]
+        place += len(some)
         fixed = model.config, model.dtype, model.parameters, model.state
         tokens = np.zeros((rows, size), np.int32)
         mask = np.zeros((rows, size), bool)
@@ -53,11 +56,10 @@ def scored(model: LanguageModel, groups: Sequence[Group], together: int) -> Iter
             tokens[row, size - len(own) :], mask[row, size - len(own) :] = own, True
         first, cache = _contexts(*fixed, tokens, mask, room)
         asked = [(row, number, i) for row, number in enumerate(some) for i in range(len(groups[number].continuations))]
-        batch = max(1, together // (size + room))
-        for begin in range(0, len(asked), batch):
-            part = asked[begin : begin + batch]
-            owners, lengths = np.zeros(batch, np.int32), np.ones(batch, np.int32)
-            answers = np.zeros((batch, room + 1), np.int32)
+        for begin in range(0, len(asked), rows):
+            part = asked[begin : begin + rows]
+            owners, lengths = np.zeros(rows, np.int32), np.ones(rows, np.int32)
+            answers = np.zeros((rows, room + 1), np.int32)
             for at, (row, number, i) in enumerate(part):
                 answer = groups[number].continuations[i]
                 owners[at], lengths[at], answers[at, : len(answer)] = row, len(answer), answer
