@@ -1,13 +1,13 @@
 """How long a task takes here, and in lm-evaluation-harness's own model ``hf``, on the same two cores.
 
     pip install '.[eval]' accelerate
-    python benchmarks/task_speed.py [--task hellaswag] [--documents 10042] [--json PATH]
+    python benchmarks/task_speed.py [--task hellaswag] [--documents 300] [--json PATH]
 
-Both get the same requests, log-likelihoods of each document's continuations, of the bundled model in float32. "dynamo"
-is our model for the harness; what it compiles counts, and nothing compiled is kept from earlier runs. "hf" is the
-harness's, by transformers and torch, with ``--batch-size`` sequences at a time (of 16, 64 and 256 the fastest on two
-cores was taken for the default). A table of seconds, the ratio, and what both found right. Documents on which they
-differ are those where two experts are all but equal for a token: together, sequences are summed in another order.
+Both get the same requests, log-likelihoods of each document's continuations, of the bundled model in float32, twice.
+"dynamo" is our model for the harness. What it compiles counts the first time, and nothing compiled is kept from earlier
+runs. "hf" is the harness's, by transformers and torch, with ``--batch-size`` sequences at a time: of 16, 64 and 256 the
+fastest on two cores. A table of seconds, the ratios, and what both found right. Documents on which they differ are
+those where two experts are all but equal for a token: together, sequences are summed in another order.
 """
 
 from __future__ import annotations
@@ -52,10 +52,15 @@ def right(found: list[tuple[float, bool]], documents: list[Document]) -> np.ndar
     return np.array([int(np.argmax([next(left)[0] for _ in d.continuations])) == d.label for d in documents])
 
 
+def timed(model: Any, requests: list[Instance]) -> tuple[list[tuple[float, bool]], float]:
+    begun = time.perf_counter()
+    return model.loglikelihood(requests), time.perf_counter() - begun
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--task", default="hellaswag", help="a set that ``eval --task`` knows")
-    parser.add_argument("--documents", type=int, help="the first so many; all by default")
+    parser.add_argument("--documents", type=int, default=300, help="the first so many")
     parser.add_argument("--batch-size", type=int, default=256, help="sequences at a time, of hf")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -68,18 +73,16 @@ def main() -> None:
         for name, model in models.items():
             asked = [(d.context, c) for d in documents for c in d.continuations]
             requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(asked)]
-            begun = time.perf_counter()
-            found = model.loglikelihood(requests)
-            seconds = time.perf_counter() - begun
+            (found, first), (_, again) = (timed(model, requests) for _ in range(2))
             answers.append(right(found, documents))
             row = {"model": name, "task": arguments.task, "documents": len(documents), "requests": len(requests)}
-            rows.append(row | {"seconds": seconds, "accuracy": float(answers[-1].mean())})
-            print(f"{name:8s} {seconds:8.1f} s  accuracy {rows[-1]['accuracy']:.2%}", flush=True)
-    ratio = rows[1]["seconds"] / rows[0]["seconds"]
+            rows.append(row | {"first": first, "again": again, "accuracy": float(answers[-1].mean())})
+            print(f"{name:8s} {first:8.1f} s, then {again:8.1f} s  accuracy {rows[-1]['accuracy']:.2%}", flush=True)
+    ratios = {turn: rows[1][turn] / rows[0][turn] for turn in ("first", "again")}
     differ = int((answers[0] != answers[1]).sum())
-    print(f"dynamo takes {ratio:.2f} of hf's time; of {len(documents)} documents {differ} come out otherwise")
+    print(f"dynamo takes {ratios['first']:.2f} of hf's time, then {ratios['again']:.2f}; {differ} documents differ")
     if arguments.json:
-        write_json(arguments.json, {"results": rows, "ratio": ratio, "differ": differ})
+        write_json(arguments.json, {"results": rows, "ratios": ratios, "differ": differ})
 
 
 if __name__ == "__main__":

@@ -35,19 +35,21 @@ class Group(NamedTuple):
 
 def scored(model: LanguageModel, groups: Sequence[Group], together: int) -> Iterator[tuple[int, int, float, bool]]:
     """Of each continuation its group, its number there, its log-probability in nats, and whether each of its tokens is
-    the likeliest. The longest contexts come first. together: tokens of a batch at most, if one context with what
-    follows it is no longer; none may be longer than the model's positions."""
+    the likeliest. The longest come first. together: tokens of a batch at most, if one context or continuation is no
+    longer, of contexts and again of what follows them; none may be longer than the model's positions."""
 
     def sizes(number: int) -> tuple[int, int]:
-        return bucket(len(groups[number].context)), _after_first(groups[number])
+        room = _after_first(groups[number])
+        return max(bucket(len(groups[number].context)), room), room
 
     order = sorted(range(len(groups)), key=sizes, reverse=True)
     place = 0
     while place < len(order):
-        size, room = sizes(order[place])
-        rows = max(1, together // (size + room))
-        some = [number for number in order[place : place + rows] if sizes(number)[0] == size]
-        place += len(some)
+        size, _ = sizes(order[place])
+        rows = max(1, together // size)
+        some = order[place : place + rows]
+        place += rows
+        room = max(_after_first(groups[number]) for number in some)
         fixed = model.config, model.dtype, model.parameters, model.state
         tokens = np.zeros((rows, size), np.int32)
         mask = np.zeros((rows, size), bool)
