@@ -76,7 +76,8 @@ def _after_first(group: Group) -> int:
     return most and max(SMALLEST, 1 << (most - 1).bit_length())
 
 
-def _experts(state: State | None, real: Bool[Array, "B T"]) -> ExpertsFn:
+def of_one_request(state: State | None, real: Bool[Array, "B T"]) -> ExpertsFn:
+    """How experts are multiplied: all tokens that are there are one request's, padding goes to no expert."""
     return float_experts if state is None else experts(state, request_of=jnp.where(real, 0, -1).reshape(-1))
 
 
@@ -94,7 +95,7 @@ def _contexts(
     model = any_decoder(config, parameters)
     empty = new_stacked_cache if is_stacked(parameters) else new_cache
     cache = empty(config, len(tokens), tokens.shape[1] + room, dtype)
-    hidden, _, cache = model.cached_states(tokens, mask, cache, experts=_experts(state, mask), dtype=dtype)
+    hidden, _, cache = model.cached_states(tokens, mask, cache, experts=of_one_request(state, mask), dtype=dtype)
     return jax.nn.log_softmax(model.logits(hidden[:, -1:])[:, 0]), cache
 
 
@@ -120,6 +121,6 @@ def _continuations(
     layers = jax.tree.map(lambda a: jnp.take(a, owners, axis=sequences), cache.layers)
     cache = Cache(layers, cache.key_positions[owners], cache.used)
     real = jnp.arange(answers.shape[1] - 1) < lengths[:, None] - 1
-    hidden, _, _ = model.cached_states(answers[:, :-1], real, cache, experts=_experts(state, real), dtype=dtype)
+    hidden, _, _ = model.cached_states(answers[:, :-1], real, cache, experts=of_one_request(state, real), dtype=dtype)
     nll, right = next_token_scores(hidden, model.head_weights(), answers[:, 1:], *model.logit_form())
     return nats - jnp.where(real, nll, 0).sum(axis=1), greedy & (right | ~real).all(axis=1)

@@ -19,16 +19,15 @@ import numpy as np
 import tokenizers
 from jaxtyping import Array, Bool, Float, Int
 
-from dynamo_jax.evaluation.contexts import Group, scored
+from dynamo_jax.evaluation.contexts import Group, of_one_request, scored
 from dynamo_jax.models.config import ModelConfig
-from dynamo_jax.models.experts import ExpertsFn, float_experts
 from dynamo_jax.models.loss import next_token_scores
 from dynamo_jax.models.stacked import any_decoder
 from dynamo_jax.models.tokenizer import check_ids, encode
 from dynamo_jax.progress import Progress, no_progress
 from dynamo_jax.runtime.generate import Between, LanguageModel, bucket
 from dynamo_jax.runtime.monitor import Watch
-from dynamo_jax.runtime.serving import State, experts, observe
+from dynamo_jax.runtime.serving import State, observe
 
 TOGETHER = 4096  # tokens of a batch
 
@@ -162,10 +161,7 @@ def _scored(
     """Summed nats of the tokens that count, whether all of them are the likeliest, and the monitor, which takes all
     sequences, one after the other, for one request's text."""
     model = any_decoder(config, parameters)
-    run: ExpertsFn = float_experts
-    if state is not None:
-        run = experts(state, request_of=jnp.where(real, 0, -1).reshape(-1))
-    hidden, routings = model.hidden_states(tokens[:, :-1], experts=run, dtype=dtype)
+    hidden, routings = model.hidden_states(tokens[:, :-1], experts=of_one_request(state, real), dtype=dtype)
     nll, right = next_token_scores(hidden, model.head_weights(), tokens[:, 1:], *model.logit_form())
     watch = state and observe(state, routings, real.reshape(1, -1)).watch
     return jnp.where(counted, nll, 0).sum(axis=1), (right | ~counted).all(axis=1), watch

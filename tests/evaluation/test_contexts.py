@@ -35,7 +35,7 @@ CASES = {
 
 
 def questions(vocabulary, limit, seed=0):
-    """Contexts and answers, lengths from one token to all positions; one context twice, and once with another one."""
+    """Contexts and answers, lengths from one token to all positions."""
     rng = np.random.default_rng(seed)
     lengths = [(1, (1, 7, 2)), (9, (1, 1)), (limit - 3, (4, 1)), (5, (2,))]
     return [
