@@ -35,7 +35,8 @@ def test_a_notebook_is_stored_without_outputs(name):
 def test_the_demo_notebook(narrow_folder, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     texts = "KINDS = {k: lambda _, k=k: (f'{k} {i} {i * i}' for i in range(9000)) for k in KINDS}"
-    shown = ran("demo.ipynb", narrow_folder, ("import KINDS, collect\n", f"import KINDS, collect\n{texts}\n"))
+    small = ("calibration_windows=8", "calibration_windows=4, window=128"), ("limit=16", "limit=4")
+    shown = ran("demo.ipynb", narrow_folder, ("import KINDS, collect\n", f"import KINDS, collect\n{texts}\n"), *small)
     assert "Verdict(nearest=" in shown and "auto " in shown  # what the small model calls novel says nothing
     assert "layers x 8 experts" in shown  # the small model was there
     assert "image/png" in shown

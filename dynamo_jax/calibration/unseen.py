@@ -27,7 +27,7 @@ from dynamo_jax.texts.windows import token_windows
 
 DRAW = "draw text"
 TOGETHER = 64  # windows at most that are drawn as one batch
-STEPS = 64  # tokens of a window that one program draws
+STEPS = 64  # tokens of a window that one program draws at most
 COPIED_BYTES = 2**29  # of a model's weights at most for which that program may keep copies in floats
 CALIBRATION, DISTILLATION = 0, 1  # what text is drawn for: one does not get what the other got
 
@@ -129,7 +129,8 @@ def _continued(model: Decoder, windows: Int[np.ndarray, "B T"], seed: int) -> It
     sampling = Sampling(jnp.float32(1), jnp.int32(0), jnp.float32(1), jax.random.key(np.uint32(seed)))
     most = min(length, positions) - 1
     if most:
-        steps = STEPS if sum(a.nbytes for a in weights.values()) <= COPIED_BYTES else 1
+        small = sum(a.nbytes for a in weights.values()) <= COPIED_BYTES
+        steps = max(1, min(STEPS, most - 1)) if small else 1
         calls = -(-(most - 1) // steps)
         first = np.zeros((batch, SMALLEST_BUCKET), np.int32)
         first[:, -1] = windows[:, 0]

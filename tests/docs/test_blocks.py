@@ -19,9 +19,11 @@ ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 SMALL = """
-import pathlib, sys
+import functools, pathlib, sys
+import dynamo_jax
 import dynamo_jax.models.bundled as own
 own.BUNDLED = pathlib.Path("narrow")
+dynamo_jax.QuantizeConfig = functools.partial(dynamo_jax.QuantizeConfig, calibration_windows=8, unseen_windows=8)
 text_a, text_b = pathlib.Path("A.txt").read_text(), pathlib.Path("B.txt").read_text()
 """
 WINDOWS = """

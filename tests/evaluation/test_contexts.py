@@ -56,7 +56,10 @@ def compare(found, expected):
         assert one.nats == pytest.approx(other.nats, abs=1e-4) and one[1:] == other[1:]
 
 
-@pytest.mark.parametrize(("case", "in_loops"), [("grouped", True), ("latent", False), ("a delta net", False)])
+@pytest.mark.parametrize(
+    ("case", "in_loops"),
+    [("grouped", True), pytest.param("latent", False, marks=pytest.mark.slow), ("a delta net", False)],
+)
 def test_they_are_as_likely_as_by_themselves(case, in_loops):
     decoder = Decoder(decoder_config(**CASES[case]), rngs=nnx.Rngs(0))
     config = decoder.config

@@ -187,7 +187,7 @@ def test_few_experts_are_split_by_their_blocks(few_experts, shape):
     alike(ran(few_experts, state, tokens_of(2)), beside_one_device(few_experts, host, tokens_of(2)))
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (1, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4), pytest.param((1, 8), marks=pytest.mark.slow)], ids=str)
 def test_a_quantized_rest_is_split_as_a_float_one_is(small_rest, shape):
     """Codes, and scales where they are of columns that are split; logits are those of one device, and a step's shapes
     say where all of it lies."""
@@ -302,7 +302,8 @@ def test_switching_and_adapting_compile_nothing_and_move_no_array(model, compila
     assert count.compiled == 0 and not moved(begun, state)
 
 
-@pytest.mark.parametrize("shape", [pytest.param((2, 4), marks=pytest.mark.slow), (1, 2)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 4), (1, 2)], ids=str)
 def test_generation_that_adapts_writes_what_one_device_writes(model, shape):
     """Texts, events and plans; five prompts do not divide over two devices, and every one has them all then."""
     signatures = model.knowledge.signatures

@@ -291,7 +291,7 @@ def test_a_variant_is_left_when_the_router_says_that_it_no_longer_pays(quantized
     assert state.number.tolist() == [0] and len(seen) == 1
 
 
-@pytest.mark.parametrize("certain", [True, False])
+@pytest.mark.parametrize("certain", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_known_text_is_served_by_a_variant_where_the_gain_is_sure(quantized, monkeypatch, certain):
     """On the newer half of its windows, from which the plan was not made; and left when the text is novel."""
     follower, state = follower_of(quantized)

@@ -13,10 +13,9 @@ from dynamo_jax.storage import checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-FLIPS = 1000
 
-
-def test_a_thousand_flipped_bits_are_a_thousand_errors(small_folder, words, tmp_path):
+@pytest.mark.parametrize("flips", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_every_flipped_bit_is_an_error(small_folder, words, tmp_path, flips):
     settings = QuantizeConfig(unseen_windows=0, calibration_windows=1, window=32, bits=3.5, quantizer="rtn")
     quantize_folder(small_folder, tmp_path / "whole", {"words": words(0)}, settings)
     folder = tmp_path / "model"
@@ -26,7 +25,7 @@ def test_a_thousand_flipped_bits_are_a_thousand_errors(small_folder, words, tmp_
     sizes = [p.stat().st_size for p in files]
     seed = random.SystemRandom().randrange(10**6)
     rng = random.Random(seed)
-    for number in range(FLIPS):
+    for number in range(flips):
         path = rng.choices(files, sizes if number % 2 else None)[0]  # half of them in small files
         content = path.read_bytes()
         damaged = bytearray(content)
