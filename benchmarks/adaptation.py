@@ -138,19 +138,21 @@ def calibrated(
     settings: QuantizeConfig,
     work: Sweeps,
     work_alone: Sweeps,
+    keep: Callable[[str, QuantizeConfig], tuple[Any, ...]],
 ) -> Deployment:
     """All that is calibrated on the known windows, at the budget of ``settings``; ``work`` keeps the sweeps with text
-    that the model draws, ``work_alone`` those without."""
+    that the model draws, ``work_alone`` those without. keep: where a quantization of this name is kept, and its job."""
     bits = settings.bits
     assert bits is not None
-    own = work.again()
+    own = work.again(*keep("static", settings))
     baseline = quantized_on(model, known, settings, own)
     work.keep(own)
     alone = dataclasses.replace(settings, spare=0.0, novelty_weight=0.0)
-    own = work_alone.again()
+    own = work_alone.again(*keep("static-known", alone))
     only_known = quantized_on(model, known, alone, own)
     work_alone.keep(own)
-    more = quantized_on(model, known, dataclasses.replace(alone, bits=MORE_MEMORY * bits), work_alone.again())
+    larger = dataclasses.replace(alone, bits=MORE_MEMORY * bits)
+    more = quantized_on(model, known, larger, work_alone.again(*keep("static-more-memory", larger)))
     each = without_unseen(baseline.analyses).values()
     significance = np.stack([a.expert_significance()[..., 0] for a in each])
     return Deployment(baseline, only_known, more, uniform(bits), significance)
@@ -365,7 +367,7 @@ def main() -> None:
     parser.add_argument("--seen", type=int, default=8, help="windows of a text that adaptation may see")
     parser.add_argument("--limit", type=int, default=32, help="evaluated windows of each kind at most")
     parser.add_argument("--calibration-windows", type=int, default=32, help="of each known kind")
-    parser.add_argument("--keep", type=Path, help="a folder for finished kinds, from which a stopped run goes on")
+    parser.add_argument("--keep", type=Path, help="a folder for what is finished, from which a stopped run goes on")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.rows:
@@ -400,7 +402,14 @@ def main() -> None:
         for budget in arguments.budget or BUDGETS:
             what = {"model": model.name, "deployment": name, "budget": budget}
             at = dataclasses.replace(settings, bits=budget)
-            once = functools.cache(functools.partial(calibrated, model, known, uniform, at, work, work_alone))
+
+            def keep(method: str, settings: QuantizeConfig, name: str = name) -> tuple[Any, ...]:
+                if not arguments.keep:
+                    return ()
+                own = f"{model.name}-{name}-{settings.bits:g}-{method}"
+                return arguments.keep / own, json.loads(json.dumps(dataclasses.asdict(settings)))
+
+            once = functools.cache(functools.partial(calibrated, model, known, uniform, at, work, work_alone, keep))
             for kind in novel:
                 path = arguments.keep and arguments.keep / f"{model.name}-{name}-{budget:g}-{kind}.json"
                 run = functools.partial(rows_of, model, once, text_of, what | {"novel": kind})

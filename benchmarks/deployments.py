@@ -31,8 +31,8 @@ from dynamo_jax.precision.plan import Plan
 from dynamo_jax.quant.grids import GridSpec
 from dynamo_jax.quant.planes import Planes, dequantize
 from dynamo_jax.runtime.quantized import QuantizedModel
-from dynamo_jax.storage.bundles import stacked_planes
-from dynamo_jax.storage.work import MemoryWork
+from dynamo_jax.storage.bundles import Bundle, stacked_planes
+from dynamo_jax.storage.work import FolderWork, MemoryWork
 from dynamo_jax.texts.reading import read_text
 from dynamo_jax.texts.windows import token_windows
 
@@ -40,14 +40,32 @@ DECIDED = ("stats-", "layer-", "emphasis")  # bundles that a quantization with o
 
 
 class Sweeps(MemoryWork):
-    """Work that keeps what the sweeps over a model found, for quantizations that differ in budget or weight."""
+    """Work that keeps what the sweeps over a model found, for quantizations that differ in budget or weight.
+
+    folder: where one quantization is kept too, so that a stopped run goes on with it; ``job`` says what it is of.
+    """
+
+    def __init__(self, folder: Path | None = None, job: Any = None):
+        super().__init__()
+        self._folder = None
+        if folder:
+            kept(folder.with_name(f"{folder.name}.json"), job, lambda: None)
+            folder.mkdir(exist_ok=True)
+            self._folder = FolderWork(folder)
+            for name in self._folder.names():
+                super().put(name, self._folder.get(name))
+
+    def put(self, name: str, bundle: Bundle) -> None:
+        super().put(name, bundle)
+        if self._folder:
+            self._folder.put(name, bundle)
 
     def drop(self, name: str) -> None:
         """Nothing: the next quantization needs it."""
 
-    def again(self) -> Sweeps:
+    def again(self, folder: Path | None = None, job: Any = None) -> Sweeps:
         """The sweeps alone, for another quantization."""
-        other = Sweeps()
+        other = Sweeps(folder, job)
         other.keep(self)
         return other
 
