@@ -9,7 +9,8 @@ import numpy as np
 from dynamo_jax.models.families.table import config_from
 
 PREFILL = 2048
-TOKENS = (1, 8, 64, PREFILL)
+BATCHES = (128, 256, 512)  # what servers decode at a time
+TOKENS = (1, 8, 64, *BATCHES, PREFILL)
 
 
 class Layer(NamedTuple):
@@ -27,6 +28,7 @@ SHAPES = {
     "qwen3-30b-a3b": Layer(128, 2048, 768, 8),
     "deepseek-v2-lite": Layer(64, 2048, 1408, 6),
     "gpt-oss-20b": Layer(32, 2944, 2944, 4),  # of 2880 and 2880
+    "qwen3.5-35b-a3b": Layer(256, 2048, 512, 8),
 }
 MODELS = {
     "mixtral-8x7b": config_from({

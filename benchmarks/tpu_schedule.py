@@ -3,6 +3,7 @@
     python benchmarks/tpu_schedule.py [--chip v6e] [--shape olmoe-1b-7b] [--json PATH]
     python benchmarks/tpu_schedule.py --rows PATH      # the table of docs/kernels.md from rows that were written before
     python benchmarks/tpu_schedule.py --counted PATH ..  # cycles of the peers' kernels from there, and new ones into it
+    python benchmarks/tpu_schedule.py --measured       # the model beside what others measured on a TPU7x
 
 Every kernel is compiled for the chip; cycles of a grid step are counted in its final schedule (``bundles.py``), bytes
 from what the step copies. Modelled time is the sum over steps of max(cycles / clock, bytes / bandwidth). Kernels:
@@ -13,18 +14,21 @@ from what the step copies. Modelled time is the sum over steps of max(cycles / c
                        the two is not counted
     tokamax bf16, int8, int4   its ``ragged_dot``, in the same way, at 64 tokens; its weights have one scale a channel
     gmm_v2 bf16, int8, int4    its newer kernel, likewise, with as few rows a tile as most experts have; where weights
-                       are quantized it quantizes rows as ours does. Released in tpu-inference (``pip install --no-deps
-                       tpu-inference==0.28.0``), of which one file is loaded; no rows where that is missing
+                       are quantized it quantizes rows as ours does; int4 for 128 to 512 tokens, too. Released in
+                       tpu-inference (``pip install --no-deps tpu-inference==0.28.0``), of which one file is loaded; no
+                       rows where that is missing
 
 "bits" is with scales, one for each ``group`` of weights in ours, 0.0625 bits a weight of 256, one for each channel in
 the peers'. Bytes are of weights, of scales, and of rows in and out as each kernel copies them: where a peer's next tile
 of rows is the same expert's, it has its weights already, unless they are in parts along what is summed. ``form`` is
 what the matrix unit multiplies: bfloat16, or activations quantized a row at a time, int8 on v5e, v5p and v6e and fp8 on
-TPU7x. Tokens choose experts at random (seed 0); prefill is 2,048 of them. A step of a peer is what runs in each and its
+TPU7x; tiles of many rows (v6e, TPU7x) are always bfloat16. Tokens choose experts at random (seed 0); prefill is 2,048
+of them. A step of a peer is what runs in each and its
 longest ``pl.when``, the product; of ours all that it runs. Pages lie as a baseline's do, one after the other. What XLA
 does around a kernel is not counted: sorting rows, and in ours the work list.
 ``over_bandwidth_bound``: time over that of the kernel's own weight bytes at full bandwidth. ``speedup_vs_bf16``: over
-megablox.
+megablox. ``with_calls_us`` (TPU7x): with what a call of gmm_v2 was measured to take beside its copies, for each call:
+one of ours, two of a peer. Whether ours takes as much is not known.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,17 +49,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from layers import PREFILL, SHAPES, TOKENS, Layer, sizes_of
+from layers import BATCHES, PREFILL, SHAPES, TOKENS, Layer, sizes_of
 
 from dynamo_jax.kernels.layout import filled
 from dynamo_jax.kernels.quantized_tpu import quantized_experts_tpu
 from dynamo_jax.kernels.tiles import TILE, TiledBase, TiledResident, empty_pages
-from dynamo_jax.kernels.tpu_steps import Shape, blocks_of_step, rows_of_tile
+from dynamo_jax.kernels.tpu_steps import FEW_ROWS, Shape, blocks_of_step, rows_of_tile
 from dynamo_jax.models.experts import silu_gated
 
 GROUP = 256  # weights that share a scale, as in the demo
 LAYERS = 16  # in the arrays that the kernel reads: the compiler would keep those of one layer in fast memory
 ROUNDED = {"v5e": "int8", "v5p": "int8", "v6e": "int8", "tpu7x": "fp8"}
+# gmm_v2 on one core of a TPU7x (vllm-project/tpu-inference, issue 3520): seconds that a call takes beside its copies,
+# and for each expert that the array holds; and of some calls the experts, those that have rows, rows of each, inner and
+# outer size, weights, and microseconds
+CALL, CALL_EXPERT = 35e-6, 0.02e-6
+MEASURED = [
+    (64, 30, 3, 4096, 2048, "fp8", 81.9),
+    (64, 30, 3, 4096, 2048, "bf16", 159.8),
+    (512, 72, 1, 4096, 256, "fp8", 57.5),
+    (512, 72, 1, 4096, 256, "bf16", 71.8),
+    (512, 72, 1, 512, 4096, "fp8", 70.4),
+]
 
 
 def arguments(layer: Layer, tokens: int, levels: tuple[int, ...], group: int) -> tuple[Any, ...]:
@@ -83,7 +99,7 @@ def tiled_shapes(layers: int, layer: Layer, shares: dict[int, float], group: int
 
 def tile_of(chip: str, layer: Layer, tokens: int) -> int:
     """Rows of a tile of ours."""
-    return rows_of_tile(tokens * layer.chosen, layer.experts, bundles.CHIPS[chip].lite)
+    return rows_of_tile(tokens * layer.chosen, layer.experts, bundles.CHIPS[chip].core)
 
 
 @functools.cache
@@ -102,7 +118,7 @@ def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str, gr
     hidden = filled(layer.hidden, group)
     blocks, tiles_of_block = layer.channels // TILE, hidden // TILE
     rows = tile_of(chip, layer, tokens)
-    per_step = blocks_of_step(tiles_of_block, blocks, rows, at.unit)
+    per_step = blocks_of_step(tiles_of_block, blocks)
     shape = Shape(rows, tiles_of_block, 1, blocks, per_step, levels, 1, form)
     own_steps = shape.steps
     # programs differ in M only, so one is compiled for all numbers of tokens that have it
@@ -148,16 +164,17 @@ def even(outer: int, most: int) -> int:
     return filled(-(-outer // -(-outer // most)), TILE)
 
 
-def grouped(chip: str, layer: Layer, tokens: int, inner: int, outer: int, kernel: str) -> tuple[float, float]:
-    """A grouped product of a peer at its best tiling: seconds, and the bytes of its weights."""
+def grouped(chip: str, sizes: np.ndarray, inner: int, outer: int, kernel: str) -> tuple[float, float]:
+    """A grouped product of a peer at its best tiling, for so many rows of each expert: seconds, bytes of weights."""
     at, best = bundles.CHIPS[chip], float("inf")
     bits = PEERS[kernel][0]
-    rows, sizes = tokens * layer.chosen, sizes_of(layer, tokens)
+    rows, experts = int(sizes.sum()), len(sizes)
     used, scale = int((sizes > 0).sum()), 4 if bits < 16 else 0  # bytes of a channel's
     if newer := kernel.startswith("gmm_v2"):
         unit = 16 if chip == "tpu7x" else 8  # rows of bfloat16 that lie together, which it takes tiles of
-        mean = [rows_of_tile(rows, layer.experts, lite) for lite in (False, True)]
-        of_rows = {filled(own + unit - 1, unit) for own in mean}
+        mean = rows / experts
+        most = [min(256, filled(math.ceil(mean + spread * mean**0.5), 8)) for spread in (2, 3)]
+        of_rows = {filled(own + unit - 1, unit) for own in most}
         some = tilings(inner, outer, bits, tuple(even(outer, most) for most in (1024, 2048, 4096)))[-1:]
     else:
         of_rows = {filled(min(rows, 128), 16)} if rows < 1024 else {128, 256}
@@ -167,7 +184,7 @@ def grouped(chip: str, layer: Layer, tokens: int, inner: int, outer: int, kernel
         if rows >= 1024 and tile_rows in fit:
             continue  # of many rows the widest that fits
         try:
-            cycles = peer_cycles(kernel, chip, layer.experts, inner, outer, (tile_rows, k, n))
+            cycles = peer_cycles(kernel, chip, experts, inner, outer, (tile_rows, k, n))
         except Exception as error:
             if "memory" not in str(error).lower():
                 raise
@@ -289,6 +306,7 @@ PEERS = {
     "tokamax int8": (8, tokamax(jnp.int8)),
     "tokamax int4": (4, tokamax(jnp.int4)),
     "gmm_v2 bf16": (16, gmm_v2(jnp.bfloat16)),
+    "gmm_v2 fp8": (8, gmm_v2(jnp.float8_e4m3fn)),
     "gmm_v2 int8": (8, gmm_v2(jnp.int8)),
     "gmm_v2 int4": (4, gmm_v2(jnp.int4)),
 }
@@ -309,6 +327,9 @@ def rows_for(chip: str, name: str, tokens: int, groups: tuple[int, ...]) -> list
         reference = out[0]["modelled_us"] if out else seconds * 1e6
         row |= {"modelled_us": seconds * 1e6, "speedup_vs_bf16": reference / (seconds * 1e6)}
         row |= {"over_bandwidth_bound": seconds / bound}
+        if chip == "tpu7x":
+            calls = 1 if kernel.startswith("ours") else 2
+            row |= {"with_calls_us": 1e6 * (seconds + calls * (CALL + layer.experts * CALL_EXPERT))}
         out.append(row)
         print(
             f"{chip:6s} {name:17s} {tokens:5d}  {kernel:14s} {form:5s} {bits:6.3f} {row['modelled_us']:10.1f} "
@@ -317,12 +338,12 @@ def rows_for(chip: str, name: str, tokens: int, groups: tuple[int, ...]) -> list
         )
 
     used = sizes > 0
-    for kernel in PEERS:
-        if tokens != 64 and out:
-            continue
+    reference, newest = "megablox bf16", "gmm_v2 int4"
+    all_kernels = [kernel for kernel in PEERS if not kernel.endswith("fp8")]
+    for kernel in all_kernels if tokens == 64 else (reference, newest) if tokens in BATCHES else (reference,):
         both = ((layer.hidden, 2 * layer.channels), (layer.channels, layer.hidden))
         try:
-            parts = [grouped(chip, layer, tokens, *shape, kernel) for shape in both]
+            parts = [grouped(chip, sizes, *shape, kernel) for shape in both]
         except ImportError as error:
             print(f"{chip:6s} {name:17s} {tokens:5d}  {kernel:14s} {error}")
             continue
@@ -331,14 +352,30 @@ def rows_for(chip: str, name: str, tokens: int, groups: tuple[int, ...]) -> list
         add(kernel, bits, form_of(chip, kernel), seconds, weights / bundles.CHIPS[chip].bandwidth)
     mixed = np.array([(i % 3 + 2, i // 3 % 3 + 2) for i in np.random.default_rng(1).permutation(layer.experts)])
     plans = {f"ours {w}": np.full((layer.experts, 2), w) for w in (2, 3, 4)} | {"ours mixed": mixed}
-    forms = (ROUNDED[chip], "bf16") if tokens == 64 else ("bf16",) if tokens == PREFILL else (ROUNDED[chip],)
-    for group, form in itertools.product(groups, forms):
+    forms = {
+        ROUNDED[chip]: tokens != PREFILL or tile_of(chip, layer, tokens) <= FEW_ROWS,
+        "bf16": tokens in (64, PREFILL),
+    }
+    for group, form in itertools.product(groups, [form for form, wanted in forms.items() if wanted]):
         for kernel, widths in plans.items():
             if kernel == "ours 2" and form == "bf16":
                 continue
             bits = float((2 * widths[used, 0] + widths[used, 1]).mean() / 3 + 16 / group)
             add(kernel, bits, form, *ours(chip, layer, tokens, widths, form, group), group=group)
     return out
+
+
+def print_measured() -> None:
+    """The model of time beside what gmm_v2 was measured to take."""
+    print("experts  with rows  rows  inner  outer  weights  measured us  modelled us  with the call")
+    for experts, used, each, inner, outer, weights, microseconds in MEASURED:
+        sizes = np.where(np.arange(experts) < used, each, 0)
+        sizes[used - 1] += -int(sizes.sum()) % 16  # filled up to whole tiles
+        seconds, _ = grouped("tpu7x", sizes, inner, outer, f"gmm_v2 {weights}")
+        print(
+            f"{experts:7d} {used:10d} {each:5d} {inner:6d} {outer:6d}  {weights:7s} {microseconds:12.1f} "
+            f"{1e6 * seconds:12.1f} {1e6 * (seconds + CALL + experts * CALL_EXPERT):14.1f}"
+        )
 
 
 def found(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any] | None:
@@ -370,7 +407,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         own, plain = at | {"form": ROUNDED[chip]}, at | {"form": "bf16"}
         if tokens == PREFILL:
             last = " / ".join(cell(plain, f"ours {plan}", GROUP, bound=False) for plan in ("4", "3", "mixed"))
-            cells = [""] * 6 + [last]
+            cells = ["", "", *(cell(own, f"ours {plan}", GROUP) for plan in ("4", "3", "mixed", "2")), last]
         else:
             each = [cell(own, f"ours {plan}", GROUP) for plan in ("4", "3", "mixed", "2")]
             peers = [cell(plain, "tokamax int4", None), cell(own, "gmm_v2 int4", None)]
@@ -394,6 +431,7 @@ def main() -> None:
     parser.add_argument("--group", action="append", type=int, help=f"weights that share a scale, {GROUP} by default")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rows", type=Path, help="print the table of these rows and compile nothing")
+    parser.add_argument("--measured", action="store_true", help="the model beside what others measured")
     parser.add_argument(
         "--counted", type=Path, help="cycles of the peers' kernels, kept here from one call to the next"
     )
@@ -403,6 +441,8 @@ def main() -> None:
     if any(group < TILE or group % TILE for group in chosen.group or ()):
         parser.error(f"groups are multiples of {TILE} weights, not {chosen.group}")
     sys.argv = sys.argv[:1]  # a peer reads flags of its own there
+    if chosen.measured:
+        return print_measured()
     print(
         f"{'chip':6s} {'shape':17s} tokens  {'kernel':14s} form  {'bits':>6s} {'modelled us':>11s} "
         f"{'speedup':>7s} {'/ bound':>7s}"

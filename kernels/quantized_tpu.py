@@ -34,7 +34,7 @@ from dynamo_jax.kernels.tpu_copies import StepAt, copies_of, copy, rows_of
 from dynamo_jax.kernels.tpu_planes import StepPlanes, no_pages
 from dynamo_jax.kernels.tpu_steps import (
     CHUNK,
-    MANY_ROWS,
+    FEW_ROWS,
     Shape,
     Steps,
     blocks_of_step,
@@ -66,7 +66,7 @@ def quantized_experts_tpu(
 ) -> Float[Array, "R D"]:
     """Each row through its expert, as ``quantized_experts_xla`` does it; activations in the given form.
 
-    ``blocks`` of a grid step and ``tile_rows``: by rule where None. Where tiles have many rows (``MANY_ROWS``) the form
+    ``blocks`` of a grid step and ``tile_rows``: by rule where None. Where tiles have more than ``FEW_ROWS`` the form
     is always "bf16": the products are then the work, and their operands are made once for many rows. ``interpret``:
     for ``pallas_call``. A block that reads a plane reads those below it too, as plans have it; which slots page tables
     name is not checked on the device.
@@ -87,10 +87,9 @@ def quantized_experts_tpu(
     if levels != LEVELS[: len(levels)]:
         raise ValueError(f"planes of {levels} bits are read, but those of {LEVELS} refine each other in turn")
     units = max([PROJECTIONS // resident.pages[level].codes.shape[1] for level in levels], default=1)
-    at = core()
-    tile_rows = tile_rows or rows_of_tile(expected or count, num_experts, at.lite)
-    blocks = min(blocks or blocks_of_step(tiles, all_blocks, tile_rows, at.unit), all_blocks)
-    form = "bf16" if tile_rows >= MANY_ROWS else form
+    tile_rows = tile_rows or rows_of_tile(expected or count, num_experts, core())
+    blocks = min(blocks or blocks_of_step(tiles, all_blocks), all_blocks)
+    form = "bf16" if tile_rows > FEW_ROWS else form
     alike = tiles // resident.base.scales.shape[4]
     shape = Shape(tile_rows, tiles, alike, all_blocks, blocks, levels, units, form)
     lie = rows_in_tiles(group_sizes, count, tile_rows, shape.chunk)

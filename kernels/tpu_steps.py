@@ -22,9 +22,11 @@ from dynamo_jax.kernels.rows import TiledRows
 from dynamo_jax.kernels.tiles import TILE
 
 MOST_ROWS = 256  # of a tile
-MANY_ROWS = 64
+FEW_ROWS = 96  # the most of a tile that has not many
+WIDE_FEW_ROWS = 80  # beside a wide matrix unit, which has multiplied by scaled weights sooner
+LITE_ROWS = 32  # of a tile that has room to spare
 CHUNK = 8  # rows of bfloat16 that lie together in memory
-FEW_ROWS = 32  # the most of a tile that has not many
+MANY_CHUNK = 64
 STEP_WEIGHTS = 6 * 2**20  # of a grid step: what a step costs whatever it does is then a small share of it
 
 
@@ -73,7 +75,7 @@ class Shape(NamedTuple):
     @property
     def chunk(self) -> int:
         """Rows that are copied or not: those of a tile that hold none stay where they are."""
-        return MANY_ROWS if self.rows % MANY_ROWS == 0 else CHUNK
+        return MANY_CHUNK if self.many and self.rows % MANY_CHUNK == 0 else CHUNK
 
     @property
     def steps(self) -> int:
@@ -102,7 +104,7 @@ class Shape(NamedTuple):
     @property
     def many(self) -> bool:
         """Whether scaling the weights is less work than scaling sums of them for each row."""
-        return self.rows >= MANY_ROWS
+        return self.rows > FEW_ROWS
 
     @property
     def together(self) -> int:
@@ -126,26 +128,27 @@ def core() -> Core:
     return Core(info.mxu_column_size, info.is_lite)
 
 
-def blocks_of_step(tiles: int, all_blocks: int, tile_rows: int, unit: int) -> int:
+def blocks_of_step(tiles: int, all_blocks: int) -> int:
     """B: about as many as a step should have, between half and one and a half times that, so that the steps have as few
-    blocks twice as can be, and pairs of blocks if they can be had. ``unit``: of a ``Core``; what more blocks
-    save where rows are many, adding up in memory, a small one saves nothing of."""
-    weights = STEP_WEIGHTS if tile_rows < MANY_ROWS or unit > TILE else STEP_WEIGHTS // 2
-    wanted = max(1, round(weights / (PROJECTIONS * TILE * TILE * tiles)))
+    blocks twice as can be, and pairs of blocks if they can be had."""
+    wanted = max(1, round(STEP_WEIGHTS / (PROJECTIONS * TILE * TILE * tiles)))
     some = range(-(-min(all_blocks, wanted) // 2), min(all_blocks, wanted * 3 // 2) + 1)
     return min(some, key=lambda b: (-(-all_blocks // b) * b, b % 2, abs(b - wanted), -b))
 
 
-def rows_of_tile(count: int, num_experts: int, lite: bool) -> int:
+def rows_of_tile(count: int, num_experts: int, at: Core) -> int:
     """M: enough for the rows of most experts at one variant, so that their planes are read and unpacked once; of still
-    more where rows that are not there cost little (``lite``, of a ``Core``)."""
+    more where rows that are not there cost little. Rows are many only beside a wide matrix unit: unpacking for a small
+    one takes less time than multiplying, and less still where no weight is scaled."""
     mean = count / num_experts
     wanted = mean + 2 * mean**0.5
-    if wanted > FEW_ROWS:
-        return min(MOST_ROWS, max(MANY_ROWS, 64 * math.ceil(wanted / 64)))
-    if lite:
-        wanted = min(FEW_ROWS, mean + 3 * mean**0.5)
-    return max(8, 8 * math.ceil(wanted / 8))
+    if at.lite:
+        wanted = max(wanted, min(LITE_ROWS, mean + 3 * mean**0.5))
+    if at.unit == TILE:
+        wanted = min(wanted, FEW_ROWS)
+    elif wanted > WIDE_FEW_ROWS:
+        return min(MOST_ROWS, MANY_CHUNK * math.ceil(wanted / MANY_CHUNK))
+    return max(CHUNK, CHUNK * math.ceil(wanted / CHUNK))
 
 
 def steps_of(
