@@ -23,7 +23,7 @@ from dynamo_jax.kernels.tiles import TILE
 
 MOST_ROWS = 256  # of a tile
 FEW_ROWS = 96  # the most of a tile that has not many
-WIDE_FEW_ROWS = 80  # beside a wide matrix unit, which has multiplied by scaled weights sooner
+WIDE_FEW_ROWS = 80  # where a matrix unit is 256 wide: from more rows on scaled weights take less time
 LITE_ROWS = 32  # of a tile that has room to spare
 CHUNK = 8  # rows of bfloat16 that lie together in memory
 MANY_CHUNK = 64
@@ -138,8 +138,8 @@ def blocks_of_step(tiles: int, all_blocks: int) -> int:
 
 def rows_of_tile(count: int, num_experts: int, at: Core) -> int:
     """M: enough for the rows of most experts at one variant, so that their planes are read and unpacked once; of still
-    more where rows that are not there cost little. Rows are many only beside a wide matrix unit: unpacking for a small
-    one takes less time than multiplying, and less still where no weight is scaled."""
+    more where rows that are not there cost little. They are many only where a matrix unit is 256 wide: beside a smaller
+    one scaling the weights takes longer than all products."""
     mean = count / num_experts
     wanted = mean + 2 * mean**0.5
     if at.lite:
