@@ -180,11 +180,8 @@ def test_adaptation_under_load_changes_nothing_for_requests_that_name_their_vari
             if found["totals"].get("adapted", 0) + found["totals"].get("not better", 0):
                 break
     assert found["totals"]["novel"] and found["plans"] and found["adapts"], found
-    assert "failed" not in found["totals"] and {e["what"] for e in found["events"]} <= {
-        "novel",
-        "adapted",
-        "not better",
-    }
+    happened = {event["what"] for event in found["events"]}  # "known": a short request may be said to be that again
+    assert "failed" not in found["totals"] and happened <= {"novel", "known", "adapted", "not better"}
     check_nothing_compiled(server)
 
 
