@@ -25,8 +25,8 @@ from texts import KNOWN, NOVEL, add_texts
 from dynamo_jax.files import write_json
 from dynamo_jax.kernels.grouped_matmul import grouped_matmul
 from dynamo_jax.kernels.layout import WIDTHS
-from dynamo_jax.kernels.quantized_tpu import FORMS
 from dynamo_jax.kernels.rows import combine_rows, gather_rows, sort_by_expert
+from dynamo_jax.kernels.tpu_products import FORMS
 from dynamo_jax.models.experts import row_experts
 from dynamo_jax.quant.planes import dequantize
 from dynamo_jax.runtime.switch import window_losses

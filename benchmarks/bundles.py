@@ -62,6 +62,9 @@ from dynamo_jax.kernels.tpu_steps import Core  # noqa: E402
 
 ADDRESS = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(LB|LH|LE|PB|PF|CT)?\s*:\s*((?:>\s*)*)")
 BRANCH = re.compile(r"sbr\.rel \(!?%p\S+\) target = \$region(\d+)")
+TOP = "TLP"  # the program that calls all others
+CALL = re.compile(r"\b(?:inlined_)?call [^/]*/\* %(\S+) = ([a-z-]+)\(")
+TURNS = re.compile(r"scmp\.ge\.s32\.totalorder %\S+, (\d+) /\* loop exit test \*/")
 REGION_END = re.compile(r"empty region (\d+)")
 
 
@@ -111,21 +114,55 @@ def compiled(chip: Chip, function: Callable[..., Any], *arguments: Any) -> tuple
     devices = topologies.get_topology_desc(chip.topology, platform="tpu").devices
     placed = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
     device = AbstractDevice(devices[0].device_kind, 1, "tpu")  # what libraries that ask for the chip see
-    before = {path.name for path in DUMP.iterdir()}
+    for path in DUMP.iterdir():
+        path.unlink()
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)):
         jitted = jax.jit(function, in_shardings=jax.tree.map(lambda _: placed, arguments))
         out = jitted.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
-    loops = {}
-    for path in sorted(DUMP.glob("*final_bundles.txt")):
-        if path.name in before or "schedule-analysis" in path.name:
-            continue
-        name = re.sub(r"-\d+-final_bundles\.txt$", "", path.name.split("-", 1)[1])
-        if loop := loop_of(path.read_text()):
-            loops[name] = loop
-    for path in DUMP.iterdir():
-        if path.name not in before:
-            path.unlink()
-    return out, loops
+    loops = {name: loop_of(schedule) for name, schedule in _schedules().items()}
+    return out, {name: loop for name, loop in loops.items() if loop}
+
+
+def _schedules() -> dict[str, str]:
+    """The final schedule of each program that was compiled last, by name."""
+    names = [path for path in sorted(DUMP.glob("*final_bundles.txt")) if "schedule-analysis" not in path.name]
+    return {re.sub(r"-\d+-final_bundles\.txt$", "", path.name.split("-", 1)[1]): path.read_text() for path in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Around:
+    """What a program runs beside its kernels. operations: how many programs of XLA's own; cycles: their bundles, of a
+    loop as often as it turns, and those of what calls them; offloaded: how many more are left to another core of the
+    chip, whose time nothing here says; slowest: the cycles of each operation, most first."""
+
+    operations: int
+    cycles: int
+    offloaded: int
+    slowest: tuple[tuple[str, int], ...]
+
+
+def around() -> Around:
+    """Of the program that was compiled last."""
+    schedules = _schedules()
+    (top,) = (name for name in schedules if name.endswith(TOP))
+    (graph,) = (path.read_text() for path in DUMP.glob(f"*{TOP}-hlo.txt"))
+    (alike,) = (path.read_text() for path in DUMP.glob(f"*{TOP}-00-deduplication-map.txt"))
+    groups = [set(group.split()) for group in re.split(r"key:.*\n.*\n.*\n", alike)]
+    found = []
+    for name, kind in CALL.findall(schedules[top]):
+        if kind != "custom-call":  # a kernel
+            same = next((group for group in groups if name in group), {name})
+            found.append((name, max(_cycles(schedules[other]) for other in same if other in schedules)))
+    in_all = sum(cycles for _, cycles in found) + _cycles(schedules[top])
+    slowest = tuple(sorted(found, key=lambda pair: -pair[1]))
+    return Around(len(found), in_all, len(re.findall(r"custom-call-start\(.*sparsecore", graph)), slowest)
+
+
+def _cycles(schedule: str) -> int:
+    """Of a program of XLA's own, whose loops turn as often as their last test says."""
+    depths = [match.group(3).count(">") for match in map(ADDRESS.match, schedule.splitlines()) if match]
+    turns = [int(turn) for turn in TURNS.findall(schedule)]
+    return len(depths) + sum(depth > 0 for depth in depths) * (max(turns, default=1) - 1)
 
 
 def loop_of(schedule: str) -> Loop | None:

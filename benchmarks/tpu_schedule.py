@@ -54,6 +54,7 @@ from layers import BATCHES, PREFILL, SHAPES, TOKENS, Layer, sizes_of
 from dynamo_jax.kernels.layout import filled
 from dynamo_jax.kernels.quantized_tpu import quantized_experts_tpu
 from dynamo_jax.kernels.tiles import TILE, TiledBase, TiledResident, empty_pages
+from dynamo_jax.kernels.tpu_rows import sublanes_of
 from dynamo_jax.kernels.tpu_steps import FEW_ROWS, Shape, blocks_of_step, rows_of_tile
 from dynamo_jax.models.experts import silu_gated
 
@@ -144,8 +145,7 @@ def ours(chip: str, layer: Layer, tokens: int, widths: np.ndarray, form: str, gr
         weights += own_bytes if size else 0
         odd = tiles_of_block % 2 / tiles_of_block * (bits - 2 - 16 / group)  # pages have half a tile to spare
         of_block = (own_bytes + 3 * layer.channels * hidden * odd / 8) / blocks
-        chunks = -(-size // shape.chunk)  # of rows that are copied, in and out, bfloat16
-        moved = 2 * chunks * shape.chunk * hidden * 2 / max(tiles, 1)
+        moved = 2 * size * sublanes_of(hidden) * TILE * 4 / max(tiles, 1)  # rows in and out, as words
         for step in range(own_steps):
             found = always + cycles[max(inner, outer)] + (step == 0) * ends[0] + (step == own_steps - 1) * ends[1]
             own = of_block * (per_step - shape.skipped * (step == own_steps - 1)) + moved * (step == 0)

@@ -77,7 +77,7 @@ def _experts(
     levels = tuple(level for level in LEVELS if any(level in t for t in tables) and len(resident.pages[level].codes))
     together = resident.pages[levels[0]].codes.shape[1] if levels else PROJECTIONS
     tile = rows_of_tile(expected or rows.shape[0], num_experts)
-    lie = rows_in_tiles(group_sizes, rows.shape[0], tile, tile)
+    lie = rows_in_tiles(group_sizes, rows.shape[0], tile)
     shape = Shape(
         rows=tile,
         tiles=lie.group.shape[0],

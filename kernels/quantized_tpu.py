@@ -5,33 +5,32 @@ activation is applied, and what the blocks' channels add to the outputs is summe
 (``tiles.py``); whole words are merged into signed nibbles, which the core itself widens to what its matrix unit
 multiplies. A block whose variant reads fewer planes has zeros in place of the others, so blocks of different widths
 share one straight run of instructions; only whether a step reads 3, 4 or 8 bits at all chooses between programs.
-Where rows are few, scales are never multiplied into weights: each group of hidden is one matrix product, scaled
-after it in gate and up, and before it, in the few rows of hidden channels, in down. Planes are copied a step ahead, of
-pages those that are read; those of all blocks of a step in one piece where they lie one after the other.
-
-Forms: "bf16" activations; "int8" and "fp8" (e4m3) activations with one scale a row, where the chip multiplies those.
+``tpu_products.py`` has the products. Planes are copied a step ahead, of pages those that are read; those of all blocks
+of a step in one piece where they lie one after the other.
 
 Axes: R rows in order, V variants, E experts, N blocks, D hidden, K groups of hidden with scales of their own, M rows a
-tile, T tiles of rows, C chunks of X rows, S steps of a tile, B blocks a step, U parts of a block with pages of their
-own.
+tile, T tiles of rows, S steps of a tile (of rows as words: sublanes, ``tpu_rows.py``), B blocks a step, U parts of a
+block with pages of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, BFloat16, Float, Int
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from dynamo_jax.kernels.layout import LEVELS, PROJECTIONS, PageTable
-from dynamo_jax.kernels.rows import rows_in_tiles
+from dynamo_jax.kernels.rows import RowOrder
 from dynamo_jax.kernels.tiles import TILE, TiledResident
 from dynamo_jax.kernels.tpu_copies import StepAt, copies_of, copy, rows_of
 from dynamo_jax.kernels.tpu_planes import StepPlanes, no_pages
+from dynamo_jax.kernels.tpu_products import DOWN_BLOCKS, FORMS, Scratch, few_rows, in_form, many_rows
+from dynamo_jax.kernels.tpu_rows import halves_of, read_rows, rows_of_words, words_of, write_columns
 from dynamo_jax.kernels.tpu_steps import (
     CHUNK,
     FEW_ROWS,
@@ -41,12 +40,10 @@ from dynamo_jax.kernels.tpu_steps import (
     core,
     rows_of_tile,
     steps_of,
+    tiles_of,
 )
 
-FORMS = {"bf16": (jnp.bfloat16, 0.0), "int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0)}
 FAST_MEMORY = 48 * 2**20  # bytes that the kernel may have, of the 64 and more of every chip
-MAGIC = 1.5 * 2**23  # a small float32 that is added to it has its nearest whole number in the lowest bits
-DOWN_BLOCKS = 2  # that one product with down sums over: the depth of a matrix unit of v6e and TPU7x
 
 
 def quantized_experts_tpu(
@@ -58,19 +55,58 @@ def quantized_experts_tpu(
     activation: Callable[[Array, Array], Array],
     biases: Any = None,
     expected: int = 0,
+    **how: Any,
+) -> Float[Array, "R D"]:
+    """Each row through its expert, as ``quantized_experts_xla`` does it, in bfloat16; ``how``: as
+    ``tokens_through_experts`` takes it."""
+    words = words_of(rows.astype(jnp.bfloat16))
+    out = _experts(words, group_sizes, resident, tables, layer, activation, biases, expected, **how)
+    there = jnp.arange(rows.shape[0]) < group_sizes.sum()
+    return jnp.where(there[:, None], rows_of_words(out, rows.shape[1]), 0).astype(rows.dtype)
+
+
+def tokens_through_experts(
+    x: Float[Array, "T D"],
+    gates: Float[Array, "T k"],
+    order: RowOrder,
+    group_sizes: Int[Array, " VE"],
+    resident: TiledResident,
+    tables: tuple[PageTable, ...],
+    layer: int,
+    activation: Callable[[Array, Array], Array],
+    biases: Any = None,
+    **how: Any,
+) -> Float32[Array, "T D"]:
+    """The weighted sum of each token's experts. A token of whose rows some are past the last group has no meaning.
+
+    how: ``form`` of activations, "bf16" if it is not said; ``blocks`` of a grid step and ``tile_rows``: by rule if
+    None; where tiles have more than ``FEW_ROWS`` the form is always "bf16": the products are then the work, and their
+    operands are made once for many rows; ``interpret``: for ``pallas_call``. A block that reads a plane reads those
+    below it too, as plans have it; which slots page tables name is not checked on the device.
+    """
+    rows = words_of(x.astype(jnp.bfloat16))[order.token]
+    out = _experts(rows, group_sizes, resident, tables, layer, activation, biases, **how)[order.position]
+    weights = gates.astype(jnp.float32)[:, :, None, None]
+    both = jnp.stack([(half * weights).sum(axis=1) for half in halves_of(out)], axis=1)
+    return both.reshape(x.shape[0], 2 * TILE * out.shape[2])[:, : x.shape[1]]
+
+
+def _experts(
+    rows: Int32[Array, "R S 128"],
+    group_sizes: Int[Array, " VE"],
+    resident: TiledResident,
+    tables: tuple[PageTable, ...],
+    layer: int,
+    activation: Callable[[Array, Array], Array],
+    biases: Any,
+    expected: int = 0,
     *,
     form: str = "bf16",
     blocks: int | None = None,
     tile_rows: int | None = None,
     interpret: Any = False,
-) -> Float[Array, "R D"]:
-    """Each row through its expert, as ``quantized_experts_xla`` does it; activations in the given form.
-
-    ``blocks`` of a grid step and ``tile_rows``: by rule where None. Where tiles have more than ``FEW_ROWS`` the form
-    is always "bf16": the products are then the work, and their operands are made once for many rows. ``interpret``:
-    for ``pallas_call``. A block that reads a plane reads those below it too, as plans have it; which slots page tables
-    name is not checked on the device.
-    """
+) -> Int32[Array, "R S 128"]:
+    """Each row's output, both as words; what is past the last group is not written."""
     num_experts = resident.base.codes.shape[1]
     if group_sizes.shape[0] != num_experts * len(tables):
         raise ValueError(f"{group_sizes.shape[0]} groups are not {len(tables)} variants of {num_experts} experts")
@@ -92,24 +128,20 @@ def quantized_experts_tpu(
     form = "bf16" if tile_rows > FEW_ROWS else form
     alike = tiles // resident.base.scales.shape[4]
     shape = Shape(tile_rows, tiles, alike, all_blocks, blocks, levels, units, form)
-    lie = rows_in_tiles(group_sizes, count, tile_rows, shape.chunk)
-    steps = steps_of(shape, lie, num_experts, tables, layer)
-    filled = jnp.pad(rows, ((0, 1), (0, 0)))[lie.source]  # the last row is empty
-    chunks = filled.reshape(-1, shape.chunk, filled.shape[1])
-    out = _call(shape, steps, chunks, resident, activation, biases, interpret).reshape(filled.shape)
-    return jnp.where((jnp.arange(count) < group_sizes.sum())[:, None], out[lie.place], 0).astype(rows.dtype)
+    steps = steps_of(shape, tiles_of(group_sizes, count, tile_rows), num_experts, tables, layer)
+    return _call(shape, steps, rows, resident, activation, biases, interpret)
 
 
 def _call(
     shape: Shape,
     steps: Steps,
-    rows: Float[Array, "C X D"],
+    rows: Int32[Array, "R S 128"],
     resident: TiledResident,
     activation: Callable[[Array, Array], Array],
     biases: Any,
     interpret: Any,
-) -> Float[Array, "C X D"]:
-    size = shape.tiles * TILE
+) -> Int32[Array, "R S 128"]:
+    size, sublanes = shape.tiles * TILE, rows.shape[1]
     num_experts = resident.base.codes.shape[1]
     prefetched, tree = jax.tree.flatten(steps)
 
@@ -123,6 +155,7 @@ def _call(
     def by_hand(array: Array) -> tuple[Array, pl.BlockSpec]:
         return array, pl.BlockSpec(memory_space=pltpu.HBM)
 
+    rows = rows.reshape(-1, TILE)
     inputs: dict[str, Any] = {
         "x": by_hand(rows if interpret else pltpu.with_memory_space_constraint(rows, pltpu.HBM)),
         "base": [by_hand(array) for array in resident.base],
@@ -140,13 +173,13 @@ def _call(
         inputs["biases"] = [of_expert(inner), of_expert(biases[2].astype(jnp.float32)[:, None])]
     is_pair = lambda leaf: isinstance(leaf, tuple) and len(leaf) == 2 and isinstance(leaf[1], pl.BlockSpec)  # noqa: E731
     pairs, inputs_tree = jax.tree.flatten(inputs, is_leaf=is_pair)
-    dtype, tile = FORMS[shape.form][0], (shape.rows // shape.chunk, shape.chunk, size)
+    dtype, tile = FORMS[shape.form][0], (shape.rows * sublanes, TILE)
 
     def kernel(*refs: Any) -> None:
         scalars, rest = refs[: len(prefetched)], refs[len(prefetched) :]
         named = jax.tree.unflatten(inputs_tree, rest[: len(pairs)])
         out, *scratch = rest[len(pairs) :]
-        _body(shape, num_experts, of(scalars), named, activation, out, _Scratch(*scratch))
+        _body(shape, num_experts, of(scalars), named, activation, out, Scratch(*scratch))
 
     return pl.pallas_call(
         kernel,
@@ -154,7 +187,7 @@ def _call(
         out_shape=pltpu.MemorySpace.HBM(rows.shape, rows.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetched),
-            grid=(steps.tiles[0], shape.steps),
+            grid=(steps.used[0], shape.steps),
             in_specs=[spec for _, spec in pairs],
             out_specs=pl.BlockSpec(memory_space=pltpu.HBM),
             scratch_shapes=[
@@ -174,33 +207,7 @@ def _call(
         ),
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=FAST_MEMORY, disable_bounds_checks=True),
         interpret=interpret,
-    )(*prefetched, *[array for array, _ in pairs])
-
-
-class _Scratch(NamedTuple):
-    """What lasts over the steps of a tile. came: (2, M / X, X, D) its rows in chunks, and those of the next tile; out:
-    (M / X, X, D) its outputs, which leave while the next is multiplied; moved: a semaphore of each of the three; x:
-    (M, D) its rows as they are multiplied; x_scale: (M, 128) what they were divided by, in all lanes; x_sums:
-    (M, 2 K) lane g is the sum of group g, in units of x, lane K + g what bfloat16 left of it; h_sums: (M, 128) lane g
-    is what the offsets z of down add to all outputs of group g; scales: of the step's gate and up, (B, 2, 2, K, 128),
-    and down_scales of its down, (2, .., K, 128 blocks), those of the last plane behind those of the others; rows of
-    them are read from memory, which spreads them over registers at no cost; total: (M, D) the outputs; planes: by
-    level, of this step and of the next, codes and scales of the base, (2, B, ..) each, and codes and ratios of the
-    pages, (2*B*U, ..) each, of 3 and 4 bits with zeros behind them, which are read in place of pages that a block does
-    not read; copied: a semaphore for each of the two."""
-
-    came: Any
-    out: Any
-    moved: Any
-    x: Any
-    x_scale: Any
-    x_sums: Any
-    h_sums: Any
-    scales: Any
-    down_scales: Any
-    total: Any
-    planes: dict[int, list[Any]]
-    copied: Any
+    )(*prefetched, *[array for array, _ in pairs]).reshape(-1, sublanes, TILE)
 
 
 def _body(
@@ -210,10 +217,11 @@ def _body(
     inputs: dict[str, Any],
     activation: Callable[[Array, Array], Array],
     out: Any,
-    scratch: _Scratch,
+    scratch: Scratch,
 ) -> None:
     """One grid step."""
     tile, step = pl.program_id(0), pl.program_id(1)
+    sublanes = scratch.out.shape[0] // shape.rows
     turn = (tile * shape.steps + step) % 2
 
     def step_of(tile: Any, step: Any) -> StepAt:
@@ -225,7 +233,7 @@ def _body(
         return StepAt(number, group % num_experts, first, skipped, runs)
 
     begins, ends = (tile == 0) & (step == 0), step == shape.steps - 1
-    last_tile = tile == steps.tiles[0] - 1
+    last_tile = tile == steps.used[0] - 1
     last, next_tile = ends & last_tile, jnp.where(last_tile, tile, tile + 1)
     own, later = step_of(tile, step), step_of(jnp.where(ends, next_tile, tile), jnp.where(ends, 0, step + 1))
     in_pieces, alone = copies_of(shape, steps, inputs, scratch.planes, scratch.copied)
@@ -233,23 +241,23 @@ def _body(
     scattered = bool(shape.levels) and shape.blocks > 1
 
     def rows_in(tile: Any, when: Any, run: Callable[[Any], None]) -> None:
-        from_, into = rows_of(steps, tile, inputs["x"], scratch.came.at[tile % 2])
+        from_, into = rows_of(steps, tile, sublanes, inputs["x"], scratch.came.at[tile % 2])
         copy(from_, into, scratch.moved.at[tile % 2], when, run)
 
     def rows_out(tile: Any, when: Any, run: Callable[[Any], None]) -> None:
-        into, from_ = rows_of(steps, tile, out, scratch.out)
+        into, from_ = rows_of(steps, tile, sublanes, out, scratch.out)
         copy(from_, into, scratch.moved.at[2], when, run)
 
     def begin() -> None:
         rows_in(tile, None, wait)
         rows_in(next_tile, ~last_tile, start)
-        rows = scratch.came[tile % 2].astype(jnp.float32).reshape(shape.rows, -1)
+        rows = read_rows(scratch.came, (tile % 2,), sublanes, shape.tiles * TILE)
         if shape.form == "bf16":
             own = rows.astype(jnp.bfloat16)
         else:
             largest = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
             scale = jnp.where(largest == 0, 1.0, largest) * (1 / FORMS[shape.form][1])
-            own = _in_form(rows * (1 / scale), shape.form)
+            own = in_form(rows * (1 / scale), shape.form)
             scratch.x_scale[...] = jnp.broadcast_to(scale, scratch.x_scale.shape)
         scratch.x[...] = own
         scratch.total[...] = jnp.zeros(scratch.total.shape, jnp.float32)
@@ -267,12 +275,15 @@ def _body(
 
     def end() -> None:
         sums = None if shape.many else scratch.h_sums[...]
-        for g in range(shape.groups):
-            lanes = shape.lanes(g)
+
+        def columns(t: int) -> Float[Array, "M 128"]:
+            lanes, g = slice(t * TILE, (t + 1) * TILE), t // shape.alike
             found = scratch.total[:, lanes] if sums is None else scratch.total[:, lanes] + sums[:, g : g + 1]
-            if inputs["biases"]:
-                found = found + inputs["biases"][-1][:, lanes]
-            scratch.out[:, :, lanes] = found.reshape(-1, shape.chunk, found.shape[1]).astype(out.dtype)
+            return found + inputs["biases"][-1][:, lanes] if inputs["biases"] else found
+
+        for s in range(min(sublanes, shape.tiles)):
+            upper = columns(sublanes + s) if sublanes + s < shape.tiles else None
+            write_columns(scratch.out, sublanes, s, columns(s), upper)
 
     def leave() -> None:
         rows_out(tile, None, start)
@@ -303,7 +314,7 @@ def _body(
         @pl.when(steps.path[own.number] == width)
         def _run(width: int = width) -> None:
             planes = StepPlanes(shape, width, steps, own.number, scratch.planes, turn)
-            (_many_rows if shape.many else _few_rows)(shape, planes, own.first, step, inputs, activation, scratch)
+            (many_rows if shape.many else few_rows)(shape, planes, own.first, step, inputs, activation, scratch)
             if shape.steps == 1:
                 end()
 
@@ -315,178 +326,3 @@ def _body(
         rows_out(jnp.maximum(tile - 1, 0), tile > 0, wait)
         end()
         leave()
-
-
-def _in_form(scaled: Float[Array, "M K"], form: str) -> Array:
-    """Numbers within the form's limit as it has them, the nearest ones."""
-    if form != "int8":
-        return scaled.astype(FORMS[form][0])
-    return jax.lax.bitcast_convert_type(scaled + jnp.float32(MAGIC), jnp.int32).astype(jnp.int8)
-
-
-def _activated(
-    shape: Shape, found: Float[Array, "M 256"], at: Any, step: Any, inputs: dict[str, Any], activation: Callable
-) -> Float[Array, "M 128"]:
-    """Hidden channels of block ``at`` from its gate and up; zero where the step before had the block."""
-    if inputs["biases"]:
-        bias = inputs["biases"][0][at]
-        found = found + jnp.concatenate([bias[0:1], bias[1:2]], axis=1)
-    own = activation(found[:, :TILE], found[:, TILE:])
-    return own if shape.all_blocks % shape.blocks == 0 else jnp.where(at >= step * shape.blocks, own, 0.0)
-
-
-def _many_rows(
-    shape: Shape,
-    planes: StepPlanes,
-    first: Any,
-    step: Any,
-    inputs: dict[str, Any],
-    activation: Callable[[Array, Array], Array],
-    scratch: _Scratch,
-) -> None:
-    """The blocks of one step where rows are so many that scaling the weights is less work than scaling sums."""
-
-    def weights(k: int, projection: int, g: int, scale: Any, last_scale: Any) -> BFloat16[Array, "128 128"]:
-        """scale: of the tile's rows (128, 1) or of its lanes (1, 128)."""
-        offset = planes.offset(k, projection)
-        out = (planes.tile(k, projection, g).astype(jnp.bfloat16) + jnp.asarray(offset, jnp.bfloat16)) * scale
-        if last_scale is not None:
-            out = out + (planes.last_tile(k, projection, g).astype(jnp.bfloat16) + jnp.bfloat16(0.5)) * last_scale
-        return out.astype(jnp.bfloat16)
-
-    def scales_of(k: int, projection: int) -> list[Array | None]:
-        own = [planes.scales(k, projection), planes.last_scales(k, projection) if planes.path == 8 else None]
-        return [None if s is None else s.astype(jnp.bfloat16) for s in own]
-
-    def row_of(scales: Array | None, g: int) -> Any:
-        return None if scales is None else scales[g // shape.alike : g // shape.alike + 1]
-
-    def column_of(scales: Array | None, g: int) -> Any:
-        return None if scales is None else scales[:, g // shape.alike : g // shape.alike + 1]
-
-    hidden = []
-    for k in range(shape.blocks):
-        both = []
-        for projection in (0, 1):
-            own, last = scales_of(k, projection)
-            tiles = [weights(k, projection, g, row_of(own, g), row_of(last, g)) for g in range(shape.tiles)]
-            both.append(jnp.concatenate(tiles, axis=0))
-        found = jnp.dot(scratch.x[...], jnp.concatenate(both, axis=1), preferred_element_type=jnp.float32)
-        hidden.append(_activated(shape, found, first + k, step, inputs, activation).astype(jnp.bfloat16))
-    lhs = jnp.concatenate(hidden, axis=1)
-    columns = [[None if s is None else s.T for s in scales_of(k, 2)] for k in range(shape.blocks)]
-    for first_tile in range(0, shape.tiles, 2):  # two fill the width of a matrix unit of v6e and TPU7x
-        end, tiles = min(first_tile + 2, shape.tiles), []
-        for k in range(shape.blocks):
-            own, last = columns[k]
-            each = [weights(k, 2, g, column_of(own, g), column_of(last, g)) for g in range(first_tile, end)]
-            tiles.append(jnp.concatenate(each, axis=1))
-        lanes = slice(first_tile * TILE, end * TILE)
-        scratch.total[:, lanes] += jnp.dot(lhs, jnp.concatenate(tiles, axis=0), preferred_element_type=jnp.float32)
-
-
-def _few_rows(
-    shape: Shape,
-    planes_of: StepPlanes,
-    first: Any,
-    step: Any,
-    inputs: dict[str, Any],
-    activation: Callable[[Array, Array], Array],
-    scratch: _Scratch,
-) -> None:
-    """The blocks of one step, scaling sums and never weights."""
-    blocks, groups = range(shape.blocks), shape.groups
-    dtype, limit = FORMS[shape.form]
-    sum_dtype = jnp.int32 if shape.form == "int8" else jnp.float32
-    path, scales_of, last_scales_of = planes_of.path, planes_of.scales, planes_of.last_scales
-
-    def weights(k: int, projection: int, g: int, last: bool) -> Array:
-        """n of a group, along the rows of gate and up and along the lanes of down."""
-        of = planes_of.last_tile if last else planes_of.tile
-        tiles = [of(k, projection, g * shape.alike + i).astype(dtype) for i in range(shape.alike)]
-        return jnp.concatenate(tiles, axis=projection // 2)
-
-    def product(lhs: Array, rhs: Array) -> Array:
-        return jnp.dot(lhs, rhs, preferred_element_type=sum_dtype).astype(jnp.float32)
-
-    planes = [False, True] if path == 8 else [False]  # whether it is the last plane, which has scales of its own
-    parts = [list(blocks[k : k + DOWN_BLOCKS]) for k in range(0, shape.blocks, DOWN_BLOCKS)]
-    hidden: dict[int, Float[Array, "M 128"]] = {}
-    offsets: list[Float[Array, "M 256"]] = []  # what z adds to gate and up of each block
-    largest: dict[tuple[int, bool], Float[Array, "K 1"]] = {}  # scale of down in each part
-
-    def begin() -> None:
-        """All that needs no hidden channel: scales to where rows of them are read, and offsets."""
-        for k in blocks:
-            found = jnp.zeros((shape.rows, 2 * TILE), jnp.float32)
-            for plane in planes:
-                scales = [(last_scales_of if plane else scales_of)(k, projection) for projection in (0, 1)]
-                for projection in (0, 1):
-                    scratch.scales[k, int(plane), projection] = scales[projection]
-                twice = jnp.concatenate([jnp.concatenate(scales, axis=1)] * 2, axis=0)
-                found = found + (0.5 if plane else planes_of.offset(k, 0)) * _dot(scratch.x_sums[...], twice)
-            offsets.append(found)
-        for part, own in enumerate(parts):
-            for plane in planes:
-                every = jnp.concatenate([(last_scales_of if plane else scales_of)(k, 2) for k in own], axis=1)
-                if shape.form != "bf16":
-                    most = jnp.max(every, axis=1, keepdims=True)
-                    every, largest[part, plane] = every / jnp.where(most == 0, 1.0, most), most
-                scratch.down_scales[int(plane), part, :, : len(own) * TILE] = every
-
-    def inner(k: int) -> None:
-        """Gate and up of block k into ``hidden``."""
-        found = offsets[k]
-        for plane in planes:
-            for g in range(groups):
-                lanes = shape.lanes(g)
-                rhs = jnp.concatenate([weights(k, p, g, plane) for p in (0, 1)], axis=1)
-                row = jnp.concatenate([scratch.scales[k, int(plane), p, g : g + 1] for p in (0, 1)], axis=1)
-                found = found + product(scratch.x[:, lanes], rhs) * row
-        if shape.form != "bf16":
-            found = found * jnp.concatenate([scratch.x_scale[...]] * 2, axis=1)
-        hidden[k] = _activated(shape, found, first + k, step, inputs, activation)
-
-    def down(part: int, own: list[int]) -> None:
-        """What the channels of some blocks add to the outputs."""
-        rows, width = jnp.concatenate([hidden[k] for k in own], axis=1), len(own) * TILE
-        if shape.form != "bf16":  # |rows * scales| is at most the product of the largest of each
-            rows_most = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
-            rows = rows * (limit / jnp.where(rows_most == 0, 1.0, rows_most))
-            rows_most = rows_most * (1 / limit)
-        for plane in planes:
-            for g in range(groups):
-                lanes = shape.lanes(g)
-                lhs = rows * scratch.down_scales[int(plane), part, g : g + 1, :width]
-                rhs = jnp.concatenate([weights(k, 2, g, plane) for k in own], axis=0)
-                if shape.form == "bf16":
-                    scratch.total[:, lanes] += product(lhs.astype(jnp.bfloat16), rhs)
-                else:
-                    most = rows_most * largest[part, plane][g : g + 1]
-                    scratch.total[:, lanes] += product(_in_form(lhs, shape.form), rhs) * most
-
-    def end() -> None:
-        """What z adds to the outputs."""
-        for plane in planes:
-            own = [hidden[k] * (0.5 if plane else planes_of.offset(k, 2)) for k in blocks]
-            scales = [(last_scales_of if plane else scales_of)(k, 2) for k in blocks]
-            both = (jnp.concatenate(own, axis=1), jnp.concatenate(scales, axis=1))
-            scratch.h_sums[:, :groups] += _dot(*both, transposed=True)
-
-    begin()
-    for k in blocks:  # all before the first down, so that the matrix unit never waits for hidden channels
-        inner(k)
-    for part, own in enumerate(parts):
-        if part == len(parts) - 1:
-            end()  # of the last products these would be the slowest to come back
-        down(part, own)
-
-
-def _dot(a: Float[Array, "M K"], b: Float[Array, "K N"], transposed: bool = False) -> Float[Array, "M N"]:
-    """One pass in bfloat16, of ``b`` (N, K) where it is transposed; a sum in float32 where the product has one
-    column, which Pallas does not multiply."""
-    dims = (((1,), (1 if transposed else 0,)), ((), ()))
-    if transposed and b.shape[0] == 1:
-        return (a * b).sum(axis=1, keepdims=True)
-    operands = (a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
-    return jax.lax.dot_general(*operands, dims, preferred_element_type=jnp.float32)

@@ -5,8 +5,8 @@ assignments in expert order; ``gather_rows`` and ``combine_rows`` move activatio
 back. Both are permutations with repetition, so their gradients are gathers as well; XLA would
 derive scatters, which run one element at a time on a CPU.
 
-Axes: T tokens (of ``rows_in_tiles``: tiles), k experts a token, R = T*k rows, D hidden, E experts, V variants, C chunks
-of X rows.
+Axes: T tokens (of ``rows_in_tiles``: tiles), k experts a token, R = T*k rows, D hidden, E experts, V variants, M rows a
+tile.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def sort_by_expert(experts: Int[Array, "T k"], num_experts: int) -> RowOrder:
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     position = jnp.argsort(order, stable=True).reshape(tokens, top_k)
-    group_sizes = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
+    # by comparing, since a count by index is a loop on a TPU, or is left to another core of it
+    group_sizes = (flat[:, None] == jnp.arange(num_experts)).sum(axis=0, dtype=jnp.int32)
     return RowOrder((order // top_k).astype(jnp.int32), position.astype(jnp.int32), group_sizes)
 
 
@@ -92,39 +93,31 @@ def _no_gradient(order: RowOrder) -> RowOrder:
 
 
 class TiledRows(NamedTuple):
-    """Rows in tiles of one group each. A group's rows begin a chunk of their own, so that a tile is some chunks.
+    """Rows in tiles of one group each, which begin with a row of their own each.
 
-    place: (R,) where each row lies. source: (CX,) the row in each place, R where there is none. group: (T,) of each
-    tile, first: (T,) its first chunk, chunks: (T,) how many of its own it has, 0 past the last tile. used: tiles that
-    hold rows.
+    place: (R,) where each row lies. source: (TM,) the row in each place of tiles of M, R where there is none. group:
+    (T,) of each tile. used: tiles that hold rows.
     """
 
     place: Int[Array, " R"]
-    source: Int[Array, " CX"]
+    source: Int[Array, " TM"]
     group: Int[Array, " T"]
-    first: Int[Array, " T"]
-    chunks: Int[Array, " T"]
     used: Int[Array, ""]
 
 
-def rows_in_tiles(group_sizes: Int[Array, " VE"], count: int, tile: int, chunk: int) -> TiledRows:
-    """R = ``count`` rows in order in tiles of up to ``tile`` rows, a multiple of ``chunk``."""
-    most = min(group_sizes.shape[0], count)
-    each_tile, each_chunk = -(-group_sizes // tile), -(-group_sizes // chunk)
-    row_end, tile_end, chunk_end = jnp.cumsum(group_sizes), jnp.cumsum(each_tile), jnp.cumsum(each_chunk)
-    row_begin, tile_begin, chunk_begin = row_end - group_sizes, tile_end - each_tile, chunk_end - each_chunk
-    tiles, chunks, rows = jnp.arange(count // tile + most), jnp.arange(count // chunk + most), jnp.arange(count)
-    group, owner, of_row = _owner(tile_end, tiles), _owner(chunk_end, chunks), _owner(row_end, rows)
-    first = chunk_begin[group] + (tiles - tile_begin[group]) * (tile // chunk)
-    own = jnp.where(tiles < tile_end[-1], jnp.clip(chunk_end[group] - first, 0, tile // chunk), 0)
-    row = (row_begin[owner] + (chunks - chunk_begin[owner]) * chunk)[:, None] + jnp.arange(chunk)
-    real = (row < row_end[owner][:, None]) & (chunks < chunk_end[-1])[:, None]
+def rows_in_tiles(group_sizes: Int[Array, " VE"], count: int, tile: int) -> TiledRows:
+    """R = ``count`` rows, in the order of their groups, in tiles of up to ``tile`` rows."""
+    each = -(-group_sizes // tile)
+    row_end, tile_end = jnp.cumsum(group_sizes), jnp.cumsum(each)
+    row_begin, tile_begin = row_end - group_sizes, tile_end - each
+    tiles, rows = jnp.arange(count // tile + min(group_sizes.shape[0], count)), jnp.arange(count)
+    group, of_row = _owner(tile_end, tiles), _owner(row_end, rows)
+    row = (row_begin[group] + (tiles - tile_begin[group]) * tile)[:, None] + jnp.arange(tile)
+    real = (row < row_end[group][:, None]) & (tiles < tile_end[-1])[:, None]
     return TiledRows(
-        place=jnp.clip(chunk_begin[of_row] * chunk + rows - row_begin[of_row], 0, row.size - 1),
+        place=jnp.clip(tile_begin[of_row] * tile + rows - row_begin[of_row], 0, row.size - 1),
         source=jnp.where(real, row, count).reshape(-1),
         group=group.astype(jnp.int32),
-        first=first.astype(jnp.int32),
-        chunks=own.astype(jnp.int32),
         used=tile_end[-1],
     )
 

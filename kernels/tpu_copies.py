@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from dynamo_jax.kernels.tiles import SUBLANES
 from dynamo_jax.kernels.tpu_steps import Fetches, Shape, Steps
 
 
@@ -61,10 +62,10 @@ def copies_of(
     return in_pieces, alone
 
 
-def rows_of(steps: Steps, tile: Any, memory: Any, fast: Any) -> tuple[Any, Any]:
-    """A tile's chunks of rows, as many as it has, in memory (C, X, D) and in fast memory (M / X, X, D)."""
-    count = steps.chunks[tile]
-    return memory.at[pl.ds(steps.first_chunk[tile], count)], fast.at[pl.ds(0, count)]
+def rows_of(steps: Steps, tile: Any, sublanes: int, memory: Any, fast: Any) -> tuple[Any, Any]:
+    """A tile's rows, as many as it has, as words in memory (R S, 128) and in fast memory (M S, 128)."""
+    first, count = (pl.multiple_of(rows[tile] * sublanes, SUBLANES) for rows in (steps.first, steps.rows))
+    return memory.at[pl.ds(first, count)], fast.at[pl.ds(0, count)]
 
 
 def copy(from_: Any, into: Any, copied: Any, when: Any, run: Callable[[Any], None]) -> None:

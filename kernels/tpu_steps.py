@@ -4,7 +4,7 @@ Rows are put in tiles of one expert each, and for each expert and variant it is 
 All of it is plain XLA; ``quantized_tpu.py`` has the kernel.
 
 Axes: R rows in order, V variants, E experts, N blocks, G tiles of 128 hidden, K groups of hidden with scales of their
-own, M rows a tile, T tiles of rows, C chunks of X rows, S steps of a tile, B blocks a step, U parts of a block with
+own, M rows a tile, T tiles of rows, S steps of a tile, B blocks a step, U parts of a block with
 pages of their own.
 """
 
@@ -18,15 +18,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int
 
 from dynamo_jax.kernels.layout import PROJECTIONS, PageTable
-from dynamo_jax.kernels.rows import TiledRows
 from dynamo_jax.kernels.tiles import TILE
 
 MOST_ROWS = 256  # of a tile
 FEW_ROWS = 96  # the most of a tile that has not many
 WIDE_FEW_ROWS = 80  # where a matrix unit is 256 wide: from more rows on scaled weights take less time
 LITE_ROWS = 32  # of a tile that has room to spare
-CHUNK = 8  # rows of bfloat16 that lie together in memory
-MANY_CHUNK = 64
+CHUNK = 8  # that the rows of a tile are a multiple of, as many as a vector register has
+MANY_CHUNK = 64  # the same where they are many
 STEP_WEIGHTS = 6 * 2**20  # of a grid step: what a step costs whatever it does is then a small share of it
 
 
@@ -43,16 +42,16 @@ class Fetches(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What each grid step works on. layer (1,); tiles: how many tiles of rows there are (1,); of each (T,) its group, a
-    variant and an expert, first_chunk of its rows and how many chunks it has; and of the steps of each group path:
-    (VE*S,) the widest plane that one reads; widths: (VE*S*B*2,) of each block, gate and up, then down; alone: (VE*S,)
-    how many pages are in no run; fetches: by level."""
+    """What each grid step works on. layer (1,); used: how many tiles of rows there are (1,); of each (T,) its group, a
+    variant and an expert, its first row and how many it has; and of the steps of each group path: (VE*S,) the widest
+    plane that one reads; widths: (VE*S*B*2,) of each block, gate and up, then down; alone: (VE*S,) how many pages are
+    in no run; fetches: by level."""
 
     layer: Int[Array, " 1"]
-    tiles: Int[Array, " 1"]
+    used: Int[Array, " 1"]
     group: Int[Array, " T"]
-    first_chunk: Int[Array, " T"]
-    chunks: Int[Array, " T"]
+    first: Int[Array, " T"]
+    rows: Int[Array, " T"]
     path: Int[Array, " GS"]
     widths: Int[Array, " GSB2"]
     alone: Int[Array, " GS"]
@@ -71,11 +70,6 @@ class Shape(NamedTuple):
     levels: tuple[int, ...]
     units: int
     form: str
-
-    @property
-    def chunk(self) -> int:
-        """Rows that are copied or not: those of a tile that hold none stay where they are."""
-        return MANY_CHUNK if self.many and self.rows % MANY_CHUNK == 0 else CHUNK
 
     @property
     def steps(self) -> int:
@@ -151,9 +145,33 @@ def rows_of_tile(count: int, num_experts: int, at: Core) -> int:
     return max(CHUNK, CHUNK * math.ceil(wanted / CHUNK))
 
 
+class Tiles(NamedTuple):
+    """Tiles of rows of one group each. group, first: its first row, and rows: how many it has, 0 past the last tile;
+    used: tiles that hold rows."""
+
+    group: Int[Array, " T"]
+    first: Int[Array, " T"]
+    rows: Int[Array, " T"]
+    used: Int[Array, ""]
+
+
+def tiles_of(group_sizes: Int[Array, " VE"], count: int, tile_rows: int) -> Tiles:
+    """R = ``count`` rows, in the order of their groups, in tiles of up to ``tile_rows``. What is of a tile's group
+    comes by comparing each tile with all groups: a gather of numbers is a loop on a TPU, or is left to another core."""
+    each = -(-group_sizes // tile_rows)
+    row_end, tile_end = jnp.cumsum(group_sizes), jnp.cumsum(each)
+    row_begin, tile_begin = row_end - group_sizes, tile_end - each
+    tiles = jnp.arange(count // tile_rows + min(group_sizes.shape[0], count))[:, None]
+    own = (tiles >= tile_begin) & (tiles < tile_end)  # (T, VE)
+    of_group = lambda values: jnp.where(own, values, 0).sum(axis=1).astype(jnp.int32)  # noqa: E731
+    first = row_begin + (tiles - tile_begin) * tile_rows
+    rows = jnp.clip(row_end - first, 0, tile_rows)
+    return Tiles(of_group(jnp.arange(len(each))), of_group(first), of_group(rows), tile_end[-1])
+
+
 def steps_of(
     shape: Shape,
-    lie: TiledRows,
+    tiles: Tiles,
     num_experts: int,
     tables: tuple[PageTable, ...],
     layer: int,
@@ -177,10 +195,10 @@ def steps_of(
     of_parts = width[:, :, jnp.array([0, units - 1])].swapaxes(2, 3)  # gate and up share a width
     return Steps(
         layer=jnp.full(1, layer, jnp.int32),
-        tiles=lie.used.reshape(1).astype(jnp.int32),
-        group=lie.group,
-        first_chunk=lie.first,
-        chunks=lie.chunks,
+        used=tiles.used.reshape(1).astype(jnp.int32),
+        group=tiles.group,
+        first=tiles.first,
+        rows=tiles.rows,
         path=width.max(axis=(2, 3)).reshape(-1),
         widths=of_parts.reshape(-1),
         alone=sum((fetch.single for fetch in fetches.values()), jnp.zeros(count * shape.steps, jnp.int32)),
@@ -192,7 +210,11 @@ def _fetches(pages: Int[Array, "I U B"], real: Bool[Array, "I B"]) -> Fetches:
     """Of the pages of each step, -1 where there is none; ``real``: of which blocks pages that lie alone are read."""
     in_turn = (pages == pages[:, :, :1] + jnp.arange(pages.shape[2])).all(axis=2) & (pages[:, :, 0] >= 0)
     alone = jnp.where(in_turn[:, :, None] | ~real[:, None], -1, pages).reshape(len(pages), -1)
-    place = jnp.argsort(alone < 0, axis=1, stable=True).astype(jnp.int32)
-    page = jnp.maximum(jnp.take_along_axis(alone, place, axis=1), 0)
+    there = alone >= 0
+    turn = jnp.where(there, jnp.cumsum(there, axis=1) - 1, -1)  # of each among those that lie alone
+    is_next = turn[:, None] == jnp.arange(alone.shape[1])[:, None]  # (I, which in turn, U*B)
+    page, place = (
+        jnp.where(is_next, own, 0).sum(axis=2).astype(jnp.int32) for own in (alone[:, None], jnp.arange(alone.shape[1]))
+    )
     run = jnp.where(in_turn, pages[:, :, 0], -1).astype(jnp.int32)
-    return Fetches(run.reshape(-1), (alone >= 0).sum(axis=1).astype(jnp.int32), page.reshape(-1), place.reshape(-1))
+    return Fetches(run.reshape(-1), there.sum(axis=1).astype(jnp.int32), page.reshape(-1), place.reshape(-1))

@@ -81,7 +81,7 @@ def switched_experts(
             if isinstance(resident, Resident):
                 out = _by_token(resident, tables, number, *given)
             else:
-                out = _grouped(resident, tables, number, *given, _kernel_of(resident, form))
+                out = _grouped(resident, tables, number, *given, form)
         return out[:, : x.shape[1]], routing
 
     return experts
@@ -223,6 +223,21 @@ def _kernel_of(resident: AnyResident, form: str) -> Callable[..., Array]:
     return kernel
 
 
+def _through(resident: AnyResident, form: str) -> Callable[..., Array]:
+    """What takes tokens with gates and the order of their rows, and then what ``_kernel_of`` takes after the rows, and
+    gives the weighted sum of each token's experts. The kernel of a TPU has its own way of gathering rows."""
+    if isinstance(resident, TiledResident):
+        from dynamo_jax.kernels.quantized_tpu import tokens_through_experts
+
+        return functools.partial(tokens_through_experts, form=form)
+    kernel = _kernel_of(resident, form)
+
+    def through(x: Array, gates: Array, order: RowOrder, *rest: Any) -> Array:
+        return combine_rows(kernel(gather_rows(x, order), *rest), gates, order)
+
+    return through
+
+
 def _real(request_of: Int[Array, " N"] | None, requests: int, tokens: int) -> Bool[Array, " N"] | None:
     """Which tokens are of a request; None where all are."""
     if request_of is None:
@@ -310,16 +325,18 @@ def _grouped(
     x: Float[Array, "N D"],
     routing: Routing,
     form: ExpertForm,
-    kernel: Callable[..., Array] = quantized_experts_xla,
+    activations: str = "bf16",
 ) -> Float[Array, "N D"]:
-    """Rows in the order of variants, then of experts; those of padding come last, in a group that is left off."""
+    """Rows in the order of variants, then of experts; those of padding come last, in a group that is left off.
+    activations: their form in the kernel of a TPU."""
     num_experts = resident.base.codes.shape[1]
     groups, last = number[:, None] * num_experts + routing.experts, len(tables) * num_experts
     groups = groups if real is None else jnp.where(real[:, None], groups, last)
     order = sort_by_expert(groups, last + 1)
-    rows, sizes = gather_rows(x, order), order.group_sizes[:-1]
-    out = kernel(rows, sizes, resident, tables, layer, form.activation, form.biases)
-    return _of_real(combine_rows(out, routing.gates, order).astype(x.dtype), real)
+    sizes = order.group_sizes[:-1]
+    through = _through(resident, activations)
+    out = through(x, routing.gates, order, sizes, resident, tables, layer, form.activation, form.biases)
+    return _of_real(out.astype(x.dtype), real)
 
 
 def window_losses(

@@ -28,6 +28,7 @@ from dynamo_jax.kernels.fragments import THREADS, WORDS, empty_pages, fragment_b
 from dynamo_jax.kernels.gpu_unpack import LAST_TWICE, Reading, last_weights, offset_word, reading, weights
 from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, BasePlanes, Pages, unpack
 from dynamo_jax.kernels.quantized_gpu import quantized_experts_gpu, rows_of_tile
+from dynamo_jax.kernels.rows import rows_in_tiles
 from dynamo_jax.models.decoder import Decoder, with_parameters
 from dynamo_jax.models.experts import silu_gated
 from dynamo_jax.runtime import serving
@@ -138,6 +139,15 @@ def test_any_widths_and_groups(data):
     case = Case.of("fragments", seed, experts, channels, hidden, apart, widths, shuffled=True)
     if sum(sizes):
         compared(case, INTERPRETED, *rows_and_sizes(seed, sizes, hidden, jnp.bfloat16), TOLERANCE)
+
+
+@pytest.mark.parametrize("sizes", [[0, 0, 5], [16, 1, 0], [33, 0, 0], [1, 1, 1]])
+def test_every_row_has_one_place_in_a_tile_of_its_group(sizes):
+    lie = jax.tree.map(np.asarray, rows_in_tiles(jnp.array(sizes), sum(sizes), 16))
+    assert lie.used == sum(-(-size // 16) for size in sizes)
+    np.testing.assert_array_equal(lie.source[lie.place], np.arange(sum(sizes)))
+    assert (lie.source == sum(sizes)).sum() == len(lie.source) - sum(sizes)
+    np.testing.assert_array_equal(lie.group[lie.place // 16], np.repeat(np.arange(3), sizes))
 
 
 def test_what_does_not_fit_fragments_is_an_error_that_says_so(monkeypatch):

@@ -29,10 +29,11 @@ from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.generation import quantized_language_model
 from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, BasePlanes, Pages, unpack
-from dynamo_jax.kernels.quantized_tpu import FORMS, quantized_experts_tpu
-from dynamo_jax.kernels.rows import rows_in_tiles
+from dynamo_jax.kernels.quantized_tpu import quantized_experts_tpu
 from dynamo_jax.kernels.tiles import TILE, empty_pages, tiled_base, tiled_pages
-from dynamo_jax.kernels.tpu_steps import Core, Shape, blocks_of_step, core, rows_of_tile, steps_of
+from dynamo_jax.kernels.tpu_products import FORMS
+from dynamo_jax.kernels.tpu_rows import rows_of_words, sublanes_of, words_of
+from dynamo_jax.kernels.tpu_steps import Core, Shape, blocks_of_step, core, rows_of_tile, steps_of, tiles_of
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import Decoder, with_parameters
 from dynamo_jax.models.experts import silu_gated
@@ -187,23 +188,23 @@ def test_each_step_reads_its_own_pages():
 def test_many_rows_need_no_more_scalars():
     """The work list is of experts and steps; only what is of each tile is as much as the rows."""
     sizes = [4096 * 8, 0]
-    lie = rows_in_tiles(jnp.array(sizes), sum(sizes), 256, 64)
+    tiles = tiles_of(jnp.array(sizes), sum(sizes), 256)
     shape = Shape(256, 1, 1, 3, 2, (3,), 1, "bf16")
     case = Case.of("tiles", 0, 2, 384, 128, False, [widths_of(0, 2, 384, False)])
-    steps = steps_of(shape, lie, 2, case.tables, 0)
-    assert sum(a.size for a in jax.tree.leaves(steps)) < 3 * lie.group.size + 100
+    steps = steps_of(shape, tiles, 2, case.tables, 0)
+    assert sum(a.size for a in jax.tree.leaves(steps)) < 3 * tiles.group.size + 100
 
 
 def test_pages_in_order_come_in_runs_in_a_last_step_too():
     """Three blocks an expert, two a step: the last step begins at the second block, whose pages come with the run."""
     shape = Shape(8, 1, 1, 3, 2, (3,), 3, "bf16")
     slots = {3: jnp.arange(9).reshape(1, 1, 9)}
-    lie = rows_in_tiles(jnp.array([3]), 3, 8, 8)
-    steps = steps_of(shape, lie, 1, (slots,), 0)
+    tiles = tiles_of(jnp.array([3]), 3, 8)
+    steps = steps_of(shape, tiles, 1, (slots,), 0)
     assert steps.fetches[3].run.tolist() == [0, 3, 6, 1, 4, 7] and steps.alone.tolist() == [0, 0]
     assert steps.widths.reshape(2, 2, 2).tolist() == [[[3, 3], [3, 3]], [[2, 2], [3, 3]]]
     shuffled = {3: jnp.array([[[8, 7, 6, 5, 4, 3, 2, -1, 0]]])}
-    steps = steps_of(shape, lie, 1, (shuffled,), 0)
+    steps = steps_of(shape, tiles, 1, (shuffled,), 0)
     assert (steps.fetches[3].run == -1).all() and steps.alone.tolist() == [5, 3]
     assert sorted(steps.fetches[3].page.reshape(2, 6)[1, :3].tolist()) == [0, 3, 6]
 
@@ -275,20 +276,21 @@ def test_empty_pages_have_the_shape_of_pages():
         assert jax.tree.map(jnp.shape, empty_pages(6, 1, level, 384, 3)) == jax.tree.map(jnp.shape, made)
 
 
-@pytest.mark.parametrize("chunk", [8, 16])
 @pytest.mark.parametrize("sizes", [[0, 0, 5], [16, 1, 0], [33, 0, 0], [1, 1, 1]])
-def test_every_row_has_one_place_in_a_tile_of_its_group(sizes, chunk):
-    count = sum(sizes)
-    lie = jax.tree.map(np.asarray, rows_in_tiles(jnp.array(sizes), count, 16, chunk))
-    assert lie.used == sum(-(-s // 16) for s in sizes) == (lie.chunks > 0).sum()
-    np.testing.assert_array_equal(lie.source[lie.place], np.arange(count))
-    assert (lie.source == count).sum() == len(lie.source) - count
-    owner = np.full(len(lie.source) // chunk, -1)
-    for group, first, chunks in zip(lie.group[: lie.used], lie.first, lie.chunks):
-        assert (owner[first : first + chunks] == -1).all()
-        owner[first : first + chunks] = group
-    np.testing.assert_array_equal(owner[lie.place // chunk], np.repeat(np.arange(3), sizes))
-    assert lie.chunks.sum() == sum(-(-s // chunk) for s in sizes)  # no chunk is without a row
+def test_every_row_is_in_one_tile_of_its_group(sizes):
+    tiles = jax.tree.map(np.asarray, tiles_of(jnp.array(sizes), sum(sizes), 16))
+    assert tiles.used == sum(-(-s // 16) for s in sizes) == (tiles.rows > 0).sum() and tiles.rows.max() <= 16
+    each = list(zip(tiles.group, tiles.first, tiles.rows))[: tiles.used]
+    assert [row for _, first, rows in each for row in range(first, first + rows)] == list(range(sum(sizes)))
+    assert [group for group, _, rows in each for _ in range(rows)] == np.repeat(np.arange(3), sizes).tolist()
+
+
+@pytest.mark.parametrize("size", [128, 384, 2048, 2944])
+def test_rows_as_words_are_the_rows(size):
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(5, size)), jnp.bfloat16)
+    words = words_of(rows)
+    assert words.shape == (5, sublanes_of(size), TILE) and words.dtype == jnp.int32
+    np.testing.assert_array_equal(rows_of_words(words, size), rows.astype(jnp.float32))
 
 
 def test_tiles_of_rows_hold_most_groups_and_steps_divide_the_blocks():

@@ -34,15 +34,15 @@ def test_a_state_has_the_shapes_that_are_said(arrangement, apart):
     assert all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in both)
 
 
-def rows_of_kernels(jaxpr):
-    """The rows of each Pallas kernel's tiles."""
+def rows_of_kernels(jaxpr, hidden):
+    """The rows of each Pallas kernel's tiles, by the memory that holds them in the form that is multiplied."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             scratch = equation.params["grid_mapping"].scratch_avals
-            yield next(a.shape[0] for a in scratch if a.ndim == 2)
+            yield next(a.shape[0] for a in scratch if a.shape[1:] == (hidden,))
         else:
             for inner in jaxprs_in_params(equation.params):
-                yield from rows_of_kernels(inner)
+                yield from rows_of_kernels(inner, hidden)
 
 
 def kernel_rows(placement, tokens):
@@ -55,7 +55,7 @@ def kernel_rows(placement, tokens):
         return serving.experts(state, "int8")(0, x, routing, None, ExpertForm(silu_gated, None))[0]
 
     inputs = of((tokens, 256), jnp.bfloat16), of((tokens, 8), jnp.int32), of((tokens, 8), jnp.float32)
-    (rows,) = rows_of_kernels(jax.make_jaxpr(run)(state, *inputs).jaxpr)
+    (rows,) = rows_of_kernels(jax.make_jaxpr(run)(state, *inputs).jaxpr, 256)
     return rows
 
 
