@@ -131,31 +131,41 @@ def _schedules() -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Around:
-    """What a program runs beside its kernels. operations: how many programs of XLA's own; cycles: their bundles, of a
-    loop as often as it turns, and those of what calls them; offloaded: how many more are left to another core of the
-    chip, whose time nothing here says; slowest: the cycles of each operation, most first."""
+    """What a program runs beside its kernels, in each turn of its loop or outside of it. operations: how many programs
+    of XLA's own; cycles: their bundles, of their own loops as often as they turn, and those of what calls them;
+    slowest: the cycles of each operation, most first."""
 
     operations: int
     cycles: int
-    offloaded: int
     slowest: tuple[tuple[str, int], ...]
 
 
-def around() -> Around:
-    """Of the program that was compiled last."""
+def around() -> tuple[Around, Around, int]:
+    """Of the program that was compiled last, which has one loop: outside of it, in it, and how many more operations are
+    left to another core of the chip, whose time nothing here says."""
     schedules = _schedules()
     (top,) = (name for name in schedules if name.endswith(TOP))
     (graph,) = (path.read_text() for path in DUMP.glob(f"*{TOP}-hlo.txt"))
     (alike,) = (path.read_text() for path in DUMP.glob(f"*{TOP}-00-deduplication-map.txt"))
     groups = [set(group.split()) for group in re.split(r"key:.*\n.*\n.*\n", alike)]
-    found = []
-    for name, kind in CALL.findall(schedules[top]):
-        if kind != "custom-call":  # a kernel
-            same = next((group for group in groups if name in group), {name})
-            found.append((name, max(_cycles(schedules[other]) for other in same if other in schedules)))
-    in_all = sum(cycles for _, cycles in found) + _cycles(schedules[top])
-    slowest = tuple(sorted(found, key=lambda pair: -pair[1]))
-    return Around(len(found), in_all, len(re.findall(r"custom-call-start\(.*sparsecore", graph)), slowest)
+    found: tuple[list[tuple[str, int]], ...] = [], []
+    own = [0, 0]
+    for line in schedules[top].splitlines():
+        if not (address := ADDRESS.match(line)):
+            continue
+        depth = address.group(3).count(">")
+        own[min(depth, 1)] += 1
+        for name, kind in CALL.findall(line):
+            if depth > 1:
+                raise ValueError(f"{name} is called in a loop of the loop, as often as nothing here says")
+            if kind != "custom-call":  # a kernel
+                same = next((group for group in groups if name in group), {name})
+                found[depth].append((name, max(_cycles(schedules[other]) for other in same if other in schedules)))
+    once, in_loop = (
+        Around(len(each), sum(cycles for _, cycles in each) + bundles, tuple(sorted(each, key=lambda pair: -pair[1])))
+        for each, bundles in zip(found, own)
+    )
+    return once, in_loop, len(re.findall(r"custom-call-start\(.*sparsecore", graph))
 
 
 def _cycles(schedule: str) -> int:

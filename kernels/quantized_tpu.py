@@ -16,7 +16,7 @@ block with pages of their own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +36,50 @@ from dynamo_jax.kernels.tpu_steps import (
     FEW_ROWS,
     Shape,
     Steps,
+    Tiles,
     blocks_of_step,
     core,
+    in_one,
+    parts_of,
+    reads_of,
     rows_of_tile,
-    steps_of,
+    sizes_of_reads,
     tiles_of,
 )
 
 FAST_MEMORY = 48 * 2**20  # bytes that the kernel may have, of the 64 and more of every chip
+
+
+class PagesRead(NamedTuple):
+    """What the grid steps of each layer read, which page tables alone decide: made once for all layers of a step of the
+    model. packed: ``tpu_steps.Reads`` of each layer in one array; levels: those that any variant reads; units: parts of
+    a block with pages of their own, 1 or 3; blocks: of a grid step."""
+
+    packed: Int[Array, "L X"]
+    variants: int
+    levels: tuple[int, ...]
+    units: int
+    blocks: int
+
+
+def pages_read(resident: TiledResident, tables: tuple[PageTable, ...], blocks: int | None = None) -> PagesRead:
+    """``blocks`` of a grid step: by rule if None. A block that reads a plane reads those below it too, as plans have
+    it; which slots page tables name is not checked on the device."""
+    layers, num_experts, all_blocks, _, tiles = resident.base.codes.shape[:5]
+    there = [level for level, pages in resident.pages.items() if pages.codes.shape[0]]
+    levels = tuple(level for level in LEVELS if level in there and any(level in t for t in tables))
+    if levels != LEVELS[: len(levels)]:
+        raise ValueError(f"planes of {levels} bits are read, but those of {LEVELS} refine each other in turn")
+    units = max([PROJECTIONS // resident.pages[level].codes.shape[1] for level in levels], default=1)
+    blocks = min(blocks or blocks_of_step(tiles, all_blocks), all_blocks)
+
+    def of_layer(tables: tuple[PageTable, ...]) -> Array:
+        return in_one(reads_of(tables, levels, num_experts, units, all_blocks, blocks))
+
+    read = tuple({level: rows for level, rows in table.items() if level in levels} for table in tables)
+    count = {len(rows) for table in read for rows in table.values()} or {layers}
+    packed = jax.vmap(of_layer, axis_size=max(count))(read)
+    return PagesRead(packed, len(tables), levels, units, blocks)
 
 
 def quantized_experts_tpu(
@@ -55,12 +91,16 @@ def quantized_experts_tpu(
     activation: Callable[[Array, Array], Array],
     biases: Any = None,
     expected: int = 0,
+    *,
+    blocks: int | None = None,
     **how: Any,
 ) -> Float[Array, "R D"]:
-    """Each row through its expert, as ``quantized_experts_xla`` does it, in bfloat16; ``how``: as
-    ``tokens_through_experts`` takes it."""
+    """Each row through its expert, as ``quantized_experts_xla`` does it, in bfloat16. blocks: as ``pages_read`` takes
+    it; ``how``: as ``tokens_through_experts`` takes it."""
+    own = tuple({level: of_layers[layer][None] for level, of_layers in table.items()} for table in tables)
+    reads = pages_read(resident, own, blocks)
     words = words_of(rows.astype(jnp.bfloat16))
-    out = _experts(words, group_sizes, resident, tables, layer, activation, biases, expected, **how)
+    out = _experts(words, group_sizes, resident, reads, 0, layer, activation, biases, expected, **how)
     there = jnp.arange(rows.shape[0]) < group_sizes.sum()
     return jnp.where(there[:, None], rows_of_words(out, rows.shape[1]), 0).astype(rows.dtype)
 
@@ -71,7 +111,7 @@ def tokens_through_experts(
     order: RowOrder,
     group_sizes: Int[Array, " VE"],
     resident: TiledResident,
-    tables: tuple[PageTable, ...],
+    reads: PagesRead,
     layer: int,
     activation: Callable[[Array, Array], Array],
     biases: Any = None,
@@ -79,13 +119,12 @@ def tokens_through_experts(
 ) -> Float32[Array, "T D"]:
     """The weighted sum of each token's experts. A token of whose rows some are past the last group has no meaning.
 
-    how: ``form`` of activations, "bf16" if it is not said; ``blocks`` of a grid step and ``tile_rows``: by rule if
-    None; where tiles have more than ``FEW_ROWS`` the form is always "bf16": the products are then the work, and their
-    operands are made once for many rows; ``interpret``: for ``pallas_call``. A block that reads a plane reads those
-    below it too, as plans have it; which slots page tables name is not checked on the device.
+    how: ``form`` of activations, "bf16" if it is not said; ``tile_rows``: by rule if None; where tiles have more than
+    ``FEW_ROWS`` the form is always "bf16": the products are then the work, and their operands are made once for many
+    rows; ``interpret``: for ``pallas_call``.
     """
     rows = words_of(x.astype(jnp.bfloat16))[order.token]
-    out = _experts(rows, group_sizes, resident, tables, layer, activation, biases, **how)[order.position]
+    out = _experts(rows, group_sizes, resident, reads, layer, layer, activation, biases, **how)[order.position]
     weights = gates.astype(jnp.float32)[:, :, None, None]
     both = jnp.stack([(half * weights).sum(axis=1) for half in halves_of(out)], axis=1)
     return both.reshape(x.shape[0], 2 * TILE * out.shape[2])[:, : x.shape[1]]
@@ -95,21 +134,22 @@ def _experts(
     rows: Int32[Array, "R S 128"],
     group_sizes: Int[Array, " VE"],
     resident: TiledResident,
-    tables: tuple[PageTable, ...],
+    reads: PagesRead,
+    of_reads: int,
     layer: int,
     activation: Callable[[Array, Array], Array],
     biases: Any,
     expected: int = 0,
     *,
     form: str = "bf16",
-    blocks: int | None = None,
     tile_rows: int | None = None,
     interpret: Any = False,
 ) -> Int32[Array, "R S 128"]:
-    """Each row's output, both as words; what is past the last group is not written."""
-    num_experts = resident.base.codes.shape[1]
-    if group_sizes.shape[0] != num_experts * len(tables):
-        raise ValueError(f"{group_sizes.shape[0]} groups are not {len(tables)} variants of {num_experts} experts")
+    """Each row's output, both as words; what is past the last group is not written. of_reads: the layer in ``reads``,
+    and layer: in the planes."""
+    num_experts, all_blocks, _, tiles = resident.base.codes.shape[1:5]
+    if group_sizes.shape[0] != num_experts * reads.variants:
+        raise ValueError(f"{group_sizes.shape[0]} groups are not {reads.variants} variants of {num_experts} experts")
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
     count = rows.shape[0]
@@ -117,24 +157,19 @@ def _experts(
         raise ValueError(f"tiles of {tile_rows} rows: they are multiples of {CHUNK}")
     if count == 0:
         return rows
-    all_blocks, tiles = resident.base.codes.shape[2], resident.base.codes.shape[4]
-    there = [level for level, pages in resident.pages.items() if pages.codes.shape[0]]
-    levels = tuple(level for level in LEVELS if level in there and any(level in t for t in tables))
-    if levels != LEVELS[: len(levels)]:
-        raise ValueError(f"planes of {levels} bits are read, but those of {LEVELS} refine each other in turn")
-    units = max([PROJECTIONS // resident.pages[level].codes.shape[1] for level in levels], default=1)
     tile_rows = tile_rows or rows_of_tile(expected or count, num_experts, core())
-    blocks = min(blocks or blocks_of_step(tiles, all_blocks), all_blocks)
     form = "bf16" if tile_rows > FEW_ROWS else form
     alike = tiles // resident.base.scales.shape[4]
-    shape = Shape(tile_rows, tiles, alike, all_blocks, blocks, levels, units, form)
-    steps = steps_of(shape, tiles_of(group_sizes, count, tile_rows), num_experts, tables, layer)
-    return _call(shape, steps, rows, resident, activation, biases, interpret)
+    shape = Shape(tile_rows, tiles, alike, all_blocks, reads.blocks, reads.levels, reads.units, form)
+    places = tiles_of(group_sizes, count, tile_rows)
+    return _call(shape, places, reads.packed[of_reads], layer, rows, resident, activation, biases, interpret)
 
 
 def _call(
     shape: Shape,
-    steps: Steps,
+    places: Tiles,
+    reads: Int[Array, " X"],
+    layer: int,
     rows: Int32[Array, "R S 128"],
     resident: TiledResident,
     activation: Callable[[Array, Array], Array],
@@ -142,14 +177,17 @@ def _call(
     interpret: Any,
 ) -> Int32[Array, "R S 128"]:
     size, sublanes = shape.tiles * TILE, rows.shape[1]
+    groups = reads.shape[0] // sum(jax.tree.leaves(sizes_of_reads(shape, 1)))
     num_experts = resident.base.codes.shape[1]
-    prefetched, tree = jax.tree.flatten(steps)
+    prefetched = (in_one((jnp.asarray(layer), places)), reads)
 
     def of(scalars: tuple[Any, ...]) -> Steps:
-        return jax.tree.unflatten(tree, scalars)
+        now, always = scalars
+        layer, tiles = parts_of(now, (1, jax.tree.map(jnp.size, places)))
+        return Steps(layer, tiles, parts_of(always, sizes_of_reads(shape, groups)))
 
     def of_expert(array: Array) -> tuple[Array, pl.BlockSpec]:
-        index = lambda tile, step, *s: (of(s).group[tile] % num_experts, *[0] * (array.ndim - 1))  # noqa: E731
+        index = lambda tile, step, *s: (of(s).tiles.group[tile] % num_experts, *[0] * (array.ndim - 1))  # noqa: E731
         return array, pl.BlockSpec((None, *array.shape[1:]), index)
 
     def by_hand(array: Array) -> tuple[Array, pl.BlockSpec]:
@@ -187,7 +225,7 @@ def _call(
         out_shape=pltpu.MemorySpace.HBM(rows.shape, rows.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetched),
-            grid=(steps.used[0], shape.steps),
+            grid=(places.used[0], shape.steps),
             in_specs=[spec for _, spec in pairs],
             out_specs=pl.BlockSpec(memory_space=pltpu.HBM),
             scratch_shapes=[
@@ -225,15 +263,17 @@ def _body(
     turn = (tile * shape.steps + step) % 2
 
     def step_of(tile: Any, step: Any) -> StepAt:
-        group = steps.group[tile]
+        group = steps.tiles.group[tile]
         number = group * shape.steps + step
         first = jnp.minimum(step * shape.blocks, shape.all_blocks - shape.blocks)
-        runs = {n: [f.run[number * shape.units + u] for u in range(shape.units)] for n, f in steps.fetches.items()}
+        runs = {
+            n: [f.run[number * shape.units + u] for u in range(shape.units)] for n, f in steps.reads.fetches.items()
+        }
         skipped = jnp.where(step == shape.steps - 1, shape.skipped, 0) if shape.skipped else 0
         return StepAt(number, group % num_experts, first, skipped, runs)
 
     begins, ends = (tile == 0) & (step == 0), step == shape.steps - 1
-    last_tile = tile == steps.used[0] - 1
+    last_tile = tile == steps.tiles.used[0] - 1
     last, next_tile = ends & last_tile, jnp.where(last_tile, tile, tile + 1)
     own, later = step_of(tile, step), step_of(jnp.where(ends, next_tile, tile), jnp.where(ends, 0, step + 1))
     in_pieces, alone = copies_of(shape, steps, inputs, scratch.planes, scratch.copied)
@@ -289,7 +329,7 @@ def _body(
         rows_out(tile, None, start)
         rows_out(tile, last_tile, wait)
 
-    @pl.when((begins | (steps.alone[later.number] > 0)) if scattered else begins)
+    @pl.when((begins | (steps.reads.alone[later.number] > 0)) if scattered else begins)
     def _seldom() -> None:
         in_pieces(own, turn, begins, start)
         rows_in(tile, begins, start)
@@ -305,13 +345,13 @@ def _body(
         rows_out(jnp.maximum(tile - 1, 0), tile > 0, wait)
     in_pieces(own, turn, None, wait)
     if scattered:
-        pl.when(steps.alone[own.number] > 0)(lambda: alone(own, turn, None, wait))
+        pl.when(steps.reads.alone[own.number] > 0)(lambda: alone(own, turn, None, wait))
 
     if shape.steps > 1:
         pl.when(step == 0)(begin)
     for width in (2, *shape.levels):
 
-        @pl.when(steps.path[own.number] == width)
+        @pl.when(steps.reads.path[own.number] == width)
         def _run(width: int = width) -> None:
             planes = StepPlanes(shape, width, steps, own.number, scratch.planes, turn)
             (many_rows if shape.many else few_rows)(shape, planes, own.first, step, inputs, activation, scratch)

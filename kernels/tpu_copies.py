@@ -48,7 +48,7 @@ def copies_of(
                     copy(pool.at[pl.ds(first + of.skipped, count)], into, copied.at[buffer], there, run)
 
     def alone(of: StepAt, buffer: Any, when: Any, run: Callable[[Any], None]) -> None:
-        for level, fetch in steps.fetches.items():
+        for level, fetch in steps.reads.fetches.items():
 
             def one(j: Any, _: Any, level: int = level, fetch: Fetches = fetch) -> int:
                 index = of.number * (shape.blocks * shape.units) + j
@@ -64,7 +64,7 @@ def copies_of(
 
 def rows_of(steps: Steps, tile: Any, sublanes: int, memory: Any, fast: Any) -> tuple[Any, Any]:
     """A tile's rows, as many as it has, as words in memory (R S, 128) and in fast memory (M S, 128)."""
-    first, count = (pl.multiple_of(rows[tile] * sublanes, SUBLANES) for rows in (steps.first, steps.rows))
+    first, count = (pl.multiple_of(rows[tile] * sublanes, SUBLANES) for rows in (steps.tiles.first, steps.tiles.rows))
     return memory.at[pl.ds(first, count)], fast.at[pl.ds(0, count)]
 
 

@@ -54,7 +54,7 @@ class StepPlanes:
     def __init__(self, shape: Shape, path: int, steps: Steps, number: Any, planes: Any, turn: Any):
         self.shape, self.path, self.planes, self.turn = shape, path, planes, turn
         first = number * shape.blocks
-        self.widths = [[steps.widths[(first + k) * 2 + part] for part in (0, 1)] for k in range(shape.blocks)]
+        self.widths = [[steps.reads.widths[(first + k) * 2 + part] for part in (0, 1)] for k in range(shape.blocks)]
         self._rests: dict[tuple[int, int, int], tuple[Words, Words]] = {}
 
     def offset(self, k: int, projection: int) -> Any:

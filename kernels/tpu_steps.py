@@ -11,8 +11,9 @@ pages of their own.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int
@@ -41,21 +42,33 @@ class Fetches(NamedTuple):
     place: Int[Array, " GSBU"]
 
 
-class Steps(NamedTuple):
-    """What each grid step works on. layer (1,); used: how many tiles of rows there are (1,); of each (T,) its group, a
-    variant and an expert, its first row and how many it has; and of the steps of each group path: (VE*S,) the widest
-    plane that one reads; widths: (VE*S*B*2,) of each block, gate and up, then down; alone: (VE*S,) how many pages are
-    in no run; fetches: by level."""
+class Reads(NamedTuple):
+    """What the steps of each group, a variant and an expert, read of one layer. path: (VE*S,) the widest plane that one
+    reads; widths: (VE*S*B*2,) of each block, gate and up, then down; alone: (VE*S,) how many pages are in no run;
+    fetches: by level."""
 
-    layer: Int[Array, " 1"]
-    used: Int[Array, " 1"]
-    group: Int[Array, " T"]
-    first: Int[Array, " T"]
-    rows: Int[Array, " T"]
     path: Int[Array, " GS"]
     widths: Int[Array, " GSB2"]
     alone: Int[Array, " GS"]
     fetches: dict[int, Fetches]
+
+
+class Tiles(NamedTuple):
+    """Tiles of rows of one group each. used: (1,) tiles that hold rows; of each (T,) group, first: its first row, and
+    rows: how many it has, 0 past the last tile."""
+
+    used: Int[Array, " 1"]
+    group: Int[Array, " T"]
+    first: Int[Array, " T"]
+    rows: Int[Array, " T"]
+
+
+class Steps(NamedTuple):
+    """What each grid step works on, in the kernel. layer: (1,)"""
+
+    layer: Any
+    tiles: Tiles
+    reads: Reads
 
 
 class Shape(NamedTuple):
@@ -145,63 +158,49 @@ def rows_of_tile(count: int, num_experts: int, at: Core) -> int:
     return max(CHUNK, CHUNK * math.ceil(wanted / CHUNK))
 
 
-class Tiles(NamedTuple):
-    """Tiles of rows of one group each. group, first: its first row, and rows: how many it has, 0 past the last tile;
-    used: tiles that hold rows."""
-
-    group: Int[Array, " T"]
-    first: Int[Array, " T"]
-    rows: Int[Array, " T"]
-    used: Int[Array, ""]
-
-
 def tiles_of(group_sizes: Int[Array, " VE"], count: int, tile_rows: int) -> Tiles:
     """R = ``count`` rows, in the order of their groups, in tiles of up to ``tile_rows``. What is of a tile's group
     comes by comparing each tile with all groups: a gather of numbers is a loop on a TPU, or is left to another core."""
     each = -(-group_sizes // tile_rows)
     row_end, tile_end = jnp.cumsum(group_sizes), jnp.cumsum(each)
     row_begin, tile_begin = row_end - group_sizes, tile_end - each
-    tiles = jnp.arange(count // tile_rows + min(group_sizes.shape[0], count))[:, None]
+    tiles = jnp.arange(most_tiles(group_sizes.shape[0], count, tile_rows))[:, None]
     own = (tiles >= tile_begin) & (tiles < tile_end)  # (T, VE)
     of_group = lambda values: jnp.where(own, values, 0).sum(axis=1).astype(jnp.int32)  # noqa: E731
     first = row_begin + (tiles - tile_begin) * tile_rows
     rows = jnp.clip(row_end - first, 0, tile_rows)
-    return Tiles(of_group(jnp.arange(len(each))), of_group(first), of_group(rows), tile_end[-1])
+    used = tile_end[-1:].astype(jnp.int32)
+    return Tiles(used, of_group(jnp.arange(len(each))), of_group(first), of_group(rows))
 
 
-def steps_of(
-    shape: Shape,
-    tiles: Tiles,
-    num_experts: int,
-    tables: tuple[PageTable, ...],
-    layer: int,
-) -> Steps:
-    """The work of all grid steps, for scalar prefetch; its size does not grow with the rows but for what is of each
-    tile."""
-    count, units, blocks = len(tables) * num_experts, shape.units, shape.blocks
-    wanted = jnp.arange(shape.steps)[:, None] * blocks
-    first = jnp.minimum(wanted, shape.all_blocks - blocks)
+def most_tiles(groups: int, count: int, tile_rows: int) -> int:
+    """T"""
+    return count // tile_rows + min(groups, count)
+
+
+def reads_of(
+    tables: tuple[PageTable, ...], levels: tuple[int, ...], num_experts: int, units: int, all_blocks: int, blocks: int
+) -> Reads:
+    """Of page tables of one layer, (E, U*N) at each level; its size does not grow with the rows."""
+    count, steps = len(tables) * num_experts, -(-all_blocks // blocks)
+    wanted = jnp.arange(steps)[:, None] * blocks
+    first = jnp.minimum(wanted, all_blocks - blocks)
     block = (first + jnp.arange(blocks)).reshape(-1)
     real = (first + jnp.arange(blocks) >= wanted)[:, None]  # (S, 1, B): not of the step before
     fetches = {}
-    width = jnp.full((count, shape.steps, units, blocks), 2, jnp.int32)
-    for level in shape.levels:
-        missing = jnp.full((num_experts, units * shape.all_blocks), -1, jnp.int32)
-        each = jnp.concatenate([t[level][layer] if level in t else missing for t in tables])
-        own = each.reshape(count, units, shape.all_blocks)[:, :, block]
-        own = own.reshape(count, units, shape.steps, blocks).transpose(0, 2, 1, 3)
+    width = jnp.full((count, steps, units, blocks), 2, jnp.int32)
+    for level in levels:
+        missing = jnp.full((num_experts, units * all_blocks), -1, jnp.int32)
+        each = jnp.concatenate([table.get(level, missing) for table in tables])
+        own = each.reshape(count, units, all_blocks)[:, :, block]
+        own = own.reshape(count, units, steps, blocks).transpose(0, 2, 1, 3)
         width = jnp.where((own >= 0) & real, level, width)
-        fetches[level] = _fetches(own.reshape(count * shape.steps, units, blocks), jnp.tile(real[:, 0], (count, 1)))
+        fetches[level] = _fetches(own.reshape(count * steps, units, blocks), jnp.tile(real[:, 0], (count, 1)))
     of_parts = width[:, :, jnp.array([0, units - 1])].swapaxes(2, 3)  # gate and up share a width
-    return Steps(
-        layer=jnp.full(1, layer, jnp.int32),
-        used=tiles.used.reshape(1).astype(jnp.int32),
-        group=tiles.group,
-        first=tiles.first,
-        rows=tiles.rows,
+    return Reads(
         path=width.max(axis=(2, 3)).reshape(-1),
         widths=of_parts.reshape(-1),
-        alone=sum((fetch.single for fetch in fetches.values()), jnp.zeros(count * shape.steps, jnp.int32)),
+        alone=sum((fetch.single for fetch in fetches.values()), jnp.zeros(count * steps, jnp.int32)),
         fetches=fetches,
     )
 
@@ -218,3 +217,32 @@ def _fetches(pages: Int[Array, "I U B"], real: Bool[Array, "I B"]) -> Fetches:
     )
     run = jnp.where(in_turn, pages[:, :, 0], -1).astype(jnp.int32)
     return Fetches(run.reshape(-1), there.sum(axis=1).astype(jnp.int32), page.reshape(-1), place.reshape(-1))
+
+
+def sizes_of_reads(shape: Shape, groups: int) -> Any:
+    """How long each of ``reads_of``'s arrays is: the same tree, of numbers."""
+    steps, pages = groups * shape.steps, groups * shape.steps * shape.units
+    each: Any = pages, steps, pages * shape.blocks, pages * shape.blocks
+    lengths: Any = steps, 2 * steps * shape.blocks, steps, {level: Fetches(*each) for level in shape.levels}
+    return Reads(*lengths)
+
+
+def in_one(parts: Any) -> Int[Array, " X"]:
+    """All arrays of a tree one behind the other: each array is an operation of its own to the kernel's host program."""
+    return jnp.concatenate([part.reshape(-1).astype(jnp.int32) for part in jax.tree.leaves(parts)])
+
+
+class Part:
+    """One of the arrays that ``in_one`` put together, for use in a kernel."""
+
+    def __init__(self, ref: Any, begin: int):
+        self.ref, self.begin = ref, begin
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.ref[self.begin + index]
+
+
+def parts_of(ref: Any, sizes: Any) -> Any:
+    """The arrays of ``in_one``, given a tree of their lengths."""
+    lengths, tree = jax.tree.flatten(sizes)
+    return jax.tree.unflatten(tree, [Part(ref, sum(lengths[:i])) for i in range(len(lengths))])

@@ -67,6 +67,7 @@ def switched_experts(
         return over_shards(placement, resident, tables, index, form, request_of)
 
     channels, hidden = resident.sizes
+    through = _through(resident, tables, form)
 
     def experts(
         layer: int, x: Array, routing: Routing, _: ExpertWeights | None, own: ExpertForm
@@ -81,7 +82,7 @@ def switched_experts(
             if isinstance(resident, Resident):
                 out = _by_token(resident, tables, number, *given)
             else:
-                out = _grouped(resident, tables, number, *given, form)
+                out = _grouped(through, len(tables), resident.base.codes.shape[1], number, *given)
         return out[:, : x.shape[1]], routing
 
     return experts
@@ -223,17 +224,23 @@ def _kernel_of(resident: AnyResident, form: str) -> Callable[..., Array]:
     return kernel
 
 
-def _through(resident: AnyResident, form: str) -> Callable[..., Array]:
-    """What takes tokens with gates and the order of their rows, and then what ``_kernel_of`` takes after the rows, and
-    gives the weighted sum of each token's experts. The kernel of a TPU has its own way of gathering rows."""
+def _through(resident: AnyResident, tables: tuple[PageTable, ...], form: str) -> Callable[..., Array]:
+    """What takes a layer, tokens with gates, the order of their rows and rows of each group, then the activation and
+    biases, and gives the weighted sum of each token's experts. The kernel of a TPU has its own way of gathering rows,
+    and reads page tables once for all layers."""
     if isinstance(resident, TiledResident):
-        from dynamo_jax.kernels.quantized_tpu import tokens_through_experts
+        from dynamo_jax.kernels.quantized_tpu import pages_read, tokens_through_experts
 
-        return functools.partial(tokens_through_experts, form=form)
+        reads = pages_read(resident, tables)
+
+        def tiled(layer: int, x: Array, gates: Array, order: RowOrder, sizes: Array, *own: Any) -> Array:
+            return tokens_through_experts(x, gates, order, sizes, resident, reads, layer, *own, form=form)
+
+        return tiled
     kernel = _kernel_of(resident, form)
 
-    def through(x: Array, gates: Array, order: RowOrder, *rest: Any) -> Array:
-        return combine_rows(kernel(gather_rows(x, order), *rest), gates, order)
+    def through(layer: int, x: Array, gates: Array, order: RowOrder, sizes: Array, *own: Any) -> Array:
+        return combine_rows(kernel(gather_rows(x, order), sizes, resident, tables, layer, *own), gates, order)
 
     return through
 
@@ -280,7 +287,8 @@ def _at_one_variant(
         return _of_real(expert_outputs(x, own_routing, weights, own_form), real)
 
     def many(table: PageTable) -> Array:
-        return _grouped(resident, (table,), jnp.zeros(x.shape[0], jnp.int32), real, layer, x, routing, form)
+        through = _through(resident, (table,), "bf16")
+        return _grouped(through, 1, num_experts, jnp.zeros(x.shape[0], jnp.int32), real, layer, x, routing, form)
 
     branch = few if few_rows(routing, num_experts) else many
     return jax.lax.switch(index, [functools.partial(branch, table) for table in tables])
@@ -296,8 +304,10 @@ def _by_token(
     routing: Routing,
     form: ExpertForm,
 ) -> Float[Array, "N D"]:
-    if not few_rows(routing, resident.base.codes.shape[1]):
-        return _grouped(resident, tables, number, real, layer, x, routing, form)
+    num_experts = resident.base.codes.shape[1]
+    if not few_rows(routing, num_experts):
+        through = _through(resident, tables, "bf16")
+        return _grouped(through, len(tables), num_experts, number, real, layer, x, routing, form)
     chosen, own_routing, own_form = one_expert_a_row(routing, form)
     row_number = jnp.repeat(number, routing.experts.shape[1])
     levels = [level for level in resident.pages if any(level in table for table in tables)]
@@ -317,25 +327,22 @@ def _of_real(out: Float[Array, "N D"], real: Bool[Array, " N"] | None) -> Float[
 
 
 def _grouped(
-    resident: AnyResident,
-    tables: tuple[PageTable, ...],
+    through: Callable[..., Array],
+    variants: int,
+    num_experts: int,
     number: Int[Array, " N"],
     real: Bool[Array, " N"] | None,
     layer: int,
     x: Float[Array, "N D"],
     routing: Routing,
     form: ExpertForm,
-    activations: str = "bf16",
 ) -> Float[Array, "N D"]:
     """Rows in the order of variants, then of experts; those of padding come last, in a group that is left off.
-    activations: their form in the kernel of a TPU."""
-    num_experts = resident.base.codes.shape[1]
-    groups, last = number[:, None] * num_experts + routing.experts, len(tables) * num_experts
+    through: of ``_through``."""
+    groups, last = number[:, None] * num_experts + routing.experts, variants * num_experts
     groups = groups if real is None else jnp.where(real[:, None], groups, last)
     order = sort_by_expert(groups, last + 1)
-    sizes = order.group_sizes[:-1]
-    through = _through(resident, activations)
-    out = through(x, routing.gates, order, sizes, resident, tables, layer, form.activation, form.biases)
+    out = through(layer, x, routing.gates, order, order.group_sizes[:-1], form.activation, form.biases)
     return _of_real(out.astype(x.dtype), real)
 
 

@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
-import itertools
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import hypothesis
@@ -29,11 +23,22 @@ from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.generation import quantized_language_model
 from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, BasePlanes, Pages, unpack
-from dynamo_jax.kernels.quantized_tpu import quantized_experts_tpu
+from dynamo_jax.kernels.quantized_tpu import pages_read, quantized_experts_tpu
 from dynamo_jax.kernels.tiles import TILE, empty_pages, tiled_base, tiled_pages
 from dynamo_jax.kernels.tpu_products import FORMS
 from dynamo_jax.kernels.tpu_rows import rows_of_words, sublanes_of, words_of
-from dynamo_jax.kernels.tpu_steps import Core, Shape, blocks_of_step, core, rows_of_tile, steps_of, tiles_of
+from dynamo_jax.kernels.tpu_steps import (
+    Core,
+    Shape,
+    blocks_of_step,
+    core,
+    in_one,
+    parts_of,
+    reads_of,
+    rows_of_tile,
+    sizes_of_reads,
+    tiles_of,
+)
 from dynamo_jax.models.bundled import BUNDLED
 from dynamo_jax.models.decoder import Decoder, with_parameters
 from dynamo_jax.models.experts import silu_gated
@@ -186,27 +191,26 @@ def test_each_step_reads_its_own_pages():
 
 
 def test_many_rows_need_no_more_scalars():
-    """The work list is of experts and steps; only what is of each tile is as much as the rows."""
+    """What a kernel reads is of experts and steps; only what is of each tile is as much as the rows."""
     sizes = [4096 * 8, 0]
     tiles = tiles_of(jnp.array(sizes), sum(sizes), 256)
-    shape = Shape(256, 1, 1, 3, 2, (3,), 1, "bf16")
+    assert sum(a.size for a in jax.tree.leaves(tiles)) == 3 * tiles.group.size + 1 < 3 * 130 + 2
     case = Case.of("tiles", 0, 2, 384, 128, False, [widths_of(0, 2, 384, False)])
-    steps = steps_of(shape, tiles, 2, case.tables, 0)
-    assert sum(a.size for a in jax.tree.leaves(steps)) < 3 * tiles.group.size + 100
+    assert pages_read(case.resident, case.tables, blocks=2).packed.shape[1] < 100
 
 
 def test_pages_in_order_come_in_runs_in_a_last_step_too():
     """Three blocks an expert, two a step: the last step begins at the second block, whose pages come with the run."""
+    reads = reads_of(({3: jnp.arange(9).reshape(1, 9)},), (3,), 1, 3, 3, 2)
+    assert reads.fetches[3].run.tolist() == [0, 3, 6, 1, 4, 7] and reads.alone.tolist() == [0, 0]
+    assert reads.widths.reshape(2, 2, 2).tolist() == [[[3, 3], [3, 3]], [[2, 2], [3, 3]]]
+    reads = reads_of(({3: jnp.array([[8, 7, 6, 5, 4, 3, 2, -1, 0]])},), (3,), 1, 3, 3, 2)
+    assert (reads.fetches[3].run == -1).all() and reads.alone.tolist() == [5, 3]
     shape = Shape(8, 1, 1, 3, 2, (3,), 3, "bf16")
-    slots = {3: jnp.arange(9).reshape(1, 1, 9)}
-    tiles = tiles_of(jnp.array([3]), 3, 8)
-    steps = steps_of(shape, tiles, 1, (slots,), 0)
-    assert steps.fetches[3].run.tolist() == [0, 3, 6, 1, 4, 7] and steps.alone.tolist() == [0, 0]
-    assert steps.widths.reshape(2, 2, 2).tolist() == [[[3, 3], [3, 3]], [[2, 2], [3, 3]]]
-    shuffled = {3: jnp.array([[[8, 7, 6, 5, 4, 3, 2, -1, 0]]])}
-    steps = steps_of(shape, tiles, 1, (shuffled,), 0)
-    assert (steps.fetches[3].run == -1).all() and steps.alone.tolist() == [5, 3]
-    assert sorted(steps.fetches[3].page.reshape(2, 6)[1, :3].tolist()) == [0, 3, 6]
+    assert sizes_of_reads(shape, 1) == jax.tree.map(len, reads)
+    one = parts_of(in_one(reads), sizes_of_reads(shape, 1))
+    assert [int(one.fetches[3].page[i]) for i in range(12)] == reads.fetches[3].page.tolist()
+    assert sorted(reads.fetches[3].page.reshape(2, 6)[1, :3].tolist()) == [0, 3, 6]
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
@@ -279,8 +283,8 @@ def test_empty_pages_have_the_shape_of_pages():
 @pytest.mark.parametrize("sizes", [[0, 0, 5], [16, 1, 0], [33, 0, 0], [1, 1, 1]])
 def test_every_row_is_in_one_tile_of_its_group(sizes):
     tiles = jax.tree.map(np.asarray, tiles_of(jnp.array(sizes), sum(sizes), 16))
-    assert tiles.used == sum(-(-s // 16) for s in sizes) == (tiles.rows > 0).sum() and tiles.rows.max() <= 16
-    each = list(zip(tiles.group, tiles.first, tiles.rows))[: tiles.used]
+    assert tiles.used[0] == sum(-(-s // 16) for s in sizes) == (tiles.rows > 0).sum() and tiles.rows.max() <= 16
+    each = list(zip(tiles.group, tiles.first, tiles.rows))[: tiles.used[0]]
     assert [row for _, first, rows in each for row in range(first, first + rows)] == list(range(sum(sizes)))
     assert [group for group, _, rows in each for _ in range(rows)] == np.repeat(np.arange(3), sizes).tolist()
 
@@ -375,134 +379,3 @@ def test_generation_runs_the_kernel_in_a_loop_over_the_layers(monkeypatch):
             prompts, config = [[5, 9, 33, 7, 50], [40, 6]], GenerateConfig(max_tokens=4)
             found[arrangement] = generate(language, prompts, config, capacity=64)
     assert found["planes"] == found["tiles"]
-
-
-needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed (the test extra)"
-)
-
-
-def compiler(code, *arguments):
-    """Run in a process of its own, since libtpu reads its environment once, without the flags of the tests; what the
-    code prints, as JSON."""
-    command, environment = [sys.executable, "-c", code, *arguments], os.environ | {"XLA_FLAGS": ""}
-    found = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS, env=environment, timeout=900)
-    assert found.returncode == 0, found.stderr[-3000:]
-    return json.loads(found.stdout.splitlines()[-1])
-
-
-@needs_compiler
-def test_bundles_are_counted_where_they_run():
-    """Kernels whose cost is known: a product more in every step, and one more in a ``pl.when``."""
-    code = """
-import bundles, json
-out = []
-for dots, conditional in ((2, 1), (3, 1), (4, 1), (2, 2), (2, 3)):
-    function, arguments = bundles.known(dots, conditional)
-    loop = bundles.compiled(bundles.CHIPS["v5e"], function, *arguments)[1]["known.1"]
-    out.append([loop.always, loop.regions])
-print(json.dumps(out))
-"""
-    (a, r), (b, _), (c, _), (d, s), (e, t) = compiler(code)
-    assert len(r) == 1 and 100 < b - a == pytest.approx(c - b, rel=0.1)
-    assert a == d == e and 100 < s[0] - r[0] == pytest.approx(t[0] - s[0], rel=0.15)
-
-
-def test_what_holds_other_regions_is_counted_apart():
-    """A schedule by hand: the pipeline's guard, in it a ``pl.when`` with a loop, and one of its own."""
-    code = """
-import bundles, json
-branch, end = "{ %1 = sbr.rel (%p1_0) target = $region@ }", "{ nop /* Start/End empty region @ */ }"
-lines = ["LB: > {}", branch.replace("@", "9"), *[": > {}"] * 5]
-lines += [branch.replace("@", "1"), ": > {}", branch.replace("@", "2"), *[": > {}"] * 3, end.replace("@", "2")]
-lines += [": > {}", end.replace("@", "1"), branch.replace("@", "3"), *[": > {}"] * 7]
-lines += [end.replace("@", "3"), end.replace("@", "9")]
-text = [f"{hex(i)} {line if line[0] in 'L:' else ': > ' + line}" for i, line in enumerate(lines)]
-loop = bundles.loop_of(chr(10).join(text))
-print(json.dumps([loop, loop.without_holders(), len(lines)], default=vars))
-"""
-    loop, without, lines = compiler(code)
-    assert loop["regions"] == [3, 7] and loop["holders"] == [[4, [0]]]
-    assert loop["always"] == lines - 10 and without["always"] == lines - 14 and without["regions"] == [7]
-
-
-CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
-EVERY_CASE = [
-    pytest.param(chip, tokens, (), marks=pytest.mark.slow, id=f"{chip}-{tokens}-every")
-    for chip, tokens in itertools.product(CHIPS, (8, 2048))
-]
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("chip", "tokens", "names"),
-    [
-        ("tpu7x", 8, ("olmoe-1b-7b",)),
-        pytest.param("v5e", 8, ("gpt-oss-20b",), marks=pytest.mark.slow),
-        *EVERY_CASE,
-    ],
-)
-def test_every_shape_compiles_for_every_chip(chip, tokens, names):
-    """One block a step, so that it does not take minutes; memory that does not fit is an error of the compiler. No
-    names: all."""
-    code = """
-import bundles, json, sys
-import tpu_schedule as t
-chip, tokens, out = sys.argv[1], int(sys.argv[2]), {}
-for name in sys.argv[3:] or t.SHAPES:
-    run = lambda *a: t.quantized_experts_tpu(*a, 0, t.silu_gated, form=t.ROUNDED[chip], blocks=1)
-    group = 128 if name == "gpt-oss-20b" else 256  # 23 tiles, and 16 or 32
-    loops = bundles.compiled(bundles.CHIPS[chip], run, *t.arguments(t.SHAPES[name], tokens, (3, 4), group))[1]
-    out[name] = [loop.total for n, loop in loops.items() if n.startswith("experts_")]
-print(json.dumps(out))
-"""
-    found = compiler(code, chip, str(tokens), *names)
-    assert len(found) == (len(names) or 6) and all(len(each) == 1 and each[0] > 100 for each in found.values()), found
-
-
-@needs_compiler
-@pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
-def test_each_activation_compiles(chip):
-    code = """
-import bundles, json, sys
-import tpu_schedule as t
-from dynamo_jax.models.experts import bounded_gated, clamped_gated, gelu_gated
-chip, found = sys.argv[1], []
-for activation in (clamped_gated(7.0, 1.702), gelu_gated, bounded_gated(7.0)):
-    run = lambda *a: t.quantized_experts_tpu(*a, 0, activation, form=t.ROUNDED[chip], blocks=1)
-    loops = bundles.compiled(bundles.CHIPS[chip], run, *t.arguments(t.SHAPES["olmoe-1b-7b"], 8, (3, 4), 256))[1]
-    found += [loop.total for name, loop in loops.items() if name.startswith("experts_")]
-print(json.dumps(found))
-"""
-    found = compiler(code, chip)
-    assert len(found) == 3 and min(found) > 100, found
-
-
-@needs_compiler
-@pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
-def test_all_levels_and_both_kinds_of_pages_compile(chip):
-    code = """
-import bundles, functools, jax, jax.numpy as jnp, json, sys
-import tpu_schedule as t
-from dynamo_jax.kernels.tiles import TiledResident, empty_pages
-chip, layer, of = sys.argv[1], t.SHAPES["olmoe-1b-7b"], jax.ShapeDtypeStruct
-blocks, found = layer.channels // t.TILE, []
-every, whole = (3, 4, 8), layer.hidden
-cases = (1, every, 128, 8), (3, every, 128, 8), (3, (3,), whole, 8), (1, every, whole, 128)
-for together, levels, group, rows in cases:
-    base, pages = t.tiled_shapes(2, layer, {}, group)[0].base, {}
-    for level in levels:
-        slots = layer.experts * blocks * 3 // together
-        sizes = slots, together, level, layer.hidden, layer.hidden // group
-        pages[level] = jax.eval_shape(functools.partial(empty_pages, *sizes))
-    table = {level: of((2, layer.experts, 3 // together * blocks), jnp.int32) for level in levels}
-    x, sizes = of((64, layer.hidden), jnp.bfloat16), of((layer.experts,), jnp.int32)
-    run = lambda *a: t.quantized_experts_tpu(*a, 0, t.silu_gated, form=t.ROUNDED[chip], blocks=2, tile_rows=rows)
-    loops = bundles.compiled(bundles.CHIPS[chip], run, x, sizes, TiledResident(base, pages), (table,))[1]
-    found += [loop.total for name, loop in loops.items() if name.startswith("experts_")]
-print(json.dumps(found))
-"""
-    found = compiler(code, chip)
-    assert len(found) == 4 and min(found) > 100, found
