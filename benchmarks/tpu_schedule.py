@@ -4,6 +4,7 @@
     python benchmarks/tpu_schedule.py --rows PATH      # the table of docs/kernels.md from rows that were written before
     python benchmarks/tpu_schedule.py --counted PATH ..  # cycles of the peers' kernels from there, and new ones into it
     python benchmarks/tpu_schedule.py --measured       # the model beside what others measured on a TPU7x
+    python benchmarks/tpu_schedule.py --tiles          # how many experts have more than one tile of rows
 
 Every kernel is compiled for the chip; cycles of a grid step are counted in its final schedule (``bundles.py``), bytes
 from what the step copies. Modelled time is the sum over steps of max(cycles / clock, bytes / bandwidth). Kernels:
@@ -25,7 +26,7 @@ what the matrix unit multiplies: bfloat16, or activations quantized a row at a t
 TPU7x; tiles of many rows (v6e, TPU7x) are always bfloat16. Tokens choose experts at random (seed 0); prefill is 2,048
 of them. A step of a peer is what runs in each and its
 longest ``pl.when``, the product; of ours all that it runs. Pages lie as a baseline's do, one after the other. What XLA
-does around a kernel is not counted: sorting rows, and in ours the work list.
+does around a kernel is counted by ``tpu_layer.py``.
 ``over_bandwidth_bound``: time over that of the kernel's own weight bytes at full bandwidth. ``speedup_vs_bf16``: over
 megablox. ``with_calls_us`` (TPU7x): with what a call of gmm_v2 was measured to take beside its copies, for each call:
 one of ours, two of a peer. Whether ours takes as much is not known.
@@ -378,6 +379,15 @@ def print_measured() -> None:
         )
 
 
+def print_tiles(chips: list[str], shapes: list[str]) -> None:
+    """Tiles of rows beside the experts that have rows: one tile more is one whose weights a tile before had, too."""
+    print("chip   shape              tokens  rows of a tile  tiles  experts with rows")
+    for chip, name, tokens in itertools.product(chips, shapes, TOKENS):
+        sizes, rows = sizes_of(SHAPES[name], tokens), tile_of(chip, SHAPES[name], tokens)
+        tiles, used = int((-(-sizes // rows)).sum()), int((sizes > 0).sum())
+        print(f"{chip:6s} {name:17s} {tokens:7d} {rows:15d} {tiles:6d} {used:18d}")
+
+
 def found(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any] | None:
     """The first row that has these values."""
     return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
@@ -432,6 +442,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rows", type=Path, help="print the table of these rows and compile nothing")
     parser.add_argument("--measured", action="store_true", help="the model beside what others measured")
+    parser.add_argument("--tiles", action="store_true", help="tiles of rows, and experts that have rows; no compiling")
     parser.add_argument(
         "--counted", type=Path, help="cycles of the peers' kernels, kept here from one call to the next"
     )
@@ -443,6 +454,9 @@ def main() -> None:
     sys.argv = sys.argv[:1]  # a peer reads flags of its own there
     if chosen.measured:
         return print_measured()
+    chips, shapes = chosen.chip or ["v5e", "v6e", "tpu7x"], chosen.shape or list(SHAPES)
+    if chosen.tiles:
+        return print_tiles(chips, shapes)
     print(
         f"{'chip':6s} {'shape':17s} tokens  {'kernel':14s} form  {'bits':>6s} {'modelled us':>11s} "
         f"{'speedup':>7s} {'/ bound':>7s}"
@@ -453,12 +467,10 @@ def main() -> None:
             parser.error(f"{chosen.counted} was counted with other versions than {bundles.versions()}")
         COUNTED.update(of["cycles"])
     rows: list[dict[str, Any]] = []
-    for chip in chosen.chip or ("v5e", "v6e", "tpu7x"):
-        for name in chosen.shape or SHAPES:
-            for tokens in chosen.tokens or TOKENS:
-                rows += rows_for(chip, name, tokens, tuple(chosen.group or (GROUP,)))
-                bundles.write(chosen.json, rows=rows)
-                bundles.write(chosen.counted, cycles=COUNTED)
+    for chip, name, tokens in itertools.product(chips, shapes, chosen.tokens or TOKENS):
+        rows += rows_for(chip, name, tokens, tuple(chosen.group or (GROUP,)))
+        bundles.write(chosen.json, rows=rows)
+        bundles.write(chosen.counted, cycles=COUNTED)
 
 
 if __name__ == "__main__":
