@@ -16,7 +16,7 @@ block with pages of their own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,16 +50,21 @@ from dynamo_jax.kernels.tpu_steps import (
 FAST_MEMORY = 48 * 2**20  # bytes that the kernel may have, of the 64 and more of every chip
 
 
-class PagesRead(NamedTuple):
+@jax.tree_util.register_pytree_node_class
+class PagesRead:
     """What the grid steps of each layer read, which page tables alone decide: made once for all layers of a step of the
     model. packed: ``tpu_steps.Reads`` of each layer in one array; levels: those that any variant reads; units: parts of
     a block with pages of their own, 1 or 3; blocks: of a grid step."""
 
-    packed: Int[Array, "L X"]
-    variants: int
-    levels: tuple[int, ...]
-    units: int
-    blocks: int
+    def __init__(self, packed: Int[Array, "L X"], variants: int, levels: tuple[int, ...], units: int, blocks: int):
+        self.packed, self.variants, self.levels, self.units, self.blocks = packed, variants, levels, units, blocks
+
+    def tree_flatten(self) -> tuple[tuple[Array], tuple[Any, ...]]:
+        return (self.packed,), (self.variants, self.levels, self.units, self.blocks)
+
+    @classmethod
+    def tree_unflatten(cls, fixed: tuple[Any, ...], leaves: tuple[Array]) -> PagesRead:
+        return cls(*leaves, *fixed)
 
 
 def pages_read(resident: TiledResident, tables: tuple[PageTable, ...], blocks: int | None = None) -> PagesRead:
@@ -115,18 +120,20 @@ def tokens_through_experts(
     layer: int,
     activation: Callable[[Array, Array], Array],
     biases: Any = None,
+    expected: int = 0,
     **how: Any,
 ) -> Float32[Array, "T D"]:
-    """The weighted sum of each token's experts. A token of whose rows some are past the last group has no meaning.
+    """The weighted sum of each token's experts, without those of its rows that are past the last group.
 
     how: ``form`` of activations, "bf16" if it is not said; ``tile_rows``: by rule if None; where tiles have more than
     ``FEW_ROWS`` the form is always "bf16": the products are then the work, and their operands are made once for many
     rows; ``interpret``: for ``pallas_call``.
     """
     rows = words_of(x.astype(jnp.bfloat16))[order.token]
-    out = _experts(rows, group_sizes, resident, reads, layer, layer, activation, biases, **how)[order.position]
-    weights = gates.astype(jnp.float32)[:, :, None, None]
-    both = jnp.stack([(half * weights).sum(axis=1) for half in halves_of(out)], axis=1)
+    out = _experts(rows, group_sizes, resident, reads, layer, layer, activation, biases, expected, **how)
+    out, weights = out[order.position], gates.astype(jnp.float32)[:, :, None, None]
+    there = (order.position < group_sizes.sum())[:, :, None, None]
+    both = jnp.stack([jnp.where(there, half * weights, 0).sum(axis=1) for half in halves_of(out)], axis=1)
     return both.reshape(x.shape[0], 2 * TILE * out.shape[2])[:, : x.shape[1]]
 
 

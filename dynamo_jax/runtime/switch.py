@@ -67,7 +67,7 @@ def switched_experts(
         return over_shards(placement, resident, tables, index, form, request_of)
 
     channels, hidden = resident.sizes
-    through = _through(resident, tables, form)
+    through = _through(resident, tables, form, _pages_read(resident, tables))
 
     def experts(
         layer: int, x: Array, routing: Routing, _: ExpertWeights | None, own: ExpertForm
@@ -105,6 +105,11 @@ def over_shards(
     num_experts = resident.base.codes.shape[1]
     of_resident = placement.resident_specs(resident)
     of_tables = jax.tree.map(lambda _: placement.table_spec, tables)
+    of_reads, reads = P(None, (*placement.experts, *placement.blocks) or None), None
+    if isinstance(resident, TiledResident):
+        both = of_resident, of_tables
+        read = jax.shard_map(_pages_read, mesh=placement.mesh, in_specs=both, out_specs=of_reads, check_vma=False)
+        reads = read(resident, tables)
 
     def experts(
         layer: int, x: Array, routing: Routing, _: ExpertWeights | None, own: ExpertForm
@@ -118,7 +123,14 @@ def over_shards(
         rows = placement.rows(index_of.shape[0]) if tokens % placement.mesh.shape[DATA] == 0 else None
         biases = own.biases and ExpertBiases(*map(widened, own.biases, (channels, channels, hidden)))
         sent = (widened(x, hidden), number[:, None], routing.experts, routing.gates)
-        wanted = (P(), *[P(rows)] * len(sent), of_resident, of_tables, biases and placement.bias_specs)
+        wanted = (
+            P(),
+            *[P(rows)] * len(sent),
+            of_resident,
+            of_tables,
+            reads and of_reads,
+            biases and placement.bias_specs,
+        )
 
         def local(layer: Array, x: Array, number: Array, chosen: Array, gates: Array, *here: Any) -> Array:
             if rows:
@@ -133,7 +145,7 @@ def over_shards(
             return (jax.lax.psum(out, over) if over else out).astype(x.dtype)
 
         run = jax.shard_map(local, mesh=placement.mesh, in_specs=wanted, out_specs=P(rows), check_vma=False)
-        out = _of_real(run(jnp.asarray(layer), *sent, resident, tables, biases), real)
+        out = _of_real(run(jnp.asarray(layer), *sent, resident, tables, reads, biases), real)
         return out[:, : x.shape[1]], routing
 
     return experts
@@ -151,6 +163,7 @@ def _own_part(
     gates: Float[Array, "N k"],
     resident: AnyResident,
     tables: tuple[PageTable, ...],
+    reads: Any,
     biases: ExpertBiases | None,
 ) -> Float[Array, "N D"]:
     """What this device's experts, or its blocks of them, add to each token's output."""
@@ -161,20 +174,19 @@ def _own_part(
     if biases and placement.blocks:
         first = jax.lax.axis_index(placement.blocks) == 0  # the bias of down is added once
         biases = biases._replace(down=jnp.where(first, biases.down, 0))
-    kernel = _kernel_of(resident, form)
     expected = -(-chosen.size * here // num_experts)
+    order = sort_by_expert(groups, last + 1)
+    sizes = order.group_sizes[:-1]
+    piece = -(-max(PIECE, 5 * expected // 4) // PIECE) * PIECE
+    if chosen.size <= piece:  # the devices' parts are added up in float32
+        through = _through(resident, tables, form, reads)
+        return through(layer, x, gates, order, sizes, own.activation, biases, expected=min(expected, chosen.size))
+    kernel = _kernel_of(resident, form)
 
     def multiplied(rows: Array, sizes: Array) -> Array:
         return kernel(rows, sizes, resident, tables, layer, own.activation, biases, expected=min(expected, len(rows)))
 
-    order = sort_by_expert(groups, last + 1)
-    sizes = order.group_sizes[:-1]
-    piece = -(-max(PIECE, 5 * expected // 4) // PIECE) * PIECE
-    if chosen.size <= piece:
-        out = combine_rows(multiplied(gather_rows(x, order), sizes), gates, order)
-    else:
-        out = _in_pieces(multiplied, x, gates, order, sizes, piece)
-    return out  # in float32, in which the devices' parts are added up
+    return _in_pieces(multiplied, x, gates, order, sizes, piece)
 
 
 def _in_pieces(
@@ -224,23 +236,31 @@ def _kernel_of(resident: AnyResident, form: str) -> Callable[..., Array]:
     return kernel
 
 
-def _through(resident: AnyResident, tables: tuple[PageTable, ...], form: str) -> Callable[..., Array]:
+def _pages_read(resident: AnyResident, tables: tuple[PageTable, ...]) -> Any:
+    """What the kernel of a TPU reads of page tables, for all layers at once; None for others."""
+    if not isinstance(resident, TiledResident):
+        return None
+    from dynamo_jax.kernels.quantized_tpu import pages_read
+
+    return pages_read(resident, tables)
+
+
+def _through(resident: AnyResident, tables: tuple[PageTable, ...], form: str, reads: Any) -> Callable[..., Array]:
     """What takes a layer, tokens with gates, the order of their rows and rows of each group, then the activation and
-    biases, and gives the weighted sum of each token's experts. The kernel of a TPU has its own way of gathering rows,
-    and reads page tables once for all layers."""
+    biases, and gives the weighted sum of each token's experts, in float32. The kernel of a TPU has its own way of
+    gathering rows. reads: of ``_pages_read``."""
     if isinstance(resident, TiledResident):
-        from dynamo_jax.kernels.quantized_tpu import pages_read, tokens_through_experts
+        from dynamo_jax.kernels.quantized_tpu import tokens_through_experts
 
-        reads = pages_read(resident, tables)
-
-        def tiled(layer: int, x: Array, gates: Array, order: RowOrder, sizes: Array, *own: Any) -> Array:
-            return tokens_through_experts(x, gates, order, sizes, resident, reads, layer, *own, form=form)
+        def tiled(layer: Any, x: Array, gates: Array, order: RowOrder, sizes: Array, *own: Any, **more: Any) -> Array:
+            given = x, gates, order, sizes, resident, reads, layer
+            return tokens_through_experts(*given, *own, form=form, **more)
 
         return tiled
     kernel = _kernel_of(resident, form)
 
-    def through(layer: int, x: Array, gates: Array, order: RowOrder, sizes: Array, *own: Any) -> Array:
-        return combine_rows(kernel(gather_rows(x, order), sizes, resident, tables, layer, *own), gates, order)
+    def through(layer: Any, x: Array, gates: Array, order: RowOrder, sizes: Array, *own: Any, **more: Any) -> Array:
+        return combine_rows(kernel(gather_rows(x, order), sizes, resident, tables, layer, *own, **more), gates, order)
 
     return through
 
@@ -287,7 +307,7 @@ def _at_one_variant(
         return _of_real(expert_outputs(x, own_routing, weights, own_form), real)
 
     def many(table: PageTable) -> Array:
-        through = _through(resident, (table,), "bf16")
+        through = _through(resident, (table,), "bf16", None)
         return _grouped(through, 1, num_experts, jnp.zeros(x.shape[0], jnp.int32), real, layer, x, routing, form)
 
     branch = few if few_rows(routing, num_experts) else many
@@ -306,7 +326,7 @@ def _by_token(
 ) -> Float[Array, "N D"]:
     num_experts = resident.base.codes.shape[1]
     if not few_rows(routing, num_experts):
-        through = _through(resident, tables, "bf16")
+        through = _through(resident, tables, "bf16", None)
         return _grouped(through, len(tables), num_experts, number, real, layer, x, routing, form)
     chosen, own_routing, own_form = one_expert_a_row(routing, form)
     row_number = jnp.repeat(number, routing.experts.shape[1])

@@ -23,7 +23,8 @@ from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
 from dynamo_jax.generation import quantized_language_model
 from dynamo_jax.kernels.layout import LEVELS, PLANE_BITS, BasePlanes, Pages, unpack
-from dynamo_jax.kernels.quantized_tpu import pages_read, quantized_experts_tpu
+from dynamo_jax.kernels.quantized_tpu import pages_read, quantized_experts_tpu, tokens_through_experts
+from dynamo_jax.kernels.rows import combine_rows, gather_rows, sort_by_expert
 from dynamo_jax.kernels.tiles import TILE, empty_pages, tiled_base, tiled_pages
 from dynamo_jax.kernels.tpu_products import FORMS
 from dynamo_jax.kernels.tpu_rows import rows_of_words, sublanes_of, words_of
@@ -230,6 +231,22 @@ def test_rows_past_the_last_group_are_zeros_and_no_rows_are_none():
     assert (np.asarray(more[5:], np.float32) == 0).all()
     assert (np.asarray(run(rows, sizes * 0, case.arranged, case.tables, 0, silu_gated)) == 0).all()
     assert run(rows[:0], sizes * 0, case.arranged, case.tables, 0, silu_gated).shape == (0, 128)
+
+
+def test_tokens_get_the_sum_of_their_rows_but_of_those_past_the_last_group():
+    """Six tokens with two rows each, of which some go to a group that no expert here has: what lies in their places
+    is never written, and interpreted as NaN."""
+    case = Case.of("tiles", 18, 3, 256, 128, True, [widths_of(v, 3, 256, True) for v in (3, 4)])
+    rng = np.random.default_rng(19)
+    x = jnp.asarray(rng.normal(size=(6, 128)), jnp.bfloat16)
+    gates = jnp.asarray(rng.uniform(size=(6, 2)), jnp.float32)
+    order = sort_by_expert(jnp.array([[0, 6], [4, 2], [6, 6], [5, 0], [1, 6], [0, 3]]), 7)
+    sizes, how = order.group_sizes[:-1], {"interpret": pltpu.InterpretParams(), "tile_rows": 8}
+    reads = pages_read(case.arranged, case.tables)
+    found = tokens_through_experts(x, gates, order, sizes, case.arranged, reads, 1, silu_gated, **how)
+    rows = quantized_experts_tpu(gather_rows(x, order), sizes, case.arranged, case.tables, 1, silu_gated, **how)
+    np.testing.assert_allclose(found, combine_rows(rows, gates, order), rtol=1e-6, atol=1e-6)
+    assert np.any(np.asarray(found), axis=1).tolist() == [True, True, False, True, True, True]
 
 
 @pytest.mark.parametrize(("form", "tile_rows"), [("bf16", 192), ("int8", 96)])
