@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -133,23 +134,25 @@ def _schedules() -> dict[str, str]:
 class Around:
     """What a program runs beside its kernels, in each turn of its loop or outside of it. operations: how many programs
     of XLA's own; cycles: their bundles, of their own loops as often as they turn, and those of what calls them;
-    slowest: the cycles of each operation, most first."""
+    partly: how many operations have loops that were counted as if they turned once; slowest: the cycles of each, most
+    first."""
 
     operations: int
     cycles: int
+    partly: int
     slowest: tuple[tuple[str, int], ...]
 
 
 def around() -> tuple[Around, Around, int]:
-    """Of the program that was compiled last, which has one loop: outside of it, in it, and how many more operations are
-    left to another core of the chip, whose time nothing here says."""
+    """Of the program that was compiled last: outside of its loop, in it, and how many more operations are left to
+    another core of the chip, whose time nothing here says. ValueError: calls in a loop of the loop."""
     schedules = _schedules()
     (top,) = (name for name in schedules if name.endswith(TOP))
     (graph,) = (path.read_text() for path in DUMP.glob(f"*{TOP}-hlo.txt"))
     (alike,) = (path.read_text() for path in DUMP.glob(f"*{TOP}-00-deduplication-map.txt"))
     groups = [set(group.split()) for group in re.split(r"key:.*\n.*\n.*\n", alike)]
     found: tuple[list[tuple[str, int]], ...] = [], []
-    own = [0, 0]
+    own, partly = [0, 0], [0, 0]
     for line in schedules[top].splitlines():
         if not (address := ADDRESS.match(line)):
             continue
@@ -158,21 +161,27 @@ def around() -> tuple[Around, Around, int]:
         for name, kind in CALL.findall(line):
             if depth > 1:
                 raise ValueError(f"{name} is called in a loop of the loop, as often as nothing here says")
-            if kind != "custom-call":  # a kernel
+            if kind != "custom-call":  # but for kernels
                 same = next((group for group in groups if name in group), {name})
-                found[depth].append((name, max(_cycles(schedules[other]) for other in same if other in schedules)))
+                cycles, in_all = max(_cycles(schedules[other]) for other in same if other in schedules)
+                found[depth].append((name, cycles))
+                partly[depth] += not in_all
     once, in_loop = (
-        Around(len(each), sum(cycles for _, cycles in each) + bundles, tuple(sorted(each, key=lambda pair: -pair[1])))
-        for each, bundles in zip(found, own)
+        Around(len(each), sum(cycles for _, cycles in each) + bundles, some, tuple(sorted(each, key=lambda of: -of[1])))
+        for each, bundles, some in zip(found, own, partly)
     )
     return once, in_loop, len(re.findall(r"custom-call-start\(.*sparsecore", graph))
 
 
-def _cycles(schedule: str) -> int:
-    """Of a program of XLA's own, whose loops turn as often as their last test says."""
+def _cycles(schedule: str) -> tuple[int, bool]:
+    """Of a program of XLA's own, and whether that is all: one whose loops turn as often as no test or several tests
+    say is counted as if they turned once."""
     depths = [match.group(3).count(">") for match in map(ADDRESS.match, schedule.splitlines()) if match]
     turns = [int(turn) for turn in TURNS.findall(schedule)]
-    return len(depths) + sum(depth > 0 for depth in depths) * (max(turns, default=1) - 1)
+    loops = sum(now > before for before, now in itertools.pairwise([0, *depths]))
+    if max(depths) > 1 or loops != len(turns) or len(set(turns)) > 1:
+        return len(depths), False
+    return len(depths) + sum(depth > 0 for depth in depths) * (max(turns, default=1) - 1), True
 
 
 def loop_of(schedule: str) -> Loop | None:

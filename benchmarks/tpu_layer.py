@@ -10,8 +10,9 @@ model do. What is around each of two kernels is counted from the compiler's fina
     gmm_v2 int4    the kernel of tpu-inference, two calls and the activation between them, around which the same order,
                    gathering and adding up stand as around ours; no rows where that package is missing
 
-"operations" are XLA's own programs in a layer, and "cycles" theirs, with those of what calls them, which are exact but
-for waiting: for memory, and for each other. "once" are the operations ahead of the loop, and their cycles for each of
+"operations" are XLA's own programs in a layer, and "cycles" theirs, with those of what calls them, but for waiting: for
+memory, and for each other. Of "partly" operations, rows have their number, loops turn as often as the schedule does not
+say, and are counted as if they turned once. "once" are the operations outside of the loop, and their cycles for each of
 ``LAYERS`` layers: ours reads its page tables there. "offloaded" are more operations, that the compiler leaves to
 another core of the chip (the SparseCore); how long they take nothing here says. "kernel us" is the kernel's own
 modelled time at mixed 3 bits, or 4, from the rows of ``tpu_schedule.py``.
@@ -105,19 +106,20 @@ def main() -> None:
     for chip in chosen.chip or ("v6e", "tpu7x"):
         for name in chosen.shape or ("olmoe-1b-7b", "mixtral-8x7b"):
             for tokens in chosen.tokens or (1, 8, 64, BATCHES[-1]):
-                for kernel, layer, like in (("ours", ours, "ours mixed"), ("gmm_v2 int4", theirs, "gmm_v2 int4")):
+                for kernel, build, like in (("ours", ours, "ours mixed"), ("gmm_v2 int4", theirs, "gmm_v2 int4")):
                     try:
-                        program = layer(chip, SHAPES[name], tokens)
+                        run, arguments = build(chip, SHAPES[name], tokens)
                     except ImportError as error:
                         print(f"{chip:6s} {name:17s} {tokens:7d}  {kernel:12s} {error}")
                         continue
-                    bundles.compiled(bundles.CHIPS[chip], program[0], *program[1])
+                    bundles.compiled(bundles.CHIPS[chip], run, *arguments)
                     once, each, offloaded = bundles.around()
                     own = found(modelled, chip=chip, shape=name, tokens=tokens, kernel=like, form=ROUNDED[chip])
                     row = {"chip": chip, "shape": name, "tokens": tokens, "kernel": kernel}
                     row |= {"operations": each.operations, "cycles": each.cycles}
                     row |= {"us": each.cycles / bundles.CHIPS[chip].clock * 1e6}
                     row |= {"once_operations": once.operations, "once_cycles": once.cycles / LAYERS}
+                    row |= {"partly": each.partly, "once_partly": once.partly}
                     row |= {"offloaded": offloaded, "kernel_us": own and own["modelled_us"]}
                     rows.append(row)
                     print(

@@ -379,10 +379,10 @@ def print_measured() -> None:
         )
 
 
-def print_tiles(chips: list[str], shapes: list[str]) -> None:
+def print_tiles(chips: list[str], shapes: list[str], batches: list[int]) -> None:
     """Tiles of rows beside the experts that have rows: one tile more is one whose weights a tile before had, too."""
     print("chip   shape              tokens  rows of a tile  tiles  experts with rows")
-    for chip, name, tokens in itertools.product(chips, shapes, TOKENS):
+    for chip, name, tokens in itertools.product(chips, shapes, batches):
         sizes, rows = sizes_of(SHAPES[name], tokens), tile_of(chip, SHAPES[name], tokens)
         tiles, used = int((-(-sizes // rows)).sum()), int((sizes > 0).sum())
         print(f"{chip:6s} {name:17s} {tokens:7d} {rows:15d} {tiles:6d} {used:18d}")
@@ -455,8 +455,9 @@ def main() -> None:
     if chosen.measured:
         return print_measured()
     chips, shapes = chosen.chip or ["v5e", "v6e", "tpu7x"], chosen.shape or list(SHAPES)
+    batches = chosen.tokens or list(TOKENS)
     if chosen.tiles:
-        return print_tiles(chips, shapes)
+        return print_tiles(chips, shapes, batches)
     print(
         f"{'chip':6s} {'shape':17s} tokens  {'kernel':14s} form  {'bits':>6s} {'modelled us':>11s} "
         f"{'speedup':>7s} {'/ bound':>7s}"
@@ -467,7 +468,7 @@ def main() -> None:
             parser.error(f"{chosen.counted} was counted with other versions than {bundles.versions()}")
         COUNTED.update(of["cycles"])
     rows: list[dict[str, Any]] = []
-    for chip, name, tokens in itertools.product(chips, shapes, chosen.tokens or TOKENS):
+    for chip, name, tokens in itertools.product(chips, shapes, batches):
         rows += rows_for(chip, name, tokens, tuple(chosen.group or (GROUP,)))
         bundles.write(chosen.json, rows=rows)
         bundles.write(chosen.counted, cycles=COUNTED)

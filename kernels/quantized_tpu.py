@@ -8,9 +8,9 @@ share one straight run of instructions; only whether a step reads 3, 4 or 8 bits
 ``tpu_products.py`` has the products. Planes are copied a step ahead, of pages those that are read; those of all blocks
 of a step in one piece where they lie one after the other.
 
-Axes: R rows in order, V variants, E experts, N blocks, D hidden, K groups of hidden with scales of their own, M rows a
-tile, T tiles of rows, S steps of a tile (of rows as words: sublanes, ``tpu_rows.py``), B blocks a step, U parts of a
-block with pages of their own.
+Axes: A tokens, k experts a token, R rows in order, V variants, E experts, N blocks, D hidden, K groups of hidden with
+scales of their own, M rows a tile, T tiles of rows, B blocks a step, U parts of a block with pages of their own, L
+layers, X numbers that a layer's steps read. Rows as words: W sublanes of a row (``tpu_rows.py``).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from dynamo_jax.kernels.tpu_planes import StepPlanes, no_pages
 from dynamo_jax.kernels.tpu_products import DOWN_BLOCKS, FORMS, Scratch, few_rows, in_form, many_rows
 from dynamo_jax.kernels.tpu_rows import halves_of, read_rows, rows_of_words, words_of, write_columns
 from dynamo_jax.kernels.tpu_steps import (
-    CHUNK,
     FEW_ROWS,
+    ROWS_UNIT,
     Shape,
     Steps,
     Tiles,
@@ -67,10 +67,13 @@ class PagesRead:
         return cls(*leaves, *fixed)
 
 
-def pages_read(resident: TiledResident, tables: tuple[PageTable, ...], blocks: int | None = None) -> PagesRead:
-    """``blocks`` of a grid step: by rule if None. A block that reads a plane reads those below it too, as plans have
-    it; which slots page tables name is not checked on the device."""
-    layers, num_experts, all_blocks, _, tiles = resident.base.codes.shape[:5]
+def pages_read(
+    resident: TiledResident, tables: tuple[PageTable, ...], blocks: int | None = None, layers: int | None = None
+) -> PagesRead:
+    """``blocks`` of a grid step: by rule if None; ``layers``: that the tables are of, those of the planes if None. A
+    block that reads a plane reads those below it too, as plans have it; which slots page tables name is not checked on
+    the device."""
+    num_experts, all_blocks, _, tiles = resident.base.codes.shape[1:5]
     there = [level for level, pages in resident.pages.items() if pages.codes.shape[0]]
     levels = tuple(level for level in LEVELS if level in there and any(level in t for t in tables))
     if levels != LEVELS[: len(levels)]:
@@ -82,8 +85,7 @@ def pages_read(resident: TiledResident, tables: tuple[PageTable, ...], blocks: i
         return in_one(reads_of(tables, levels, num_experts, units, all_blocks, blocks))
 
     read = tuple({level: rows for level, rows in table.items() if level in levels} for table in tables)
-    count = {len(rows) for table in read for rows in table.values()} or {layers}
-    packed = jax.vmap(of_layer, axis_size=max(count))(read)
+    packed = jax.vmap(of_layer, axis_size=layers or resident.base.codes.shape[0])(read)
     return PagesRead(packed, len(tables), levels, units, blocks)
 
 
@@ -97,22 +99,27 @@ def quantized_experts_tpu(
     biases: Any = None,
     expected: int = 0,
     *,
+    reads: PagesRead | None = None,
     blocks: int | None = None,
     **how: Any,
 ) -> Float[Array, "R D"]:
-    """Each row through its expert, as ``quantized_experts_xla`` does it, in bfloat16. blocks: as ``pages_read`` takes
-    it; ``how``: as ``tokens_through_experts`` takes it."""
-    own = tuple({level: of_layers[layer][None] for level, of_layers in table.items()} for table in tables)
-    reads = pages_read(resident, own, blocks)
+    """Each row through its expert, as ``quantized_experts_xla`` does it, in bfloat16. reads: what ``pages_read`` made
+    of the tables; if None it is made for this layer alone, with so many ``blocks`` of a step; ``how``: as
+    ``tokens_through_experts`` takes it."""
+    of_reads = layer
+    if reads is None:
+        own = tuple({level: of_layers[layer][None] for level, of_layers in table.items()} for table in tables)
+        reads, of_reads = pages_read(resident, own, blocks, layers=1), 0
     words = words_of(rows.astype(jnp.bfloat16))
-    out = _experts(words, group_sizes, resident, reads, 0, layer, activation, biases, expected, **how)
+    given = words, group_sizes, resident, reads, of_reads, layer
+    out = _experts(*given, activation, biases, expected, **how)
     there = jnp.arange(rows.shape[0]) < group_sizes.sum()
     return jnp.where(there[:, None], rows_of_words(out, rows.shape[1]), 0).astype(rows.dtype)
 
 
 def tokens_through_experts(
-    x: Float[Array, "T D"],
-    gates: Float[Array, "T k"],
+    x: Float[Array, "A D"],
+    gates: Float[Array, "A k"],
     order: RowOrder,
     group_sizes: Int[Array, " VE"],
     resident: TiledResident,
@@ -122,7 +129,7 @@ def tokens_through_experts(
     biases: Any = None,
     expected: int = 0,
     **how: Any,
-) -> Float32[Array, "T D"]:
+) -> Float32[Array, "A D"]:
     """The weighted sum of each token's experts, without those of its rows that are past the last group.
 
     how: ``form`` of activations, "bf16" if it is not said; ``tile_rows``: by rule if None; where tiles have more than
@@ -138,7 +145,7 @@ def tokens_through_experts(
 
 
 def _experts(
-    rows: Int32[Array, "R S 128"],
+    rows: Int32[Array, "R W 128"],
     group_sizes: Int[Array, " VE"],
     resident: TiledResident,
     reads: PagesRead,
@@ -151,7 +158,7 @@ def _experts(
     form: str = "bf16",
     tile_rows: int | None = None,
     interpret: Any = False,
-) -> Int32[Array, "R S 128"]:
+) -> Int32[Array, "R W 128"]:
     """Each row's output, both as words; what is past the last group is not written. of_reads: the layer in ``reads``,
     and layer: in the planes."""
     num_experts, all_blocks, _, tiles = resident.base.codes.shape[1:5]
@@ -160,8 +167,8 @@ def _experts(
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
     count = rows.shape[0]
-    if tile_rows and tile_rows % CHUNK:
-        raise ValueError(f"tiles of {tile_rows} rows: they are multiples of {CHUNK}")
+    if tile_rows and tile_rows % ROWS_UNIT:
+        raise ValueError(f"tiles of {tile_rows} rows: they are multiples of {ROWS_UNIT}")
     if count == 0:
         return rows
     tile_rows = tile_rows or rows_of_tile(expected or count, num_experts, core())
@@ -169,22 +176,23 @@ def _experts(
     alike = tiles // resident.base.scales.shape[4]
     shape = Shape(tile_rows, tiles, alike, all_blocks, reads.blocks, reads.levels, reads.units, form)
     places = tiles_of(group_sizes, count, tile_rows)
-    return _call(shape, places, reads.packed[of_reads], layer, rows, resident, activation, biases, interpret)
+    own = reads.packed[of_reads]
+    return _call(shape, len(group_sizes), places, own, layer, rows, resident, activation, biases, interpret)
 
 
 def _call(
     shape: Shape,
+    groups: int,
     places: Tiles,
     reads: Int[Array, " X"],
     layer: int,
-    rows: Int32[Array, "R S 128"],
+    rows: Int32[Array, "R W 128"],
     resident: TiledResident,
     activation: Callable[[Array, Array], Array],
     biases: Any,
     interpret: Any,
-) -> Int32[Array, "R S 128"]:
+) -> Int32[Array, "R W 128"]:
     size, sublanes = shape.tiles * TILE, rows.shape[1]
-    groups = reads.shape[0] // sum(jax.tree.leaves(sizes_of_reads(shape, 1)))
     num_experts = resident.base.codes.shape[1]
     prefetched = (in_one((jnp.asarray(layer), places)), reads)
 

@@ -39,9 +39,20 @@ def sort_by_expert(experts: Int[Array, "T k"], num_experts: int) -> RowOrder:
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     position = jnp.argsort(order, stable=True).reshape(tokens, top_k)
-    # by comparing, since a count by index is a loop on a TPU, or is left to another core of it
-    group_sizes = (flat[:, None] == jnp.arange(num_experts)).sum(axis=0, dtype=jnp.int32)
-    return RowOrder((order // top_k).astype(jnp.int32), position.astype(jnp.int32), group_sizes)
+    return RowOrder((order // top_k).astype(jnp.int32), position.astype(jnp.int32), _counted(flat, num_experts))
+
+
+def _counted(values: Int[Array, " R"], length: int) -> Int[Array, " E"]:
+    """How often each of 0 .. length - 1 is there. On a TPU by comparing: a count by index is a loop there, or is left
+    to another core. Elsewhere comparing takes longer."""
+
+    def compared(values: Array) -> Array:
+        return (values[:, None] == jnp.arange(length)).sum(axis=0, dtype=jnp.int32)
+
+    def indexed(values: Array) -> Array:
+        return jnp.bincount(values, length=length).astype(jnp.int32)
+
+    return jax.lax.platform_dependent(values, tpu=compared, default=indexed)
 
 
 def _each_place(rows: Float[Array, "R D"], order: RowOrder) -> list[Float[Array, "T D"]]:
@@ -93,7 +104,7 @@ def _no_gradient(order: RowOrder) -> RowOrder:
 
 
 class TiledRows(NamedTuple):
-    """Rows in tiles of one group each, which begin with a row of their own each.
+    """Rows in tiles of M. A tile holds rows of one group, and each group begins a new tile.
 
     place: (R,) where each row lies. source: (TM,) the row in each place of tiles of M, R where there is none. group:
     (T,) of each tile. used: tiles that hold rows.

@@ -1,6 +1,6 @@
 """What a step of the TPU kernel copies: planes that lie in one piece, pages that lie alone, and a tile's rows.
 
-Axes: as in ``tpu_steps.py``.
+Axes: as in ``tpu_steps.py``, and W sublanes of a row as words.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def copies_of(
 
 
 def rows_of(steps: Steps, tile: Any, sublanes: int, memory: Any, fast: Any) -> tuple[Any, Any]:
-    """A tile's rows, as many as it has, as words in memory (R S, 128) and in fast memory (M S, 128)."""
+    """A tile's rows, as many as it has, as words in memory (R W, 128) and in fast memory (M W, 128)."""
     first, count = (pl.multiple_of(rows[tile] * sublanes, SUBLANES) for rows in (steps.tiles.first, steps.tiles.rows))
     return memory.at[pl.ds(first, count)], fast.at[pl.ds(0, count)]
 

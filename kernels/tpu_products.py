@@ -1,4 +1,4 @@
-"""The products of one grid step of the TPU kernel: rows through the blocks of an expert that are in fast memory.
+"""The products of one grid step of the TPU kernel: rows through those blocks of an expert that are in fast memory.
 
 Where rows are few, scales are never multiplied into weights: each group of hidden is one matrix product, scaled
 after it in gate and up, and before it, in the few rows of hidden channels, in down. Where they are many, weights are
@@ -6,7 +6,7 @@ scaled, once for all of them.
 
 Forms: "bf16" activations; "int8" and "fp8" (e4m3) activations with one scale a row, where the chip multiplies those.
 
-Axes: M rows a tile, D hidden, S sublanes of a row as words, K groups of hidden with scales of their own, B blocks a
+Axes: M rows a tile, D hidden, W sublanes of a row as words, K groups of hidden with scales of their own, B blocks a
 step, U parts of a block with pages of their own, N blocks of an expert.
 """
 
@@ -29,8 +29,8 @@ DOWN_BLOCKS = 2  # that one product with down sums over: the depth of a matrix u
 
 
 class Scratch(NamedTuple):
-    """What lasts over the steps of a tile. came: (2, M S, 128) its rows as words, and those of the next tile;
-    out: (M S, 128) its outputs, which leave while the next is multiplied; moved: a semaphore of each of the three; x:
+    """What lasts over the steps of a tile. came: (2, M W, 128) its rows as words, and those of the next tile;
+    out: (M W, 128) its outputs, which leave while the next is multiplied; moved: a semaphore of each of the three; x:
     (M, D) its rows as they are multiplied; x_scale: (M, 128) what they were divided by, in all lanes; x_sums:
     (M, 2 K) lane g is the sum of group g, in units of x, lane K + g what bfloat16 left of it; h_sums: (M, 128) lane g
     is what the offsets z of down add to all outputs of group g; scales: of the step's gate and up, (B, 2, 2, K, 128),

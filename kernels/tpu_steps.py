@@ -4,8 +4,7 @@ Rows are put in tiles of one expert each, and for each expert and variant it is 
 All of it is plain XLA; ``quantized_tpu.py`` has the kernel.
 
 Axes: R rows in order, V variants, E experts, N blocks, G tiles of 128 hidden, K groups of hidden with scales of their
-own, M rows a tile, T tiles of rows, S steps of a tile, B blocks a step, U parts of a block with
-pages of their own.
+own, M rows a tile, T tiles of rows, S steps of a tile, B blocks a step, U parts of a block with pages of their own.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ MOST_ROWS = 256  # of a tile
 FEW_ROWS = 96  # the most of a tile that has not many
 WIDE_FEW_ROWS = 80  # where a matrix unit is 256 wide: from more rows on scaled weights take less time
 LITE_ROWS = 32  # of a tile that has room to spare
-CHUNK = 8  # that the rows of a tile are a multiple of, as many as a vector register has
-MANY_CHUNK = 64  # the same where they are many
+ROWS_UNIT = 8  # that the rows of a tile are a multiple of, as many as a vector register has
+MANY_ROWS_UNIT = 64  # the same where they are many, so that few programs serve all numbers of rows
 STEP_WEIGHTS = 6 * 2**20  # of a grid step: what a step costs whatever it does is then a small share of it
 
 
@@ -36,10 +35,10 @@ class Fetches(NamedTuple):
     how many there are, and in the first places of a step's (VE*S*B*U,) page, the slot of each, and place, where in the
     step it goes; none of them is of a block that the step before had too."""
 
-    run: Int[Array, " GSU"]
-    single: Int[Array, " GS"]
-    page: Int[Array, " GSBU"]
-    place: Int[Array, " GSBU"]
+    run: Int[Array, " VESU"]
+    single: Int[Array, " VES"]
+    page: Int[Array, " VESBU"]
+    place: Int[Array, " VESBU"]
 
 
 class Reads(NamedTuple):
@@ -47,9 +46,9 @@ class Reads(NamedTuple):
     reads; widths: (VE*S*B*2,) of each block, gate and up, then down; alone: (VE*S,) how many pages are in no run;
     fetches: by level."""
 
-    path: Int[Array, " GS"]
-    widths: Int[Array, " GSB2"]
-    alone: Int[Array, " GS"]
+    path: Int[Array, " VES"]
+    widths: Int[Array, " VESB2"]
+    alone: Int[Array, " VES"]
     fetches: dict[int, Fetches]
 
 
@@ -154,8 +153,8 @@ def rows_of_tile(count: int, num_experts: int, at: Core) -> int:
     if at.unit == TILE:
         wanted = min(wanted, FEW_ROWS)
     elif wanted > WIDE_FEW_ROWS:
-        return min(MOST_ROWS, MANY_CHUNK * math.ceil(wanted / MANY_CHUNK))
-    return max(CHUNK, CHUNK * math.ceil(wanted / CHUNK))
+        return min(MOST_ROWS, MANY_ROWS_UNIT * math.ceil(wanted / MANY_ROWS_UNIT))
+    return max(ROWS_UNIT, ROWS_UNIT * math.ceil(wanted / ROWS_UNIT))
 
 
 def tiles_of(group_sizes: Int[Array, " VE"], count: int, tile_rows: int) -> Tiles:

@@ -105,7 +105,8 @@ def over_shards(
     num_experts = resident.base.codes.shape[1]
     of_resident = placement.resident_specs(resident)
     of_tables = jax.tree.map(lambda _: placement.table_spec, tables)
-    of_reads, reads = P(None, (*placement.experts, *placement.blocks) or None), None
+    of_reads = P(None, (*placement.experts, *placement.blocks))
+    reads = None
     if isinstance(resident, TiledResident):
         both = of_resident, of_tables
         read = jax.shard_map(_pages_read, mesh=placement.mesh, in_specs=both, out_specs=of_reads, check_vma=False)
@@ -184,7 +185,8 @@ def _own_part(
     kernel = _kernel_of(resident, form)
 
     def multiplied(rows: Array, sizes: Array) -> Array:
-        return kernel(rows, sizes, resident, tables, layer, own.activation, biases, expected=min(expected, len(rows)))
+        given = rows, sizes, resident, tables, layer, own.activation, biases
+        return kernel(*given, expected=min(expected, len(rows)), **({} if reads is None else {"reads": reads}))
 
     return _in_pieces(multiplied, x, gates, order, sizes, piece)
 
@@ -246,9 +248,9 @@ def _pages_read(resident: AnyResident, tables: tuple[PageTable, ...]) -> Any:
 
 
 def _through(resident: AnyResident, tables: tuple[PageTable, ...], form: str, reads: Any) -> Callable[..., Array]:
-    """What takes a layer, tokens with gates, the order of their rows and rows of each group, then the activation and
-    biases, and gives the weighted sum of each token's experts, in float32. The kernel of a TPU has its own way of
-    gathering rows. reads: of ``_pages_read``."""
+    """A function that multiplies a layer's tokens. It takes the layer, tokens, gates, the order of their rows, rows of
+    each group, then the activation and biases, and gives the weighted sum of each token's experts, in float32. The
+    kernel of a TPU has its own way of gathering rows. reads: of ``_pages_read``."""
     if isinstance(resident, TiledResident):
         from dynamo_jax.kernels.quantized_tpu import tokens_through_experts
 

@@ -1,10 +1,9 @@
-"""The TPU kernel in the interpreter, against the XLA path and floats; its compiler's schedules, where libtpu is."""
+"""The TPU kernel in the interpreter, against the XLA path and floats."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -50,7 +49,6 @@ from dynamo_jax.runtime.generate import GenerateConfig, generate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 TOLERANCE = {"bf16": 0.01, "int8": 0.04, "fp8": 0.08}  # of the largest output: operands have 8, about 6 and 4 bits
 CHECKED = pltpu.InterpretParams(detect_races=True)
 TO_TILES = QuantizeConfig(
@@ -197,7 +195,7 @@ def test_many_rows_need_no_more_scalars():
     tiles = tiles_of(jnp.array(sizes), sum(sizes), 256)
     assert sum(a.size for a in jax.tree.leaves(tiles)) == 3 * tiles.group.size + 1 < 3 * 130 + 2
     case = Case.of("tiles", 0, 2, 384, 128, False, [widths_of(0, 2, 384, False)])
-    assert pages_read(case.resident, case.tables, blocks=2).packed.shape[1] < 100
+    assert pages_read(case.arranged, case.tables, blocks=2).packed.shape[1] < 100
 
 
 def test_pages_in_order_come_in_runs_in_a_last_step_too():
@@ -250,8 +248,7 @@ def test_tokens_get_the_sum_of_their_rows_but_of_those_past_the_last_group():
 
 
 @pytest.mark.parametrize(("form", "tile_rows"), [("bf16", 192), ("int8", 96)])
-def test_a_tile_of_several_chunks_of_many_rows(form, tile_rows):
-    """Of 64 rows, three a tile, or of 8 rows, twelve a tile: a last tile has fewer."""
+def test_tiles_of_many_rows_of_which_the_last_has_fewer(form, tile_rows):
     case = Case.of("tiles", 18, 2, 128, 128, False, [widths_of(0, 2, 128, False)])
     rows, sizes = rows_and_sizes(19, [70, 330], 128)
     how = {"form": form, "tile_rows": tile_rows, "tolerance": TOLERANCE[form]}
