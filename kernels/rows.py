@@ -116,12 +116,21 @@ class TiledRows(NamedTuple):
     used: Int[Array, ""]
 
 
-def rows_in_tiles(group_sizes: Int[Array, " VE"], count: int, tile: int) -> TiledRows:
-    """R = ``count`` rows, in the order of their groups, in tiles of up to ``tile`` rows."""
+def spans(
+    group_sizes: Int[Array, " VE"], count: int, tile: int
+) -> tuple[tuple[Array, Array], tuple[Array, Array], int]:
+    """Where each group's rows begin and end, and its tiles of up to ``tile`` rows, and T, the most tiles that ``count``
+    rows can have."""
     each = -(-group_sizes // tile)
     row_end, tile_end = jnp.cumsum(group_sizes), jnp.cumsum(each)
-    row_begin, tile_begin = row_end - group_sizes, tile_end - each
-    tiles, rows = jnp.arange(count // tile + min(group_sizes.shape[0], count)), jnp.arange(count)
+    most = count // tile + min(group_sizes.shape[0], count)
+    return (row_end - group_sizes, row_end), (tile_end - each, tile_end), most
+
+
+def rows_in_tiles(group_sizes: Int[Array, " VE"], count: int, tile: int) -> TiledRows:
+    """R = ``count`` rows, in the order of their groups, in tiles of up to ``tile`` rows."""
+    (row_begin, row_end), (tile_begin, tile_end), most = spans(group_sizes, count, tile)
+    tiles, rows = jnp.arange(most), jnp.arange(count)
     group, of_row = _owner(tile_end, tiles), _owner(row_end, rows)
     row = (row_begin[group] + (tiles - tile_begin[group]) * tile)[:, None] + jnp.arange(tile)
     real = (row < row_end[group][:, None]) & (tiles < tile_end[-1])[:, None]

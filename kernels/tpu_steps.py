@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int
 
 from dynamo_jax.kernels.layout import PROJECTIONS, PageTable
+from dynamo_jax.kernels.rows import spans
 from dynamo_jax.kernels.tiles import TILE
 
 MOST_ROWS = 256  # of a tile
@@ -160,21 +161,14 @@ def rows_of_tile(count: int, num_experts: int, at: Core) -> int:
 def tiles_of(group_sizes: Int[Array, " VE"], count: int, tile_rows: int) -> Tiles:
     """R = ``count`` rows, in the order of their groups, in tiles of up to ``tile_rows``. What is of a tile's group
     comes by comparing each tile with all groups: a gather of numbers is a loop on a TPU, or is left to another core."""
-    each = -(-group_sizes // tile_rows)
-    row_end, tile_end = jnp.cumsum(group_sizes), jnp.cumsum(each)
-    row_begin, tile_begin = row_end - group_sizes, tile_end - each
-    tiles = jnp.arange(most_tiles(group_sizes.shape[0], count, tile_rows))[:, None]
+    (row_begin, row_end), (tile_begin, tile_end), most = spans(group_sizes, count, tile_rows)
+    tiles = jnp.arange(most)[:, None]
     own = (tiles >= tile_begin) & (tiles < tile_end)  # (T, VE)
     of_group = lambda values: jnp.where(own, values, 0).sum(axis=1).astype(jnp.int32)  # noqa: E731
     first = row_begin + (tiles - tile_begin) * tile_rows
     rows = jnp.clip(row_end - first, 0, tile_rows)
     used = tile_end[-1:].astype(jnp.int32)
-    return Tiles(used, of_group(jnp.arange(len(each))), of_group(first), of_group(rows))
-
-
-def most_tiles(groups: int, count: int, tile_rows: int) -> int:
-    """T"""
-    return count // tile_rows + min(groups, count)
+    return Tiles(used, of_group(jnp.arange(group_sizes.shape[0])), of_group(first), of_group(rows))
 
 
 def reads_of(

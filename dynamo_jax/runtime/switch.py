@@ -79,10 +79,11 @@ def switched_experts(
             out = _at_one_variant(resident, tables, jnp.asarray(index), *given)
         else:
             number = _of_tokens(jnp.atleast_1d(jnp.asarray(index)), len(tables), x.shape[0], request_of)
-            if isinstance(resident, Resident):
+            num_experts = resident.base.codes.shape[1]
+            if isinstance(resident, Resident) and few_rows(routing, num_experts):
                 out = _by_token(resident, tables, number, *given)
             else:
-                out = _grouped(through, len(tables), resident.base.codes.shape[1], number, *given)
+                out = _grouped(through, len(tables), num_experts, number, *given)
         return out[:, : x.shape[1]], routing
 
     return experts
@@ -326,10 +327,7 @@ def _by_token(
     routing: Routing,
     form: ExpertForm,
 ) -> Float[Array, "N D"]:
-    num_experts = resident.base.codes.shape[1]
-    if not few_rows(routing, num_experts):
-        through = _through(resident, tables, "bf16", None)
-        return _grouped(through, len(tables), num_experts, number, real, layer, x, routing, form)
+    """Unpack only the experts that the rows chose, all at once, each at its token's variant."""
     chosen, own_routing, own_form = one_expert_a_row(routing, form)
     row_number = jnp.repeat(number, routing.experts.shape[1])
     levels = [level for level in resident.pages if any(level in table for table in tables)]
