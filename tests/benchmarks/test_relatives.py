@@ -94,6 +94,7 @@ def test_learned_rounding_is_never_worse_than_rounding_and_mostly_better(relativ
             assert len(np.unique(row)) <= 2**width
 
 
+@pytest.mark.slow
 def test_direct_codes_at_one_width_are_plain_gptq(relatives, benchmarks):
     peers = benchmarks("peers")
     random = np.random.default_rng(1)
@@ -113,7 +114,7 @@ def test_direct_codes_at_one_width_are_plain_gptq(relatives, benchmarks):
     assert bits == pytest.approx((2 * (10 + 2 * 16 / 32) + 7 + 2 * 16 / 16) / 6)
 
 
-@pytest.mark.parametrize("name", ["matgptq", "anybcq", "autoround"])
+@pytest.mark.parametrize("name", ["matgptq", pytest.param("anybcq", marks=pytest.mark.slow), "autoround"])
 def test_each_gives_every_projection_at_each_width(relatives, benchmarks, name):
     peers = benchmarks("peers")
     random = np.random.default_rng(2)

@@ -242,6 +242,13 @@ FOREIGN = {
     "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
     "special_tokens": {"<s>": {"id": "<s>", "ids": [9999], "tokens": ["<s>"]}},
 }
+
+
+def cut(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+
+
 BROKEN = {
     "deep": lambda folder: (folder / "config.json").write_text("[" * 100_000),
     "panic": with_tokenizer({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}),
@@ -250,10 +257,21 @@ BROKEN = {
     "template": lambda folder: (folder / "chat_template.jinja").write_text("{{ 1 / 0 }}"),
     "stop": lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}'),
     "cache": into_a_cache,
+    "truncated": cut,
 }
 
 
-def bad_inputs(files, folder, tmp_path):
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A folder of model folders that only reading shows to be wrong."""
+    folders = tmp_path_factory.mktemp("broken")
+    for name, change in BROKEN.items():
+        shutil.copytree(BUNDLED, folders / name)
+        change(folders / name)
+    return folders
+
+
+def bad_inputs(files, folder, broken, tmp_path):
     empty, latin, short = tmp_path / "empty.txt", tmp_path / "latin.txt", tmp_path / "short.txt"
     empty.write_text("")
     latin.write_bytes(b"caf\xe9 " * 1000)
@@ -261,43 +279,37 @@ def bad_inputs(files, folder, tmp_path):
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "thesis.txt").write_text("mine")
-    truncated = tmp_path / "truncated"
-    shutil.copytree(BUNDLED, truncated)
-    weights = truncated / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100_000])
+    truncated = broken / "truncated"
     code = files / "code.txt"
     out = ("--out", tmp_path / "result")
-    rows, deep = tmp_path / "rows.txt", tmp_path / "deep"
+    rows = tmp_path / "rows.txt"
     rows.write_text('[{"text": "a"}]')
-    for name, change in BROKEN.items():
-        shutil.copytree(BUNDLED, tmp_path / name)
-        change(tmp_path / name)
     given = ("quantize", "--known", f"a={code}", *FAST, *out)
     generate = ("generate", "--prompt", "a")
     return {
         "JSON as text": (("quantize", "--known", f"a={rows}", *out), "rows.txt: it holds JSON"),
         "a folder as text": (("quantize", "--known", f"a={tmp_path}", *out), "a folder, not a file"),
-        "deep JSON": (("inspect", "--model", deep), "config.json: not JSON"),
-        "a tokenizer that panics": ((*given, "--model", tmp_path / "panic"), "tokenizer.json: not a tokenizer"),
+        "deep JSON": (("inspect", "--model", broken / "deep"), "config.json: not JSON"),
+        "a tokenizer that panics": ((*given, "--model", broken / "panic"), "tokenizer.json: not a tokenizer"),
         "a pointer": (
-            (*generate, "--model", tmp_path / "pointer"),
+            (*generate, "--model", broken / "pointer"),
             "tokenizer.json: a git-lfs pointer in place of the file",
         ),
         "an id past the vocabulary": (
-            ("eval", "--model", tmp_path / "foreign", "--known", f"a={code}", "--window", "64"),
+            ("eval", "--model", broken / "foreign", "--known", f"a={code}", "--window", "64"),
             "a has the token id 9999 (of tokenizer.json), outside the model's vocabulary of 8192",
         ),
-        "the same in a prompt": ((*generate, "--model", tmp_path / "foreign"), "prompt 0 has the token id 9999"),
+        "the same in a prompt": ((*generate, "--model", broken / "foreign"), "prompt 0 has the token id 9999"),
         "a template that fails": (
-            (*generate, "--model", tmp_path / "template"),
+            (*generate, "--model", broken / "template"),
             "chat_template.jinja: the chat template fails: division by zero (generate --raw leaves",
         ),
-        "a stop token": ((*generate, "--model", tmp_path / "stop"), "generation_config.json: eos_token_id is '</s>'"),
+        "a stop token": ((*generate, "--model", broken / "stop"), "generation_config.json: eos_token_id is '</s>'"),
         "hub name": (("inspect", "--model", "org/some-model"), "hf download org/some-model --local-dir some-model"),
         "empty folder": (("inspect", "--model", taken), "holds no config.json; --model takes tiny-moe"),
         "a cache of the hub": (
-            ("inspect", "--model", tmp_path / "cache"),
-            f"{tmp_path / 'cache' / 'snapshots' / '0'} does",
+            ("inspect", "--model", broken / "cache"),
+            f"{broken / 'cache' / 'snapshots' / '0'} does",
         ),
         "no model name": (("inspect", "--model", ""), "--model is empty"),
         "a file as model": (("inspect", "--model", code), "a file, not a model folder"),
@@ -404,8 +416,8 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(run, files, folder, tmp_path, case):
-    arguments, message = bad_inputs(files, folder, tmp_path)[case]
+def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(run, files, folder, broken, tmp_path, case):
+    arguments, message = bad_inputs(files, folder, broken, tmp_path)[case]
     code, _, err = run(*arguments)
     lines = [line for line in err.splitlines() if "error" in line]
     assert code == 2 and len(lines) == 1
@@ -419,11 +431,9 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(run, files, fo
 GREEDY = ("--max-tokens", "12", "--dtype", "float32")
 
 
-def test_calibration_takes_no_ids_that_the_model_does_not_know(run, files, tmp_path):
-    shutil.copytree(BUNDLED, tmp_path / "foreign")
-    BROKEN["foreign"](tmp_path / "foreign")
+def test_calibration_takes_no_ids_that_the_model_does_not_know(run, files, broken, tmp_path):
     given = ("--known", f"a={files / 'code.txt'}", "--out", tmp_path / "result", *FAST)
-    code, _, err = run("quantize", "--model", tmp_path / "foreign", *given)
+    code, _, err = run("quantize", "--model", broken / "foreign", *given)
     assert code == 2 and "has the token id 9999 (of tokenizer.json), outside the model's vocabulary of 8192" in err
 
 

@@ -64,7 +64,7 @@ def alone(decoder, pair):
     return sum(logits[i - 1, ids[i]] for i in places), all(logits[i - 1].argmax() == ids[i] for i in places)
 
 
-@pytest.mark.parametrize("together", [1, 64, 4096])
+@pytest.mark.parametrize("together", [pytest.param(1, marks=pytest.mark.slow), 64, 4096])
 def test_likelihoods_are_those_of_each_sequence_by_itself(decoder, model, together):
     asked = pairs(9, np.random.default_rng(0))
     best = int(decoder(jnp.asarray([asked[0].context]))[0][0, -1].argmax())

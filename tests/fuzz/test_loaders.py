@@ -106,7 +106,10 @@ def test_any_field_of_a_config(good, name, tmp_path):
     both(list(config_cases(good(name), name)), good(name), tmp_path, f"config {name}", SHARE)
 
 
-@pytest.mark.parametrize("name", ROPE_KINDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in ("gpt_oss", "qwen3_moe") else []) for name in ROPE_KINDS],
+)
 def test_any_rotary_scaling(good, name, tmp_path):
     both(list(rope_cases(name, ROPE_KINDS[name])), good(name), tmp_path, f"rope {name}", SHARE)
 
