@@ -17,6 +17,8 @@ SETTINGS = QuantizeConfig(
     unseen_windows=0,
     quantizer="rtn",
 )
+FAST = ("--windows", "4", "--window", "64")  # options of commands
+GREEDY = ("--max-tokens", "12", "--dtype", "float32")
 EVAL = EvalConfig(window=64, batch_size=4, adaptation_windows=4, limit=4)
 
 
