@@ -11,7 +11,7 @@ from quantized_runs import FAST
 from dynamo_jax.commands import app as cli
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def files(texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     for name, text in texts.items():
@@ -38,7 +38,7 @@ def run(monkeypatch, capsys):
     return call
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(files, shallow_folder, tmp_path_factory):
     """A model that the quantize command wrote."""
     out = tmp_path_factory.mktemp("models") / "quantized"

@@ -8,7 +8,7 @@ from dynamo_jax.calibration.config import QuantizeConfig
 from dynamo_jax.calibration.pipeline import quantize
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def rounded(shallow, texts):
     """A quantized model for tests that generate: one window of one text."""
     settings = QuantizeConfig(unseen_windows=0, calibration_windows=1, window=64, quantizer="rtn")
